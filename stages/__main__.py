@@ -1,0 +1,65 @@
+"""Run one stage: python stages NAME [KEY], in the folder of a grid's params.yaml.
+
+Whatever goes wrong for a reason that a user can mend is shown as one line, with exit code 1; 130 after an interruption.
+"""
+
+import importlib
+import signal
+import sys
+from pathlib import Path
+
+# The checkout that holds this file comes first, so that `dvc exp run` in a temporary copy runs the copy's code.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from textguard.artifacts import cannot_write  # noqa: E402
+from textguard.errors import InvalidParameter, TextguardError  # noqa: E402
+from textguard.params import load_params, lookup  # noqa: E402
+
+# Stage -> the section of params.yaml that its KEY is looked up in; None where it takes no key.
+STAGES = {
+    "check": None,
+    "data": "datasets",
+    "prompts": "texts",
+    "responses": "texts",
+    "encoder": None,
+    "embeddings": "texts",
+    "train": "runs",
+    "evaluate": "runs",
+    "ranges": "runs",
+    "inject": "runs",
+    "tables": None,
+    "figures": None,
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run the stage that the arguments name. Returns the exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        stage, *keys = arguments or [""]
+        section = lookup(STAGES, "stage", stage, "the command line 'python stages NAME [KEY]'")
+        if len(keys) != (section is not None):
+            raise InvalidParameter(
+                f"stage {stage!r} takes {'one key' if section else 'no key'}, not {' '.join(keys) or 'none'!r}"
+            )
+        params = load_params()
+        for key in keys:
+            lookup(getattr(params, section), "key", key, f"the command line; params.yaml {section}")
+        if stage != "check":
+            importlib.import_module(f"stages.{stage}").main(params, *keys)
+    except TextguardError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        error = cannot_write(Path(error.filename), error)
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{' '.join(arguments)}: interrupted; run it again to go on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+sys.exit(main(sys.argv[1:]))

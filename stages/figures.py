@@ -1,0 +1,11 @@
+"""Draw the figures of a grid."""
+
+from pathlib import Path
+
+from textguard.params import Params
+from textguard.report.figures import write_figures
+from textguard.report.results import load_result
+
+
+def main(params: Params) -> None:
+    write_figures([load_result(key, run) for key, run in params.runs.items()], params.figures, Path("plots") / "figures")

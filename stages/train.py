@@ -1,0 +1,61 @@
+"""Train one classifier of the grid."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+from torch import Tensor
+
+from textguard.artifacts import fingerprint, read_json, sha256_of_file, work_dir, write_csv
+from textguard.errors import InvalidArtifact
+from textguard.params import Params, RunParams
+from textguard.runtime import make_deterministic, pick_device
+from textguard.text.embeddings import load_class_embeddings
+from textguard.vision.classifiers import ClassifierSpec, build_classifier, save_classifier
+from textguard.vision.datasets import load_split
+from textguard.vision.training import train
+
+
+def main(params: Params, key: str) -> None:
+    run = params.runs[key]
+    recipe = params.recipes[run.recipe]
+    folder = Path("data") / run.dataset
+    split = load_split(folder, "train")
+    width, class_embeddings = load_head(run, split.classes)
+    spec = ClassifierSpec(run.dataset, run.backbone, run.variant, split.images.shape[-1], width, tuple(split.classes))
+
+    device = pick_device()
+    make_deterministic(run.seed)
+    model = build_classifier(spec, class_embeddings).to(device)
+    mark = fingerprint(
+        run=run,
+        recipe=recipe,
+        data=sha256_of_file(folder / "train.safetensors", "data"),
+        head=sha256_of_file(Path(run.head_from), "embeddings"),
+    )
+    with work_dir("train", key, mark) as work:
+        history = train(
+            model,
+            split.images.to(device),
+            split.labels.to(device),
+            recipe,
+            seed=run.seed,
+            checkpoint=work / "checkpoint.safetensors",
+            label=f"train {key}",
+        )
+        save_classifier(Path("models") / f"{key}.safetensors", model, spec, {"inputs": mark})
+        write_csv(Path("metrics") / "runs" / key / "training.csv", pd.DataFrame(asdict(epoch) for epoch in history))
+
+
+def load_head(run: RunParams, classes: list[str]) -> tuple[int, Tensor | None]:
+    """Width E and first weights [C, E] of the text-guided head: (0, None) for a baseline, (E, None) for a random head."""
+    path = Path(run.head_from)
+    if run.variant == "baseline":
+        return 0, None
+    if run.variant == "random":
+        try:
+            return int(read_json(path, "encoder")["width"]), None
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidArtifact(f"{path} does not say the encoder's width; stage 'encoder' writes it") from error
+    matrix_ce = load_class_embeddings(path, run.dataset, classes).matrix
+    return matrix_ce.shape[1], matrix_ce

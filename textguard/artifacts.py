@@ -1,0 +1,224 @@
+"""Files: written whole or not at all, read with one clear error, named by what they were made from.
+
+Every writer creates a temporary file beside its target and renames it, so that a reader never sees half a file and an
+interrupted or failed write leaves the old file as it was.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields, is_dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from textguard.errors import CannotWrite, InvalidArtifact
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WORK_DIR = Path(".work")
+Record = TypeVar("Record")
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` on success, delete it on any failure.
+
+    Raises CannotWrite when the file system refuses (read-only, full, no permission).
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def cannot_write(path: Path, error: OSError) -> CannotWrite:
+    """One line for a refused write: the path, the system's reason, and what to do about it."""
+    remedy = {
+        errno.ENOSPC: "free space on that disk",
+        errno.EDQUOT: "free space in your quota",
+        errno.EFBIG: "raise the file size limit (ulimit -f)",
+    }.get(error.errno or 0, "make the folder writable, or work in another one")
+    return CannotWrite(f"{path}: {error.strerror or error}; nothing was written; {remedy}")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` atomically. Raises CannotWrite."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write UTF-8 text atomically. Raises CannotWrite."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically, with stable formatting; NaN and infinities are refused as no JSON reader takes them."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write one JSON object per line, atomically."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    """Write CSV atomically, numbers in full precision."""
+    write_text(path, table.to_csv(index=False))
+
+
+def write_parquet(path: Path, table: pd.DataFrame, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a zstd-compressed Parquet file, atomically; `metadata` goes into the file's schema."""
+    arrow = pa.Table.from_pandas(table, preserve_index=False)
+    arrow = arrow.replace_schema_metadata(dict(metadata or {}))
+    # Serialised in memory first: pyarrow's own file writer reports a full disk in words of its own.
+    buffer = BytesIO()
+    pq.write_table(arrow, buffer, compression="zstd")
+    write_bytes(path, buffer.getvalue())
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors atomically in safetensors format; `metadata` values must be strings."""
+    from safetensors.torch import save
+
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # safetensors writes its metadata in an order that changes from run to run; one sorted string keeps the bytes stable.
+    packed = {"textguard": json.dumps(dict(metadata or {}), sort_keys=True, ensure_ascii=False)}
+    write_bytes(path, save(contiguous, metadata=packed))
+
+
+@contextmanager
+def reading(path: Path, made_by: str) -> Iterator[None]:
+    """Turn any failure to read or parse `path` into one InvalidArtifact that says which stage makes the file."""
+    if not path.is_file():
+        raise InvalidArtifact(f"{path} is missing; stage '{made_by}' writes it: run 'dvc repro' or 'dvc pull'")
+    try:
+        yield
+    except InvalidArtifact:
+        raise
+    except Exception as error:
+        raise InvalidArtifact(
+            f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]}); "
+            f"delete it and run 'dvc repro' to have stage '{made_by}' write it again"
+        ) from error
+
+
+def read_json(path: Path, made_by: str) -> Any:
+    """Read a JSON file. Raises InvalidArtifact."""
+    with reading(path, made_by):
+        return json.loads(path.read_text())
+
+
+def read_json_lines(path: Path, made_by: str) -> list[dict[str, Any]]:
+    """Read JSON Lines. Raises InvalidArtifact that names the first damaged line."""
+    rows = []
+    with reading(path, made_by):
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InvalidArtifact(f"{path} line {number} is no JSON ({error.msg}); stage '{made_by}' writes it") from error
+            if not isinstance(row, dict):
+                raise InvalidArtifact(f"{path} line {number} is no JSON object; stage '{made_by}' writes it")
+            rows.append(row)
+    return rows
+
+
+def read_records(path: Path, made_by: str, kind: type[Record]) -> list[Record]:
+    """Read JSON Lines as dataclass instances. Raises InvalidArtifact."""
+    names = {field.name for field in fields(kind)}
+    rows = read_json_lines(path, made_by)
+    for number, row in enumerate(rows, start=1):
+        if row.keys() != names:
+            raise InvalidArtifact(f"{path} line {number} must have {', '.join(sorted(names))}; stage '{made_by}' writes it")
+    return [kind(**row) for row in rows]
+
+
+def read_csv(path: Path, made_by: str, columns: list[str]) -> pd.DataFrame:
+    """Read a CSV file that must hold `columns`. Raises InvalidArtifact."""
+    with reading(path, made_by):
+        return _require(pd.read_csv(path), columns, path, made_by)
+
+
+def read_parquet(path: Path, made_by: str, columns: list[str]) -> pd.DataFrame:
+    """Read a Parquet file that must hold `columns`. Raises InvalidArtifact."""
+    with reading(path, made_by):
+        return _require(pq.read_table(path).to_pandas(), columns, path, made_by)
+
+
+def _require(table: pd.DataFrame, columns: list[str], path: Path, made_by: str) -> pd.DataFrame:
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise InvalidArtifact(f"{path} lacks the columns {', '.join(missing)}; stage '{made_by}' writes it")
+    return table
+
+
+def read_safetensors(path: Path, made_by: str) -> tuple[dict[str, "Tensor"], dict[str, str]]:
+    """Read all tensors and the metadata of a safetensors file. Raises InvalidArtifact."""
+    from safetensors import safe_open
+
+    with reading(path, made_by), safe_open(path, framework="pt") as file:
+        metadata = json.loads((file.metadata() or {}).get("textguard", "{}"))
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dict)
+
+
+def sha256_of_file(path: Path, made_by: str) -> str:
+    """Hexadecimal SHA-256 of a file's bytes. Raises InvalidArtifact when it cannot be read."""
+    with reading(path, made_by), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(**inputs: Any) -> str:
+    """16 hexadecimal digits that change when any of the inputs (dataclasses, or anything JSON holds) changes."""
+    text = json.dumps(inputs, sort_keys=True, default=lambda value: asdict(value) if is_dataclass(value) else str(value))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def work_dir(stage: str, key: str, mark: str) -> Iterator[Path]:
+    """A folder that outlives an interruption, for the partial results of inputs with fingerprint `mark`.
+
+    DVC deletes a stage's outputs before it runs, so shards and checkpoints live here until the stage is done: the folder
+    is removed when the block ends without an error and kept when it does not. Folders that the same stage and key left for
+    other inputs are removed first. Only one process at a time may hold the folder; a second one waits, as a terminated
+    `dvc` leaves its running stage behind.
+    """
+    home = WORK_DIR / stage / key
+    folder = home / mark
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(home / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"{stage} {key}: another process is at work on it; waiting for it to end", file=sys.stderr, flush=True)
+            lock.acquire()
+    except OSError as error:
+        raise cannot_write(home, error) from error
+    with lock:
+        for other in home.iterdir():
+            if other.is_dir() and other != folder:
+                shutil.rmtree(other)
+        folder.mkdir(exist_ok=True)
+        yield folder
+        shutil.rmtree(folder)

@@ -1,0 +1,49 @@
+"""Errors that a user can act on. Each message says what was found, what is allowed, and where to change it."""
+
+from collections.abc import Iterable
+
+
+class TextguardError(Exception):
+    """Base of every error that is shown as one line, without a traceback."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())
+
+
+class InvalidParameter(TextguardError):
+    """A value in params.yaml is missing, unknown, of the wrong type or out of range."""
+
+
+class UnknownName(TextguardError):
+    """A name that no registry knows (data set, backbone, variant, encoder, detector, engine ...)."""
+
+    def __init__(self, kind: str, name: object, known: Iterable[str], where: str) -> None:
+        super().__init__(f"{kind} {name!r} in {where}; known: {', '.join(sorted(known))}")
+
+
+class MissingAnswer(TextguardError):
+    """A class has no stored answer for one of its questions."""
+
+
+class InvalidEmbeddings(TextguardError):
+    """Class embeddings that do not belong to these classes, or are no usable vectors."""
+
+
+class InvalidArtifact(TextguardError):
+    """A file that is missing, damaged, or not what its reader expects."""
+
+
+class CannotWrite(TextguardError):
+    """The file system refused a write (read-only, full, no permission)."""
+
+
+class UnsupportedModel(TextguardError):
+    """A model in which faults cannot be injected as asked."""
+
+
+class BitOutOfRange(TextguardError):
+    """A bit position outside the number format."""
+
+
+class CampaignMismatch(TextguardError):
+    """Records, plan and model that do not belong together."""

@@ -1,0 +1,154 @@
+"""A classifier as a list of steps: where faults can be injected, and what is still needed behind each step."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from textguard.errors import UnsupportedModel
+
+INJECTABLE = (nn.Conv2d, nn.Linear)
+
+
+@dataclass(frozen=True)
+class Site:
+    """The output of one layer. position: its place in the order of execution; shape: one image's share of the output."""
+
+    layer: str
+    kind: str
+    position: int
+    shape: tuple[int, ...]
+
+    @property
+    def neurons(self) -> int:
+        """The number of values in one image's share."""
+        return torch.Size(self.shape).numel()
+
+
+class Scaling:
+    """How one step's value grows with the number of images in the batch, found by running two batch sizes.
+
+    A tensor holds `rows` rows per image along dimension 0 (windows, tokens), or does not depend on the batch (rows = 0). A
+    number is proportional to the batch, or does not depend on it.
+    """
+
+    def __init__(self, small: Any, large: Any, sizes: tuple[int, int]) -> None:
+        self.rows = 0
+        self.parts: list[Scaling] = []
+        if isinstance(small, Tensor):
+            if small.shape != large.shape:
+                self.rows = self._per_image(small.shape[0], large.shape[0], sizes)
+                if small.shape[1:] != large.shape[1:]:
+                    raise UnsupportedModel(f"a value of shape {list(small.shape)} has its batch outside dimension 0")
+        elif isinstance(small, (tuple, list)):
+            self.parts = [Scaling(a, b, sizes) for a, b in zip(small, large, strict=True)]
+        elif isinstance(small, int) and small != large:
+            self.rows = self._per_image(small, large, sizes)
+
+    @staticmethod
+    def _per_image(small: int, large: int, sizes: tuple[int, int]) -> int:
+        rows, rest = divmod(small, sizes[0])
+        if rest or large != rows * sizes[1]:
+            raise UnsupportedModel(f"a size grows from {small} to {large} when the batch grows from {sizes[0]} to {sizes[1]}")
+        return rows
+
+    def select(self, value: Any, images: Tensor) -> Any:
+        """The value that the step would have for these images of its batch (int64 [N]); a copy where it depends on them."""
+        if self.parts:
+            return type(value)(part.select(item, images) for part, item in zip(self.parts, value, strict=True))
+        if not self.rows:
+            return value
+        if isinstance(value, Tensor):
+            if self.rows == 1:
+                return value.index_select(0, images)
+            return value.unflatten(0, (-1, self.rows)).index_select(0, images).flatten(0, 1)
+        return self.rows * len(images)
+
+
+class TracedModel:
+    """A traced copy of a classifier in evaluation mode.
+
+    model: any nn.Module from images [B, ...] to logits [B, C] that torch.fx can trace. image: one image, shape [...].
+    `steps` run in order; `sites` maps the injectable ones to their Site. Raises UnsupportedModel.
+    """
+
+    def __init__(self, model: nn.Module, image: Tensor) -> None:
+        model = copy.deepcopy(model).eval()
+        for module in model.modules():
+            # In-place activations would overwrite the golden values that later replays start from.
+            if getattr(module, "inplace", False):
+                module.inplace = False
+        try:
+            traced = fx.symbolic_trace(model)
+        except Exception as error:
+            raise UnsupportedModel(
+                f"{type(model).__name__} cannot be traced ({type(error).__name__}: {error}); use inject.engine: pytorchfi"
+            ) from error
+        self._interpreter = fx.Interpreter(traced, garbage_collect_values=False)
+        self.steps: list[fx.Node] = list(traced.graph.nodes)
+        last_reader = {read: step for step in self.steps for read in step.all_input_nodes}
+        self._read_last_by: dict[fx.Node, list[fx.Node]] = {}
+        for read, step in last_reader.items():
+            self._read_last_by.setdefault(step, []).append(read)
+        with torch.inference_mode():
+            self._scalings = self._measure_scalings(image)
+            self.sites = self._find_sites(image)
+
+    def walk(self, values: dict[fx.Node, Any], start: int = 0) -> Iterator[int]:
+        """Run the steps from `start` on, in place of `values`, and yield each one's index once its value is there.
+
+        A step whose value is given is not run again. At a yield, `values` holds that step's value and those of earlier
+        steps that later ones still read.
+        """
+        for index, step in enumerate(self.steps[start:], start):
+            if step not in values:
+                self._interpreter.env = values
+                values[step] = self._interpreter.run_node(step)
+            for read in self._read_last_by.get(step, ()):
+                values.pop(read, None)
+            yield index
+
+    def logits(self, values: dict[fx.Node, Any], start: int = 0) -> Tensor:
+        """Run from step `start` to the end. Returns the model's output, shape [B, C]."""
+        for _ in self.walk(values, start):
+            pass
+        return values[self.steps[-1]]
+
+    def inputs(self, images: Tensor) -> dict[fx.Node, Any]:
+        """The values that a run over these images starts with."""
+        return {step: images for step in self.steps if step.op == "placeholder"}
+
+    def select(self, values: dict[fx.Node, Any], images: Tensor) -> dict[fx.Node, Any]:
+        """Copies of the values as a batch of these images would have them. images: positions in the batch, int64 [N]."""
+        return {step: self._scalings[step].select(value, images) for step, value in values.items()}
+
+    def _all_values(self, image: Tensor, size: int) -> dict[fx.Node, Any]:
+        values = self.inputs(image.expand(size, *image.shape).clone())
+        kept = {}
+        for index in self.walk(values):
+            kept[self.steps[index]] = values[self.steps[index]]
+        return kept
+
+    def _measure_scalings(self, image: Tensor) -> dict[fx.Node, Scaling]:
+        sizes = (2, 3)
+        small, large = (self._all_values(image, size) for size in sizes)
+        return {step: Scaling(small[step], large[step], sizes) for step in self.steps}
+
+    def _find_sites(self, image: Tensor) -> dict[fx.Node, Site]:
+        sites: dict[fx.Node, Site] = {}
+        calls: dict[str, int] = {}
+        for step, value in self._all_values(image, 1).items():
+            if step.op != "call_module" or not isinstance(self._interpreter.submodules[step.target], INJECTABLE):
+                continue
+            calls[step.target] = calls.get(step.target, 0) + 1
+            name = step.target if calls[step.target] == 1 else f"{step.target}#{calls[step.target]}"
+            if self._scalings[step].rows:
+                shape = value.shape[1:] if self._scalings[step].rows == 1 else value.shape
+                kind = type(self._interpreter.submodules[step.target]).__name__
+                sites[step] = Site(name, kind, len(sites), tuple(shape))
+        if not sites:
+            raise UnsupportedModel("the model has no Conv2d or Linear output to inject faults into")
+        return sites

@@ -1,0 +1,202 @@
+"""params.yaml as typed, frozen dataclasses: one per stage, every key required, unknown keys refused.
+
+There are no defaults in the code: a value that is not in params.yaml could change a result without DVC noticing.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from textguard.errors import InvalidParameter, UnknownName
+
+PARAMS_FILE = Path("params.yaml")
+ENCODER_FILE = "embeddings/encoder.json"
+
+_strict = ConfigDict(extra="forbid", strict=True)
+Key = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(gt=0)]
+Colour = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")]
+
+
+@dataclass(frozen=True, config=_strict)
+class DatasetParams:
+    """How one data set is read and split.
+
+    image_size: pixels a side. limit_train, limit_test: images kept of each split, stratified; 0 keeps all.
+    """
+
+    source: str
+    image_size: Annotated[int, Field(ge=8)]
+    test_share: Annotated[float, Field(gt=0, lt=1)]
+    split_seed: Seed
+    limit_train: Annotated[int, Field(ge=0)]
+    limit_test: Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True, config=_strict)
+class TextParams:
+    """The texts of one data set: D questions per class, and who answers them.
+
+    cache: JSON Lines files with stored answers, relative to the repository's root. samples: answers per question.
+    """
+
+    dataset: Key
+    provider: str
+    cache: list[str]
+    samples: Count
+    questions: Annotated[list[str], Field(min_length=1)]
+
+
+@dataclass(frozen=True, config=_strict)
+class RecipeParams:
+    """How a classifier is trained.
+
+    learning_rate: at `batch_size`, linearly warmed up over warmup_epochs, then lowered along half a cosine (`cosine`), or
+    multiplied by step_gamma every step_epochs (`step`).
+    """
+
+    epochs: Count
+    batch_size: Annotated[int, Field(ge=2)]
+    learning_rate: Annotated[float, Field(gt=0)]
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    warmup_epochs: Annotated[int, Field(ge=0)]
+    schedule: Literal["cosine", "step"]
+    step_epochs: Count
+    step_gamma: Annotated[float, Field(gt=0, le=1)]
+
+
+@dataclass(frozen=True, config=_strict)
+class RunParams:
+    """One classifier of the grid. `head_from` is the file that its last layer starts from (see `head_source`)."""
+
+    dataset: Key
+    backbone: str
+    variant: str
+    recipe: str
+    seed: Seed
+    head_from: str
+
+
+@dataclass(frozen=True, config=_strict)
+class InjectParams:
+    """A campaign. batch_size: faults per forward pass. image_batch: images per golden run, and per shard on disk."""
+
+    engine: str
+    detector: str
+    injections_per_layer: Count
+    batch_size: Count
+    image_batch: Count
+    seed: Seed
+
+
+@dataclass(frozen=True, config=_strict)
+class TablesParams:
+    """main_dataset: the data set of Table 1. last_layer_weights: how latent layer and head make one last layer."""
+
+    main_dataset: Key
+    last_layer_weights: Literal["neurons", "equal", "head_only"]
+
+
+@dataclass(frozen=True, config=_strict)
+class FiguresParams:
+    """colours: variant -> #rrggbb. dpi: dots per inch of the PNG files."""
+
+    colours: dict[str, Colour]
+    dpi: Annotated[int, Field(ge=50, le=600)]
+
+
+@dataclass(frozen=True, config=_strict)
+class Params:
+    """The whole params.yaml of one grid."""
+
+    root: str
+    encoder: str
+    datasets: dict[Key, DatasetParams]
+    texts: dict[Key, TextParams]
+    recipes: dict[Key, RecipeParams]
+    runs: dict[Key, RunParams]
+    inject: InjectParams
+    tables: TablesParams
+    figures: FiguresParams
+
+
+def load_params(path: Path = PARAMS_FILE) -> Params:
+    """Read and check a grid's params.yaml. Raises InvalidParameter or UnknownName, in one line."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise InvalidParameter(
+            f"{path.resolve()} does not exist; run this in a folder that holds a grid's params.yaml"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise InvalidParameter(f"{path} cannot be read as YAML: {error}") from error
+    try:
+        # As JSON, since a strict dataclass takes no dict in Python: no "1" for 1, no 1 for true, no 0.5 for an integer.
+        params = TypeAdapter(Params).validate_json(json.dumps(content))
+    except ValidationError as error:
+        raise InvalidParameter(_one_line(error, path)) from error
+    _check_references(params, path)
+    return params
+
+
+def lookup(entries: dict[str, Any], kind: str, name: str, where: str) -> Any:
+    """entries[name]. Raises UnknownName with the known names."""
+    if name not in entries:
+        raise UnknownName(kind, name, entries, where)
+    return entries[name]
+
+
+def head_source(run: RunParams) -> str:
+    """The file a run's last layer starts from: the class list, the encoder's width, or the class embeddings of its texts."""
+    if run.variant == "baseline":
+        return f"data/{run.dataset}/classes.json"
+    if run.variant == "random":
+        return ENCODER_FILE
+    return f"embeddings/{run.dataset}-{run.variant}.safetensors"
+
+
+def _check_references(params: Params, path: Path) -> None:
+    for key, text in params.texts.items():
+        lookup(params.datasets, "data set", text.dataset, f"{path} texts.{key}.dataset")
+        if not key.startswith(f"{text.dataset}-"):
+            raise InvalidParameter(f"{path} texts.{key}: the key must be '{text.dataset}-VARIANT'")
+    for key, run in params.runs.items():
+        where = f"{path} runs.{key}"
+        lookup(params.datasets, "data set", run.dataset, f"{where}.dataset")
+        lookup(params.recipes, "recipe", run.recipe, f"{where}.recipe")
+        told = [name.removeprefix(f"{text.dataset}-") for name, text in params.texts.items() if text.dataset == run.dataset]
+        lookup(dict.fromkeys(["baseline", "random", *told]), "variant", run.variant, f"{where}.variant")
+        lookup(params.figures.colours, "variant", run.variant, f"{where}.variant; colours are in figures.colours")
+        if run.head_from != head_source(run):
+            raise InvalidParameter(
+                f"{where}.head_from is {run.head_from!r}; a {run.variant} run on {run.dataset} starts from {head_source(run)!r}"
+            )
+    lookup(params.datasets, "data set", params.tables.main_dataset, f"{path} tables.main_dataset")
+
+
+def _one_line(error: ValidationError, path: Path) -> str:
+    """The first problem of a validation, with what is allowed and how many more there are."""
+    first, *more = error.errors(include_url=False)
+    place = ".".join(str(part) for part in first["loc"]) or "the file"
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        parent = TypeAdapter(Params).json_schema()
+        message = f"unknown key {place!r} in {path}; known: {', '.join(_known_keys(parent, first['loc'][:-1]))}"
+    elif first["type"] in ("missing", "missing_argument"):
+        message = f"key {place!r} is missing in {path}"
+    else:
+        message = f"{place} is {str(first['input'])[:60]!r} in {path}: {first['msg']}"
+    return message + (f" (and {len(more)} more)" if more else "")
+
+
+def _known_keys(schema: dict[str, Any], loc: tuple[int | str, ...]) -> list[str]:
+    node = schema
+    for part in loc:
+        node = node.get("properties", {}).get(part, node.get("additionalProperties", {}))
+        node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]] if "$ref" in node else node
+    return sorted(node.get("properties", {}))

@@ -1,0 +1,70 @@
+"""The machine: devices, threads, determinism, progress. Nothing here may change a result or a hash.
+
+TEXTGUARD_DEVICE    cpu, cuda, cuda:1, mps; default: cuda where there is one, else cpu
+TEXTGUARD_PROGRESS  seconds between two progress lines when there is no terminal; default 10
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from textguard.errors import InvalidParameter
+
+_OPERATORS = ("nms", "qnms")
+
+
+def define_missing_torchvision_operators() -> None:
+    """Let PyPI's torchvision, which links CUDA, be imported beside a CPU build of torch.
+
+    There its compiled library does not load, and `import torchvision` stops at two operators that it only wants to
+    annotate. Declared without an implementation they are enough for the import; what textguard uses of torchvision is
+    Python. Where the library loads, it brings the operators and nothing is declared.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        for library in Path(folder).glob("_C*.so"):
+            try:
+                torch.ops.load_library(library)
+            except OSError:
+                continue
+    for name in _OPERATORS:
+        if not hasattr(torch.ops.torchvision, name):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def pick_device() -> torch.device:
+    """The device that TEXTGUARD_DEVICE names, else CUDA where there is one, else the CPU. Raises InvalidParameter."""
+    name = os.environ.get("TEXTGUARD_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InvalidParameter(f"TEXTGUARD_DEVICE={name!r}: {reason}; allowed: cpu, or a device that torch sees") from error
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    """The device's name as reports show it, with the versions that a number depends on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}"
+
+
+def make_deterministic(seed: int) -> None:
+    """Seed torch's global generator and ask for deterministic kernels; models draw their initial weights from it."""
+    torch.manual_seed(seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def progress(*, total: int, label: str, unit: str) -> tqdm:
+    """A progress bar with rate and ETA on a terminal, one line every few seconds elsewhere. Call its update(n)."""
+    if sys.stderr.isatty():
+        return tqdm(total=total, desc=label, unit=unit)
+    seconds = float(os.environ.get("TEXTGUARD_PROGRESS", "10"))
+    return tqdm(total=total, desc=label, unit=unit, mininterval=seconds, maxinterval=seconds, ascii=True, ncols=100)

@@ -1,0 +1,85 @@
+"""Classifiers: a backbone with its own last layer (baseline), or with the text-guided head; and their files."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from textguard.artifacts import read_safetensors, write_safetensors
+from textguard.errors import InvalidArtifact
+from textguard.vision.backbones import build_backbone
+
+INITIAL_TEMPERATURE = 0.07
+
+
+class TextGuidedClassifier(nn.Module):
+    """A backbone whose output is compared with one vector per class.
+
+    backbone: images [B, 3, S, S] to features [B, E]. class_embeddings: [C, E], rows of length 1, the head's first weights; None
+    leaves `torch.nn.Linear`'s own. Logits are exp(logit_scale) * head(features / ||features||), shape [B, C]; everything is
+    trained. Source: Wasim et al., NeurIPS 2023, section 4.2, with the parameter names of its published checkpoints.
+    """
+
+    def __init__(self, backbone: nn.Module, classes: int, width: int, class_embeddings: Tensor | None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / INITIAL_TEMPERATURE)))
+        self.head = nn.Linear(width, classes, bias=False)
+        if class_embeddings is not None:
+            with torch.no_grad():
+                self.head.weight.copy_(class_embeddings)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.backbone(images)
+        features = features / features.norm(dim=-1, keepdim=True)
+        return self.logit_scale.exp() * self.head(features)
+
+
+@dataclass(frozen=True)
+class ClassifierSpec:
+    """What it takes to build a classifier. width: E of the text-guided head; 0 for a baseline."""
+
+    dataset: str
+    backbone: str
+    variant: str
+    image_size: int
+    width: int
+    classes: tuple[str, ...]
+
+
+def build_classifier(spec: ClassifierSpec, class_embeddings: Tensor | None = None) -> nn.Module:
+    """Build the network of `spec`, weights drawn from torch's global generator. Raises UnknownName, InvalidParameter."""
+    if not spec.width:
+        return build_backbone(spec.backbone, len(spec.classes), spec.image_size)
+    backbone = build_backbone(spec.backbone, spec.width, spec.image_size)
+    return TextGuidedClassifier(backbone, len(spec.classes), spec.width, class_embeddings)
+
+
+def save_classifier(path: Path, model: nn.Module, spec: ClassifierSpec, provenance: dict[str, str]) -> None:
+    """Write weights and spec to one safetensors file."""
+    described = {**spec.__dict__, "classes": list(spec.classes)}
+    write_safetensors(path, model.state_dict(), {"spec": json.dumps(described), **provenance})
+
+
+def load_classifier(path: Path) -> tuple[nn.Module, ClassifierSpec]:
+    """Read a classifier in evaluation mode. Raises InvalidArtifact when the file is damaged or its weights do not fit."""
+    tensors, metadata = read_safetensors(path, "train")
+    try:
+        described = json.loads(metadata["spec"])
+        spec = ClassifierSpec(**{**described, "classes": tuple(described["classes"])})
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InvalidArtifact(f"{path} does not say which classifier it holds; stage 'train' writes it") from error
+    model = build_classifier(spec)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise InvalidArtifact(
+            f"{path} does not fit {spec.backbone} ({spec.variant}): {wrong[0]} is {found.get(wrong[0], 'missing')}, "
+            f"expected {expected.get(wrong[0], 'nothing')} ({len(wrong)} such differences); delete it and run 'dvc repro'"
+        )
+    model.load_state_dict(tensors)
+    return model.eval(), spec
