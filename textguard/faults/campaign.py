@@ -53,7 +53,7 @@ def profile_ranges(model: nn.Module, images: Tensor, batch_size: int) -> pd.Data
     for batch in images.split(batch_size):
         values = traced.inputs(batch)
         for index in traced.walk(values):
-            site = traced.sites.get(traced.steps[index])
+            site = traced.sites.get(index)
             if site:
                 magnitude = values[traced.steps[index]].abs()
                 largest[site.layer] = max(largest[site.layer], float(magnitude.max()))

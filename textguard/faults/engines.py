@@ -1,5 +1,6 @@
 """Two ways to carry out the same faults: our replay engine, and PyTorchFI as the reference."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -57,12 +58,11 @@ def corrupt(output: Tensor, images: int, row: Tensor, faults: Faults) -> tuple[T
     output: float32, the layer's output for `images` images; row: which of them each of the N faults is on, int64 [N].
     Returns golden values, injected values and the detected mask, each [N].
     """
-    flat = output.reshape(images, -1)  # a copy where the memory format is not contiguous
-    golden = flat[row, faults.neuron]
+    share = output if len(output) == images else output.unflatten(0, (images, -1))
+    place = (row, *torch.unravel_index(faults.neuron, share.shape[1:]))
+    golden = share[place]
     faulty, detected = clamp_to_range(flip_bit(golden, faults.bit), faults.limit)
-    flat[row, faults.neuron] = faulty
-    if flat.data_ptr() != output.data_ptr():
-        output.copy_(flat.reshape(output.shape))
+    share[place] = faulty
     return golden, faulty, detected
 
 
@@ -70,35 +70,74 @@ class ReplayEngine:
     """One golden run per batch of images; each fault replays only what lies behind its layer.
 
     The golden run pauses at every site. The values that the rest of the network still reads are copied, one row per
-    fault, the bits are flipped, and the rest runs on up to `batch_size` faults at a time.
+    fault, the bits are flipped, and the rest runs on up to `batch_size` faults at a time. Behind the next activation or
+    pooling, replays that are bit-identical to the golden run end: their logits are the golden ones.
     """
 
     def __init__(self, model: nn.Module, image: Tensor, batch_size: int) -> None:
-        self._traced = TracedModel(model, image)
+        # On CPUs and GPUs alike, convolutions are faster in this memory format.
+        self._traced = TracedModel(copy.deepcopy(model).to(memory_format=torch.channels_last), image)
         self._batch_size = batch_size
+        self._next_mask = {index: self._traced.next_mask(index) for index in self._traced.sites}
         self.sites = list(self._traced.sites.values())
 
     @torch.inference_mode()
     def run(self, images: Tensor, faults: Faults) -> Outcomes:
-        traced, done, rows_done = self._traced, [], []
+        """Carry out N > 0 faults on a batch of images [B, ...], each in an inference of its own, on its own image."""
+        traced = self._traced
+        if images.ndim == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
         values = traced.inputs(images)
+        replays: list[_Replay] = []
+        waiting: dict[int, list[_Replay]] = {}
         for index in traced.walk(values):
-            site = traced.sites.get(traced.steps[index])
-            if site is None:
+            for replay in waiting.pop(index, ()):
+                replay.finish(values)
+            if index not in traced.sites:
                 continue
-            for rows in torch.where(faults.position == site.position)[0].split(self._batch_size):
-                if len(rows):
-                    done.append(self._replay(values, index, faults[rows]))
-                    rows_done.append(rows)
-        order = torch.cat(rows_done).argsort()
-        golden, faulty, detected, logits = (torch.cat(parts)[order] for parts in zip(*done, strict=True))
-        return Outcomes(golden, faulty, detected, logits, values[traced.steps[-1]])
+            mask = self._next_mask[index]
+            for rows in torch.where(faults.position == traced.sites[index].position)[0].split(self._batch_size):
+                if not len(rows):
+                    continue
+                replay = _Replay(traced, index, mask, rows, faults[rows], values)
+                replays.append(replay)
+                if mask:
+                    waiting.setdefault(mask[0], []).append(replay)
+                else:
+                    replay.finish(values)
+        golden_logits = values[traced.steps[-1]]
+        logits = golden_logits[faults.image]
+        golden, faulty = torch.empty_like(faults.limit), torch.empty_like(faults.limit)
+        detected = torch.empty_like(faults.image, dtype=torch.bool)
+        for replay in replays:
+            golden[replay.rows], faulty[replay.rows], detected[replay.rows] = replay.injected
+            if replay.logits is not None:
+                logits[replay.left] = replay.logits
+        return Outcomes(golden, faulty, detected, logits, golden_logits)
 
-    def _replay(self, values: dict, index: int, faults: Faults) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        replayed = self._traced.select(values, faults.image)
-        each = torch.arange(len(faults.image), device=faults.image.device)
-        golden, faulty, detected = corrupt(replayed[self._traced.steps[index]], len(each), each, faults)
-        return golden, faulty, detected, self._traced.logits(replayed, index)
+
+class _Replay:
+    """The faults of one site on one batch of images, from the flip to the logits."""
+
+    def __init__(self, traced: TracedModel, index: int, mask: tuple | None, rows: Tensor, faults: Faults, golden: dict) -> None:
+        self._traced, self._start, self._mask, self._image = traced, index, mask, faults.image
+        self.rows = self.left = rows
+        self._values = traced.select(golden, faults.image)
+        each = torch.arange(len(rows), device=rows.device)
+        self.injected = corrupt(self._values[traced.steps[index]], len(rows), each, faults)
+
+    def finish(self, golden: dict) -> None:
+        """Run to the end, without the faults that left no trace behind the mask, where the golden run now stands."""
+        if self._mask:
+            end, carriers = self._mask
+            for _ in self._traced.walk(self._values, self._start, end + 1):
+                pass
+            left = self._traced.trace_left(self._values, golden, carriers, self._image).nonzero()[:, 0]
+            self.left, self._start = self.rows[left], end + 1
+            if len(left) < len(self.rows):
+                self._values = self._traced.select(self._values, left)
+        self.logits = self._traced.logits(self._values, self._start) if len(self.left) else None
+        self._values = None
 
 
 class PyTorchFIEngine:

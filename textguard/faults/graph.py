@@ -1,16 +1,22 @@
 """A classifier as a list of steps: where faults can be injected, and what is still needed behind each step."""
 
 import copy
+import functools
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from textguard.errors import UnsupportedModel
 
 INJECTABLE = (nn.Conv2d, nn.Linear)
+# Behind these a fault may have left no trace: they send different inputs to the same output.
+MASKING_MODULES = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.MaxPool2d)
+MASKING_FUNCTIONS = (torch.relu, F.relu, F.relu6, F.hardtanh, F.hardswish, F.max_pool2d)
 
 
 @dataclass(frozen=True)
@@ -61,18 +67,37 @@ class Scaling:
             return type(value)(part.select(item, images) for part, item in zip(self.parts, value, strict=True))
         if not self.rows:
             return value
-        if isinstance(value, Tensor):
-            if self.rows == 1:
-                return value.index_select(0, images)
+        if not isinstance(value, Tensor):
+            return self.rows * len(images)
+        if self.rows > 1:
             return value.unflatten(0, (-1, self.rows)).index_select(0, images).flatten(0, 1)
-        return self.rows * len(images)
+        if value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last):
+            # index_select would spread the rows out in the default memory format, seven times slower.
+            return value.permute(0, 2, 3, 1).index_select(0, images).permute(0, 3, 1, 2)
+        return value.index_select(0, images)
+
+    def differs(self, values: Any, golden: Any, images: Tensor) -> Tensor | bool:
+        """Where the values of N images differ in any bit from the golden ones of their images (int64 [N]): bool [N]."""
+        if self.parts:
+            parts = zip(self.parts, values, golden, strict=True)
+            return functools.reduce(operator.or_, (part.differs(value, twin, images) for part, value, twin in parts))
+        if not self.rows or not isinstance(values, Tensor):
+            return False
+        bits = _as_bits(values) != _as_bits(self.select(golden, images))
+        return bits.reshape(len(images), -1).any(dim=1)
+
+
+def _as_bits(values: Tensor) -> Tensor:
+    """Floating point values as integers, so that NaN equals itself and 0 does not equal -0."""
+    sizes = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return values.view(sizes[values.element_size()]) if values.is_floating_point() else values
 
 
 class TracedModel:
     """A traced copy of a classifier in evaluation mode.
 
     model: any nn.Module from images [B, ...] to logits [B, C] that torch.fx can trace. image: one image, shape [...].
-    `steps` run in order; `sites` maps the injectable ones to their Site. Raises UnsupportedModel.
+    `steps` run in order; `sites` maps the indices of the injectable ones to their Site. Raises UnsupportedModel.
     """
 
     def __init__(self, model: nn.Module, image: Tensor) -> None:
@@ -97,13 +122,13 @@ class TracedModel:
             self._scalings = self._measure_scalings(image)
             self.sites = self._find_sites(image)
 
-    def walk(self, values: dict[fx.Node, Any], start: int = 0) -> Iterator[int]:
-        """Run the steps from `start` on, in place of `values`, and yield each one's index once its value is there.
+    def walk(self, values: dict[fx.Node, Any], start: int = 0, end: int | None = None) -> Iterator[int]:
+        """Run the steps from `start` up to `end` (excluded), adding to `values`, and yield each one's index when it is done.
 
         A step whose value is given is not run again. At a yield, `values` holds that step's value and those of earlier
         steps that later ones still read.
         """
-        for index, step in enumerate(self.steps[start:], start):
+        for index, step in enumerate(self.steps[start:end], start):
             if step not in values:
                 self._interpreter.env = values
                 values[step] = self._interpreter.run_node(step)
@@ -111,11 +136,38 @@ class TracedModel:
                 values.pop(read, None)
             yield index
 
-    def logits(self, values: dict[fx.Node, Any], start: int = 0) -> Tensor:
+    def logits(self, values: dict[fx.Node, Any], start: int) -> Tensor:
         """Run from step `start` to the end. Returns the model's output, shape [B, C]."""
         for _ in self.walk(values, start):
             pass
         return values[self.steps[-1]]
+
+    def next_mask(self, index: int) -> tuple[int, list[fx.Node]] | None:
+        """The first step behind step `index` that may hide a fault of its value, and all that can still carry it there.
+
+        Returns the step's index, and the values affected by the fault that steps behind it read. None where there is none.
+        """
+        affected = {self.steps[index]}
+        for later, step in enumerate(self.steps[index + 1 :], index + 1):
+            if affected.isdisjoint(step.all_input_nodes):
+                continue
+            affected.add(step)
+            if self._is_masking(step):
+                behind = self.steps[later + 1 :]
+                return later, [value for value in affected if any(value in reader.all_input_nodes for reader in behind)]
+        return None
+
+    def _is_masking(self, step: fx.Node) -> bool:
+        if step.op == "call_module":
+            return isinstance(self._interpreter.submodules[step.target], MASKING_MODULES)
+        return step.op == "call_function" and step.target in MASKING_FUNCTIONS
+
+    def trace_left(self, values: dict, golden: dict, carriers: list[fx.Node], images: Tensor) -> Tensor:
+        """Which of N replays still differ from the golden run in any value that carries their fault: bool [N]."""
+        differing = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        for step in carriers:
+            differing |= self._scalings[step].differs(values[step], golden[step], images)
+        return differing
 
     def inputs(self, images: Tensor) -> dict[fx.Node, Any]:
         """The values that a run over these images starts with."""
@@ -137,10 +189,10 @@ class TracedModel:
         small, large = (self._all_values(image, size) for size in sizes)
         return {step: Scaling(small[step], large[step], sizes) for step in self.steps}
 
-    def _find_sites(self, image: Tensor) -> dict[fx.Node, Site]:
-        sites: dict[fx.Node, Site] = {}
+    def _find_sites(self, image: Tensor) -> dict[int, Site]:
+        sites: dict[int, Site] = {}
         calls: dict[str, int] = {}
-        for step, value in self._all_values(image, 1).items():
+        for index, (step, value) in enumerate(self._all_values(image, 1).items()):
             if step.op != "call_module" or not isinstance(self._interpreter.submodules[step.target], INJECTABLE):
                 continue
             calls[step.target] = calls.get(step.target, 0) + 1
@@ -148,7 +200,7 @@ class TracedModel:
             if self._scalings[step].rows:
                 shape = value.shape[1:] if self._scalings[step].rows == 1 else value.shape
                 kind = type(self._interpreter.submodules[step.target]).__name__
-                sites[step] = Site(name, kind, len(sites), tuple(shape))
+                sites[index] = Site(name, kind, len(sites), tuple(shape))
         if not sites:
             raise UnsupportedModel("the model has no Conv2d or Linear output to inject faults into")
         return sites
