@@ -4,12 +4,17 @@ Whatever goes wrong for a reason that a user can mend is shown as one line, with
 """
 
 import importlib
+import os
 import signal
 import sys
 from pathlib import Path
 
 # The checkout that holds this file comes first, so that `dvc exp run` in a temporary copy runs the copy's code.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+# OpenMP's threads spin while they wait. Beside any other process that makes them wait for each other's time slices, and a stage
+# can be ten times slower; asleep, they cost nothing measurable. Read once, when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from textguard.artifacts import cannot_write  # noqa: E402
 from textguard.errors import InvalidParameter, TextguardError  # noqa: E402
@@ -55,6 +60,13 @@ def main(arguments: list[str]) -> int:
             raise
         error = cannot_write(Path(error.filename), error)
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        # torch has a class of its own for GPUs, and none for CPUs.
+        if not isinstance(error, MemoryError) and "memory" not in f"{type(error).__name__} {error}":
+            raise
+        reason = str(error).partition("\n")[0] or "none left"
+        print(f"OutOfMemory: {reason}; lower the batch sizes in params.yaml, or free memory", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{' '.join(arguments)}: interrupted; run it again to go on from the last checkpoint", file=sys.stderr)

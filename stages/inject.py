@@ -27,7 +27,7 @@ def main(params: Params, key: str) -> None:
     split = load_split(data_folder, "test")
     images, labels = split.images.to(device), split.labels.to(device)
     engine = make_engine(inject.engine, model, images[0], inject.batch_size)
-    ranges = read_csv(ranges_file, "ranges", ["layer", "max_abs"])
+    ranges = read_csv(ranges_file, "ranges", ["layer"], ["max_abs"])
     profiled = dict(zip(ranges["layer"], ranges["max_abs"], strict=True))
     limits = detector_limits(inject.detector, [site.layer for site in engine.sites], profiled)
     eligible = eligible_images(model, images, labels, inject.batch_size)

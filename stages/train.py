@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 from torch import Tensor
 
-from textguard.artifacts import fingerprint, read_json, sha256_of_file, work_dir, write_csv
+from textguard.artifacts import fingerprint, read_json, reading, sha256_of_file, work_dir, write_csv
 from textguard.errors import InvalidArtifact
 from textguard.params import Params, RunParams
 from textguard.runtime import make_deterministic, pick_device
@@ -14,6 +14,8 @@ from textguard.text.embeddings import load_class_embeddings
 from textguard.vision.classifiers import ClassifierSpec, build_classifier, save_classifier
 from textguard.vision.datasets import load_split
 from textguard.vision.training import train
+
+HEAD_MAKERS = {"baseline": "data", "random": "encoder"}
 
 
 def main(params: Params, key: str) -> None:
@@ -31,7 +33,7 @@ def main(params: Params, key: str) -> None:
         run=run,
         recipe=recipe,
         data=sha256_of_file(folder / "train.safetensors", "data"),
-        head=sha256_of_file(Path(run.head_from), "embeddings"),
+        head=sha256_of_file(Path(run.head_from), HEAD_MAKERS.get(run.variant, "embeddings")),
     )
     with work_dir("train", key, mark) as work:
         history = train(
@@ -53,9 +55,10 @@ def load_head(run: RunParams, classes: list[str]) -> tuple[int, Tensor | None]:
     if run.variant == "baseline":
         return 0, None
     if run.variant == "random":
-        try:
-            return int(read_json(path, "encoder")["width"]), None
-        except (KeyError, TypeError, ValueError) as error:
-            raise InvalidArtifact(f"{path} does not say the encoder's width; stage 'encoder' writes it") from error
+        stated = read_json(path, "encoder")
+        with reading(path, "encoder"):
+            if int(stated["width"]) < 1:
+                raise InvalidArtifact("states a width below 1")
+            return int(stated["width"]), None
     matrix_ce = load_class_embeddings(path, run.dataset, classes).matrix
     return matrix_ce.shape[1], matrix_ce

@@ -17,6 +17,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -109,18 +110,21 @@ def write_safetensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Map
 
 @contextmanager
 def reading(path: Path, made_by: str) -> Iterator[None]:
-    """Turn any failure to read or parse `path` into one InvalidArtifact that says which stage makes the file."""
+    """Turn any failure to read or parse `path` into one InvalidArtifact that says how to mend it.
+
+    made_by: the stage that writes the file; empty where a person does.
+    """
     if not path.is_file():
-        raise InvalidArtifact(f"{path} is missing; stage '{made_by}' writes it: run 'dvc repro' or 'dvc pull'")
+        how = f"stage '{made_by}' writes it: run 'dvc repro' or 'dvc pull'" if made_by else "create it, or name another one"
+        raise InvalidArtifact(f"{path} is missing; {how}")
     try:
         yield
-    except InvalidArtifact:
-        raise
+    except InvalidArtifact as error:
+        how = f"delete it and run 'dvc repro': stage '{made_by}' writes it" if made_by else "mend it"
+        raise InvalidArtifact(f"{path} {error}; {how}") from error
     except Exception as error:
-        raise InvalidArtifact(
-            f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]}); "
-            f"delete it and run 'dvc repro' to have stage '{made_by}' write it again"
-        ) from error
+        how = f"delete it and run 'dvc repro': stage '{made_by}' writes it" if made_by else "mend it"
+        raise InvalidArtifact(f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]}); {how}") from error
 
 
 def read_json(path: Path, made_by: str) -> Any:
@@ -130,16 +134,17 @@ def read_json(path: Path, made_by: str) -> Any:
 
 
 def read_json_lines(path: Path, made_by: str) -> list[dict[str, Any]]:
-    """Read JSON Lines. Raises InvalidArtifact that names the first damaged line."""
+    """Read JSON Lines, at least one. Raises InvalidArtifact that names the first damaged line."""
     rows = []
     with reading(path, made_by):
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
+        # Not splitlines(): an answer may hold other separators that Unicode counts as line ends.
+        for number, line in enumerate(path.read_text().removesuffix("\n").split("\n"), start=1):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise InvalidArtifact(f"{path} line {number} is no JSON ({error.msg}); stage '{made_by}' writes it") from error
+                raise InvalidArtifact(f"line {number} is no JSON ({error.msg})") from error
             if not isinstance(row, dict):
-                raise InvalidArtifact(f"{path} line {number} is no JSON object; stage '{made_by}' writes it")
+                raise InvalidArtifact(f"line {number} is no JSON object")
             rows.append(row)
     return rows
 
@@ -148,28 +153,33 @@ def read_records(path: Path, made_by: str, kind: type[Record]) -> list[Record]:
     """Read JSON Lines as dataclass instances. Raises InvalidArtifact."""
     names = {field.name for field in fields(kind)}
     rows = read_json_lines(path, made_by)
-    for number, row in enumerate(rows, start=1):
-        if row.keys() != names:
-            raise InvalidArtifact(f"{path} line {number} must have {', '.join(sorted(names))}; stage '{made_by}' writes it")
+    with reading(path, made_by):
+        for number, row in enumerate(rows, start=1):
+            if row.keys() != names:
+                raise InvalidArtifact(f"line {number} must have {', '.join(sorted(names))}, and nothing else")
     return [kind(**row) for row in rows]
 
 
-def read_csv(path: Path, made_by: str, columns: list[str]) -> pd.DataFrame:
-    """Read a CSV file that must hold `columns`. Raises InvalidArtifact."""
+def read_csv(path: Path, made_by: str, columns: list[str], numbers: list[str]) -> pd.DataFrame:
+    """Read a CSV file that must hold `columns`, and `numbers`, which must be finite. Raises InvalidArtifact."""
     with reading(path, made_by):
-        return _require(pd.read_csv(path), columns, path, made_by)
+        table = _require(pd.read_csv(path), [*columns, *numbers])
+        for column in numbers:
+            if not np.isfinite(pd.to_numeric(table[column])).all():
+                raise InvalidArtifact(f"has a {column} that is no finite number")
+        return table
 
 
 def read_parquet(path: Path, made_by: str, columns: list[str]) -> pd.DataFrame:
     """Read a Parquet file that must hold `columns`. Raises InvalidArtifact."""
     with reading(path, made_by):
-        return _require(pq.read_table(path).to_pandas(), columns, path, made_by)
+        return _require(pq.read_table(path).to_pandas(), columns)
 
 
-def _require(table: pd.DataFrame, columns: list[str], path: Path, made_by: str) -> pd.DataFrame:
+def _require(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     missing = [column for column in columns if column not in table]
     if missing:
-        raise InvalidArtifact(f"{path} lacks the columns {', '.join(missing)}; stage '{made_by}' writes it")
+        raise InvalidArtifact(f"lacks the columns {', '.join(missing)}")
     return table
 
 

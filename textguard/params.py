@@ -4,6 +4,7 @@ There are no defaults in the code: a value that is not in params.yaml could chan
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from textguard.errors import InvalidParameter, UnknownName
 
 PARAMS_FILE = Path("params.yaml")
+UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 ENCODER_FILE = "embeddings/encoder.json"
 
 _strict = ConfigDict(extra="forbid", strict=True)
@@ -31,7 +33,7 @@ class DatasetParams:
     """
 
     source: str
-    image_size: Annotated[int, Field(ge=8)]
+    image_size: Annotated[int, Field(ge=8, le=4096)]
     test_share: Annotated[float, Field(gt=0, lt=1)]
     split_seed: Seed
     limit_train: Annotated[int, Field(ge=0)]
@@ -138,7 +140,7 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
         raise InvalidParameter(f"{path} cannot be read as YAML: {error}") from error
     try:
         # As JSON, since a strict dataclass takes no dict in Python: no "1" for 1, no 1 for true, no 0.5 for an integer.
-        params = TypeAdapter(Params).validate_json(json.dumps(content))
+        params = TypeAdapter(Params).validate_json(json.dumps(content, default=str))
     except ValidationError as error:
         raise InvalidParameter(_one_line(error, path)) from error
     _check_references(params, path)
@@ -182,21 +184,34 @@ def _check_references(params: Params, path: Path) -> None:
 
 def _one_line(error: ValidationError, path: Path) -> str:
     """The first problem of a validation, with what is allowed and how many more there are."""
-    first, *more = error.errors(include_url=False)
+    # A misspelt key is also a missing one: say how it is spelt.
+    first, *more = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] not in UNKNOWN_KEY)
     place = ".".join(str(part) for part in first["loc"]) or "the file"
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        parent = TypeAdapter(Params).json_schema()
-        message = f"unknown key {place!r} in {path}; known: {', '.join(_known_keys(parent, first['loc'][:-1]))}"
+    if first["type"] in UNKNOWN_KEY:
+        known = _known_keys(TypeAdapter(Params).json_schema(), first["loc"][:-1])
+        message = f"unknown key {place!r} in {path}; known: {', '.join(known)}"
     elif first["type"] in ("missing", "missing_argument"):
         message = f"key {place!r} is missing in {path}"
+    elif first["type"] == "float_type" and _is_number(first["input"]):
+        message = (
+            f"{place} is {first['input']} in {path}, which YAML takes for a text; write {float(first['input']):.6f} or 1.0e-3"
+        )
     else:
-        message = f"{place} is {str(first['input'])[:60]!r} in {path}: {first['msg']}"
+        message = f"{place} is {json.dumps(first['input'])[:60]} in {path}: {first['msg']}"
     return message + (f" (and {len(more)} more)" if more else "")
+
+
+def _is_number(text: object) -> bool:
+    try:
+        return math.isfinite(float(str(text)))
+    except ValueError:
+        return False
 
 
 def _known_keys(schema: dict[str, Any], loc: tuple[int | str, ...]) -> list[str]:
     node = schema
     for part in loc:
-        node = node.get("properties", {}).get(part, node.get("additionalProperties", {}))
+        patterns = list(node.get("patternProperties", {}).values())
+        node = node.get("properties", {}).get(part) or next(iter(patterns), node.get("additionalProperties", {}))
         node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]] if "$ref" in node else node
     return sorted(node.get("properties", {}))

@@ -41,8 +41,8 @@ def pick_device() -> torch.device:
     name = os.environ.get("TEXTGUARD_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise InvalidParameter(f"TEXTGUARD_DEVICE={name!r}: {reason}; allowed: cpu, or a device that torch sees") from error
     return device
@@ -63,8 +63,15 @@ def make_deterministic(seed: int) -> None:
 
 
 def progress(*, total: int, label: str, unit: str) -> tqdm:
-    """A progress bar with rate and ETA on a terminal, one line every few seconds elsewhere. Call its update(n)."""
+    """A progress bar with rate and ETA on a terminal, one line every few seconds elsewhere. Call its update(n).
+
+    Raises InvalidParameter for a bad TEXTGUARD_PROGRESS.
+    """
     if sys.stderr.isatty():
         return tqdm(total=total, desc=label, unit=unit)
-    seconds = float(os.environ.get("TEXTGUARD_PROGRESS", "10"))
+    wanted = os.environ.get("TEXTGUARD_PROGRESS", "10")
+    try:
+        seconds = float(wanted)
+    except ValueError as error:
+        raise InvalidParameter(f"TEXTGUARD_PROGRESS={wanted!r} in the environment; it must be a number of seconds") from error
     return tqdm(total=total, desc=label, unit=unit, mininterval=seconds, maxinterval=seconds, ascii=True, ncols=100)

@@ -1,5 +1,6 @@
 """Campaigns: eligible images, per-injection records, shards that survive an interruption."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -91,6 +92,9 @@ def run_campaign(
     check_plan(plan, engine.sites, len(images))
     ordered = plan.sort_values(["image"], kind="stable")
     batches = np.array_split(np.unique(ordered["image"]), range(image_batch, plan["image"].nunique(), image_batch))
+    found = len(list(shard_dir.glob("shard-*.parquet"))) if shard_dir else 0
+    if found:
+        print(f"{label}: going on after {found} of {len(batches)} shards", file=sys.stderr, flush=True)
     records = []
     with progress(total=len(plan), label=label, unit="inj") as bar:
         for number, batch in enumerate(batches):

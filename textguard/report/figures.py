@@ -24,12 +24,13 @@ def write_figures(results: Sequence[Result], params: FiguresParams, folder: Path
     for result in results:
         groups.setdefault((result.run.dataset, result.run.backbone), []).append(result)
     with matplotlib.rc_context(fname=STYLE):
-        for (dataset, backbone), group in groups.items():
-            name, title = f"{dataset}-{backbone}", f"{backbone} on {dataset}"
-            pens = _pens(group, params)
-            for kind, draw in FIGURES.items():
-                figure, numbers = draw(group, pens, title)
-                _save(figure, numbers, folder / f"{kind}-{name}", params.dpi)
+        drawn = [
+            (f"{kind}-{dataset}-{backbone}", *draw(group, _pens(group, params), f"{backbone} on {dataset}"))
+            for (dataset, backbone), group in groups.items()
+            for kind, draw in FIGURES.items()
+        ]
+        for name, figure, numbers in drawn:
+            _save(figure, numbers, folder / name, params.dpi)
 
 
 Pens = dict[str, dict]  # run key -> keyword arguments for matplotlib
@@ -64,7 +65,8 @@ def _delta_loss(group: Sequence[Result], pens: Pens, title: str) -> tuple[Figure
     injections = sorted({layer.delta_loss.n for result in group for layer in result.layers})
     counts = f"n = {injections[0]}" + (f" to {injections[-1]}" if len(injections) > 1 else "")
     axes[0].set(yscale="log", ylabel="mean DeltaLoss (nats)", title=f"{title}: DeltaLoss of single bit flips per layer")
-    _finish(figure, axes, layers, f"{counts} injections per point; bars: 99 % interval over injections")
+    note = f"{counts} injections per point; bars: 99 % interval over injections, cut where it reaches below 0"
+    _finish(figure, axes, layers, note)
     return figure, pd.DataFrame(rows)
 
 
@@ -81,7 +83,12 @@ def _value_ranges(group: Sequence[Result], pens: Pens, title: str) -> tuple[Figu
     axes[0].set(yscale="log", ylabel="largest |value|", title=f"{title}: neuron values per layer, without faults")
     axes[1].set(yscale="log", ylabel="mean |value|")
     images = int(tables[0]["images"].iloc[0])
-    _finish(figure, axes, layers, f"over the {images} training images; layer outputs before activation")
+    _finish(
+        figure,
+        axes,
+        layers,
+        f"n = {images} training images; layer outputs before activation; only text-guided models have a head",
+    )
     return figure, pd.concat(tables, ignore_index=True)
 
 

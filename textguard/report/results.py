@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from textguard.artifacts import read_csv, read_json, reading
+from textguard.errors import InvalidArtifact
 from textguard.faults.statistics import Estimate, difference, ratio, weighted_mean
 from textguard.params import RunParams
 
@@ -81,18 +82,20 @@ def load_result(key: str, run: RunParams) -> Result:
         ]
         overall, mismatch = _estimate(resilience["overall_delta_loss"]), _estimate(resilience["overall_mismatch"])
         nonfinite = int(resilience["nonfinite"])
+        if len(layers) < 1 + (run.variant != BASELINE):
+            raise InvalidArtifact("lacks layers")
     return Result(key, run, top1, top2diff, parameters, multiply_adds, overall, mismatch, nonfinite, layers)
 
 
 def load_ranges(key: str) -> pd.DataFrame:
-    """Read one run's value ranges: layer (without prefix), max_abs, mean_abs. Raises InvalidArtifact."""
-    table = read_csv(RUNS_DIR / key / "ranges.csv", "ranges", ["layer", "max_abs", "mean_abs"])
+    """Read one run's value ranges: layer (without prefix), max_abs, mean_abs, images. Raises InvalidArtifact."""
+    table = read_csv(RUNS_DIR / key / "ranges.csv", "ranges", ["layer"], ["max_abs", "mean_abs", "images"])
     return table.assign(layer=table["layer"].str.removeprefix("backbone."))
 
 
 def load_threshold_curve(key: str) -> pd.DataFrame:
     """Read one run's accuracy against Top2Diff threshold, both in percent. Raises InvalidArtifact."""
-    return read_csv(RUNS_DIR / key / "thresholds.csv", "evaluate", ["threshold_percent", "accuracy_percent"])
+    return read_csv(RUNS_DIR / key / "thresholds.csv", "evaluate", [], ["threshold_percent", "accuracy_percent"])
 
 
 def compare(results: list[Result], last_layer_weights: str) -> list[Comparison]:

@@ -80,9 +80,11 @@ def _open_clip_config(model: str, pretrained: str) -> dict:
     if model == "local-dir":
         path = Path(pretrained) / "open_clip_config.json"
         try:
-            return json.loads(path.read_text())["model_cfg"]
-        except (OSError, KeyError, json.JSONDecodeError) as error:
-            raise InvalidArtifact(f"{path} is no OpenCLIP configuration ({error}); change {WHERE}") from error
+            config = json.loads(path.read_text())["model_cfg"]
+            return {**config, "embed_dim": int(config["embed_dim"])}
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise InvalidArtifact(f"{path} is no OpenCLIP configuration ({reason}); change {WHERE}") from error
     config = open_clip.get_model_config(model)
     if config is None:
         raise UnknownName("OpenCLIP model", model, open_clip.list_models(), WHERE)

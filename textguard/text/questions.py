@@ -1,15 +1,13 @@
 """Questions about classes, as stable records in JSON Lines."""
 
+import functools
 import hashlib
 import string
 from dataclasses import dataclass
 
-import inflect
-
 from textguard.errors import InvalidParameter
 
 FIELDS = ("class", "a_class")
-_english = inflect.engine()
 
 
 @dataclass(frozen=True)
@@ -35,14 +33,22 @@ def ask(classes: list[str], templates: list[str], where: str) -> list[Question]:
 
 
 def _question(class_name: str, template: str) -> Question:
-    text = template.format_map({"class": class_name, "a_class": _english.a(class_name)})
+    text = template.format_map({"class": class_name, "a_class": with_article(class_name)})
     return Question(hashlib.sha256(text.encode()).hexdigest()[:12], class_name, text)
+
+
+@functools.cache
+def with_article(name: str) -> str:
+    """The name behind "a" or "an", by its sound: "an hourglass", "a unicorn"."""
+    import inflect  # takes seconds to load
+
+    return inflect.engine().a(name)
 
 
 def _check_template(template: str, where: str) -> None:
     try:
-        fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+        parts = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise InvalidParameter(f"{where}: {template!r} is no template ({error})") from error
-    if not fields or not fields <= set(FIELDS):
+    if not parts or any(part not in ((field, "", None) for field in FIELDS) for part in parts):
         raise InvalidParameter(f"{where}: {template!r} must name the class with {{class}} or {{a_class}}, and nothing else")

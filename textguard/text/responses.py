@@ -8,8 +8,6 @@ from textguard.artifacts import read_json_lines
 from textguard.errors import InvalidArtifact, MissingAnswer, UnknownName
 from textguard.text.questions import Question
 
-ANSWER_KEYS = {"question", "sample", "answer", "provider"}
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -30,9 +28,14 @@ def replay(questions: list[Question], samples: int, files: list[Path]) -> list[A
     """
     stored: dict[tuple[str, int], dict] = {}
     for file in files:
-        for number, row in enumerate(read_json_lines(file, "the repository"), start=1):
-            if not row.keys() >= ANSWER_KEYS or not str(row["answer"]).strip():
-                raise InvalidArtifact(f"{file} line {number} needs non-empty {', '.join(sorted(ANSWER_KEYS))}")
+        if not file.is_file():
+            raise InvalidArtifact(f"{file} is missing; params.yaml texts.*.cache names it: correct that, or create the file")
+        for number, row in enumerate(read_json_lines(file, ""), start=1):
+            texts = [row.get(name) for name in ("question", "answer", "provider")]
+            if not all(isinstance(text, str) and text.strip() for text in texts) or not isinstance(row.get("sample"), int):
+                raise InvalidArtifact(
+                    f"{file} line {number} needs question, answer and provider, which are no empty texts, and sample, a whole number"
+                )
             stored[row["question"], row["sample"]] = row
     answers = []
     for question in questions:

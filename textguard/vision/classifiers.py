@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from textguard.artifacts import read_safetensors, write_safetensors
+from textguard.artifacts import read_safetensors, reading, write_safetensors
 from textguard.errors import InvalidArtifact
 from textguard.vision.backbones import build_backbone
 
@@ -67,19 +67,18 @@ def save_classifier(path: Path, model: nn.Module, spec: ClassifierSpec, provenan
 def load_classifier(path: Path) -> tuple[nn.Module, ClassifierSpec]:
     """Read a classifier in evaluation mode. Raises InvalidArtifact when the file is damaged or its weights do not fit."""
     tensors, metadata = read_safetensors(path, "train")
-    try:
+    with reading(path, "train"):
         described = json.loads(metadata["spec"])
         spec = ClassifierSpec(**{**described, "classes": tuple(described["classes"])})
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise InvalidArtifact(f"{path} does not say which classifier it holds; stage 'train' writes it") from error
     model = build_classifier(spec)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        raise InvalidArtifact(
-            f"{path} does not fit {spec.backbone} ({spec.variant}): {wrong[0]} is {found.get(wrong[0], 'missing')}, "
-            f"expected {expected.get(wrong[0], 'nothing')} ({len(wrong)} such differences); delete it and run 'dvc repro'"
-        )
+    with reading(path, "train"):
+        if wrong:
+            raise InvalidArtifact(
+                f"does not fit {spec.backbone} ({spec.variant}): {wrong[0]} is {found.get(wrong[0], 'missing')}, "
+                f"expected {expected.get(wrong[0], 'nothing')} ({len(wrong)} such differences)"
+            )
     model.load_state_dict(tensors)
     return model.eval(), spec

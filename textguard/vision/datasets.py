@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from textguard.artifacts import read_json, read_safetensors, write_json, write_safetensors
+from textguard.artifacts import read_json, read_safetensors, reading, write_json, write_safetensors
 from textguard.errors import InvalidArtifact, InvalidParameter, UnknownName
 
 SPLITS = ("train", "test")
@@ -94,11 +94,9 @@ def load_split(folder: Path, split: str) -> Split:
     """Read one split and normalise it. Raises InvalidArtifact."""
     path = folder / f"{split}.safetensors"
     tensors, metadata = read_safetensors(path, "data")
-    try:
+    with reading(path, "data"):
         images, labels = tensors["images"], tensors["labels"]
         mean, std, classes = (json.loads(metadata[name]) for name in ("mean", "std", "classes"))
-    except KeyError as error:
-        raise InvalidArtifact(f"{path} has no {error}; stage 'data' writes it") from error
     scale, offset = torch.tensor(std).view(3, 1, 1), torch.tensor(mean).view(3, 1, 1)
     return Split((images.float() / 255 - offset) / scale, labels, classes)
 
@@ -107,6 +105,7 @@ def load_classes(folder: Path) -> list[str]:
     """The class names in label order. Raises InvalidArtifact."""
     path = folder / "classes.json"
     classes = read_json(path, "data")
-    if not isinstance(classes, list) or not all(isinstance(name, str) and name for name in classes) or len(classes) < 2:
-        raise InvalidArtifact(f"{path} must be a list of at least two class names; stage 'data' writes it")
+    with reading(path, "data"):
+        if not isinstance(classes, list) or not all(isinstance(name, str) and name for name in classes) or len(classes) < 2:
+            raise InvalidArtifact("must be a list of at least two class names")
     return classes

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,9 @@ def train(
     when the loss is no longer finite.
     """
     if recipe.warmup_epochs >= recipe.epochs:
-        raise InvalidParameter("warmup_epochs must be below epochs; change params.yaml recipes")
+        raise InvalidParameter(
+            f"{label}: warmup_epochs must be below epochs, not {recipe.warmup_epochs} of {recipe.epochs}; change params.yaml recipes"
+        )
     optimizer = torch.optim.SGD(
         model.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
     )
@@ -82,6 +85,8 @@ def train(
     # BatchNorm cannot be trained on a batch of one image: such a rest is left out of its epoch.
     steps_per_epoch = len(images) // batch_size + (len(images) % batch_size > 1)
     history = _resume(checkpoint, model, optimizer)
+    if history:
+        print(f"{label}: going on after epoch {len(history)} of {recipe.epochs}", file=sys.stderr, flush=True)
     with progress(total=recipe.epochs * len(images), label=label, unit="img") as bar:
         bar.update(len(history) * len(images))
         for epoch in range(len(history), recipe.epochs):

@@ -1,0 +1,61 @@
+# `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+GRIDS := $(wildcard grids/*/params.yaml)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help setup repro test lint format grids smoke lock clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
+
+setup: $(READY)  ## create .venv with the pinned packages and this project
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+repro: setup  ## run the pipeline of the default grid, then say where tables and figures are
+	@python stages check
+	dvc repro
+	@echo
+	@cat metrics/tables/table1.md
+	@echo "tables:  metrics/tables/   (Markdown, CSV, LaTeX)"
+	@echo "figures: plots/figures/    (PNG, SVG, CSV)"
+	@echo "numbers: metrics/summary.json, metrics/runs/, metrics/records/"
+
+test: setup  ## run the tests
+	python -m pytest
+
+lint: setup  ## check style, format, import rules and the grids' copies of dvc.yaml
+	ruff check .
+	ruff format --check .
+	lint-imports
+	@for grid in $(dir $(GRIDS)); do cmp dvc.yaml $$grid/dvc.yaml || { echo "run 'make grids'"; exit 1; }; done
+
+format: setup  ## format the code
+	ruff check --fix .
+	ruff format .
+
+grids:  ## copy the root's dvc.yaml to every grid
+	@for grid in $(dir $(GRIDS)); do cp dvc.yaml $$grid/dvc.yaml; done
+
+smoke: setup  ## run the smallest grid, under a minute
+	cd grids/smoke && dvc repro dvc.yaml
+
+lock:  ## pin what pyproject.toml resolves to today in requirements.lock
+	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv
+	.lock-venv/bin/python -m pip install --quiet 'setuptools>=77' torch==2.13.0 torchvision==0.28.0
+	.lock-venv/bin/python -m pip install --quiet '.[dev]'
+	{ echo "# Written by 'make lock' from pyproject.toml. CUDA packages come with torch where its build needs them."; \
+	  .lock-venv/bin/python -m pip freeze --all | sed -E 's/\+cpu$$//' | grep -vE '^(pip|textguard|nvidia-|cuda-|triton)'; } > requirements.lock
+	rm -rf .lock-venv
+
+clean:  ## delete the environment, caches and partial results; keep every result
+	rm -rf $(VENV) .work grids/*/.work .pytest_cache .ruff_cache build dist *.egg-info

@@ -1,0 +1,147 @@
+"""Small models and grids that several tests share."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as stages/__main__.py does, and before torch is loaded
+
+import pytest
+import torch
+from torch import nn
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+# What a checkout needs for `dvc repro`; the tests copy it, so that they can change and break it.
+CHECKOUT = ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore", "stages", "textguard", "prompts/cache")
+
+
+class TinyResNet(nn.Module):
+    """Convolutions, BatchNorm, in-place activations, a residual addition, pooling and a linear layer."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+        self.conv1 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.act = nn.ReLU(inplace=True)
+        self.fc = nn.Linear(8, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.stem(images)
+        y = self.act(self.norm1(self.conv1(x)))
+        y = self.conv2(y)
+        y += x
+        return self.fc(self.act(y).mean(dim=(2, 3)))
+
+
+class TinyTransformer(nn.Module):
+    """Windows folded into the batch dimension, as Swin has them, and sizes that are read from the input."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, stride=4)
+        self.mix = nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.patches(images).permute(0, 2, 3, 1)
+        batch, height, width, channels = x.shape
+        windows = x.reshape(batch, height // 2, 2, width // 2, 2, channels).transpose(2, 3).reshape(-1, 4, channels)
+        windows = windows + torch.nn.functional.gelu(self.mix(self.norm(windows)))
+        return self.head(windows.reshape(batch, -1, channels).mean(dim=1))
+
+
+class TinyMobileNet(nn.Module):
+    """Depthwise convolution, ReLU6, dropout and two linear layers behind each other."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 6, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(6),
+            nn.ReLU6(inplace=True),
+            nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False),
+            nn.BatchNorm2d(6),
+            nn.ReLU6(inplace=True),
+            nn.Conv2d(6, 10, 1),
+        )
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(10, 12), nn.Linear(12, classes))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier(torch.flatten(nn.functional.adaptive_avg_pool2d(self.features(images), 1), 1))
+
+
+TINY = {"resnet": TinyResNet, "transformer": TinyTransformer, "mobilenet": TinyMobileNet}
+
+
+def settle(model: nn.Module) -> nn.Module:
+    """Give BatchNorm layers statistics other than 0 and 1, and switch to evaluation."""
+    model.train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(16, 3, 16, 16) * 2 + 0.5)
+    return model.eval()
+
+
+@pytest.fixture(params=sorted(TINY))
+def tiny_model(request: pytest.FixtureRequest) -> nn.Module:
+    """A small random classifier of each architecture, images [B, 3, 16, 16] to 4 classes."""
+    torch.manual_seed(0)
+    return settle(TINY[request.param]())
+
+
+@pytest.fixture
+def resnet() -> nn.Module:
+    """The small residual network."""
+    torch.manual_seed(0)
+    return settle(TinyResNet())
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """12 random images, [12, 3, 16, 16]."""
+    return torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def make_checkout(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """Copies of the checkout, each a git and DVC repository that holds the smoke grid."""
+
+    def make() -> Path:
+        folder = tmp_path_factory.mktemp("checkout")
+        for name in CHECKOUT:
+            source = REPOSITORY / name
+            if source.is_dir():
+                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, folder / name)
+        grid = folder / "grids" / "smoke"
+        grid.mkdir(parents=True)
+        for name in ("dvc.yaml", "params.yaml"):
+            shutil.copy(REPOSITORY / "grids" / "smoke" / name, grid / name)
+        run(["git", "init", "-q"], folder)
+        run(["dvc", "init", "-q"], folder)
+        run(["dvc", "config", "core.analytics", "false"], folder)
+        return folder
+
+    return make
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment for a stage or for dvc: this interpreter's scripts first."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **more}
+
+
+def run(command: list[str], folder: Path, *, check: bool = True, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder and return what it printed."""
+    done = subprocess.run(command, cwd=folder, env=environment(**more), capture_output=True, text=True, check=False)
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(command)} exited with {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done

@@ -1,0 +1,776 @@
+"""A user's mistake ends in one line: what was found, what is allowed, where to change it. Exit code 1, nothing half-written.
+
+Most cases run the command line inside this process, because a new interpreter takes seconds to import torch. The cases at the
+end, and all that the operating system refuses, run it as users do.
+"""
+
+import ctypes
+import datetime
+import functools
+import io
+import json
+import operator
+import os
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from conftest import REPOSITORY, environment
+from textguard.artifacts import read_safetensors, write_safetensors
+from textguard.text.embeddings import ClassEmbeddings, save_class_embeddings
+
+SMOKE = REPOSITORY / "grids" / "smoke" / "params.yaml"
+BASELINE, GUIDED, TEXT = "digits-resnet18-baseline-s0", "digits-resnet18-descriptions-s0", "digits-descriptions"
+MODEL, RUN, RECORDS = f"models/{BASELINE}.safetensors", f"metrics/runs/{BASELINE}", f"metrics/records/{BASELINE}"
+EMBEDDINGS, QUESTIONS = f"embeddings/{TEXT}.safetensors", f"prompts/{TEXT}/questions.jsonl"
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+OUTPUTS = ("data/digits/train.safetensors", "data/digits/test.safetensors", "data/digits/classes.json")
+WIDTH = 16
+REMOVED = object()
+# In bytes, less than the training images: the first file that stage `data` writes is cut off halfway.
+SMALL_DISK, SMALL_FILE = 65536, 50000
+CAP_DAC_OVERRIDE, PR_CAPBSET_DROP = 1, 24
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid in a folder of its own, to make mistakes in."""
+
+    folder: Path
+
+    def change(self, place: str, value: Any) -> None:
+        """Set one value of params.yaml, or take it out (REMOVED). place: keys joined by dots."""
+        file = self.folder / "params.yaml"
+        params = yaml.safe_load(file.read_text())
+        *parents, last = place.split(".")
+        section = functools.reduce(operator.getitem, parents, params)
+        section[last] = value
+        if value is REMOVED:
+            del section[last]
+        file.write_text(yaml.safe_dump(params, sort_keys=False))
+
+    def put(self, name: str, content: bytes | str) -> Path:
+        """Replace a file; models are links to other grids' and must not be written to in place."""
+        file = self.folder / name
+        file.unlink(missing_ok=True)
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return file
+
+    def cut(self, name: str) -> Path:
+        """Keep the first half of a file."""
+        content = (self.folder / name).read_bytes()
+        return self.put(name, content[: len(content) // 2])
+
+    def files(self) -> dict[Path, tuple[int, int, int]]:
+        """Every file but the partial results, with what changes when it is written."""
+        found = {path: path.stat() for path in self.folder.rglob("*") if path.is_file()}
+        assert not [path for path in found if path.suffix == ".tmp"]
+        states = {path.relative_to(self.folder): (s.st_ino, s.st_size, s.st_mtime_ns) for path, s in found.items()}
+        return {path: state for path, state in states.items() if path.parts[0] != ".work"}
+
+    def run(self, *arguments: str, **variables: str) -> tuple[int, list[str]]:
+        """Do what `python stages ARGUMENTS` does. Returns the exit code and the lines on stderr."""
+        stderr = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {"TEXTGUARD_DEVICE": "cpu", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", **variables}.items():
+                patch.setenv(name, value)
+            patch.chdir(self.folder)
+            patch.setattr(sys, "argv", ["stages", *arguments])
+            patch.setattr(sys, "path", ["stages", *sys.path])
+            patch.setattr(sys, "stderr", stderr)
+            patch.setattr(signal, "signal", lambda *_: None)
+            try:
+                with pytest.raises(SystemExit) as ended:
+                    runpy.run_path(str(REPOSITORY / "stages" / "__main__.py"), run_name="__main__")
+            finally:
+                torch.use_deterministic_algorithms(False)
+        return ended.value.code, stderr.getvalue().splitlines()
+
+    def fails(self, *arguments: str, **variables: str) -> str:
+        """Run a stage that must end in one line before it writes anything. Returns the line."""
+        before = self.files()
+        code, lines = self.run(*arguments, **variables)
+        assert (code, len(lines)) == (1, 1), (code, lines)
+        assert self.files() == before
+        return lines[0]
+
+    def start(self, *arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+        """Run `python stages ARGUMENTS` in a process of its own."""
+        command = [sys.executable, str(REPOSITORY / "stages"), *arguments]
+        variables = environment(TEXTGUARD_DEVICE="cpu", OMP_NUM_THREADS="1")
+        return subprocess.run(command, cwd=self.folder, env=variables, capture_output=True, text=True, check=False, **settings)
+
+
+def says(line: str, *parts: str) -> None:
+    missing = [part for part in parts if part not in line]
+    assert not missing, f"{missing} not in: {line}"
+
+
+def fails_in_one_line(done: subprocess.CompletedProcess[str]) -> str:
+    assert (done.returncode, done.stdout) == (1, ""), done
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On models this small, threads wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny grid whose baseline went through every stage up to its campaign. Nobody writes to it."""
+    grid = Grid(tmp_path_factory.mktemp("finished"))
+    shutil.copy(SMOKE, grid.folder / "params.yaml")
+    small = {
+        "root": str(REPOSITORY),
+        "datasets.digits.limit_train": 60,
+        "datasets.digits.limit_test": 40,
+        "recipes.plain.epochs": 1,
+        "recipes.plain.warmup_epochs": 0,
+        "recipes.plain.batch_size": 20,
+        "inject.injections_per_layer": 4,
+        "inject.image_batch": 2,
+    }
+    for place, value in small.items():
+        grid.change(place, value)
+    stages = ["data digits", f"prompts {TEXT}", f"responses {TEXT}", "encoder"]
+    stages += [f"{stage} {BASELINE}" for stage in ("train", "evaluate", "ranges", "inject")]
+    for stage in stages:
+        code, lines = grid.run(*stage.split())
+        assert code == 0, lines
+    save_class_embeddings(grid.folder / EMBEDDINGS, embeddings())
+    return grid.folder
+
+
+@pytest.fixture
+def grid(finished: Path, tmp_path: Path) -> Grid:
+    """The finished grid, to break. Its models are links, as they are large."""
+    folder = tmp_path / "grid"
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns(".work", "models"))
+    shutil.copytree(finished / "models", folder / "models", copy_function=os.link)
+    return Grid(folder)
+
+
+@pytest.fixture
+def untouched(tmp_path: Path) -> Grid:
+    """A grid of which nothing has run: all that the checks of params.yaml need."""
+    grid = Grid(tmp_path)
+    shutil.copy(SMOKE, tmp_path / "params.yaml")
+    grid.change("root", str(REPOSITORY))
+    return grid
+
+
+def embeddings() -> ClassEmbeddings:
+    matrix = torch.nn.functional.normalize(torch.randn(len(DIGITS), WIDTH, generator=torch.Generator().manual_seed(0)))
+    return ClassEmbeddings(matrix, "digits", tuple(DIGITS), "minilm", "0" * 64, WIDTH, 20)
+
+
+WRONG_VALUES = {
+    "text for an integer": ("recipes.plain.epochs", "1", ['"1"', "valid integer"]),
+    "fraction for an integer": ("recipes.plain.batch_size", 0.5, ["0.5", "valid integer"]),
+    "true for an integer": ("inject.seed", True, ["true", "valid integer"]),
+    "text for a number": ("recipes.plain.learning_rate", "fast", ['"fast"', "valid number"]),
+    "number for a text": ("encoder", 7, ["7", "valid string"]),
+    "nothing for a section": ("inject", None, ["null", "object"]),
+    "a list for a section": ("datasets", [], ["[]", "object"]),
+    "no injections": ("inject.injections_per_layer", 0, ["0", "greater than 0"]),
+    "negative injections": ("inject.injections_per_layer", -1, ["-1", "greater than 0"]),
+    "share of 1": ("datasets.digits.test_share", 1.0, ["1.0", "less than 1"]),
+    "negative limit": ("datasets.digits.limit_train", -5, ["-5", "greater than or equal to 0"]),
+    "unknown schedule": ("recipes.plain.schedule", "linear", ['"linear"', "'cosine' or 'step'"]),
+    "unknown weights": ("tables.last_layer_weights", "all", ['"all"', "'neurons', 'equal' or 'head_only'"]),
+    "no questions": (f"texts.{TEXT}.questions", [], ["at least 1"]),
+    "colour without a number": ("figures.colours.baseline", "red", ["'red'", "#"]),
+}
+
+
+@pytest.mark.parametrize(("place", "value", "parts"), WRONG_VALUES.values(), ids=WRONG_VALUES)
+def test_a_wrong_value_is_named_with_its_place_and_what_is_allowed(untouched, place, value, parts):
+    untouched.change(place, value)
+    says(untouched.fails("check"), "InvalidParameter", place, "params.yaml", *parts)
+
+
+@pytest.mark.parametrize(
+    ("place", "known"),
+    [
+        ("colour", ["encoder", "figures", "texts"]),
+        ("inject.bits", ["batch_size", "detector", "engine", "seed"]),
+        pytest.param("datasets.digits.colour", ["image_size", "source"]),
+        pytest.param(f"runs.{BASELINE}.depth", ["backbone", "variant"]),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_known_ones(untouched, place, known):
+    untouched.change(place, 1)
+    says(untouched.fails("check"), f"unknown key {place!r}", "params.yaml", *known)
+
+
+@pytest.mark.parametrize("place", ["encoder", "tables", "inject.seed", "recipes.plain.epochs", f"runs.{BASELINE}.recipe"])
+def test_a_missing_key_is_named(untouched, place):
+    untouched.change(place, REMOVED)
+    says(untouched.fails("check"), f"key {place!r} is missing", "params.yaml")
+
+
+def test_a_misspelt_key_is_named(untouched):
+    untouched.change("recipes.plain.epochs", REMOVED)
+    untouched.change("recipes.plain.epoch", 1)
+    says(untouched.fails("check"), "'recipes.plain.epoch'")
+
+
+REFERENCES = {
+    "variant": (f"runs.{BASELINE}.variant", "photos", ["variant 'photos'", "known: baseline, descriptions, random"]),
+    "recipe": (f"runs.{BASELINE}.recipe", "long", ["recipe 'long'", "known: plain"]),
+    "data set of a run": (f"runs.{BASELINE}.dataset", "svhn", ["data set 'svhn'", "known: digits"]),
+    "data set of texts": (f"texts.{TEXT}.dataset", "svhn", ["data set 'svhn'", "known: digits"]),
+    "data set of a table": ("tables.main_dataset", "svhn", ["data set 'svhn'", "known: digits"]),
+    "colour of a variant": ("figures.colours", {"baseline": "#000000"}, ["variant 'descriptions'", "known: baseline"]),
+    "start of a head": (f"runs.{GUIDED}.head_from", "x.json", ["'x.json'", f"'embeddings/{TEXT}.safetensors'"]),
+}
+
+
+@pytest.mark.parametrize(("place", "value", "parts"), REFERENCES.values(), ids=REFERENCES)
+def test_a_reference_to_nothing_is_named_with_the_known_names(untouched, place, value, parts):
+    untouched.change(place, value)
+    says(untouched.fails("check"), place, "params.yaml", *parts)
+
+
+def test_texts_that_do_not_say_their_data_set_are_refused(untouched):
+    texts = yaml.safe_load(SMOKE.read_text())["texts"][TEXT]
+    untouched.change("texts", {"stories": texts})
+    says(untouched.fails("check"), "texts.stories", "'digits-VARIANT'", "params.yaml")
+
+
+FILES = {
+    "broken YAML": (b"root: ../..\nruns: [\n", ["cannot be read as YAML", "line 3"]),
+    "tabs": (b"runs:\n\tseed: 0\n", ["cannot be read as YAML", "line 2"]),
+    "no text": (b"\xff\xfe\x00", ["cannot be read as YAML"]),
+    "empty": (b"", ["None", "object"]),
+    "a list": (b"- 1\n- 2\n", ["[1, 2]", "object"]),
+}
+
+
+@pytest.mark.parametrize(("content", "parts"), FILES.values(), ids=FILES)
+def test_a_parameter_file_that_is_none_is_refused(untouched, content, parts):
+    untouched.put("params.yaml", content)
+    says(untouched.fails("check"), "InvalidParameter", "params.yaml", *parts)
+
+
+def test_a_date_is_no_number(untouched):
+    untouched.change("datasets.digits.split_seed", datetime.date(2024, 1, 1))
+    says(untouched.fails("check"), "InvalidParameter", "datasets.digits.split_seed", "2024-01-01", "params.yaml")
+
+
+def test_a_missing_parameter_file_is_named(untouched):
+    (untouched.folder / "params.yaml").unlink()
+    says(untouched.fails("check"), str(untouched.folder / "params.yaml"), "does not exist", "run this in a folder")
+
+
+COMMANDS = {
+    "unknown run": (["train", "resnet18"], ["key 'resnet18'", "known:", BASELINE, GUIDED, "params.yaml runs"]),
+    "unknown stage": (["paint"], ["stage 'paint'", "known:", "check", "train"]),
+    "no stage": ([], ["stage ''", "known:", "python stages NAME"]),
+    "no key": (["train"], ["'train' takes one key", "'none'"]),
+    "two keys": (["data", "digits", "svhn"], ["'data' takes one key", "'digits svhn'"]),
+    "key for a stage without": (["tables", "digits"], ["'tables' takes no key", "'digits'"]),
+}
+
+
+@pytest.mark.parametrize(("arguments", "parts"), COMMANDS.values(), ids=COMMANDS)
+def test_a_wrong_command_line_is_answered_with_the_right_one(untouched, arguments, parts):
+    says(untouched.fails(*arguments), *parts)
+
+
+NAMES = {
+    "source": ("datasets.digits.source", "mnist", "data digits", ["data set 'mnist'", "known: digits", "datasets.*.source"]),
+    "backbone": (
+        f"runs.{BASELINE}.backbone",
+        "lenet",
+        f"train {BASELINE}",
+        ["backbone 'lenet'", "known: alexnet, mobilenet_v2, resnet101", "runs.*.backbone"],
+    ),
+    "small images": (
+        f"runs.{BASELINE}.backbone",
+        "alexnet",
+        f"train {BASELINE}",
+        ["alexnet", "at least 63 pixels", "not 32", "datasets.*.image_size"],
+    ),
+    "provider": (f"texts.{TEXT}.provider", "gpt", f"responses {TEXT}", ["provider 'gpt'", "known: replay, template", "texts"]),
+    "encoder": ("encoder", "word2vec", "encoder", ["encoder 'word2vec'", "known: minilm, open_clip:MODEL:PRETRAINED"]),
+    "encoder without a tag": ("encoder", "open_clip:RN50", "encoder", ["'open_clip:RN50'", "open_clip:MODEL:PRETRAINED"]),
+    "OpenCLIP model": ("encoder", "open_clip:ViT-Z:openai", "encoder", ["OpenCLIP model 'ViT-Z'", "ViT-B-32"]),
+    "OpenCLIP tag": ("encoder", "open_clip:RN50:mine", f"embeddings {TEXT}", ["tag of RN50 'mine'", "known:", "openai"]),
+    "encoder folder": ("encoder", "open_clip:local-dir:/none", "encoder", ["/none/open_clip_config.json", "No such file"]),
+    "engine": ("inject.engine", "hooks", f"inject {BASELINE}", ["engine 'hooks'", "known: pytorchfi, replay", "inject.engine"]),
+    "detector": ("inject.detector", "clamp", f"inject {BASELINE}", ["detector 'clamp'", "known: fixed:X, off, profiled"]),
+    "detector without a number": ("inject.detector", "fixed:", f"inject {BASELINE}", ["'fixed:'", "a number above 0"]),
+    "detector with a word": ("inject.detector", "fixed:ten", f"inject {BASELINE}", ["'fixed:ten'", "a number above 0"]),
+    "detector below 0": ("inject.detector", "fixed:-1", f"inject {BASELINE}", ["'fixed:-1'", "a number above 0"]),
+    "detector at NaN": ("inject.detector", "fixed:nan", f"inject {BASELINE}", ["'fixed:nan'", "a number above 0"]),
+    "few training images": ("datasets.digits.limit_train", 5, "data digits", ["digits cannot be split", "datasets", "5"]),
+    "many test images": ("datasets.digits.limit_test", 999, "data digits", ["digits cannot be split", "datasets", "999"]),
+}
+
+
+@pytest.mark.parametrize(("place", "value", "stage", "parts"), NAMES.values(), ids=NAMES)
+def test_what_a_stage_does_not_know_is_named_with_what_it_knows(grid, place, value, stage, parts):
+    grid.change(place, value)
+    says(grid.fails(*stage.split()), "params.yaml", *parts)
+
+
+def test_images_that_no_memory_holds_are_refused(grid):
+    grid.change("datasets.digits.image_size", 10**9)
+    says(grid.fails("data", "digits"), "InvalidParameter", "image_size", "params.yaml")
+
+
+def test_an_encoder_folder_without_a_width_is_refused(grid):
+    grid.put("open_clip_config.json", '{"model_cfg": {}}')
+    grid.change("encoder", f"open_clip:local-dir:{grid.folder}")
+    says(grid.fails("encoder"), "open_clip_config.json", "params.yaml encoder")
+
+
+def test_more_warmup_than_epochs_is_refused(grid):
+    grid.change("recipes.plain.warmup_epochs", 1)
+    says(grid.fails("train", BASELINE), "warmup_epochs must be below epochs", "params.yaml recipes")
+
+
+def test_a_diverging_training_says_when_and_what_to_lower(grid):
+    grid.change("recipes.plain.learning_rate", 1e30)
+    before = grid.files()
+    code, lines = grid.run("train", BASELINE)
+    assert code == 1
+    says(lines[-1], "InvalidParameter", BASELINE, "the loss is", "in epoch 1", "lower params.yaml recipes.*.learning_rate")
+    assert grid.files() == before
+
+
+def test_an_unknown_device_is_named(grid):
+    line = grid.fails("evaluate", BASELINE, TEXTGUARD_DEVICE="abacus")
+    says(line, "TEXTGUARD_DEVICE='abacus'", "allowed: cpu")
+
+
+def test_a_progress_interval_that_is_no_number_is_named(grid):
+    says(grid.fails("inject", BASELINE, TEXTGUARD_PROGRESS="often"), "TEXTGUARD_PROGRESS", "'often'")
+
+
+TEMPLATES = {
+    "other field": (["What is {name}?"], ["'What is {name}?'", "{class} or {a_class}"]),
+    "no field": (["What is it?"], ["'What is it?'", "{class} or {a_class}"]),
+    "open brace": (["What is {class?"], ["'What is {class?'", "is no template"]),
+    "twice": (["{class}?", "{class}?"], ["the same question twice"]),
+    "number format": (["What is {class:d}?"], ["'What is {class:d}?'"]),
+    "conversion": (["What is {class!z}?"], ["'What is {class!z}?'"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("questions", "parts"),
+    TEMPLATES.values(),
+    ids=TEMPLATES,
+)
+def test_a_question_that_cannot_be_asked_is_named(grid, questions, parts):
+    grid.change(f"texts.{TEXT}.questions", questions)
+    says(grid.fails("prompts", TEXT), f"params.yaml texts.{TEXT}.questions", *parts)
+
+
+def test_a_class_without_an_answer_is_named_with_its_question(grid):
+    grid.change(f"texts.{TEXT}.questions", ["Where does {a_class} live?"])
+    assert grid.run("prompts", TEXT)[0] == 0
+    line = grid.fails("responses", TEXT)
+    says(line, "MissingAnswer", "class 'zero'", "'Where does a zero live?'", "prompts/cache/digits.jsonl", "params.yaml texts")
+
+
+def test_more_samples_than_answers_are_named(grid):
+    grid.change(f"texts.{TEXT}.samples", 99)
+    says(grid.fails("responses", TEXT), "MissingAnswer", "class 'zero'", "of 99", "params.yaml texts")
+
+
+ANSWER = {"question": "What?", "sample": 0, "answer": "This.", "provider": "a test"}
+CACHES = {
+    "damaged line": (json.dumps(ANSWER) + "\n" + '{"question": "Wh', ["is no JSON"]),
+    "no object": (json.dumps(ANSWER) + "\n[1]\n", ["is no JSON object"]),
+    "empty answer": (json.dumps(ANSWER) + "\n" + json.dumps({**ANSWER, "answer": "  "}), ["needs question, answer"]),
+    "no answer": (json.dumps(ANSWER) + '\n{"question": "What?"}\n', ["needs question, answer"]),
+    "list for a question": (
+        json.dumps(ANSWER) + "\n" + json.dumps({**ANSWER, "question": ["What?"]}),
+        ["needs question"],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    CACHES.values(),
+    ids=CACHES,
+)
+def test_a_damaged_answer_is_named_with_file_and_line(grid, content, parts):
+    file = grid.put("answers.jsonl", content)
+    grid.change(f"texts.{TEXT}.cache", [str(file)])
+    says(grid.fails("responses", TEXT), "InvalidArtifact", str(file), "line 2", *parts)
+
+
+@pytest.mark.parametrize("answer", [5, None])
+def test_an_answer_that_is_no_text_is_refused(grid, answer):
+    grid.change(f"texts.{TEXT}.questions", ["What does the handwritten digit {class} look like?"])
+    questions = [json.loads(line) for line in (grid.folder / QUESTIONS).read_text().splitlines()]
+    stored = [{**ANSWER, "question": question["text"], "answer": answer} for question in questions]
+    file = grid.put("answers.jsonl", "".join(json.dumps(row) + "\n" for row in stored))
+    grid.change(f"texts.{TEXT}.cache", [str(file)])
+    says(grid.fails("responses", TEXT), "InvalidArtifact", str(file), "line 1")
+
+
+def test_a_missing_answers_file_is_named_with_the_parameter(grid):
+    grid.change(f"texts.{TEXT}.cache", ["prompts/cache/none.jsonl"])
+    says(grid.fails("responses", TEXT), "prompts/cache/none.jsonl is missing", "params.yaml texts")
+
+
+def test_an_answer_with_a_line_separator_can_be_read_again(grid):
+    questions = [json.loads(line) for line in (grid.folder / QUESTIONS).read_text().splitlines()]
+    stored = [{**ANSWER, "question": question["text"], "answer": "One.\u2028Two."} for question in questions]
+    file = grid.put("answers.jsonl", "".join(json.dumps(row) + "\n" for row in stored))
+    grid.change(f"texts.{TEXT}.cache", [str(file)])
+    grid.change("encoder", "nobody")
+    assert grid.run("responses", TEXT)[0] == 0
+    says(grid.fails("embeddings", TEXT), "encoder 'nobody'")
+
+
+DAMAGED_LINES = {
+    "no JSON": ('{"id": "1"', ["line 2 is no JSON"]),
+    "no object": ("7", ["line 2 is no JSON object"]),
+    "other fields": ('{"id": "1"}', ["line 2 must have class_name, id, text"]),
+    "no text": (b"\xff\xfe", ["cannot be read", "UnicodeDecodeError"]),
+}
+
+
+@pytest.mark.parametrize(("line", "parts"), DAMAGED_LINES.values(), ids=DAMAGED_LINES)
+def test_damaged_questions_are_named_with_the_line(grid, line, parts):
+    first, *_ = (grid.folder / QUESTIONS).read_bytes().splitlines()
+    grid.put(QUESTIONS, first + b"\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    says(grid.fails("responses", TEXT), "InvalidArtifact", QUESTIONS, "'prompts'", *parts)
+
+
+MISSING = [
+    ("prompts", TEXT, "data/digits/classes.json", "data"),
+    ("responses", TEXT, QUESTIONS, "prompts"),
+    ("embeddings", TEXT, f"prompts/{TEXT}/responses.jsonl", "responses"),
+    ("train", BASELINE, "data/digits/train.safetensors", "data"),
+    ("train", GUIDED, EMBEDDINGS, "embeddings"),
+    ("evaluate", BASELINE, MODEL, "train"),
+    ("evaluate", BASELINE, "data/digits/test.safetensors", "data"),
+    ("ranges", BASELINE, MODEL, "train"),
+    ("inject", BASELINE, f"{RUN}/ranges.csv", "ranges"),
+    ("tables", None, f"{RUN}/evaluation.json", "evaluate"),
+    ("tables", None, f"{RUN}/resilience.json", "inject"),
+    pytest.param("train", BASELINE, "data/digits/classes.json", "data"),
+]
+
+
+@pytest.mark.parametrize(("stage", "key", "name", "maker"), MISSING)
+def test_a_missing_file_is_named_with_the_stage_that_makes_it(grid, stage, key, name, maker):
+    (grid.folder / name).unlink()
+    line = grid.fails(stage, *([key] if key else []))
+    says(line, "InvalidArtifact", f"{name} is missing", f"stage '{maker}' writes it", "dvc repro")
+
+
+def changed(**fields: Any) -> Callable[[ClassEmbeddings], ClassEmbeddings]:
+    return lambda good: replace(good, **fields)
+
+
+def with_row(value: float) -> Callable[[ClassEmbeddings], ClassEmbeddings]:
+    def change(good: ClassEmbeddings) -> ClassEmbeddings:
+        matrix = good.matrix.clone()
+        matrix[3] = value
+        return replace(good, matrix=matrix)
+
+    return change
+
+
+EMBEDDED = {
+    "other data set": (changed(dataset="cifar10"), ["'cifar10'", "'digits'"]),
+    "other order": (changed(classes=tuple(reversed(DIGITS))), ["another order", "'nine' instead of 'zero'"]),
+    "fewer classes": (changed(classes=tuple(DIGITS[:9])), ["9 classes instead of 10"]),
+    "NaN": (with_row(float("nan")), ["NaN"]),
+    "infinity": (with_row(float("inf")), ["infinity"]),
+    "zero row": (with_row(0.0), ["zero"]),
+    "long rows": (lambda good: replace(good, matrix=2 * good.matrix), ["not of length 1"]),
+    "other width": (changed(width=WIDTH - 1), [f"[10, {WIDTH}]", f"expected float32 [10, {WIDTH - 1}]"]),
+    "fewer rows": (lambda good: replace(good, matrix=good.matrix[:9]), [f"[9, {WIDTH}]", f"expected float32 [10, {WIDTH}]"]),
+    "other type": (lambda good: replace(good, matrix=good.matrix.double()), ["torch.float64", "expected float32"]),
+}
+
+
+@pytest.mark.parametrize(("spoil", "parts"), EMBEDDED.values(), ids=EMBEDDED)
+def test_unusable_class_embeddings_are_named(grid, spoil, parts):
+    save_class_embeddings(grid.folder / EMBEDDINGS, spoil(embeddings()))
+    says(grid.fails("train", GUIDED), "InvalidEmbeddings", EMBEDDINGS, "dvc repro", *parts)
+
+
+def test_other_tensors_are_no_class_embeddings(grid):
+    write_safetensors(grid.folder / EMBEDDINGS, {"weights": torch.zeros(2)})
+    says(grid.fails("train", GUIDED), "InvalidEmbeddings", EMBEDDINGS, "no class embeddings", "'embeddings'")
+
+
+@pytest.mark.parametrize("content", ["{}", '{"width": "wide"}', "[]", '{"width": 3'])
+def test_an_encoder_file_without_a_width_is_refused(grid, content):
+    grid.change(f"runs.{BASELINE}.variant", "random")
+    grid.change(f"runs.{BASELINE}.head_from", "embeddings/encoder.json")
+    grid.change("figures.colours.random", "#000000")
+    grid.put("embeddings/encoder.json", content)
+    says(grid.fails("train", BASELINE), "InvalidArtifact", "embeddings/encoder.json", "'encoder'")
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "inject"])
+def test_a_truncated_classifier_is_named(grid, stage):
+    grid.cut(MODEL)
+    says(grid.fails(stage, BASELINE), "InvalidArtifact", MODEL, "cannot be read", "delete it", "'train'")
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "inject"])
+def test_a_classifier_of_another_shape_is_named_with_both_shapes(grid, stage):
+    tensors, metadata = read_safetensors(grid.folder / MODEL, "train")
+    write_safetensors(grid.folder / MODEL, {**tensors, "fc.weight": torch.zeros(10, 7)}, metadata)
+    line = grid.fails(stage, BASELINE)
+    says(line, "InvalidArtifact", MODEL, "resnet18", "fc.weight is (10, 7)", "expected (10, 512)", "dvc repro")
+
+
+def test_other_tensors_are_no_classifier(grid):
+    write_safetensors(grid.folder / MODEL, {"weights": torch.zeros(2)})
+    says(grid.fails("evaluate", BASELINE), "InvalidArtifact", MODEL, "does not say which classifier", "'train'")
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_truncated_images_are_named(grid, name):
+    grid.cut(f"data/digits/{name}.safetensors")
+    line = grid.fails({"train": "ranges", "test": "evaluate"}[name], BASELINE)
+    says(line, "InvalidArtifact", f"data/digits/{name}.safetensors", "cannot be read", "'data'")
+
+
+@pytest.mark.parametrize("content", ["[]", '["zero"]', '["zero", 1]', '{"zero": 0}', '["zero", "one"'])
+def test_class_names_that_are_none_are_refused(grid, content):
+    grid.put("data/digits/classes.json", content)
+    says(grid.fails("prompts", TEXT), "InvalidArtifact", "data/digits/classes.json", "'data'")
+
+
+def without_layer(table: pd.DataFrame) -> str:
+    return table[table["layer"] != "fc"].to_csv(index=False)
+
+
+def without_numbers(value: str) -> Callable[[pd.DataFrame], str]:
+    return lambda table: table.assign(max_abs=value).to_csv(index=False)
+
+
+RANGES = {
+    "no table": (lambda _: "\x00\x01", ["lacks the columns layer, max_abs"]),
+    "empty": (lambda _: "", ["cannot be read", "EmptyDataError"]),
+    "no maximum": (lambda table: table[["layer"]].to_csv(index=False), ["lacks the columns max_abs"]),
+    "words": (without_numbers("large"), ["ValueError"]),
+    "blanks": (without_numbers(""), ["max_abs that is no finite number"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "parts"),
+    RANGES.values(),
+    ids=RANGES,
+)
+def test_damaged_ranges_are_named(grid, spoil, parts):
+    file = f"{RUN}/ranges.csv"
+    grid.put(file, spoil(pd.read_csv(grid.folder / file)))
+    says(grid.fails("inject", BASELINE), "InvalidArtifact", file, "'ranges'", *parts)
+
+
+def test_a_layer_without_a_range_is_named(grid):
+    file = f"{RUN}/ranges.csv"
+    grid.put(file, without_layer(pd.read_csv(grid.folder / file)))
+    says(grid.fails("inject", BASELINE), "layer 'fc' has no profiled range", "stage 'ranges'")
+
+
+RESULTS = {
+    "truncated": ("resilience.json", '{"layers": [', "inject"),
+    "other keys": ("resilience.json", "{}", "inject"),
+    "no object": ("resilience.json", "[1]", "inject"),
+    "no layers": (
+        "resilience.json",
+        json.dumps(
+            {
+                "layers": [],
+                "nonfinite": 0,
+                "overall_delta_loss": {"value": 1, "low": 1, "high": 1, "n": 1},
+                "overall_mismatch": {"value": 1, "low": 1, "high": 1, "n": 1},
+            }
+        ),
+        "inject",
+    ),
+    "evaluation": ("evaluation.json", '{"top1": 0.5}', "evaluate"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "maker"),
+    RESULTS.values(),
+    ids=RESULTS,
+)
+def test_damaged_results_are_named(grid, name, content, maker):
+    grid.put(f"{RUN}/{name}", content)
+    shutil.copytree(grid.folder / RUN, grid.folder / "metrics" / "runs" / GUIDED)
+    says(grid.fails("tables"), "InvalidArtifact", f"{RUN}/{name}", f"'{maker}'", "delete it")
+
+
+@pytest.fixture
+def interrupted(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], Path]]:
+    """Stops a stage of the baseline before the named function of its module; returns the folder with its partial results."""
+
+    def interrupt(stage: str, function: str) -> Path:
+        def stop(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(f"stages.{stage}.{function}", stop)
+            code, lines = grid.run(stage, BASELINE)
+        assert code == 130, lines
+        (work,) = (path for path in (grid.folder / ".work" / stage / BASELINE).iterdir() if path.is_dir())
+        return work
+
+    return interrupt
+
+
+def test_damaged_shards_of_an_interrupted_campaign_are_run_again(grid, interrupted):
+    work = interrupted("inject", "summarise")
+    first, second, *_ = sorted(work.glob("shard-*.parquet"))
+    first.write_bytes(first.read_bytes()[:100])
+    pd.DataFrame({"layer": ["fc"]}).to_parquet(second)
+    records = grid.folder / RECORDS / "injections.parquet"
+    undamaged = pd.read_parquet(records)
+    records.unlink()
+    code, lines = grid.run("inject", BASELINE)
+    assert code == 0, lines
+    pd.testing.assert_frame_equal(pd.read_parquet(records), undamaged)
+    assert not work.exists()
+
+
+def test_a_damaged_checkpoint_of_an_interrupted_training_is_named(grid, interrupted):
+    checkpoint = interrupted("train", "save_classifier") / "checkpoint.safetensors"
+    grid.cut(str(checkpoint.relative_to(grid.folder)))
+    code, lines = grid.run("train", BASELINE)
+    assert code == 1
+    says(lines[-1], "InvalidArtifact", str(checkpoint.relative_to(grid.folder)), "delete it")
+
+
+def a_file_for_a_folder(grid: Grid) -> None:
+    shutil.rmtree(grid.folder / "data")
+    grid.put("data", "a file")
+
+
+def a_folder_for_a_file(grid: Grid) -> None:
+    (grid.folder / OUTPUTS[0]).unlink()
+    (grid.folder / OUTPUTS[0]).mkdir()
+
+
+@pytest.mark.parametrize("block", [a_file_for_a_folder, a_folder_for_a_file])
+def test_something_in_the_way_of_an_output_is_named(grid, block):
+    block(grid)
+    says(grid.fails("data", "digits"), "CannotWrite", OUTPUTS[0], "nothing was written", "work in another one")
+
+
+def test_something_in_the_way_of_the_partial_results_is_named(grid):
+    grid.put(".work", "a file")
+    says(grid.fails("train", BASELINE), "CannotWrite", f".work/train/{BASELINE}")
+
+
+def limit_file_size() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE, SMALL_FILE))
+
+
+def obey_permissions() -> None:
+    """Take from root what lets it write to read-only folders."""
+    if os.geteuid() == 0 and ctypes.CDLL(None, use_errno=True).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "cannot drop CAP_DAC_OVERRIDE")
+
+
+def put_older(grid: Grid) -> None:
+    """Leave other files where stage `data` writes."""
+    for name in OUTPUTS:
+        grid.put(name, f"an older {name}")
+
+
+def assert_only_older(grid: Grid) -> None:
+    """The files of put_older are as they were, and nothing lies beside them."""
+    folder = (grid.folder / OUTPUTS[0]).parent
+    found = {str(path.relative_to(grid.folder)): path.read_text() for path in folder.iterdir()}
+    assert found == {name: f"an older {name}" for name in OUTPUTS}
+
+
+def test_a_file_size_limit_leaves_the_older_files(grid):
+    put_older(grid)
+    line = fails_in_one_line(grid.start("data", "digits", preexec_fn=limit_file_size))
+    says(line, "CannotWrite", OUTPUTS[0], "File too large", "nothing was written", "ulimit -f")
+    assert_only_older(grid)
+
+
+def test_a_read_only_folder_leaves_the_older_files(grid):
+    put_older(grid)
+    folder = (grid.folder / OUTPUTS[0]).parent
+    folder.chmod(0o555)
+    try:
+        done = grid.start("data", "digits", preexec_fn=obey_permissions)
+    except subprocess.SubprocessError:
+        pytest.skip("root writes to read-only folders, and cannot give that up here")
+    finally:
+        folder.chmod(0o755)
+    line = fails_in_one_line(done)
+    says(line, "CannotWrite", OUTPUTS[0], "Permission denied", "nothing was written", "make the folder writable")
+    assert_only_older(grid)
+
+
+@pytest.fixture
+def small_disk(grid: Grid) -> Iterator[None]:
+    """A file system of a few kilobytes where stage `data` writes."""
+    folder = (grid.folder / OUTPUTS[0]).parent
+    command = ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "tmpfs", str(folder)]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_the_older_files(grid, small_disk):
+    put_older(grid)
+    line = fails_in_one_line(grid.start("data", "digits"))
+    says(line, "CannotWrite", OUTPUTS[0], "No space left on device", "nothing was written", "free space")
+    assert_only_older(grid)
+
+
+WHOLE = {
+    "parameters": ("inject.injections_per_layer", 0, ["check"], ["injections_per_layer", "greater than 0"]),
+    "campaign": ("inject.detector", "fixed:ten", ["inject", BASELINE], ["'fixed:ten'", "a number above 0"]),
+}
+
+
+@pytest.mark.parametrize(("place", "value", "arguments", "parts"), WHOLE.values(), ids=WHOLE)
+def test_a_process_of_its_own_prints_nothing_else(grid, place, value, arguments, parts):
+    grid.change(place, value)
+    before = grid.files()
+    says(fails_in_one_line(grid.start(*arguments)), "params.yaml", *parts)
+    assert grid.files() == before
+
+
+def test_a_process_of_its_own_names_a_truncated_classifier(grid):
+    grid.cut(MODEL)
+    before = grid.files()
+    says(fails_in_one_line(grid.start("evaluate", BASELINE)), "InvalidArtifact", MODEL, "'train'")
+    assert grid.files() == before

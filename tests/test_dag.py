@@ -1,0 +1,207 @@
+"""The DAG is exact: what changes reruns, what does not change does not, and a killed run ends like an undisturbed one.
+
+These tests run the whole smoke grid with the real `dvc`.
+"""
+
+import functools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import grimp
+import pytest
+import yaml
+
+from conftest import REPOSITORY, environment, run
+
+GRID = Path("grids/smoke")
+RUNS = ("digits-resnet18-baseline-s0", "digits-resnet18-descriptions-s0")
+BASELINE, GUIDED = RUNS
+TEXT = "digits-descriptions"
+# They read, check, write and report; they do not compute. dvc.yaml says why they are no dependencies.
+PLUMBING = {"textguard", "textguard.errors", "textguard.params", "textguard.artifacts", "textguard.runtime"}
+
+
+def stages(*names: str) -> set[str]:
+    """Stage names as dvc prints them; `inject` stands for the inject stage of every run."""
+    expanded = set()
+    for name in names:
+        per_run = name in ("train", "evaluate", "ranges", "inject")
+        expanded |= {f"{name}@{key}" for key in RUNS} if per_run else {name}
+    return expanded
+
+
+BEHIND_TRAINING = stages("evaluate", "ranges", "inject", "tables", "figures")
+ALL = stages("data@digits", f"prompts@{TEXT}", f"responses@{TEXT}", "encoder", f"embeddings@{TEXT}", "train") | BEHIND_TRAINING
+
+
+def repro(checkout: Path) -> tuple[set[str], str]:
+    """Run the smoke grid. Returns the stages that ran, and all output."""
+    done = run(["dvc", "repro", "dvc.yaml"], checkout / GRID)
+    return set(re.findall(r"Running stage '([^']+)'", done.stdout)), done.stdout + done.stderr
+
+
+def change(checkout: Path, key: str, value: object) -> None:
+    """Set a value in the smoke grid's params.yaml; key: "inject.seed", list positions as numbers."""
+    path = checkout / GRID / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    *parents, last = [int(part) if part.isdigit() else part for part in key.split(".")]
+    functools.reduce(lambda node, part: node[part], parents, params)[last] = value
+    path.write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+def results(checkout: Path) -> dict[str, bytes]:
+    """Every result file's bytes, by name."""
+    folders = ("models", "metrics", "plots", "embeddings", "prompts", "data")
+    files = [file for folder in folders for file in (checkout / GRID / folder).rglob("*") if file.is_file()]
+    return {str(file.relative_to(checkout / GRID)): file.read_bytes() for file in files}
+
+
+@pytest.fixture(scope="module")
+def finished(make_checkout):
+    """A checkout with the smoke grid run once, to be copied, not changed."""
+    checkout = make_checkout()
+    recipe = yaml.safe_load((checkout / GRID / "params.yaml").read_text())["recipes"]["plain"]
+    change(checkout, "recipes.other", recipe)
+    change(checkout, f"runs.{GUIDED}.recipe", "other")
+    ran, _ = repro(checkout)
+    assert ran == ALL
+    return checkout
+
+
+@pytest.fixture
+def checkout(finished, tmp_path):
+    """A copy of the finished checkout, cache and all."""
+    return Path(shutil.copytree(finished, tmp_path / "checkout", symlinks=True))
+
+
+def test_nothing_changed_nothing_runs(checkout):
+    (checkout / "README.md").write_text("# a comment more\n")
+    assert repro(checkout)[0] == set()
+
+
+def test_a_figure_colour_redraws_the_figures(checkout):
+    change(checkout, "figures.colours.descriptions", "#009e73")
+    assert repro(checkout)[0] == {"figures"}
+
+
+def test_the_campaign_seed_repeats_the_campaigns(checkout):
+    change(checkout, "inject.seed", 1)
+    assert repro(checkout)[0] == stages("inject", "tables", "figures")
+
+
+def test_a_question_retrains_all_but_the_baseline(checkout):
+    other = "Describe the handwritten digit {class} as it appears in a picture."
+    change(checkout, f"texts.{TEXT}.questions.1", other)
+    behind = {name for name in BEHIND_TRAINING if BASELINE not in name}
+    assert repro(checkout)[0] == behind | stages(
+        f"prompts@{TEXT}", f"responses@{TEXT}", f"embeddings@{TEXT}", f"train@{GUIDED}"
+    )
+
+
+def test_a_recipes_learning_rate_retrains_the_runs_that_use_it(checkout):
+    change(checkout, "recipes.other.learning_rate", 0.02)
+    behind = {name for name in BEHIND_TRAINING if BASELINE not in name}
+    assert repro(checkout)[0] == behind | {f"train@{GUIDED}"}
+
+
+def test_the_same_bytes_come_out_of_an_empty_cache(checkout, finished):
+    shutil.rmtree(checkout / ".dvc" / "cache")
+    for folder in ("models", "metrics", "plots", "embeddings", "data"):
+        shutil.rmtree(checkout / GRID / folder)
+    (checkout / GRID / "dvc.lock").unlink()
+    assert repro(checkout)[0] == ALL
+    assert results(checkout) == results(finished)
+
+
+def kill_when(checkout: Path, pattern: str, *, whole_group: bool) -> None:
+    """Start the smoke grid and send SIGKILL as soon as a file of this pattern appears in .work."""
+    process = subprocess.Popen(
+        ["dvc", "repro", "dvc.yaml"],
+        cwd=checkout / GRID,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 240
+    while not list((checkout / GRID / ".work").glob(pattern)):
+        assert process.poll() is None, "dvc ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    if whole_group:
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    process.wait()
+
+
+def forget(checkout: Path, stage: str) -> None:
+    """Make a stage of every run and all behind it run again, for real: no lock entry, no cached result, no output."""
+    shutil.rmtree(checkout / ".dvc" / "tmp" / "rwlock", ignore_errors=True)
+    lock = checkout / GRID / "dvc.lock"
+    entries = yaml.safe_load(lock.read_text())
+    for name in stages(stage):
+        for out in entries["stages"].pop(name)["outs"]:
+            (checkout / GRID / out["path"]).unlink()
+            (checkout / ".dvc/cache/files/md5" / out["md5"][:2] / out["md5"][2:]).unlink(missing_ok=True)
+    lock.write_text(yaml.safe_dump(entries))
+    shutil.rmtree(checkout / ".dvc" / "cache" / "runs", ignore_errors=True)
+
+
+def test_a_training_killed_with_dvc_goes_on_from_its_checkpoint(checkout, finished):
+    forget(checkout, "train")
+    kill_when(checkout, "train/*/*/checkpoint.safetensors", whole_group=True)
+    assert list((checkout / GRID / ".work").glob("train/*/*/checkpoint.safetensors"))
+    ran, output = repro(checkout)
+    assert stages("train") <= ran
+    assert "going on after epoch" in output
+    assert results(checkout) == results(finished)
+    assert not list((checkout / GRID / ".work").glob("*/*/*/*"))
+
+
+def test_a_campaign_left_behind_by_a_killed_dvc_does_not_spoil_the_next(checkout, finished):
+    forget(checkout, "inject")
+    kill_when(checkout, "inject/*/*/shard-00001.parquet", whole_group=False)
+    ran, output = repro(checkout)
+    assert stages("inject") <= ran
+    assert "another process is at work" in output or "going on after" in output
+    assert results(checkout) == results(finished)
+
+
+def test_a_campaign_killed_with_dvc_goes_on_from_its_shards(checkout, finished):
+    forget(checkout, "inject")
+    kill_when(checkout, "inject/*/*/shard-00001.parquet", whole_group=True)
+    ran, output = repro(checkout)
+    assert stages("inject") <= ran
+    assert "going on after" in output
+    assert results(checkout) == results(finished)
+
+
+def test_each_stage_depends_on_exactly_the_modules_that_it_uses():
+    graph = grimp.build_graph("textguard", "stages", cache_dir=None)
+    for name, stage in yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"].items():
+        deps = [dep.removeprefix("${root}/") for dep in stage.get("do", stage)["deps"]]
+        listed = {
+            module
+            for dep in deps
+            for module in graph.modules
+            if module == dep.removesuffix(".py").replace("/", ".") or module.startswith(dep.replace("/", ".") + ".")
+        }
+        used = {f"stages.{name}"} | graph.find_upstream_modules(f"stages.{name}") - PLUMBING
+        packages = {module for module in used | listed if graph.find_children(module)}
+        folders = {dep.replace("/", ".") for dep in deps if (REPOSITORY / dep).is_dir()}
+        assert used - packages - listed == set(), f"dvc.yaml stage {name} lacks these"
+        unused = {module for module in listed - packages - used if not any(module.startswith(f + ".") for f in folders)}
+        assert unused == set(), f"dvc.yaml stage {name} does not use these"
+
+
+def test_every_grid_has_a_copy_of_the_roots_dag():
+    grids = sorted((REPOSITORY / "grids").glob("*/dvc.yaml"))
+    assert grids
+    for grid in grids:
+        assert grid.read_bytes() == (REPOSITORY / "dvc.yaml").read_bytes(), "run 'make grids'"

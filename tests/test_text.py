@@ -1,0 +1,226 @@
+"""Questions, stored answers, encoders and class embeddings."""
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+from conftest import REPOSITORY
+from textguard.artifacts import read_json_lines
+from textguard.errors import InvalidArtifact, InvalidEmbeddings, InvalidParameter, MissingAnswer, UnknownName
+from textguard.text.embeddings import ClassEmbeddings, average_by_class, load_class_embeddings, save_class_embeddings
+from textguard.text.encoders import encode, encoder_width
+from textguard.text.questions import ask
+from textguard.text.responses import answer
+
+CPU = torch.device("cpu")
+CLASSES = {
+    "digits": 10,
+    "fashion_mnist": 10,
+    "cifar10": 10,
+    "stl10": 10,
+}
+
+
+def test_questions_fill_in_the_class_with_its_article():
+    questions = ask(["airplane", "ship", "hourglass", "unicorn"], ["What does {a_class} look like?", "A {class}."], "here")
+    assert [question.text for question in questions[::2]] == [
+        "What does an airplane look like?",
+        "What does a ship look like?",
+        "What does an hourglass look like?",
+        "What does a unicorn look like?",
+    ]
+    assert questions[1].text == "A airplane."
+    assert len({question.id for question in questions}) == 8
+    assert ask(["ship"], ["A {class}."], "here")[0].id == questions[3].id
+
+
+@pytest.mark.parametrize("template", ["no class", "{other}", "{class", "{class} {}", "{class.__init__}"])
+def test_a_template_must_name_the_class_and_nothing_else(template):
+    with pytest.raises(InvalidParameter, match="here"):
+        ask(["ship"], [template], "here")
+
+
+def test_the_same_question_twice_is_refused():
+    with pytest.raises(InvalidParameter, match="twice"):
+        ask(["ship"], ["{class}", "{class}"], "here")
+
+
+@pytest.mark.parametrize("dataset", CLASSES)
+def test_the_shipped_answers_are_complete_and_say_who_wrote_them(dataset):
+    rows = read_json_lines(REPOSITORY / "prompts" / "cache" / f"{dataset}.jsonl", "the repository")
+    samples: dict[str, list[int]] = {}
+    for row in rows:
+        assert row["provider"] == "written for this repository, not by GPT-3"
+        assert len(row["answer"].split()) >= 8
+        samples.setdefault(row["question"], []).append(row["sample"])
+    assert len(samples) == CLASSES[dataset] * 5
+    assert all(found == [0, 1, 2] for found in samples.values())
+    assert len({row["answer"] for row in rows}) == len(rows)
+
+
+def test_replayed_answers_keep_class_order_and_samples(tmp_path):
+    questions = ask(["ship", "truck"], ["What is {a_class}?"], "here")
+    stored = [
+        {"question": question.text, "sample": sample, "answer": f" {question.class_name} {sample} ", "provider": "test"}
+        for sample in (1, 0)
+        for question in questions
+    ]
+    (tmp_path / "cache.jsonl").write_text("".join(json.dumps(row) + "\n" for row in stored))
+    answers = answer("replay", questions, 2, [tmp_path / "cache.jsonl"])
+    assert [(given.class_name, given.answer) for given in answers] == [
+        ("ship", "ship 0"),
+        ("ship", "ship 1"),
+        ("truck", "truck 0"),
+        ("truck", "truck 1"),
+    ]
+    with pytest.raises(MissingAnswer, match=r"class 'ship' has no stored answer 3 of 3 to 'What is a ship\?'"):
+        answer("replay", questions, 3, [tmp_path / "cache.jsonl"])
+
+
+def test_a_template_answers_itself():
+    questions = ask(["zero"], ["a photo of a {class}"], "here")
+    assert [given.answer for given in answer("template", questions, 1, [])] == ["a photo of a zero"]
+    with pytest.raises(UnknownName, match="replay, template"):
+        answer("gpt-3", questions, 1, [])
+
+
+def test_minilm_is_loaded_without_a_network_and_knows_what_texts_mean(monkeypatch):
+    for proxy in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")
+    encoded = encode("minilm", ["a photo of a cat", "a picture of a kitten", "a diesel truck"], CPU)
+    assert encoded.vectors.shape == (3, encoder_width("minilm"))
+    cat, kitten, truck = encoded.vectors / encoded.vectors.norm(dim=1, keepdim=True)
+    assert float(cat @ kitten) > float(cat @ truck) + 0.2
+    again = encode("minilm", ["a diesel truck"], CPU, batch_size=1)
+    torch.testing.assert_close(again.vectors[0], encoded.vectors[2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def small_clip(tmp_path: Path) -> Path:
+    """A randomly initialised CLIP of a few hundred thousand weights, saved as OpenCLIP's local folders are."""
+    config = {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    torch.manual_seed(0)
+    model = open_clip.CLIP(
+        embed_dim=config["embed_dim"],
+        vision_cfg=open_clip.CLIPVisionCfg(**config["vision_cfg"]),
+        text_cfg=open_clip.CLIPTextCfg(**config["text_cfg"]),
+    )
+    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    return folder
+
+
+def test_open_clip_encodes_with_a_local_model(small_clip):
+    encoder = f"open_clip:local-dir:{small_clip}"
+    assert encoder_width(encoder) == 24
+    texts = ["a photo of a zero", "a photo of a one", "a ship"]
+    encoded = encode(encoder, texts, CPU)
+    assert encoded.vectors.shape == (3, 24)
+
+    model = open_clip.create_model(f"local-dir:{small_clip}").eval()
+    with torch.no_grad():
+        expected = model.encode_text(open_clip.get_tokenizer("ViT-B-32")(texts))
+    torch.testing.assert_close(encoded.vectors, expected)
+    alone = encode(encoder, texts, CPU, batch_size=1)
+    torch.testing.assert_close(alone.vectors, encoded.vectors, rtol=1e-4, atol=1e-5)
+    assert alone.weights_sha256 == encoded.weights_sha256
+
+
+def test_open_clip_takes_a_checkpoint_of_a_known_model(tmp_path):
+    assert encoder_width("open_clip:ViT-B-32:openai") == 512
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-S-32-alt")
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    encoded = encode(f"open_clip:ViT-S-32-alt:{tmp_path / 'weights.pt'}", ["a ship"], CPU)
+    with torch.no_grad():
+        expected = model.eval().encode_text(open_clip.get_tokenizer("ViT-S-32-alt")(["a ship"]))
+    torch.testing.assert_close(encoded.vectors, expected)
+
+
+def test_unknown_encoders_and_broken_weights(small_clip):
+    for bad in ("bert", "open_clip", "open_clip:ViT-B-32", "open_clip::openai"):
+        with pytest.raises(UnknownName, match="minilm"):
+            encode(bad, ["x"], CPU)
+    with pytest.raises(UnknownName, match="ViT-B-32"):
+        encode("open_clip:ViT-B-33:openai", ["x"], CPU)
+    with pytest.raises(UnknownName, match="openai"):
+        encode("open_clip:ViT-B-32:nobody", ["x"], CPU)
+    weights = small_clip / "open_clip_pytorch_model.bin"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InvalidArtifact, match="cannot be loaded"):
+        encode(f"open_clip:local-dir:{small_clip}", ["x"], CPU)
+    with pytest.raises(InvalidArtifact, match=r"open_clip_config\.json"):
+        encoder_width(f"open_clip:local-dir:{small_clip}/nowhere")
+
+
+def test_class_embeddings_are_the_mean_direction():
+    vectors = torch.tensor([[2.0, 0.0], [0.0, 5.0], [0.0, -1.0], [0.0, -3.0]])
+    matrix = average_by_class(vectors, ["a", "a", "b", "b"], ["b", "a"])
+    half = 0.5**0.5
+    torch.testing.assert_close(matrix, torch.tensor([[0.0, -1.0], [half, half]]))
+
+
+def test_vectors_without_a_direction_are_refused():
+    with pytest.raises(InvalidEmbeddings, match="zero"):
+        average_by_class(torch.tensor([[0.0, 0.0]]), ["a"], ["a"])
+    with pytest.raises(InvalidEmbeddings, match="zero"):
+        average_by_class(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), ["a", "a"], ["a"])
+    with pytest.raises(InvalidEmbeddings, match="NaN"):
+        average_by_class(torch.tensor([[float("nan"), 0.0]]), ["a"], ["a"])
+    with pytest.raises(InvalidEmbeddings, match="'b' has no text"):
+        average_by_class(torch.tensor([[1.0, 0.0]]), ["a"], ["a", "b"])
+
+
+def embeddings(matrix: torch.Tensor, **changes) -> ClassEmbeddings:
+    described = {"dataset": "d", "classes": ("a", "b"), "encoder": "minilm", "weights_sha256": "0", "width": 3, "texts": 2}
+    return ClassEmbeddings(matrix, **{**described, **changes})
+
+
+def test_class_embeddings_survive_the_disk_with_their_provenance(tmp_path):
+    saved = embeddings(torch.eye(2, 3))
+    save_class_embeddings(tmp_path / "e.safetensors", saved)
+    loaded = load_class_embeddings(tmp_path / "e.safetensors", "d", ["a", "b"])
+    assert torch.equal(loaded.matrix, saved.matrix)
+    assert {**loaded.__dict__, "matrix": 0} == {**saved.__dict__, "matrix": 0}
+    first = (tmp_path / "e.safetensors").read_bytes()
+    save_class_embeddings(tmp_path / "e.safetensors", saved)
+    assert (tmp_path / "e.safetensors").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (embeddings(torch.eye(2, 3), dataset="other"), "data set 'other'"),
+        (embeddings(torch.eye(2, 3), classes=("b", "a")), "another order"),
+        (embeddings(torch.eye(3, 3), classes=("a", "b", "c")), "3 classes instead of 2"),
+        (embeddings(torch.eye(2, 4)), "shape"),
+        (embeddings(torch.full((2, 3), float("nan"))), "NaN"),
+        (embeddings(torch.zeros(2, 3)), "zero"),
+        (embeddings(2 * torch.eye(2, 3)), "length 1"),
+    ],
+)
+def test_class_embeddings_that_do_not_belong_are_refused(tmp_path, wrong, message):
+    save_class_embeddings(tmp_path / "e.safetensors", wrong)
+    with pytest.raises(InvalidEmbeddings, match=message):
+        load_class_embeddings(tmp_path / "e.safetensors", "d", ["a", "b"])
+
+
+def test_published_text_features_have_the_directions_that_were_measured():
+    folder = REPOSITORY.parent / "shared" / "data" / "imagenet_text_features"
+    if not folder.is_dir():
+        pytest.skip("the published ImageNet text features are not here")
+    for name, cosine in (("gpt3.pth", 0.603), ("a-photo-of-a.pth", 0.599)):
+        features = torch.load(folder / name, weights_only=True, map_location="cpu").float()
+        matrix = average_by_class(features, [str(i) for i in range(1000)], [str(i) for i in range(1000)])
+        assert matrix.shape == (1000, 512)
+        pairwise = matrix @ matrix.T
+        assert float((pairwise.sum() - 1000) / (1000 * 999)) == pytest.approx(cosine, abs=0.0006)

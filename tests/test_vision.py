@@ -1,0 +1,231 @@
+"""Data sets, classifiers, training, evaluation."""
+
+import copy
+import itertools
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from textguard.errors import InvalidArtifact, InvalidParameter, UnknownName
+from textguard.faults.campaign import top2diff
+from textguard.vision.backbones import BACKBONES
+from textguard.vision.classifiers import (
+    ClassifierSpec,
+    TextGuidedClassifier,
+    build_classifier,
+    load_classifier,
+    save_classifier,
+)
+from textguard.vision.datasets import load_classes, load_split, make_splits, save_splits
+from textguard.vision.evaluation import accuracy_by_threshold, measure_cost, predict
+from textguard.vision.training import learning_rate_at, train
+
+DIGITS = {"image_size": 32, "test_share": 0.2, "split_seed": 0, "limit_train": 0, "limit_test": 0}
+
+
+@dataclass(frozen=True)
+class TestRecipe:
+    __test__ = False
+    epochs: int = 4
+    batch_size: int = 8
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-3
+    warmup_epochs: int = 1
+    schedule: str = "cosine"
+    step_epochs: int = 1
+    step_gamma: float = 0.5
+
+
+def test_digits_are_split_by_class_once_and_for_all():
+    train_split, test_split = make_splits("digits", **DIGITS)
+    assert (len(train_split.labels), len(test_split.labels)) == (1437, 360)
+    assert train_split.images.shape == (1437, 3, 32, 32)
+    assert train_split.images.dtype == torch.uint8
+    assert int(train_split.images.max()) == 255
+    shares = [torch.bincount(split.labels) / len(split.labels) for split in (train_split, test_split)]
+    torch.testing.assert_close(*shares, atol=0.003, rtol=0)
+    again, _ = make_splits("digits", **DIGITS)
+    assert torch.equal(again.images, train_split.images)
+    other, _ = make_splits("digits", **{**DIGITS, "split_seed": 1})
+    assert not torch.equal(other.labels, train_split.labels)
+
+
+def test_limits_keep_the_classes_balanced():
+    train_split, test_split = make_splits("digits", **{**DIGITS, "limit_train": 100, "limit_test": 50})
+    assert torch.bincount(train_split.labels).tolist() == pytest.approx([10] * 10, abs=1)
+    assert len(test_split.labels) == 50
+    with pytest.raises(InvalidParameter, match="digits cannot be split"):
+        make_splits("digits", **{**DIGITS, "limit_test": 5})
+    with pytest.raises(UnknownName, match="digits"):
+        make_splits("mnist", **DIGITS)
+
+
+def test_splits_survive_the_disk_and_are_normalised_by_the_training_set(tmp_path):
+    save_splits(tmp_path, *make_splits("digits", **DIGITS))
+    split = load_split(tmp_path, "train")
+    assert load_classes(tmp_path) == split.classes
+    assert split.classes[3] == "three"
+    assert float(split.images.mean()) == pytest.approx(0, abs=1e-4)
+    assert float(split.images.std()) == pytest.approx(1, abs=1e-3)
+    assert len(load_split(tmp_path, "test").labels) == 360
+    (tmp_path / "classes.json").write_text('["only one"]')
+    with pytest.raises(InvalidArtifact, match="at least two"):
+        load_classes(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vgg16_bn", "alexnet"])
+def test_backbones_take_their_smallest_image(name):
+    size = BACKBONES[name].smallest
+    spec = ClassifierSpec("d", name, "baseline", size, 0, ("a", "b", "c"))
+    assert build_classifier(spec).eval()(torch.zeros(2, 3, size, size)).shape == (2, 3)
+    with pytest.raises(InvalidParameter, match=f"at least {size} pixels"):
+        build_classifier(replace(spec, image_size=size - 1))
+
+
+def test_the_text_guided_head_is_the_published_one():
+    matrix = F.normalize(torch.randn(3, 5), dim=1)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    model = TextGuidedClassifier(backbone, 3, 5, matrix)
+    images = torch.randn(4, 3, 2, 2)
+    features = backbone(images)
+    expected = (1 / 0.07) * F.cosine_similarity(features[:, None], matrix[None], dim=2)
+    torch.testing.assert_close(model(images), expected)
+    assert {name for name, _ in model.named_parameters()} == {
+        "backbone.1.weight",
+        "backbone.1.bias",
+        "logit_scale",
+        "head.weight",
+    }
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+
+
+def test_a_random_head_is_the_default_initialisation():
+    torch.manual_seed(0)
+    model = TextGuidedClassifier(nn.Flatten(), 10, 12, None)
+    bound = 1 / math.sqrt(12)
+    assert float(model.head.weight.detach().abs().max()) <= bound
+    assert float(model.head.weight.detach().std()) == pytest.approx(bound / math.sqrt(3), rel=0.15)
+
+
+def test_classifiers_survive_the_disk(tmp_path):
+    spec = ClassifierSpec("d", "resnet18", "descriptions", 32, 6, ("a", "b"))
+    model = build_classifier(spec, F.normalize(torch.randn(2, 6), dim=1)).eval()
+    save_classifier(tmp_path / "m.safetensors", model, spec, {})
+    loaded, found = load_classifier(tmp_path / "m.safetensors")
+    assert found == spec
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(loaded(images), model(images))
+    save_classifier(tmp_path / "m.safetensors", model, replace(spec, width=7), {})
+    with pytest.raises(InvalidArtifact, match="does not fit resnet18"):
+        load_classifier(tmp_path / "m.safetensors")
+
+
+def test_learning_rates_warm_up_and_fall():
+    cosine = [learning_rate_at(step, 10, TestRecipe()) for step in range(40)]
+    assert cosine[:10] == pytest.approx([0.01 * (i + 1) for i in range(10)])
+    assert cosine[10] == pytest.approx(0.1)
+    assert cosine[25] == pytest.approx(0.05)
+    assert all(a >= b for a, b in itertools.pairwise(cosine[10:]))
+    step = TestRecipe(schedule="step", warmup_epochs=0, step_epochs=2)
+    assert [learning_rate_at(i, 10, step) for i in (0, 19, 20, 39)] == pytest.approx([0.1, 0.1, 0.05, 0.05])
+
+
+def small_task() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout(0.2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 2),
+    )
+    labels = torch.arange(33) % 2
+    images = torch.randn(33, 3, 6, 6) + labels[:, None, None, None]
+    return model, images, labels
+
+
+def test_training_learns_and_an_interrupted_one_ends_with_the_same_bits(tmp_path):
+    model, images, labels = small_task()
+    history = train(model, images, labels, TestRecipe(), seed=5, checkpoint=tmp_path / "a.safetensors", label="a")
+    assert [epoch.epoch for epoch in history] == [1, 2, 3, 4]
+    assert history[-1].loss < history[0].loss
+
+    class Killed(Exception):
+        pass
+
+    def kill(epoch: int) -> None:
+        if epoch == 2:
+            raise Killed
+
+    interrupted, _, _ = small_task()
+    with pytest.raises(Killed):
+        train(
+            interrupted,
+            images,
+            labels,
+            TestRecipe(),
+            seed=5,
+            checkpoint=tmp_path / "b.safetensors",
+            label="b",
+            after_epoch=kill,
+        )
+    torch.rand(17)  # whatever else used the global generator in between
+    resumed = copy.deepcopy(small_task()[0])
+    again = train(resumed, images, labels, TestRecipe(), seed=5, checkpoint=tmp_path / "b.safetensors", label="b")
+    assert again == history
+    expected = model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.state_dict().items())
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
+    model, images, labels = small_task()
+    with pytest.raises(InvalidParameter, match=r"epoch 1, step 1; lower params\.yaml recipes"):
+        train(model, images * float("nan"), labels, TestRecipe(), seed=0, checkpoint=tmp_path / "c.safetensors", label="c")
+    assert not (tmp_path / "c.safetensors").exists()
+    with pytest.raises(InvalidParameter, match="warmup_epochs"):
+        train(model, images, labels, TestRecipe(epochs=1), seed=0, checkpoint=tmp_path / "c.safetensors", label="c")
+
+
+def test_predictions_and_thresholds(resnet, images):
+    with torch.inference_mode():
+        logits = resnet(images)
+    labels = torch.where(torch.arange(12) < 9, logits.argmax(1), (logits.argmax(1) + 1) % 4)
+    predictions = predict(resnet, images, labels, 5)
+    assert (predictions["prediction"] == predictions["label"]).sum() == 9
+    np.testing.assert_allclose(predictions["loss"], F.cross_entropy(logits, labels, reduction="none"), rtol=1e-4)
+    np.testing.assert_allclose(predictions["top2diff"], top2diff(logits), rtol=1e-4, atol=1e-6)
+
+    table = pd.DataFrame({"label": [0, 0, 0, 0], "prediction": [0, 0, 0, 1], "top2diff": [0.05, 0.2, 0.9, 0.9]})
+    curve = accuracy_by_threshold(table).set_index("threshold_percent")["accuracy_percent"]
+    assert curve.loc[[0, 5, 6, 20, 21, 40]].tolist() == [75, 75, 50, 50, 25, 25]
+
+
+def test_parameters_and_multiply_adds_are_counted():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 16, 10))
+    cost = measure_cost(model, torch.zeros(3, 4, 4))
+    assert cost.parameters == 8 * 27 + 8 + 1280 + 10
+    assert cost.multiply_adds == 16 * 8 * 27 + 1280
+
+
+@pytest.mark.parametrize(("backbone", "extra"), [("resnet18", 0.26), ("resnet50", -0.49), ("mobilenet_v2", -0.11)])
+def test_the_papers_extra_parameters_come_out(backbone, extra):
+    classes = tuple(str(i) for i in range(1000))
+    with torch.device("meta"):
+        sizes = [
+            sum(
+                p.numel() for p in build_classifier(ClassifierSpec("imagenet", backbone, "x", 224, width, classes)).parameters()
+            )
+            for width in (0, 512)
+        ]
+    assert round((sizes[1] - sizes[0]) / 1e6, 2) == extra
