@@ -198,7 +198,7 @@ WRONG_VALUES = {
     "unknown schedule": ("recipes.plain.schedule", "linear", ['"linear"', "'cosine' or 'step'"]),
     "unknown weights": ("tables.last_layer_weights", "all", ['"all"', "'neurons', 'equal' or 'head_only'"]),
     "no questions": (f"texts.{TEXT}.questions", [], ["at least 1"]),
-    "colour without a number": ("figures.colours.baseline", "red", ["'red'", "#"]),
+    "colour without a number": ("figures.colours.baseline", "red", ['"red"', "#"]),
 }
 
 
@@ -261,7 +261,7 @@ FILES = {
     "broken YAML": (b"root: ../..\nruns: [\n", ["cannot be read as YAML", "line 3"]),
     "tabs": (b"runs:\n\tseed: 0\n", ["cannot be read as YAML", "line 2"]),
     "no text": (b"\xff\xfe\x00", ["cannot be read as YAML"]),
-    "empty": (b"", ["None", "object"]),
+    "empty": (b"", ["null", "object"]),
     "a list": (b"- 1\n- 2\n", ["[1, 2]", "object"]),
 }
 
@@ -319,10 +319,10 @@ NAMES = {
     "encoder folder": ("encoder", "open_clip:local-dir:/none", "encoder", ["/none/open_clip_config.json", "No such file"]),
     "engine": ("inject.engine", "hooks", f"inject {BASELINE}", ["engine 'hooks'", "known: pytorchfi, replay", "inject.engine"]),
     "detector": ("inject.detector", "clamp", f"inject {BASELINE}", ["detector 'clamp'", "known: fixed:X, off, profiled"]),
-    "detector without a number": ("inject.detector", "fixed:", f"inject {BASELINE}", ["'fixed:'", "a number above 0"]),
-    "detector with a word": ("inject.detector", "fixed:ten", f"inject {BASELINE}", ["'fixed:ten'", "a number above 0"]),
-    "detector below 0": ("inject.detector", "fixed:-1", f"inject {BASELINE}", ["'fixed:-1'", "a number above 0"]),
-    "detector at NaN": ("inject.detector", "fixed:nan", f"inject {BASELINE}", ["'fixed:nan'", "a number above 0"]),
+    "detector without a number": ("inject.detector", "fixed:", f"inject {BASELINE}", ["'fixed:'", "number above 0"]),
+    "detector with a word": ("inject.detector", "fixed:ten", f"inject {BASELINE}", ["'fixed:ten'", "number above 0"]),
+    "detector below 0": ("inject.detector", "fixed:-1", f"inject {BASELINE}", ["'fixed:-1'", "number above 0"]),
+    "detector at NaN": ("inject.detector", "fixed:nan", f"inject {BASELINE}", ["'fixed:nan'", "number above 0"]),
     "few training images": ("datasets.digits.limit_train", 5, "data digits", ["digits cannot be split", "datasets", "5"]),
     "many test images": ("datasets.digits.limit_test", 999, "data digits", ["digits cannot be split", "datasets", "999"]),
 }
@@ -757,7 +757,7 @@ def test_a_full_disk_leaves_the_older_files(grid, small_disk):
 
 WHOLE = {
     "parameters": ("inject.injections_per_layer", 0, ["check"], ["injections_per_layer", "greater than 0"]),
-    "campaign": ("inject.detector", "fixed:ten", ["inject", BASELINE], ["'fixed:ten'", "a number above 0"]),
+    "campaign": ("inject.detector", "fixed:ten", ["inject", BASELINE], ["'fixed:ten'", "number above 0"]),
 }
 
 

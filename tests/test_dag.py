@@ -9,12 +9,14 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import grimp
 import pytest
 import yaml
+from filelock import FileLock
 
 from conftest import REPOSITORY, environment, run
 
@@ -118,8 +120,17 @@ def test_the_same_bytes_come_out_of_an_empty_cache(checkout, finished):
     assert results(checkout) == results(finished)
 
 
-def kill_when(checkout: Path, pattern: str, *, whole_group: bool) -> None:
-    """Start the smoke grid and send SIGKILL as soon as a file of this pattern appears in .work."""
+def wait_for(checkout: Path, pattern: str, process: subprocess.Popen) -> None:
+    """Wait until a running process has written a file of this pattern in .work."""
+    deadline = time.monotonic() + 240
+    while not list((checkout / GRID / ".work").glob(pattern)):
+        assert process.poll() is None, "the process ended before that"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def kill_when(checkout: Path, pattern: str) -> None:
+    """Start the smoke grid and send SIGKILL to dvc and its stage as soon as a file of this pattern appears in .work."""
     process = subprocess.Popen(
         ["dvc", "repro", "dvc.yaml"],
         cwd=checkout / GRID,
@@ -128,15 +139,8 @@ def kill_when(checkout: Path, pattern: str, *, whole_group: bool) -> None:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 240
-    while not list((checkout / GRID / ".work").glob(pattern)):
-        assert process.poll() is None, "dvc ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    if whole_group:
-        os.killpg(process.pid, signal.SIGKILL)
-    else:
-        process.kill()
+    wait_for(checkout, pattern, process)
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
@@ -155,7 +159,7 @@ def forget(checkout: Path, stage: str) -> None:
 
 def test_a_training_killed_with_dvc_goes_on_from_its_checkpoint(checkout, finished):
     forget(checkout, "train")
-    kill_when(checkout, "train/*/*/checkpoint.safetensors", whole_group=True)
+    kill_when(checkout, "train/*/*/checkpoint.safetensors")
     assert list((checkout / GRID / ".work").glob("train/*/*/checkpoint.safetensors"))
     ran, output = repro(checkout)
     assert stages("train") <= ran
@@ -164,18 +168,21 @@ def test_a_training_killed_with_dvc_goes_on_from_its_checkpoint(checkout, finish
     assert not list((checkout / GRID / ".work").glob("*/*/*/*"))
 
 
-def test_a_campaign_left_behind_by_a_killed_dvc_does_not_spoil_the_next(checkout, finished):
-    forget(checkout, "inject")
-    kill_when(checkout, "inject/*/*/shard-00001.parquet", whole_group=False)
-    ran, output = repro(checkout)
-    assert stages("inject") <= ran
-    assert "another process is at work" in output or "going on after" in output
+def test_a_stage_waits_for_the_one_that_a_killed_dvc_left_behind(checkout, finished):
+    work = checkout / GRID / ".work" / "inject" / BASELINE
+    with FileLock(work / "lock"):
+        command = [sys.executable, "../../stages", "inject", BASELINE]
+        waiting = subprocess.Popen(command, cwd=checkout / GRID, env=environment(), stderr=subprocess.PIPE, text=True)
+        assert "another process is at work" in waiting.stderr.readline()
+        assert [path.name for path in work.iterdir()] == ["lock"]
+    waiting.communicate()
+    assert waiting.returncode == 0
     assert results(checkout) == results(finished)
 
 
 def test_a_campaign_killed_with_dvc_goes_on_from_its_shards(checkout, finished):
     forget(checkout, "inject")
-    kill_when(checkout, "inject/*/*/shard-00001.parquet", whole_group=True)
+    kill_when(checkout, "inject/*/*/shard-00001.parquet")
     ran, output = repro(checkout)
     assert stages("inject") <= ran
     assert "going on after" in output

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from textguard.artifacts import read_classes
 from textguard.errors import InvalidArtifact, InvalidParameter, UnknownName
 from textguard.faults.campaign import top2diff
 from textguard.vision.backbones import BACKBONES
@@ -22,7 +23,7 @@ from textguard.vision.classifiers import (
     load_classifier,
     save_classifier,
 )
-from textguard.vision.datasets import load_classes, load_split, make_splits, save_splits
+from textguard.vision.datasets import load_split, make_splits, save_splits
 from textguard.vision.evaluation import accuracy_by_threshold, measure_cost, predict
 from textguard.vision.training import learning_rate_at, train
 
@@ -70,14 +71,14 @@ def test_limits_keep_the_classes_balanced():
 def test_splits_survive_the_disk_and_are_normalised_by_the_training_set(tmp_path):
     save_splits(tmp_path, *make_splits("digits", **DIGITS))
     split = load_split(tmp_path, "train")
-    assert load_classes(tmp_path) == split.classes
+    assert read_classes(tmp_path / "classes.json") == split.classes
     assert split.classes[3] == "three"
     assert float(split.images.mean()) == pytest.approx(0, abs=1e-4)
     assert float(split.images.std()) == pytest.approx(1, abs=1e-3)
     assert len(load_split(tmp_path, "test").labels) == 360
     (tmp_path / "classes.json").write_text('["only one"]')
     with pytest.raises(InvalidArtifact, match="at least two"):
-        load_classes(tmp_path)
+        read_classes(tmp_path / "classes.json")
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vgg16_bn", "alexnet"])

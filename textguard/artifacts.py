@@ -133,6 +133,15 @@ def read_json(path: Path, made_by: str) -> Any:
         return json.loads(path.read_text())
 
 
+def read_classes(path: Path) -> list[str]:
+    """The class names of a data set, in label order. Raises InvalidArtifact."""
+    classes = read_json(path, "data")
+    with reading(path, "data"):
+        if not isinstance(classes, list) or not all(isinstance(name, str) and name for name in classes) or len(classes) < 2:
+            raise InvalidArtifact("must be a list of at least two class names")
+    return classes
+
+
 def read_json_lines(path: Path, made_by: str) -> list[dict[str, Any]]:
     """Read JSON Lines, at least one. Raises InvalidArtifact that names the first damaged line."""
     rows = []

@@ -193,9 +193,7 @@ def _one_line(error: ValidationError, path: Path) -> str:
     elif first["type"] in ("missing", "missing_argument"):
         message = f"key {place!r} is missing in {path}"
     elif first["type"] == "float_type" and _is_number(first["input"]):
-        message = (
-            f"{place} is {first['input']} in {path}, which YAML takes for a text; write {float(first['input']):.6f} or 1.0e-3"
-        )
+        message = f"{place} is {first['input']} in {path}, which YAML takes for a text; write 0.001 or 1.0e-3, not 1e-3"
     else:
         message = f"{place} is {json.dumps(first['input'])[:60]} in {path}: {first['msg']}"
     return message + (f" (and {len(more)} more)" if more else "")

@@ -55,7 +55,6 @@ def detector_limits(detector: str, layers: Sequence[str], profiled: Mapping[str,
             limit = -1.0
         if not 0 < limit <= torch.finfo(torch.float32).max:
             raise InvalidParameter(f"params.yaml inject.detector is {detector!r}; X must be an fp32 number above 0")
-
         return dict.fromkeys(layers, limit)
     if detector == "profiled":
         missing = [layer for layer in layers if layer not in profiled]

@@ -10,13 +10,13 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from textguard.artifacts import sha256_of_file
 from textguard.errors import InvalidArtifact, UnknownName
-from textguard.runtime import define_missing_torchvision_operators
+
+if TYPE_CHECKING:
+    import torch
 
 KNOWN = ("minilm", "open_clip:MODEL:PRETRAINED", "open_clip:local-dir:FOLDER")
 MINILM_WIDTH = 384
@@ -28,7 +28,7 @@ WHERE = "params.yaml encoder"
 class EncodedTexts:
     """vectors: float32 [N, E], as the encoder gives them. weights_sha256: of the encoder's weights, to tell versions apart."""
 
-    vectors: Tensor
+    vectors: "torch.Tensor"
     weights_sha256: str
 
 
@@ -39,15 +39,15 @@ def encoder_width(encoder: str) -> int:
     return int(_open_clip_config(*_parse_open_clip(encoder))["embed_dim"])
 
 
-def encode(encoder: str, texts: list[str], device: torch.device, batch_size: int = 64) -> EncodedTexts:
+def encode(encoder: str, texts: list[str], device: "torch.device", batch_size: int = 64) -> EncodedTexts:
     """Encode N texts. Raises UnknownName, or InvalidArtifact when weights are missing or are not the expected ones."""
     if encoder == "minilm":
         return _encode_minilm(texts, device, batch_size)
     return _encode_open_clip(*_parse_open_clip(encoder), texts, device, batch_size)
 
 
-def _encode_minilm(texts: list[str], device: torch.device, batch_size: int) -> EncodedTexts:
-    define_missing_torchvision_operators()
+def _encode_minilm(texts: list[str], device: "torch.device", batch_size: int) -> EncodedTexts:
+    _prepare_torchvision()
     # The model lies in site-packages: neither library may look for it, or for a newer one, on a network.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -65,6 +65,12 @@ def _encode_minilm(texts: list[str], device: torch.device, batch_size: int) -> E
     return EncodedTexts(vectors.float().cpu(), found)
 
 
+def _prepare_torchvision() -> None:
+    from textguard.runtime import define_missing_torchvision_operators
+
+    define_missing_torchvision_operators()
+
+
 def _parse_open_clip(encoder: str) -> tuple[str, str]:
     kind, _, rest = encoder.partition(":")
     model, _, pretrained = rest.partition(":")
@@ -74,7 +80,7 @@ def _parse_open_clip(encoder: str) -> tuple[str, str]:
 
 
 def _open_clip_config(model: str, pretrained: str) -> dict:
-    define_missing_torchvision_operators()
+    _prepare_torchvision()
     import open_clip
 
     if model == "local-dir":
@@ -91,12 +97,12 @@ def _open_clip_config(model: str, pretrained: str) -> dict:
     return config
 
 
-@torch.inference_mode()
 def _encode_open_clip(
-    model_name: str, pretrained: str, texts: list[str], device: torch.device, batch_size: int
+    model_name: str, pretrained: str, texts: list[str], device: "torch.device", batch_size: int
 ) -> EncodedTexts:
     config = _open_clip_config(model_name, pretrained)
     import open_clip
+    import torch
 
     name, tag = (f"local-dir:{pretrained}", None) if model_name == "local-dir" else (model_name, pretrained)
     if tag and tag not in open_clip.list_pretrained_tags_by_model(name) and not Path(tag).is_file():
@@ -110,13 +116,16 @@ def _encode_open_clip(
         raise InvalidArtifact(f"encoder {name} {tag or ''} cannot be loaded ({reason}); change {WHERE}") from error
     model.eval()
     batches = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
-    vectors = torch.cat([model.encode_text(tokenizer(batch).to(device)).float().cpu() for batch in batches])
+    with torch.inference_mode():
+        vectors = torch.cat([model.encode_text(tokenizer(batch).to(device)).float().cpu() for batch in batches])
     if vectors.shape[1] != config["embed_dim"]:
         raise InvalidArtifact(f"encoder {name} gives E = {vectors.shape[1]}, its configuration says {config['embed_dim']}")
     return EncodedTexts(vectors, _sha256_of_weights(model))
 
 
-def _sha256_of_weights(model: torch.nn.Module) -> str:
+def _sha256_of_weights(model: "torch.nn.Module") -> str:
+    import torch
+
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + str(tensor.dtype).encode())

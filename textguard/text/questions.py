@@ -33,7 +33,8 @@ def ask(classes: list[str], templates: list[str], where: str) -> list[Question]:
 
 
 def _question(class_name: str, template: str) -> Question:
-    text = template.format_map({"class": class_name, "a_class": with_article(class_name)})
+    article = {"a_class": with_article(class_name)} if "{a_class}" in template else {}
+    text = template.format_map({"class": class_name, **article})
     return Question(hashlib.sha256(text.encode()).hexdigest()[:12], class_name, text)
 
 

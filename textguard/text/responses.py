@@ -33,9 +33,8 @@ def replay(questions: list[Question], samples: int, files: list[Path]) -> list[A
         for number, row in enumerate(read_json_lines(file, ""), start=1):
             texts = [row.get(name) for name in ("question", "answer", "provider")]
             if not all(isinstance(text, str) and text.strip() for text in texts) or not isinstance(row.get("sample"), int):
-                raise InvalidArtifact(
-                    f"{file} line {number} needs question, answer and provider, which are no empty texts, and sample, a whole number"
-                )
+                needed = "question, answer and provider (texts that are not empty) and sample (a whole number)"
+                raise InvalidArtifact(f"{file} line {number} needs {needed}")
             stored[row["question"], row["sample"]] = row
     answers = []
     for question in questions:

@@ -68,6 +68,8 @@ def load_classifier(path: Path) -> tuple[nn.Module, ClassifierSpec]:
     """Read a classifier in evaluation mode. Raises InvalidArtifact when the file is damaged or its weights do not fit."""
     tensors, metadata = read_safetensors(path, "train")
     with reading(path, "train"):
+        if "spec" not in metadata:
+            raise InvalidArtifact("does not say which classifier it holds")
         described = json.loads(metadata["spec"])
         spec = ClassifierSpec(**{**described, "classes": tuple(described["classes"])})
     model = build_classifier(spec)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from textguard.artifacts import read_json, read_safetensors, reading, write_json, write_safetensors
-from textguard.errors import InvalidArtifact, InvalidParameter, UnknownName
+from textguard.artifacts import read_safetensors, reading, write_json, write_safetensors
+from textguard.errors import InvalidParameter, UnknownName
 
 SPLITS = ("train", "test")
 
@@ -99,13 +99,3 @@ def load_split(folder: Path, split: str) -> Split:
         mean, std, classes = (json.loads(metadata[name]) for name in ("mean", "std", "classes"))
     scale, offset = torch.tensor(std).view(3, 1, 1), torch.tensor(mean).view(3, 1, 1)
     return Split((images.float() / 255 - offset) / scale, labels, classes)
-
-
-def load_classes(folder: Path) -> list[str]:
-    """The class names in label order. Raises InvalidArtifact."""
-    path = folder / "classes.json"
-    classes = read_json(path, "data")
-    with reading(path, "data"):
-        if not isinstance(classes, list) or not all(isinstance(name, str) and name for name in classes) or len(classes) < 2:
-            raise InvalidArtifact("must be a list of at least two class names")
-    return classes

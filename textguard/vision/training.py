@@ -76,7 +76,8 @@ def train(
     """
     if recipe.warmup_epochs >= recipe.epochs:
         raise InvalidParameter(
-            f"{label}: warmup_epochs must be below epochs, not {recipe.warmup_epochs} of {recipe.epochs}; change params.yaml recipes"
+            f"{label}: warmup_epochs must be below epochs, not {recipe.warmup_epochs} of {recipe.epochs}; "
+            "change params.yaml recipes"
         )
     optimizer = torch.optim.SGD(
         model.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
