@@ -133,6 +133,41 @@ def test_faults_that_relu_hides_end_with_the_golden_logits(resnet, images):
     assert int(unchanged.sum()) > 10
 
 
+def test_faults_that_in_place_additions_carry_on_are_not_dropped_or_the_model_is_refused(images):
+    class Residual(nn.Module):
+        def __init__(self, add):
+            super().__init__()
+            self.add = add
+            self.stem = nn.Conv2d(3, 4, 3, padding=1)
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, x):
+            kept = self.stem(x)
+            total = self.add(kept, self.conv(kept))
+            hidden = torch.relu(total - 100)  # hides every fault
+            return self.fc(torch.cat([hidden.mean(dim=(2, 3)), kept.mean(dim=(2, 3))], dim=1))
+
+    def add_as_python_does(kept, more):
+        total = kept
+        total += more  # changes `kept`; torch.fx traces it as an addition that does not
+        return total
+
+    torch.manual_seed(0)
+    with pytest.raises(UnsupportedModel, match="other outputs than the model"):
+        ReplayEngine(Residual(add_as_python_does).eval(), images[0], 64)
+    model = Residual(lambda kept, more: kept.add_(more)).eval()
+    engine = ReplayEngine(model, images[0], 64)
+    faults = random_faults(engine, len(images), 40, 50.0)
+    faults.position[:] = 1
+    faults.neuron[:] %= engine.sites[1].neurons
+    faults.bit[:] = 30
+    outcomes = engine.run(images, faults)
+    for i in range(40):
+        expected = inject_with_a_hook(model, images[faults.image[i]], "conv", int(faults.neuron[i]), 30, 50.0)
+        torch.testing.assert_close(outcomes.logits[i], expected, **TOLERANCE)
+
+
 def test_windows_in_the_batch_dimension_belong_to_their_image(images):
     torch.manual_seed(0)
     engine = ReplayEngine(settle(TINY["transformer"]()), images[0], 8)

@@ -169,8 +169,8 @@ class PyTorchFIEngine:
 
     def _run_batch(self, images: Tensor, faults: Faults) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         count = len(faults.image)
-        golden, faulty = torch.empty(count), torch.empty(count)
-        detected = torch.zeros(count, dtype=torch.bool)
+        golden, faulty = torch.empty_like(faults.limit), torch.empty_like(faults.limit)
+        detected = torch.empty_like(faults.image, dtype=torch.bool)
 
         def flip(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             here = torch.where(faults.position == self._injector.get_current_layer())[0]

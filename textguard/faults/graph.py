@@ -51,6 +51,8 @@ class Scaling:
                     raise UnsupportedModel(f"a value of shape {list(small.shape)} has its batch outside dimension 0")
         elif isinstance(small, (tuple, list)):
             self.parts = [Scaling(a, b, sizes) for a, b in zip(small, large, strict=True)]
+        elif isinstance(small, dict):
+            raise UnsupportedModel("a step returns a dictionary; steps may return tensors, numbers, tuples and lists")
         elif isinstance(small, int) and small != large:
             self.rows = self._per_image(small, large, sizes)
 
@@ -118,9 +120,22 @@ class TracedModel:
         self._read_last_by: dict[fx.Node, list[fx.Node]] = {}
         for read, step in last_reader.items():
             self._read_last_by.setdefault(step, []).append(read)
+        sizes = (2, 3)
         with torch.inference_mode():
-            self._scalings = self._measure_scalings(image)
-            self.sites = self._find_sites(image)
+            try:
+                small, large, single = (self._all_values(image, size) for size in (*sizes, 1))
+                expected = model(image.expand(sizes[0], *image.shape).clone())
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise UnsupportedModel(f"{type(model).__name__} does not run on batches of other sizes ({reason})") from error
+        # torch.fx traces `x += y` as `x = x + y`; where another name holds x, that is another model.
+        if not torch.allclose(small[self.steps[-1]], expected, rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise UnsupportedModel(
+                f"{type(model).__name__}, when traced, gives other outputs than the model; write `x = x + y` for `x += y`"
+            )
+        self._scalings = {step: Scaling(small[step], large[step], sizes) for step in self.steps}
+        self._storage = {step: value.untyped_storage().data_ptr() for step, value in small.items() if isinstance(value, Tensor)}
+        self.sites = self._find_sites(single)
 
     def walk(self, values: dict[fx.Node, Any], start: int = 0, end: int | None = None) -> Iterator[int]:
         """Run the steps from `start` up to `end` (excluded), adding to `values`, and yield each one's index when it is done.
@@ -147,15 +162,19 @@ class TracedModel:
 
         Returns the step's index, and the values affected by the fault that steps behind it read. None where there is none.
         """
-        affected = {self.steps[index]}
+        affected = self._sharing_memory(self.steps[index])
         for later, step in enumerate(self.steps[index + 1 :], index + 1):
             if affected.isdisjoint(step.all_input_nodes):
                 continue
-            affected.add(step)
+            affected |= self._sharing_memory(step)
             if self._is_masking(step):
-                behind = self.steps[later + 1 :]
-                return later, [value for value in affected if any(value in reader.all_input_nodes for reader in behind)]
+                read_behind = {read for reader in self.steps[later + 1 :] for read in reader.all_input_nodes}
+                return later, [done for done in self.steps[: later + 1] if done in affected & read_behind]
         return None
+
+    def _sharing_memory(self, step: fx.Node) -> set[fx.Node]:
+        """The step, and all others whose values are views of the same memory: an in-place operation changes them all."""
+        return {step} | {other for other, pointer in self._storage.items() if pointer == self._storage.get(step)}
 
     def _is_masking(self, step: fx.Node) -> bool:
         if step.op == "call_module":
@@ -184,15 +203,11 @@ class TracedModel:
             kept[self.steps[index]] = values[self.steps[index]]
         return kept
 
-    def _measure_scalings(self, image: Tensor) -> dict[fx.Node, Scaling]:
-        sizes = (2, 3)
-        small, large = (self._all_values(image, size) for size in sizes)
-        return {step: Scaling(small[step], large[step], sizes) for step in self.steps}
-
-    def _find_sites(self, image: Tensor) -> dict[int, Site]:
+    def _find_sites(self, values: dict[fx.Node, Any]) -> dict[int, Site]:
+        """The sites, from every step's value for a single image."""
         sites: dict[int, Site] = {}
         calls: dict[str, int] = {}
-        for index, (step, value) in enumerate(self._all_values(image, 1).items()):
+        for index, (step, value) in enumerate(values.items()):
             if step.op != "call_module" or not isinstance(self._interpreter.submodules[step.target], INJECTABLE):
                 continue
             calls[step.target] = calls.get(step.target, 0) + 1
