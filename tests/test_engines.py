@@ -6,11 +6,12 @@ import torch
 from torch import nn
 
 from conftest import TINY, settle
+from textguard.artifacts import read_parquet, write_parquet
 from textguard.errors import CampaignMismatch, UnknownName, UnsupportedModel
 from textguard.faults.bits import clamp_to_range, flip_bit
 from textguard.faults.campaign import RECORD_COLUMNS, eligible_images, profile_ranges, run_campaign
 from textguard.faults.engines import Faults, PyTorchFIEngine, ReplayEngine, make_engine
-from textguard.faults.plans import draw_plan
+from textguard.faults.plans import PLAN_COLUMNS, draw_plan
 from textguard.vision.classifiers import ClassifierSpec, build_classifier
 
 # Engines add up in different orders: BatchNorm and convolutions of other batch sizes and memory formats.
@@ -223,6 +224,22 @@ def test_a_campaign_gives_the_same_records_for_any_batching_and_both_engines(res
     reference = campaign(resnet, images, engine="pytorchfi")
     for image_batch, batch_size in ((1, 1), (5, 7), (100, 1000)):
         assert_same_records(campaign(resnet, images, image_batch=image_batch, batch_size=batch_size), reference)
+
+
+def test_both_engines_replay_a_saved_plan(resnet, images, tmp_path):
+    labels = resnet(images).argmax(dim=1)
+    sites = make_engine("replay", resnet, images[0], 8).sites
+    drawn = draw_plan(sites, range(12), 15, seed=2)
+    write_parquet(tmp_path / "plan.parquet", drawn)
+    plan = read_parquet(tmp_path / "plan.parquet", "inject", PLAN_COLUMNS)
+    pd.testing.assert_frame_equal(plan, drawn)
+    limits = {site.layer: 65536.0 for site in sites}
+    replay, reference = (
+        run_campaign(make_engine(name, resnet, images[0], 8), images, labels, plan, limits, image_batch=5)
+        for name in ("replay", "pytorchfi")
+    )
+    pd.testing.assert_frame_equal(replay[PLAN_COLUMNS], plan)
+    assert_same_records(replay, reference)
 
 
 def test_a_campaign_goes_on_from_its_shards_and_mends_a_damaged_one(resnet, images, tmp_path):
