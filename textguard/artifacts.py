@@ -215,7 +215,7 @@ def fingerprint(**inputs: Any) -> str:
 
 @contextmanager
 def work_dir(stage: str, key: str, mark: str) -> Iterator[Path]:
-    """A folder that outlives an interruption, for the partial results of inputs with fingerprint `mark`.
+    """A folder that outlives an interruption, for the partial results of inputs with fingerprint `mark` and today's code.
 
     DVC deletes a stage's outputs before it runs, so shards and checkpoints live here until the stage is done: the folder
     is removed when the block ends without an error and kept when it does not. Folders that the same stage and key left for
@@ -223,7 +223,7 @@ def work_dir(stage: str, key: str, mark: str) -> Iterator[Path]:
     `dvc` leaves its running stage behind.
     """
     home = WORK_DIR / stage / key
-    folder = home / mark
+    folder = home / fingerprint(inputs=mark, code=_code_in_use())
     try:
         home.mkdir(parents=True, exist_ok=True)
         lock = FileLock(home / "lock")
@@ -241,3 +241,11 @@ def work_dir(stage: str, key: str, mark: str) -> Iterator[Path]:
         folder.mkdir(exist_ok=True)
         yield folder
         shutil.rmtree(folder)
+
+
+def _code_in_use() -> dict[str, str]:
+    """What computes: SHA-256 of every module of this project that is loaded, and torch's version."""
+    loaded = [module for name, module in sys.modules.items() if name.partition(".")[0] in ("textguard", "stages")]
+    sources = [Path(module.__file__) for module in loaded if getattr(module, "__file__", None)]
+    versions = {"torch": str(sys.modules["torch"].__version__)} if "torch" in sys.modules else {}
+    return versions | {f"{path.parent.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in sources}
