@@ -47,7 +47,7 @@ format: setup  ## format the code
 grids:  ## copy the root's dvc.yaml to every grid
 	@for grid in $(dir $(GRIDS)); do cp dvc.yaml $$grid/dvc.yaml; done
 
-smoke: setup  ## run the smallest grid, under a minute
+smoke: setup  ## run the smallest grid
 	cd grids/smoke && dvc repro dvc.yaml
 
 lock:  ## pin what pyproject.toml resolves to today in requirements.lock

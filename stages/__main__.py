@@ -12,7 +12,7 @@ from pathlib import Path
 # The checkout that holds this file comes first, so that `dvc exp run` in a temporary copy runs the copy's code.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-# OpenMP's threads spin for milliseconds while they wait. Beside any other busy process that costs them each other's time slices,
+# OpenMP's threads spin for milliseconds while they wait. Beside any other busy process they spin away each other's time slices,
 # and a stage can be ten times slower. A short spin before they sleep is as fast alone, and safe. Read when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
