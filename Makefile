@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 GRIDS := $(wildcard grids/*/params.yaml)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Every stage is a process of its own: without byte code each would compile its packages again, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup repro test lint format grids smoke lock clean
 
