@@ -1,11 +1,14 @@
 """Run one stage: python stages NAME [KEY], in the folder of a grid's params.yaml.
 
+TEXTGUARD_PROCESSES=N in the environment shares a campaign among N processes of this machine; for several machines start it with
+`torchrun ... stages/__main__.py inject KEY` on each, in the same shared folder. Neither changes a result or a hash.
 Whatever goes wrong for a reason that a user can mend is shown as one line, with exit code 1; 130 after an interruption.
 """
 
 import importlib
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from textguard.errors import InvalidParameter, TextguardError  # noqa: E402
 from textguard.params import load_params, lookup  # noqa: E402
 
 # Stage -> the section of params.yaml that its KEY is looked up in; None where it takes no key.
+SHARED = ("inject",)  # stages that several processes can work on
 STAGES = {
     "check": None,
     "data": "datasets",
@@ -50,6 +54,10 @@ def main(arguments: list[str]) -> int:
         params = load_params()
         for key in keys:
             lookup(getattr(params, section), "key", key, f"the command line; params.yaml {section}")
+        if stage in SHARED and "RANK" not in os.environ and (processes := _processes()) > 1:
+            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", __file__]
+            threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+            return subprocess.run([sys.executable, *torchrun, *arguments], env=threads | os.environ, check=False).returncode
         if stage != "check":
             importlib.import_module(f"stages.{stage}").main(params, *keys)
     except TextguardError as error:
@@ -73,6 +81,14 @@ def main(arguments: list[str]) -> int:
         print(f"{' '.join(arguments)}: interrupted; run it again to go on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+def _processes() -> int:
+    """How many processes TEXTGUARD_PROCESSES asks for. Raises InvalidParameter."""
+    wanted = os.environ.get("TEXTGUARD_PROCESSES", "1")
+    if not wanted.isdecimal() or not 1 <= int(wanted) <= 1024:
+        raise InvalidParameter(f"TEXTGUARD_PROCESSES={wanted!r} in the environment; it must be a number from 1 to 1024")
+    return int(wanted)
 
 
 sys.exit(main(sys.argv[1:]))

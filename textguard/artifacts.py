@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, is_dataclass
@@ -220,10 +221,15 @@ def work_dir(stage: str, key: str, mark: str) -> Iterator[Path]:
     DVC deletes a stage's outputs before it runs, so shards and checkpoints live here until the stage is done: the folder
     is removed when the block ends without an error and kept when it does not. Folders that the same stage and key left for
     other inputs are removed first. Only one process at a time may hold the folder; a second one waits, as a terminated
-    `dvc` leaves its running stage behind.
+    `dvc` leaves its running stage behind. Of the processes that torchrun starts, the first holds it for all.
     """
     home = WORK_DIR / stage / key
     folder = home / fingerprint(inputs=mark, code=_code_in_use())
+    if os.environ.get("RANK", "0") != "0":
+        while not folder.exists():
+            time.sleep(0.1)
+        yield folder
+        return
     try:
         home.mkdir(parents=True, exist_ok=True)
         lock = FileLock(home / "lock")

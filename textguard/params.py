@@ -86,11 +86,27 @@ class RunParams:
 
 
 @dataclass(frozen=True, config=_strict)
+class FaultParams:
+    """What one injection is; see textguard.faults.damage.FaultModel."""
+
+    target: Literal["neuron", "weight", "metadata"]
+    operation: Literal["flip", "stuck_at_0", "stuck_at_1"]
+    bits: Count
+    values: Count
+
+
+@dataclass(frozen=True, config=_strict)
 class InjectParams:
     """A campaign. batch_size: faults per forward pass. image_batch: images per golden run, and per shard on disk."""
 
     engine: str
+    format: str
     detector: str
+    mitigation: Literal["none", "ranger", "clip_to_zero"]
+    kinds: Annotated[
+        list[Literal["Conv1d", "Conv2d", "Conv3d", "ConvTranspose2d", "Linear", "MatMul", "Add"]], Field(min_length=1)
+    ]
+    faults: FaultParams
     injections_per_layer: Count
     batch_size: Count
     image_batch: Count

@@ -1,12 +1,14 @@
 """The machine: devices, threads, determinism, progress. Nothing here may change a result or a hash.
 
-TEXTGUARD_DEVICE    cpu, cuda, cuda:1, mps; default: cuda where there is one, else cpu
+TEXTGUARD_DEVICE    cpu, cuda, cuda:1, mps; default: cuda where there is one (each process its own), else cpu
+TEXTGUARD_PROCESSES processes that share a campaign; default 1 (see stages/__main__.py)
 TEXTGUARD_PROGRESS  seconds between two progress lines when there is no terminal; default 10
 """
 
 import importlib.util
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -38,7 +40,8 @@ def define_missing_torchvision_operators() -> None:
 
 def pick_device() -> torch.device:
     """The device that TEXTGUARD_DEVICE names, else CUDA where there is one, else the CPU. Raises InvalidParameter."""
-    name = os.environ.get("TEXTGUARD_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
+    local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    name = os.environ.get("TEXTGUARD_DEVICE", local if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -46,6 +49,19 @@ def pick_device() -> torch.device:
         reason = str(error).splitlines()[0]
         raise InvalidParameter(f"TEXTGUARD_DEVICE={name!r}: {reason}; allowed: cpu, or a device that torch sees") from error
     return device
+
+
+def join_processes() -> tuple[int, int]:
+    """This process's number and how many there are, as `torchrun` says in the environment; they join one gloo group."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    return int(os.environ.get("RANK", "0")) if count > 1 else 0, count
+
+
+def wait_for_all() -> None:
+    """Return when every process of the group has come here."""
+    torch.distributed.monitored_barrier(timeout=timedelta(days=30))
 
 
 def describe_device(device: torch.device) -> str:

@@ -1,1 +1,34 @@
-"""Fault injection: plans, engines, campaigns and their statistics, for any torch.nn.Module."""
+"""Fault injection for any PyTorch classifier; it knows nothing of text, pipelines or reports.
+
+    from textguard.faults import assess
+
+`assess` goes from a model and a DataLoader to the resilience of each layer. What it is made of is exported too.
+"""
+
+import importlib
+
+# Imported when they are asked for: the report reads statistics, and needs no torch for it.
+_EXPORTS = {
+    "assess": "assessment",
+    "draw_plan": "plans",
+    "eligible_images": "campaign",
+    "enumerate_last_layer": "exact",
+    "FaultModel": "damage",
+    "make_engine": "engines",
+    "parse_format": "formats",
+    "profile_activations": "campaign",
+    "profile_ranges": "campaign",
+    "protect": "mitigations",
+    "run_campaign": "campaign",
+    "summarise": "campaign",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it exports {', '.join(_EXPORTS)}")
+    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_EXPORTS)

@@ -1,7 +1,9 @@
-"""Campaigns: eligible images, per-injection records, shards that survive an interruption."""
+"""Campaigns: eligible images, profiled ranges, per-injection records, shards that survive an interruption."""
 
+import hashlib
+import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +11,55 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
-from textguard.artifacts import read_parquet, write_parquet
-from textguard.errors import InvalidArtifact
-from textguard.faults.engines import Engine, Faults
-from textguard.faults.graph import Site, TracedModel
+from textguard.artifacts import read_json, read_parquet, write_json, write_parquet
+from textguard.errors import CampaignMismatch, InvalidArtifact, InvalidParameter
+from textguard.faults.damage import SINGLE_FLIP, FaultModel, Faults
+from textguard.faults.engines import Engine, make_engine
+from textguard.faults.graph import TracedModel
+from textguard.faults.mitigations import activations
 from textguard.faults.plans import PLAN_COLUMNS, check_plan
+from textguard.faults.sites import DEFAULT_KINDS, Site
 from textguard.faults.statistics import LayerResult, summarise_layer
-from textguard.runtime import progress
+from textguard.runtime import join_processes, progress, wait_for_all
 
-RECORD_COLUMNS = [*PLAN_COLUMNS, "golden_value", "faulty_value", "detected", "golden_loss", "faulty_loss", "mismatch"]
+RECORD_COLUMNS = [
+    *PLAN_COLUMNS,
+    *("golden_value", "faulty_value", "detected", "masked", "golden_loss", "faulty_loss", "mismatch"),
+]
+
+
+def loader_of(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
+    """A DataLoader of images [N, ...] and labels int64 [N] that lie in memory."""
+    return DataLoader(TensorDataset(images, labels), batch_size=batch_size)
+
+
+def batches(
+    loader: DataLoader, device: torch.device, parts: Sequence[Sequence[int]] | None = None
+) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
+    """Positions, images [B, ...] and labels [B], on the device: of `parts`, else of the whole data set in its order.
+
+    The loader's data set, number of workers and way to collate are used, not its order: positions are those in its data set.
+    """
+    if not hasattr(loader.dataset, "__getitem__"):
+        raise InvalidParameter("the DataLoader's data set must give images by their position (a map-style data set)")
+    count, size = len(loader.dataset), loader.batch_size or 1
+    parts = [range(start, min(start + size, count)) for start in range(0, count, size)] if parts is None else parts
+    chosen = DataLoader(
+        loader.dataset,
+        batch_sampler=parts,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=device.type == "cuda",
+    )
+    for part, (images, labels) in zip(parts, chosen, strict=True):
+        yield part, images.to(device, non_blocking=True), torch.as_tensor(labels).to(device, non_blocking=True)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters lie."""
+    return next(model.parameters()).device
 
 
 def top2diff(logits: Tensor) -> Tensor:
@@ -27,87 +68,120 @@ def top2diff(logits: Tensor) -> Tensor:
     return first - second
 
 
-@torch.inference_mode()
-def eligible_images(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> list[int]:
-    """Positions of the images that the fault-free model classifies correctly with Top2Diff > 0.
-
-    images: [N, ...]; labels: int64 [N].
-    """
-    model.eval()
-    eligible = []
-    for rows in torch.arange(len(images)).split(batch_size):
-        logits = model(images[rows])
-        correct = (logits.argmax(dim=1) == labels[rows]) & (top2diff(logits) > 0)
-        eligible += rows[correct.cpu()].tolist()
+def eligible_images(engine: Engine, loader: DataLoader) -> list[int]:
+    """Positions of the images that the fault-free model classifies correctly with Top2Diff > 0."""
+    eligible: list[int] = []
+    for part, images, labels in batches(loader, engine.device):
+        logits = engine.observe(images)
+        correct = (logits.argmax(dim=1) == labels) & (top2diff(logits) > 0)
+        eligible += np.asarray(part)[correct.cpu().numpy()].tolist()
     return eligible
 
 
 @torch.inference_mode()
-def profile_ranges(model: nn.Module, images: Tensor, batch_size: int) -> pd.DataFrame:
-    """Each layer's largest and mean absolute output over all images.
+def profile_ranges(model: nn.Module, loader: DataLoader, kinds: Sequence[str] = DEFAULT_KINDS) -> pd.DataFrame:
+    """Each site's largest and mean absolute output over all images of the loader's data set.
 
-    images: [N, ...]. Returns one row per site: layer, kind, neurons, max_abs, mean_abs.
+    Returns one row per site: layer, kind, neurons, max_abs, mean_abs.
     """
-    traced = TracedModel(model, images[0])
-    largest = {site.layer: 0.0 for site in traced.sites.values()}
-    total = dict(largest)
-    for batch in images.split(batch_size):
-        values = traced.inputs(batch)
-        for index in traced.walk(values):
-            site = traced.sites.get(index)
-            if site:
-                magnitude = values[traced.steps[index]].abs()
-                largest[site.layer] = max(largest[site.layer], float(magnitude.max()))
-                total[site.layer] += float(magnitude.sum(dtype=torch.float64))
+    device = device_of(model)
+    _, first, _ = next(batches(loader, device, [[0]]))
+    engine = make_engine("replay", model, first[0], 1, kinds=kinds)
+    largest, total = np.zeros(len(engine.sites)), np.zeros(len(engine.sites))
+    count = 0
+
+    def see(position: int, output: Tensor) -> None:
+        magnitude = output.abs()
+        largest[position] = max(largest[position], float(magnitude.max()))
+        total[position] += float(magnitude.sum(dtype=torch.float64))
+
+    for part, images, _ in batches(loader, device):
+        engine.observe(images, see)
+        count += len(part)
     return pd.DataFrame(
         {
             "layer": site.layer,
             "kind": site.kind,
             "neurons": site.neurons,
-            "max_abs": largest[site.layer],
-            "mean_abs": total[site.layer] / (site.neurons * len(images)),
+            "max_abs": largest[site.position],
+            "mean_abs": total[site.position] / (site.neurons * count),
         }
-        for site in traced.sites.values()
+        for site in engine.sites
     )
+
+
+@torch.inference_mode()
+def profile_activations(model: nn.Module, loader: DataLoader) -> pd.DataFrame:
+    """The lowest and highest output of each activation function, for mitigations: columns activation, low, high.
+
+    Raises UnsupportedModel where the model cannot be traced.
+    """
+    device = device_of(model)
+    _, first, _ = next(batches(loader, device, [[0]]))
+    traced = TracedModel(model, first[0])
+    names = activations(traced)
+    low, high = dict.fromkeys(names.values(), np.inf), dict.fromkeys(names.values(), -np.inf)
+    for _, images, _ in batches(loader, device):
+        values = traced.inputs(images)
+        for index in traced.walk(values):
+            if index in names:
+                name, value = names[index], values[traced.steps[index]]
+                low[name], high[name] = min(low[name], float(value.min())), max(high[name], float(value.max()))
+    return pd.DataFrame({"activation": list(low), "low": list(low.values()), "high": list(high.values())})
 
 
 def run_campaign(
     engine: Engine,
-    images: Tensor,
-    labels: Tensor,
+    loader: DataLoader,
     plan: pd.DataFrame,
     limits: Mapping[str, float],
     *,
     image_batch: int,
+    fault_model: FaultModel = SINGLE_FLIP,
     shard_dir: Path | None = None,
     label: str = "inject",
 ) -> pd.DataFrame:
     """Carry out a fault plan and record what each fault did.
 
-    images: [N, ...]; labels: int64 [N], both on the engine's device; the plan's images are positions in them. limits: layer ->
+    loader: gives images and labels by their position in its data set, which is what the plan's images are. limits: layer ->
     largest magnitude that the range detector lets pass. image_batch: images per golden run and per shard. shard_dir: where
-    finished shards are kept, and taken from when the campaign is run again; the caller names it after all inputs.
-    Returns one row per fault, in the plan's order, with RECORD_COLUMNS. Raises CampaignMismatch.
+    finished shards are kept, and taken from when the campaign is run again. Started by `torchrun`, the processes share the
+    shards through shard_dir, which all of them must reach; each returns when all are done.
+    Returns one row per row of the plan, in its order, with RECORD_COLUMNS. Raises CampaignMismatch, also when shard_dir holds
+    shards of another campaign.
     """
-    check_plan(plan, engine.sites, len(images))
+    check_plan(plan, engine.sites, len(loader.dataset), fault_model, engine.number_format)
     ordered = plan.sort_values(["image"], kind="stable")
-    batches = np.array_split(np.unique(ordered["image"]), range(image_batch, plan["image"].nunique(), image_batch))
-    found = len(list(shard_dir.glob("shard-*.parquet"))) if shard_dir else 0
-    if found:
-        print(f"{label}: going on after {found} of {len(batches)} shards", file=sys.stderr, flush=True)
-    records = []
-    with progress(total=len(plan), label=label, unit="inj") as bar:
-        for number, batch in enumerate(batches):
-            faults = ordered[ordered["image"].isin(batch)]
-            shard = shard_dir / f"shard-{number:05d}.parquet" if shard_dir else None
-            part = _load_shard(shard)
-            if part is None:
-                part = _run_shard(engine, images, labels, faults, limits)
-                if shard:
-                    write_parquet(shard, part)
-            records.append(part.set_index(faults.index))
+    numbers = np.unique(ordered["image"])
+    parts = [part.tolist() for part in np.array_split(numbers, range(image_batch, len(numbers), image_batch))]
+    rank, processes = join_processes()
+    if processes > 1 and not shard_dir:
+        raise InvalidParameter("several processes need a shard_dir to share their results")
+    if shard_dir:
+        _check_settings(shard_dir, _settings(engine, loader, plan, limits, image_batch, fault_model), rank)
+    mine = {number: part for number, part in enumerate(parts) if number % processes == rank}
+    records = {number: _load_shard(_shard(shard_dir, number)) for number in mine}
+    missing = {number: part for number, part in mine.items() if records[number] is None}
+    if len(missing) < len(mine):
+        print(f"{label}: going on after {len(mine) - len(missing)} of {len(mine)} shards", file=sys.stderr, flush=True)
+    rows = dict(enumerate(np.split(ordered.index, np.searchsorted(ordered["image"], [part[0] for part in parts[1:]]))))
+    with progress(total=sum(len(rows[number]) for number in mine), label=label, unit="inj") as bar:
+        bar.update(sum(len(rows[number]) for number in mine.keys() - missing.keys()))
+        found = batches(loader, engine.device, list(missing.values()))
+        for number, (part, images, labels) in zip(missing, found, strict=True):
+            faults = ordered.loc[rows[number]]
+            records[number] = _run_shard(engine, part, images, labels, faults, limits, fault_model)
+            if shard_dir:
+                write_parquet(_shard(shard_dir, number), records[number])
             bar.update(len(faults))
-    return pd.concat(records).loc[plan.index]
+    if processes > 1:
+        wait_for_all()
+        records = {number: read_parquet(_shard(shard_dir, number), "inject", RECORD_COLUMNS) for number in rows}
+    return pd.concat([records[number].set_index(rows[number]) for number in rows]).loc[plan.index]
+
+
+def _shard(shard_dir: Path | None, number: int) -> Path | None:
+    return shard_dir / f"shard-{number:05d}.parquet" if shard_dir else None
 
 
 def _load_shard(shard: Path | None) -> pd.DataFrame | None:
@@ -120,41 +194,97 @@ def _load_shard(shard: Path | None) -> pd.DataFrame | None:
         return None
 
 
-def _run_shard(
-    engine: Engine, images: Tensor, labels: Tensor, faults: pd.DataFrame, limits: Mapping[str, float]
-) -> pd.DataFrame:
-    numbers, place = np.unique(faults["image"], return_inverse=True)
-    batch = torch.from_numpy(numbers)
-    positions = {site.layer: site.position for site in engine.sites}
+def _settings(
+    engine: Engine,
+    loader: DataLoader,
+    plan: pd.DataFrame,
+    limits: Mapping[str, float],
+    image_batch: int,
+    fault_model: FaultModel,
+) -> dict[str, str | int]:
+    """What the records of a campaign depend on; the number of processes and of faults per batch do not belong to it."""
 
+    def digest(*parts: bytes) -> str:
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+    _, images, labels = next(batches(loader, torch.device("cpu"), [range(min(8, len(loader.dataset)))]))
+    return {
+        **engine.settings,
+        **{f"fault {name}": value for name, value in vars(fault_model).items()},
+        "plan": digest(pd.util.hash_pandas_object(plan).to_numpy().tobytes()),
+        "detector limits": digest(json.dumps(dict(limits), sort_keys=True).encode()),
+        "images": f"{len(loader.dataset)}, {digest(images.numpy().tobytes(), labels.numpy().tobytes())}",
+        "images per shard": image_batch,
+    }
+
+
+def _check_settings(shard_dir: Path, settings: dict[str, str | int], rank: int) -> None:
+    """Note the settings beside the shards. Raises CampaignMismatch when shards with other settings lie there."""
+    file = shard_dir / "campaign.json"
+    if file.exists():
+        before = read_json(file, "")
+        names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+        if names:
+            differences = "; ".join(f"{name} was {before.get(name)}, now {settings.get(name)}" for name in names)
+            raise CampaignMismatch(f"{shard_dir} holds shards of another campaign: {differences}; delete it or name another")
+    elif rank == 0:
+        write_json(file, settings)
+
+
+def _run_shard(
+    engine: Engine,
+    part: Sequence[int],
+    images: Tensor,
+    labels: Tensor,
+    faults: pd.DataFrame,
+    limits: Mapping[str, float],
+    fault_model: FaultModel,
+) -> pd.DataFrame:
     def column(values: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(np.asarray(values), dtype=dtype, device=images.device)
 
+    positions = {site.layer: site.position for site in engine.sites}
+    # A fault is all rows with the same layer and index, a damaged value those of them with the same neuron.
+    faults = faults.reset_index(drop=True)
+    fault = faults.groupby(["layer", "index"], sort=False).ngroup().to_numpy()
+    value = faults.groupby(["layer", "index", "neuron"], sort=False).ngroup().to_numpy()
+    first_fault, first_value = np.unique(fault, return_index=True)[1], np.unique(value, return_index=True)[1]
+    mask = np.zeros(len(first_value), dtype=np.int64)
+    np.bitwise_or.at(mask, value, np.left_shift(1, faults["bit"].to_numpy()))
+    heads = faults.iloc[first_fault]
+    image = column(np.searchsorted(part, heads["image"]))
     outcomes = engine.run(
-        images[batch],
+        images,
         Faults(
-            position=column(faults["layer"].map(positions)),
-            image=column(place),
-            neuron=column(faults["neuron"]),
-            bit=column(faults["bit"]),
-            limit=column(faults["layer"].map(limits), torch.float32),
+            model=fault_model,
+            position=column(heads["layer"].map(positions)),
+            image=image,
+            limit=column(heads["layer"].map(limits), torch.float32),
+            row=column(fault[first_value]),
+            neuron=column(faults["neuron"].iloc[first_value]),
+            mask=column(mask),
         ),
     )
-    targets, image = labels[batch], column(place)
-    golden_loss = F.cross_entropy(outcomes.golden_logits, targets, reduction="none")
+    golden_loss = F.cross_entropy(outcomes.golden_logits, labels, reduction="none")
     golden_class = outcomes.golden_logits.argmax(dim=1)
-    found = {
+    by_value = {
         "golden_value": outcomes.golden_value,
         "faulty_value": outcomes.faulty_value,
         "detected": outcomes.detected,
+    }
+    by_fault = {
+        "masked": outcomes.masked,
         "golden_loss": golden_loss[image],
-        "faulty_loss": F.cross_entropy(outcomes.logits, targets[image], reduction="none"),
+        "faulty_loss": F.cross_entropy(outcomes.logits, labels[image], reduction="none"),
         "mismatch": outcomes.logits.argmax(dim=1) != golden_class[image],
     }
-    return faults[PLAN_COLUMNS].reset_index(drop=True).assign(**{name: value.cpu().numpy() for name, value in found.items()})
+    found = {name: tensor.cpu().numpy()[value] for name, tensor in by_value.items()}
+    found |= {name: tensor.cpu().numpy()[fault] for name, tensor in by_fault.items()}
+    return faults[PLAN_COLUMNS].assign(**found)
 
 
 def summarise(records: pd.DataFrame, sites: Sequence[Site]) -> list[LayerResult]:
     """One LayerResult per site that has records, in order of execution."""
-    by_layer = dict(list(records.groupby("layer", sort=False)))
+    injections = records.drop_duplicates(["layer", "index"])
+    by_layer = dict(list(injections.groupby("layer", sort=False)))
     return [summarise_layer(by_layer[site.layer], site.neurons) for site in sites if site.layer in by_layer]

@@ -1,85 +1,129 @@
-"""Two ways to carry out the same faults: our replay engine, and PyTorchFI as the reference."""
+"""Three ways to carry out the same faults: our replay engine, one that runs any model whole, and PyTorchFI as the reference."""
 
 import copy
-from collections.abc import Sequence
+import hashlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from textguard import __version__
 from textguard.errors import UnknownName, UnsupportedModel
-from textguard.faults.bits import clamp_to_range, flip_bit
-from textguard.faults.graph import INJECTABLE, Site, TracedModel
+from textguard.faults.damage import Damage, Faults, Storage, Target, damage_output, damage_weights, make_storages
+from textguard.faults.formats import FP32, Format
+from textguard.faults.graph import TracedModel, Values
+from textguard.faults.local import LARGEST_SHARE, PRODUCTS, LocalSteps, Patch, as_map, point, read, whole
+from textguard.faults.sites import DEFAULT_KINDS, SURVEYED, Call, Calls, Site, SiteList
+from textguard.faults.suffix import shortcuts
 
-
-@dataclass(frozen=True)
-class Faults:
-    """N faults on a batch of images. position: of the site; image: position in the batch; all int64 [N]. limit: float32 [N]."""
-
-    position: Tensor
-    image: Tensor
-    neuron: Tensor
-    bit: Tensor
-    limit: Tensor
-
-    def __getitem__(self, rows: Tensor) -> "Faults":
-        return Faults(self.position[rows], self.image[rows], self.neuron[rows], self.bit[rows], self.limit[rows])
+See = Callable[[int, Tensor], None]
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What N faults did. golden_value, faulty_value: float32 [N], before and after (behind the range detector).
+    """What N faults with M damaged values did to B images.
 
-    detected: bool [N]. logits: float32 [N, C]. golden_logits: float32 [B, C], of the fault-free images.
+    golden_value, faulty_value: float32 [M], before and after (behind the range detector). detected: bool [M]. masked: bool [N],
+    true where the engine saw that the fault left no trace. logits: float32 [N, C]. golden_logits: float32 [B, C].
     """
 
     golden_value: Tensor
     faulty_value: Tensor
     detected: Tensor
+    masked: Tensor
     logits: Tensor
     golden_logits: Tensor
 
 
 class Engine(Protocol):
-    """Runs faults on a batch of images. `sites` are the injectable layers in order of execution."""
+    """Runs faults on a batch of images.
+
+    `sites` are the operations with injectable outputs, in order of execution; `skipped` those without, each with the reason;
+    `settings` is what the results depend on, as text.
+    """
 
     sites: Sequence[Site]
+    skipped: Sequence[tuple[str, str]]
+    settings: Mapping[str, str]
+    number_format: Format
+    device: torch.device
 
     def run(self, images: Tensor, faults: Faults) -> Outcomes:
         """images: [B, ...]. Each of the N > 0 faults happens in an inference of its own, on its own image."""
         ...
 
+    def observe(self, images: Tensor, see: See = lambda position, output: None) -> Tensor:
+        """Run images [B, ...] without faults; `see` gets each site's position and output. Returns the logits [B, C]."""
+        ...
 
-def corrupt(output: Tensor, images: int, row: Tensor, faults: Faults) -> tuple[Tensor, Tensor, Tensor]:
-    """Flip one bit in each named neuron of a layer's output, in place, and let the range detector look at the result.
 
-    output: float32, the layer's output for `images` images; row: which of them each of the N faults is on, int64 [N].
-    Returns golden values, injected values and the detected mask, each [N].
-    """
-    share = output if len(output) == images else output.unflatten(0, (images, -1))
-    place = (row, *torch.unravel_index(faults.neuron, share.shape[1:]))
-    golden = share[place]
-    faulty, detected = clamp_to_range(flip_bit(golden, faults.bit), faults.limit)
-    share[place] = faulty
-    return golden, faulty, detected
+class _Results:
+    """Outcomes while they come in: every fault is masked, with the golden logits, until something else is known."""
+
+    def __init__(self, faults: Faults) -> None:
+        values = faults.neuron
+        self._golden, self._faulty = (torch.empty(len(values), device=values.device) for _ in range(2))
+        self._detected = torch.empty_like(values, dtype=torch.bool)
+        self._left: list[tuple[Tensor, Tensor]] = []
+        self._image = faults.image
+
+    def damaged(self, values: Tensor, damage: Damage) -> None:
+        self._golden[values], self._faulty[values], self._detected[values] = damage.golden, damage.faulty, damage.detected
+
+    def reached(self, rows: Tensor, logits: Tensor) -> None:
+        self._left.append((rows, logits))
+
+    def outcomes(self, golden_logits: Tensor) -> Outcomes:
+        logits, masked = golden_logits[self._image], torch.ones_like(self._image, dtype=torch.bool)
+        for rows, found in self._left:
+            logits[rows], masked[rows] = found, False
+        return Outcomes(self._golden, self._faulty, self._detected, masked, logits, golden_logits)
 
 
 class ReplayEngine:
-    """One golden run per batch of images; each fault replays only what lies behind its layer.
+    """One golden run per batch of images; each fault replays only what lies behind its site.
 
-    The golden run pauses at every site. The values that the rest of the network still reads are copied, one row per
-    fault, the bits are flipped, and the rest runs on up to `batch_size` faults at a time. Behind the next activation or
-    pooling, replays that are bit-identical to the golden run end: their logits are the golden ones.
+    Trace: the model becomes a list of steps. Cut: the golden run pauses behind every site, where the faults happen. Replay: as
+    long as a fault has changed little, only that is computed, in step with the golden run; then the values that the rest of the
+    network still reads are copied, one row per fault, and the rest runs on up to `batch_size` faults at a time. Drop: a
+    fault that is bit-identical to the golden run behind an activation or pooling ends there, with the golden logits.
+    Other formats than fp32 round every site's output, faults in several values or in weights change much at once: they are
+    replayed without the shortcuts.
     """
 
-    def __init__(self, model: nn.Module, image: Tensor, batch_size: int) -> None:
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: nn.Module,
+        image: Tensor,
+        batch_size: int,
+        *,
+        kinds: Sequence[str] = DEFAULT_KINDS,
+        number_format: Format = FP32,
+        profiled: Mapping[str, float] | None = None,
+        target: Target = "neuron",
+    ) -> None:
         # On CPUs and GPUs alike, convolutions are faster in this memory format.
-        self._traced = TracedModel(copy.deepcopy(model).to(memory_format=torch.channels_last), image)
+        model = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+        self._traced = TracedModel(model, image, kinds)
+        self.sites, self.skipped = self._traced.sites, self._traced.skipped
         self._batch_size = batch_size
-        self._next_mask = {index: self._traced.next_mask(index) for index in self._traced.sites}
-        self.sites = list(self._traced.sites.values())
+        self.number_format, self.device, self.settings = (
+            number_format,
+            image.device,
+            _settings(self, model, kinds, number_format, target),
+        )
+        self._storages, outputs = make_storages(self._traced.model, self.sites, number_format, profiled or {}, target)
+        self._rounds = number_format.name != "fp32"
+        if self._rounds:
+            self._traced.visit = lambda position, call: outputs[position].round(call.output)
+        self._shortcuts = {} if self._rounds else shortcuts(self._traced)
+        self._local = LocalSteps(self._traced)
 
     @torch.inference_mode()
     def run(self, images: Tensor, faults: Faults) -> Outcomes:
@@ -87,57 +131,280 @@ class ReplayEngine:
         traced = self._traced
         if images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
-        values = traced.inputs(images)
-        replays: list[_Replay] = []
-        waiting: dict[int, list[_Replay]] = {}
-        for index in traced.walk(values):
-            for replay in waiting.pop(index, ()):
-                replay.finish(values)
-            if index not in traced.sites:
-                continue
-            mask = self._next_mask[index]
-            for rows in torch.where(faults.position == traced.sites[index].position)[0].split(self._batch_size):
-                if not len(rows):
-                    continue
-                replay = _Replay(traced, index, mask, rows, faults[rows], values)
-                replays.append(replay)
-                if mask:
-                    waiting.setdefault(mask[0], []).append(replay)
+        golden = traced.inputs(images)
+        results = _Results(faults)
+        spreading: list[_Spreading] = []
+        for index in traced.walk(golden):
+            spreading = [part for one in spreading for part in one.advance(index, golden)]
+            for position in traced.at.get(index, ()):
+                rows = torch.where(faults.position == position)[0]
+                if len(rows):
+                    spreading += self._start(position, index, rows, faults, golden, results)
+        return results.outcomes(golden[traced.steps[-1]])
+
+    @torch.inference_mode()
+    def observe(self, images: Tensor, see: See = lambda position, output: None) -> Tensor:
+        """Run images [B, ...] without faults; `see` gets each site's position and output. Returns the logits [B, C]."""
+        visit = self._traced.visit
+
+        def watch(position: int, call: Call) -> Tensor:
+            output = visit(position, call) if visit else call.output
+            see(position, output)
+            return output
+
+        values = self._traced.inputs(images)
+        for index, step in enumerate(self._traced.steps):
+            if step not in values:
+                values[step] = self._traced.run_step(index, values, watch)
+            self._traced.release(index, values)
+        return values[self._traced.steps[-1]]
+
+    def _start(
+        self, position: int, index: int, rows: Tensor, faults: Faults, golden: Values, results: _Results
+    ) -> Iterator["_Spreading"]:
+        """Let the faults `rows` of a site happen. Yields those that are still local; the others are already done."""
+        traced, storage = self._traced, self._storages[position]
+        site, step = self.sites[position], traced.steps[index]
+        part, values = faults.select(rows)
+        in_output = faults.model.target != "weight" and traced.is_whole(position)
+        local = in_output and not self._rounds and part.one_value_each and golden[step].ndim in (2, 4)
+        if local and golden[step].ndim == len(site.shape) + 1:
+            output = golden[step]
+            damage = storage.damage(
+                part, lambda row, neuron: output[(part.image[row], *torch.unravel_index(neuron, output.shape[1:]))]
+            )
+            results.damaged(values, damage)
+            patches = {step: point(site.shape, part.neuron, damage.faulty)}
+            yield _Spreading(self, results, rows, part.image, patches)
+            return
+        for chunk in torch.arange(len(rows), device=rows.device).split(self._batch_size):
+            few, few_values = part.select(chunk)
+            if in_output:
+                copies = {live: traced.select(live, golden[live], few.image) for live in traced.live(golden, index + 1)}
+                damage = damage_output(storage, copies[step], few)
+            else:
+                copies = {live: traced.select(live, golden[live], few.image) for live in traced.live(golden, index)}
+                copies[step], damage = self._rerun(position, index, copies, few)
+            results.damaged(values[few_values], damage)
+            results.reached(rows[chunk], self.finish(copies, index + 1))
+
+    def _rerun(self, position: int, index: int, values: Values, faults: Faults) -> tuple[Any, Damage]:
+        """Run a step again, one row per fault, for faults in weights and in calls inside of it."""
+        found: list[Damage] = []
+
+        def visit(here: int, call: Call) -> Tensor:
+            output = call.output
+            if here == position and faults.model.target == "weight":
+                damage, output = damage_weights(self._storages[position], call, faults)
+                found.append(damage)
+            if self._traced.visit:
+                output = self._traced.visit(here, Call(call.func, call.kind, call.args, call.kwargs, output))
+            if here == position and faults.model.target != "weight":
+                output = output.clone()
+                found.append(damage_output(self._storages[position], output, faults))
+            return output
+
+        return self._traced.run_step(index, values, visit), found[0]
+
+    def storage(self, position: int) -> Storage:
+        """How what the faults hit at a site is stored."""
+        return self._storages[position]
+
+    def factor_behind_last(self) -> float:
+        """The number that turns the last site's output into the logits. Raises UnsupportedModel where more lies between
+        them.
+        """
+        traced = self._traced
+        last = max(traced.at)
+        step, factor = traced.steps[last], 1.0
+        while traced.is_whole(len(self.sites) - 1) and len(step.users) == 1:
+            (reader,) = step.users
+            if reader.op == "output":
+                return factor
+            others = [arg for arg in reader.args if arg is not step]
+            if traced.operation(reader) not in PRODUCTS or len(others) != 1:
+                break
+            factor, step = factor * self._constant(others[0]), reader
+        raise UnsupportedModel(f"behind the last layer, {self.sites[-1].layer!r}, lies more than a factor; sample it instead")
+
+    @torch.inference_mode()
+    def _constant(self, arg: Any) -> float:
+        """The value of a number, or of a step that depends on no image. Raises UnsupportedModel."""
+        if not isinstance(arg, fx.Node):
+            return float(arg)
+        if self._traced.depends_on_images(arg):
+            raise UnsupportedModel(
+                f"the factor {arg.name} behind the last layer depends on the image; sample the layer instead"
+            )
+        needed, values = [arg], {}
+        for step in needed:
+            needed += step.all_input_nodes
+        for index, step in enumerate(self._traced.steps):
+            if step in needed:
+                values[step] = self._traced.run_step(index, values)
+        return float(values[arg])
+
+    def finish(self, values: Values, start: int) -> Tensor:
+        """Run from step `start` to the logits [N, C], without a look back at the golden run."""
+        traced = self._traced
+        for index, step in enumerate(traced.steps[start:], start):
+            if step not in values:
+                end, run = self._shortcuts.get(step, (step, None))
+                values[end] = run(values[step.args[0]]) if run else traced.run_step(index, values, traced.visit)
+            traced.release(index, values)
+        return values[traced.steps[-1]]
+
+    @property
+    def local_parts(self) -> tuple[TracedModel, LocalSteps, int]:
+        """What the faults that are still local need of the engine."""
+        return self._traced, self._local, self._batch_size
+
+
+class _Spreading:
+    """Faults of one site that have not spread far: what they changed in the values that later steps read."""
+
+    def __init__(self, engine: ReplayEngine, results: _Results, rows: Tensor, image: Tensor, patches: dict[Any, Patch]) -> None:
+        self._engine, self._results = engine, results
+        self._rows, self._image, self._patches = rows, image, patches
+
+    def advance(self, index: int, golden: Values) -> list["_Spreading"]:
+        """Follow the golden run, which has just done step `index`. Returns what is still spreading."""
+        traced, local, batch_size = self._engine.local_parts
+        step = traced.steps[index]
+        if not any(source in self._patches for source in step.all_input_nodes):
+            return [self]
+        if local.spreads(step) and len(self._rows) > batch_size:
+            chunks = torch.arange(len(self._rows), device=self._rows.device).split(batch_size)
+            return [part for chunk in chunks for part in self._of(chunk).advance(index, golden)]
+        patch = local.run(step, self._patches, golden, self._image)
+        if patch is None:
+            return self._finish(index, golden)
+        self._patches[step] = patch
+        for done in [done for done in self._patches if traced.last_reader.get(done, -1) <= index]:
+            del self._patches[done]
+        if local.masks(step) and patch.is_point:
+            left = self._still_there(golden).nonzero()[:, 0]
+            if len(left) < len(self._rows):
+                return [self._of(left)] if len(left) else []
+        height, width = as_map(golden[step]).shape[2:]
+        if patch.values.shape[1] * patch.values.shape[2] > LARGEST_SHARE * height * width and not patch.is_point:
+            return self._finish(index + 1, golden)
+        return [self]
+
+    def _of(self, rows: Tensor) -> "_Spreading":
+        patches = {step: patch.of(rows) for step, patch in self._patches.items()}
+        return _Spreading(self._engine, self._results, self._rows[rows], self._image[rows], patches)
+
+    def _still_there(self, golden: Values) -> Tensor:
+        """Which faults differ in any bit from the golden run, bool [N]: NaN equals itself here, and 0 is not -0."""
+        differs = torch.zeros_like(self._image, dtype=torch.bool)
+        for step, patch in self._patches.items():
+            twin = read(as_map(golden[step]), self._image, patch)
+            differs |= (patch.values.contiguous().view(torch.int32) != twin.view(torch.int32)).flatten(1).any(dim=1)
+        return differs
+
+    def _finish(self, start: int, golden: Values) -> list["_Spreading"]:
+        """Compute all of the steps from `start` on."""
+        traced, _, batch_size = self._engine.local_parts
+        for chunk in torch.arange(len(self._rows), device=self._rows.device).split(batch_size):
+            part, values = self._of(chunk), {}
+            for step in traced.live(golden, start):
+                value, image = golden[step], part._image
+                if step in part._patches:
+                    values[step] = whole(part._patches[step], value, lambda s=step, v=value, i=image: traced.select(s, v, i))
                 else:
-                    replay.finish(values)
-        golden_logits = values[traced.steps[-1]]
-        logits = golden_logits[faults.image]
-        golden, faulty = torch.empty_like(faults.limit), torch.empty_like(faults.limit)
-        detected = torch.empty_like(faults.image, dtype=torch.bool)
-        for replay in replays:
-            golden[replay.rows], faulty[replay.rows], detected[replay.rows] = replay.injected
-            if replay.logits is not None:
-                logits[replay.left] = replay.logits
-        return Outcomes(golden, faulty, detected, logits, golden_logits)
+                    values[step] = traced.select(step, value, image)
+            self._results.reached(part._rows, self._engine.finish(values, start))
+        return []
 
 
-class _Replay:
-    """The faults of one site on one batch of images, from the flip to the logits."""
+class WholeEngine:
+    """Any model: one whole inference per fault, `batch_size` faults at a time. The slow twin, and for models without a
+    trace.
+    """
 
-    def __init__(self, traced: TracedModel, index: int, mask: tuple | None, rows: Tensor, faults: Faults, golden: dict) -> None:
-        self._traced, self._start, self._mask, self._image = traced, index, mask, faults.image
-        self.rows = self.left = rows
-        self._values = traced.select(golden, faults.image)
-        each = torch.arange(len(rows), device=rows.device)
-        self.injected = corrupt(self._values[traced.steps[index]], len(rows), each, faults)
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: nn.Module,
+        image: Tensor,
+        batch_size: int,
+        *,
+        kinds: Sequence[str] = DEFAULT_KINDS,
+        number_format: Format = FP32,
+        profiled: Mapping[str, float] | None = None,
+        target: Target = "neuron",
+    ) -> None:
+        self._model = copy.deepcopy(model).eval()
+        self._batch_size = batch_size
+        self.number_format, self.device, self.settings = (
+            number_format,
+            image.device,
+            _settings(self, model, kinds, number_format, target),
+        )
+        self._find_sites(image, kinds)
+        self._storages, self._outputs = make_storages(self._model, self.sites, number_format, profiled or {}, target)
 
-    def finish(self, golden: dict) -> None:
-        """Run to the end, without the faults that left no trace behind the mask, where the golden run now stands."""
-        if self._mask:
-            end, carriers = self._mask
-            for _ in self._traced.walk(self._values, self._start, end + 1):
-                pass
-            left = self._traced.trace_left(self._values, golden, carriers, self._image).nonzero()[:, 0]
-            self.left, self._start = self.rows[left], end + 1
-            if len(left) < len(self.rows):
-                self._values = self._traced.select(self._values, left)
-        self.logits = self._traced.logits(self._values, self._start) if len(self.left) else None
-        self._values = None
+    def _find_sites(self, image: Tensor, kinds: Sequence[str]) -> None:
+        surveys: list[list[Call]] = [[], []]
+        for size, calls in zip(SURVEYED, surveys, strict=True):
+            with torch.no_grad(), Calls(lambda call, here=calls: here.append(call) or call.output):
+                self._model(image.expand(size, *image.shape).clone())
+        if len(surveys[0]) != len(surveys[1]):
+            raise UnsupportedModel(f"{type(self._model).__name__} runs other operations for other batch sizes")
+        found = SiteList(self._model, kinds)
+        sites = [found.add(call, larger.output) for call, larger in zip(*surveys, strict=True)]
+        found.finish()
+        self._position = {number: site.position for number, site in enumerate(sites) if site}
+        self.sites, self.skipped = found.sites, found.skipped
+
+    @torch.inference_mode()
+    def run(self, images: Tensor, faults: Faults) -> Outcomes:
+        """Carry out N > 0 faults on a batch of images [B, ...], each in an inference of its own, on its own image."""
+        results = _Results(faults)
+        for position in faults.position.unique().tolist():
+            for rows in torch.where(faults.position == position)[0].split(self._batch_size):
+                part, values = faults.select(rows)
+                damage: list[Damage] = []
+                results.reached(rows, self._infer(images[part.image], position, part, damage))
+                results.damaged(values, damage[0])
+        return results.outcomes(self._infer(images))
+
+    @torch.inference_mode()
+    def observe(self, images: Tensor, see: See = lambda position, output: None) -> Tensor:
+        """Run images [B, ...] without faults; `see` gets each site's position and output. Returns the logits [B, C]."""
+        return self._infer(images, see=see)
+
+    def _infer(
+        self,
+        images: Tensor,
+        position: int = -1,
+        faults: Faults | None = None,
+        found: list[Damage] | None = None,
+        see: See = lambda position, output: None,
+    ) -> Tensor:
+        number = -1
+
+        def visit(call: Call) -> Tensor:
+            nonlocal number
+            number += 1
+            here, output = self._position.get(number), call.output
+            if here is None:
+                return output
+            weights = faults is not None and here == position and faults.model.target == "weight"
+            if weights:
+                damage, output = damage_weights(self._storages[here], call, faults)
+                found.append(damage)
+            output = self._outputs[here].round(output)
+            if faults is not None and here == position and not weights:
+                output = output.clone()
+                found.append(damage_output(self._storages[here], output, faults))
+            see(here, output)
+            return output
+
+        with Calls(visit):
+            return self._model(images)
 
 
 class PyTorchFIEngine:
@@ -146,61 +413,103 @@ class PyTorchFIEngine:
     model: as for PyTorchFI, every Conv2d and Linear called exactly once, as a module. Source: Mahmoud et al., DSN-W 2020.
     """
 
-    def __init__(self, model: nn.Module, image: Tensor, batch_size: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        image: Tensor,
+        batch_size: int,
+        *,
+        kinds: Sequence[str] = DEFAULT_KINDS,
+        number_format: Format = FP32,
+        profiled: Mapping[str, float] | None = None,
+        target: Target = "neuron",
+    ) -> None:
         from pytorchfi.core import fault_injection
 
+        if set(kinds) != set(DEFAULT_KINDS) or number_format.name != "fp32" or target != "neuron":
+            raise UnsupportedModel("PyTorchFI flips bits of fp32 neurons of Conv2d and Linear; use inject.engine: replay")
         self._model = model.eval()
         self._batch_size = batch_size
-        self._injector = fault_injection(
-            self._model, batch_size, input_shape=list(image.shape), layer_types=list(INJECTABLE), use_cuda=image.is_cuda
+        self.number_format, self.device, self.settings = (
+            number_format,
+            image.device,
+            _settings(self, model, kinds, number_format, target),
         )
-        names = [name for name, module in _called_in_order(self._model, image)]
+        modules = (nn.Conv2d, nn.Linear)
+        self._injector = fault_injection(
+            self._model, batch_size, input_shape=list(image.shape), layer_types=list(modules), use_cuda=image.is_cuda
+        )
+        called = _called_in_order(self._model, image, modules)
         shapes = [tuple(shape[1:]) for shape in self._injector.output_size]
-        kinds = [kind.__name__ for kind in self._injector.layers_type]
+        names = [name for name, _ in called]
         if len(names) != len(shapes) or len(set(names)) < len(names):
             raise UnsupportedModel("PyTorchFI needs every Conv2d and Linear to be called once; use inject.engine: replay")
-        self.sites = [Site(*found) for found in zip(names, kinds, range(len(names)), shapes, strict=True)]
+        self.skipped: list[tuple[str, str]] = []
+        self.sites = [
+            Site(name, type(module).__name__, position, shape, module.weight.numel())
+            for position, ((name, module), shape) in enumerate(zip(called, shapes, strict=True))
+        ]
+        self._storages, _ = make_storages(model, self.sites, FP32, {}, target)
 
     @torch.inference_mode()
     def run(self, images: Tensor, faults: Faults) -> Outcomes:
-        parts = [self._run_batch(images, faults[rows]) for rows in torch.arange(len(faults.image)).split(self._batch_size)]
-        golden, faulty, detected, logits = (torch.cat(column) for column in zip(*parts, strict=True))
-        return Outcomes(golden, faulty, detected, logits, self._model(images))
+        """Carry out N > 0 faults on a batch of images [B, ...], each in an inference of its own, on its own image."""
+        results = _Results(faults)
+        for rows in torch.arange(len(faults.image), device=images.device).split(self._batch_size):
+            part, values = faults.select(rows)
+            results.reached(rows, self._run_batch(images, part, values, results))
+        return results.outcomes(self._model(images))
 
-    def _run_batch(self, images: Tensor, faults: Faults) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        count = len(faults.image)
-        golden, faulty = torch.empty_like(faults.limit), torch.empty_like(faults.limit)
-        detected = torch.empty_like(faults.image, dtype=torch.bool)
+    @torch.inference_mode()
+    def observe(self, images: Tensor, see: See = lambda position, output: None) -> Tensor:
+        """Run images [B, ...] without faults. Returns the logits [B, C]; PyTorchFI has nothing for `see`."""
+        return self._model(images)
 
+    def _run_batch(self, images: Tensor, faults: Faults, values: Tensor, results: _Results) -> Tensor:
         def flip(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            here = torch.where(faults.position == self._injector.get_current_layer())[0]
-            golden[here], faulty[here], detected[here] = corrupt(output, count, here, faults[here])
+            position = self._injector.get_current_layer()
+            here = torch.where(faults.position == position)[0]
+            if len(here):
+                part, part_values = faults.select(here)
+                rows = output[here]
+                results.damaged(values[part_values], damage_output(self._storages[position], rows, part))
+                output[here] = rows
             self._injector.updateLayer()
             return output
 
-        shapes = [self.sites[position].shape for position in faults.position.tolist()]
+        position = faults.position[faults.row].tolist()
+        shapes = [self.sites[number].shape for number in position]
         places = [np.unravel_index(neuron, shape) for neuron, shape in zip(faults.neuron.tolist(), shapes, strict=True)]
         dims = [[int(place[d]) if d < len(place) else None for place in places] for d in range(3)]
         corrupted = self._injector.declare_neuron_fi(
-            function=flip,
-            batch=list(range(count)),
-            layer_num=faults.position.tolist(),
-            dim1=dims[0],
-            dim2=dims[1],
-            dim3=dims[2],
+            function=flip, batch=faults.row.tolist(), layer_num=position, dim1=dims[0], dim2=dims[1], dim3=dims[2]
         )
         logits = corrupted(images[faults.image])
         self._injector.fi_reset()
-        return golden, faulty, detected, logits
+        return logits
 
 
-def _called_in_order(model: nn.Module, image: Tensor) -> list[tuple[str, nn.Module]]:
-    """The injectable modules' names as a forward pass calls them."""
+def _settings(engine: Engine, model: nn.Module, kinds: Sequence[str], number_format: Format, target: Target) -> dict[str, str]:
+    """What an engine's results depend on."""
+    weights = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        weights.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return {
+        "engine": f"{type(engine).__name__} {__version__}, torch {torch.__version__}",
+        "model": weights.hexdigest()[:16],
+        "kinds of sites": ", ".join(kinds),
+        "number format": number_format.name,
+        "target": target,
+    }
+
+
+def _called_in_order(model: nn.Module, image: Tensor, kinds: tuple[type, ...]) -> list[tuple[str, nn.Module]]:
+    """The modules of these kinds, with their names, as a forward pass calls them."""
     called: list[tuple[str, nn.Module]] = []
     handles = [
         module.register_forward_hook(lambda module, inputs, output, name=name: called.append((name, module)))
         for name, module in model.named_modules()
-        if isinstance(module, INJECTABLE)
+        if isinstance(module, kinds)
     ]
     with torch.inference_mode():
         model(image[None])
@@ -209,11 +518,22 @@ def _called_in_order(model: nn.Module, image: Tensor) -> list[tuple[str, nn.Modu
     return called
 
 
-ENGINES = {"replay": ReplayEngine, "pytorchfi": PyTorchFIEngine}
+ENGINES = {"replay": ReplayEngine, "whole": WholeEngine, "pytorchfi": PyTorchFIEngine}
 
 
-def make_engine(name: str, model: nn.Module, image: Tensor, batch_size: int) -> Engine:
-    """Build the engine called `name` for a model and the shape of one image. Raises UnknownName, UnsupportedModel."""
+def make_engine(name: str, model: nn.Module, image: Tensor, batch_size: int, **options: Any) -> Engine:
+    """Build the engine called `name` for a model and the shape of one image.
+
+    options: kinds of sites, number_format, profiled (layer -> largest magnitude), target. Where `replay` cannot trace the
+    model, `whole` takes its place, and a line says so. Raises UnknownName, UnsupportedModel.
+    """
     if name not in ENGINES:
         raise UnknownName("engine", name, ENGINES, "params.yaml inject.engine")
-    return ENGINES[name](model, image, batch_size)
+    try:
+        return ENGINES[name](model, image, batch_size, **options)
+    except UnsupportedModel as reason:
+        if name != "replay":
+            raise
+        engine = WholeEngine(model, image, batch_size, **options)
+        print(f"engine 'replay' cannot be used, going on with 'whole', which is slower: {reason}", file=sys.stderr, flush=True)
+        return engine

@@ -79,13 +79,18 @@ def difference(minuend: Estimate, subtrahend: Estimate) -> Estimate:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One layer's campaign. nonfinite: injections whose loss is NaN or infinite; DeltaLoss and mismatch leave them out."""
+    """One layer's campaign.
+
+    nonfinite: injections whose loss is NaN or infinite; DeltaLoss and mismatch leave them out. masked: those that the engine
+    saw leave no trace; counted everywhere, with a DeltaLoss of 0.
+    """
 
     layer: str
     neurons: int
     injections: int
     nonfinite: int
     detected: int
+    masked: int
     delta_loss: Estimate
     mismatch: Estimate
 
@@ -95,7 +100,7 @@ class LayerResult:
 
 
 def summarise_layer(records: pd.DataFrame, neurons: int) -> LayerResult:
-    """Reduce one layer's records (columns golden_loss, faulty_loss, mismatch, detected, layer) to its estimates."""
+    """Reduce one layer's records (columns golden_loss, faulty_loss, mismatch, detected, masked, layer) to its estimates."""
     loss_change = (records["faulty_loss"] - records["golden_loss"]).abs()
     finite = np.isfinite(loss_change)
     return LayerResult(
@@ -104,6 +109,7 @@ def summarise_layer(records: pd.DataFrame, neurons: int) -> LayerResult:
         injections=len(records),
         nonfinite=int((~finite).sum()),
         detected=int(records["detected"].sum()),
+        masked=int(records["masked"].sum()),
         delta_loss=mean_estimate(loss_change[finite].to_numpy(dtype=np.float64)),
         mismatch=rate_estimate(int(records["mismatch"][finite].sum()), int(finite.sum())),
     )

@@ -1,28 +1,11 @@
-"""Bits of stored numbers, and the range detector that looks at a flipped value."""
+"""What looks at values while a model runs: range detectors at the damaged value, and bounds on every activation."""
 
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from textguard.errors import BitOutOfRange, InvalidParameter, UnknownName
-
-FP32_BITS = 32  # bit 0 is the lowest mantissa bit, 23 the lowest exponent bit, 31 the sign
-
-
-def flip_bit(values: Tensor, bit: Tensor) -> Tensor:
-    """Invert one stored bit of each value.
-
-    values: float32, shape [N]. bit: int64, shape [N], 0 (lowest mantissa bit) to 31 (sign).
-    Returns float32 [N]; may be infinite or NaN. Raises BitOutOfRange.
-    Source: IEEE 754-2019, section 3.4.
-    """
-    if values.dtype != torch.float32:
-        raise BitOutOfRange(f"values are {values.dtype}; bits can be flipped in torch.float32")
-    if bit.numel() and not 0 <= int(bit.min()) <= int(bit.max()) < FP32_BITS:
-        raise BitOutOfRange(f"bits {int(bit.min())} to {int(bit.max())}; fp32 has bits 0 to {FP32_BITS - 1}")
-    mask = torch.ones_like(bit, dtype=torch.int32) << bit.to(torch.int32)
-    return (values.contiguous().view(torch.int32) ^ mask).view(torch.float32)
+from textguard.errors import InvalidParameter, UnknownName
 
 
 def clamp_to_range(values: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,3 +45,16 @@ def detector_limits(detector: str, layers: Sequence[str], profiled: Mapping[str,
             raise InvalidParameter(f"layer {missing[0]!r} has no profiled range; profile the same model first (stage 'ranges')")
         return {layer: profiled[layer] for layer in layers}
     raise UnknownName("detector", detector, ["profiled", "fixed:X", "off"], "params.yaml inject.detector")
+
+
+class Bound(nn.Module):
+    """Replaces values outside [low, high], NaN among them: by the nearer bound, or by zero (NaN by `low`, or by zero)."""
+
+    def __init__(self, low: float, high: float, to_zero: bool) -> None:
+        super().__init__()
+        self.low, self.high, self.to_zero = low, high, to_zero
+
+    def forward(self, values: Tensor) -> Tensor:
+        if self.to_zero:
+            return torch.where((values >= self.low) & (values <= self.high), values, 0.0)
+        return torch.nan_to_num(values, nan=self.low, posinf=self.high, neginf=self.low).clamp(self.low, self.high)
