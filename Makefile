@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Every stage is a process of its own: without byte code each would compile its packages again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup repro test lint format grids smoke lock clean
+.PHONY: help setup repro test lint format grids smoke bench lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
@@ -51,6 +51,9 @@ grids:  ## copy the root's dvc.yaml to every grid
 
 smoke: setup  ## run the smallest grid
 	cd grids/smoke && dvc repro dvc.yaml
+
+bench: setup  ## measure the performance claims, some 15 minutes, into benchmarks/results.json
+	python -W ignore -m benchmarks
 
 lock:  ## pin what pyproject.toml resolves to today in requirements.lock
 	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv

@@ -1,5 +1,6 @@
 """Run the injection campaign on one classifier."""
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -77,6 +78,9 @@ def main(params: Params, key: str) -> None:
         if rank:
             return
         layers = summarise(records, engine.sites)
+        if not sys.stderr.isatty():
+            for layer in layers:
+                print(f"inject {key}: {layer}", file=sys.stderr, flush=True)
         settings = {**asdict(inject), "inputs": mark, "device": describe_device(image.device)}
         write_parquet(records_out / "plan.parquet", plan, {"seed": str(inject.seed)})
         write_parquet(records_out / "injections.parquet", records, {name: str(value) for name, value in settings.items()})

@@ -193,6 +193,12 @@ WRONG_VALUES = {
     "a list for a section": ("datasets", [], ["[]", "object"]),
     "no injections": ("inject.injections_per_layer", 0, ["0", "greater than 0"]),
     "negative injections": ("inject.injections_per_layer", -1, ["-1", "greater than 0"]),
+    "unknown kind of site": ("inject.kinds", ["Pool"], ['"Pool"', "'Conv2d'", "'MatMul'"]),
+    "no kind of site": ("inject.kinds", [], ["at least 1"]),
+    "unknown mitigation": ("inject.mitigation", "tmr", ['"tmr"', "'none', 'ranger' or 'clip_to_zero'"]),
+    "unknown target": ("inject.faults.target", "input", ['"input"', "'neuron', 'weight' or 'metadata'"]),
+    "unknown operation": ("inject.faults.operation", "set", ['"set"', "'flip', 'stuck_at_0' or 'stuck_at_1'"]),
+    "no bits": ("inject.faults.bits", 0, ["0", "greater than 0"]),
     "share of 1": ("datasets.digits.test_share", 1.0, ["1.0", "less than 1"]),
     "negative limit": ("datasets.digits.limit_train", -5, ["-5", "greater than or equal to 0"]),
     "unknown schedule": ("recipes.plain.schedule", "linear", ['"linear"', "'cosine' or 'step'"]),
@@ -303,13 +309,13 @@ NAMES = {
         f"runs.{BASELINE}.backbone",
         "lenet",
         f"train {BASELINE}",
-        ["backbone 'lenet'", "known: alexnet, mobilenet_v2, resnet101", "runs.*.backbone"],
+        ["backbone 'lenet'", "known: alexnet, focalnet_s,", "vgg19_bn", "runs.*.backbone"],
     ),
     "small images": (
         f"runs.{BASELINE}.backbone",
         "alexnet",
         f"train {BASELINE}",
-        ["alexnet", "at least 63 pixels", "not 32", "datasets.*.image_size"],
+        ["alexnet", "63 to 4096 pixels", "not 32", "datasets.*.image_size"],
     ),
     "provider": (f"texts.{TEXT}.provider", "gpt", f"responses {TEXT}", ["provider 'gpt'", "known: replay, template", "texts"]),
     "encoder": ("encoder", "word2vec", "encoder", ["encoder 'word2vec'", "known: minilm, open_clip:MODEL:PRETRAINED"]),
@@ -317,12 +323,22 @@ NAMES = {
     "OpenCLIP model": ("encoder", "open_clip:ViT-Z:openai", "encoder", ["OpenCLIP model 'ViT-Z'", "ViT-B-32"]),
     "OpenCLIP tag": ("encoder", "open_clip:RN50:mine", f"embeddings {TEXT}", ["tag of RN50 'mine'", "known:", "openai"]),
     "encoder folder": ("encoder", "open_clip:local-dir:/none", "encoder", ["/none/open_clip_config.json", "No such file"]),
-    "engine": ("inject.engine", "hooks", f"inject {BASELINE}", ["engine 'hooks'", "known: pytorchfi, replay", "inject.engine"]),
+    "engine": ("inject.engine", "hooks", f"inject {BASELINE}", ["engine 'hooks'", "known: pytorchfi, replay, whole"]),
     "detector": ("inject.detector", "clamp", f"inject {BASELINE}", ["detector 'clamp'", "known: fixed:X, off, profiled"]),
     "detector without a number": ("inject.detector", "fixed:", f"inject {BASELINE}", ["'fixed:'", "number above 0"]),
     "detector with a word": ("inject.detector", "fixed:ten", f"inject {BASELINE}", ["'fixed:ten'", "number above 0"]),
     "detector below 0": ("inject.detector", "fixed:-1", f"inject {BASELINE}", ["'fixed:-1'", "number above 0"]),
     "detector at NaN": ("inject.detector", "fixed:nan", f"inject {BASELINE}", ["'fixed:nan'", "number above 0"]),
+    "format": ("inject.format", "posit8", f"inject {BASELINE}", ["number format 'posit8'", "known:", "bf16", "inject.format"]),
+    "format's sizes": ("inject.format", "int(1)", f"inject {BASELINE}", ["'int(1)'", "B from 2 to 16", "inject.format"]),
+    "metadata of fp32": (
+        "inject.faults.target",
+        "metadata",
+        f"inject {BASELINE}",
+        ["fp32 has no metadata", "inject.faults.target"],
+    ),
+    "too many bits": ("inject.faults.bits", 33, f"inject {BASELINE}", ["inject.faults.bits is 33", "32 to choose from"]),
+    "no such layers": ("inject.kinds", ["Conv3d"], f"inject {BASELINE}", ["no Conv3d output"]),
     "few training images": ("datasets.digits.limit_train", 5, "data digits", ["digits cannot be split", "datasets", "5"]),
     "many test images": ("datasets.digits.limit_test", 999, "data digits", ["digits cannot be split", "datasets", "999"]),
 }
@@ -474,6 +490,7 @@ MISSING = [
     ("evaluate", BASELINE, "data/digits/test.safetensors", "data"),
     ("ranges", BASELINE, MODEL, "train"),
     ("inject", BASELINE, f"{RUN}/ranges.csv", "ranges"),
+    ("inject", BASELINE, f"{RUN}/activations.csv", "ranges"),
     ("tables", None, f"{RUN}/evaluation.json", "evaluate"),
     ("tables", None, f"{RUN}/resilience.json", "inject"),
     pytest.param("train", BASELINE, "data/digits/classes.json", "data"),
@@ -598,6 +615,18 @@ def test_a_layer_without_a_range_is_named(grid):
     file = f"{RUN}/ranges.csv"
     grid.put(file, without_layer(pd.read_csv(grid.folder / file)))
     says(grid.fails("inject", BASELINE), "layer 'fc' has no profiled range", "stage 'ranges'")
+
+
+def test_an_activation_without_a_range_is_named(grid):
+    file = f"{RUN}/activations.csv"
+    grid.put(file, pd.read_csv(grid.folder / file).query("activation != 'relu'").to_csv(index=False))
+    grid.change("inject.mitigation", "ranger")
+    says(grid.fails("inject", BASELINE), "activation 'relu' has no profiled range", "stage 'ranges'")
+
+
+@pytest.mark.parametrize("number", ["0", "two", "9999"])
+def test_a_wrong_number_of_processes_is_named(grid, number):
+    says(grid.fails("inject", BASELINE, TEXTGUARD_PROCESSES=number), f"TEXTGUARD_PROCESSES='{number}'", "1 to 1024")
 
 
 RESULTS = {

@@ -177,7 +177,7 @@ def make_storages(
     profiled: layer -> largest magnitude of its output. Raises InvalidParameter where the format or the target does not fit.
     """
     if target == "metadata" and not number_format.shared_bits:
-        raise InvalidParameter(f"format {number_format.name} has no metadata; choose another params.yaml inject.target")
+        raise InvalidParameter(f"format {number_format.name} has no metadata; change params.yaml inject.faults.target")
     parameters = dict(model.named_parameters())
     outputs, weights = [], []
     for site in sites:
@@ -187,7 +187,7 @@ def make_storages(
             raise InvalidParameter(f"layer {site.layer!r} has no profiled range; profile the model first (stage 'ranges')")
         weight = parameters.get(site.parameter) if site.weights else None
         if weight is not None:
-            storage = Storage(number_format, float(weight.abs().max()), site.weights, weight.device)
+            storage = Storage(number_format, float(weight.detach().abs().max()), site.weights, weight.device)
             weight.data = storage.round(weight.data)
             weights.append(storage)
         elif target == "weight":

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from textguard.errors import UnknownName, UnsupportedModel
 from textguard.faults.damage import Damage, Faults, Storage, Target, damage_output, damage_weights, make_storages
 from textguard.faults.formats import FP32, Format
 from textguard.faults.graph import TracedModel, Values
-from textguard.faults.local import LARGEST_SHARE, PRODUCTS, LocalSteps, Patch, as_map, point, read, whole
+from textguard.faults.local import PRODUCTS, LocalFaults, LocalSteps, covers, in_batches, paste_whole, point, whole
 from textguard.faults.sites import DEFAULT_KINDS, SURVEYED, Call, Calls, Site, SiteList
 from textguard.faults.suffix import shortcuts
 
@@ -133,13 +133,21 @@ class ReplayEngine:
             images = images.contiguous(memory_format=torch.channels_last)
         golden = traced.inputs(images)
         results = _Results(faults)
-        spreading: list[_Spreading] = []
+        local: list[LocalFaults] = []
         for index in traced.walk(golden):
-            spreading = [part for one in spreading for part in one.advance(index, golden)]
+            moved = [
+                part
+                for faults_of_site in local
+                for part in self._local.advance(faults_of_site, index, golden, self._batch_size)
+            ]
+            local = [part for part, spread in moved if not spread]
+            # Faults of several sites may have to go on from here: together they fill a batch.
+            for start in (index, index + 1):
+                self._replay([part for part, spread in moved if spread == start], start, golden, results)
             for position in traced.at.get(index, ()):
                 rows = torch.where(faults.position == position)[0]
                 if len(rows):
-                    spreading += self._start(position, index, rows, faults, golden, results)
+                    local += self._start(position, index, rows, faults, golden, results)
         return results.outcomes(golden[traced.steps[-1]])
 
     @torch.inference_mode()
@@ -161,8 +169,8 @@ class ReplayEngine:
 
     def _start(
         self, position: int, index: int, rows: Tensor, faults: Faults, golden: Values, results: _Results
-    ) -> Iterator["_Spreading"]:
-        """Let the faults `rows` of a site happen. Yields those that are still local; the others are already done."""
+    ) -> list[LocalFaults]:
+        """Let the faults `rows` of a site happen. Returns those that are still local; the others are already done."""
         traced, storage = self._traced, self._storages[position]
         site, step = self.sites[position], traced.steps[index]
         part, values = faults.select(rows)
@@ -175,8 +183,7 @@ class ReplayEngine:
             )
             results.damaged(values, damage)
             patches = {step: point(site.shape, part.neuron, damage.faulty)}
-            yield _Spreading(self, results, rows, part.image, patches)
-            return
+            return [LocalFaults(rows, part.image, patches)]
         for chunk in torch.arange(len(rows), device=rows.device).split(self._batch_size):
             few, few_values = part.select(chunk)
             if in_output:
@@ -186,7 +193,27 @@ class ReplayEngine:
                 copies = {live: traced.select(live, golden[live], few.image) for live in traced.live(golden, index)}
                 copies[step], damage = self._rerun(position, index, copies, few)
             results.damaged(values[few_values], damage)
-            results.reached(rows[chunk], self.finish(copies, index + 1))
+            results.reached(rows[chunk], self._finish(copies, index + 1))
+        return []
+
+    def _replay(self, parts: list[LocalFaults], start: int, golden: Values, results: _Results) -> None:
+        """Run all of the steps from `start` on for faults that are no longer local."""
+        traced = self._traced
+        for batch in in_batches(parts, self._batch_size):
+            image = torch.cat([part.image for part in batch])
+            values = {}
+            for step in traced.live(golden, start):
+                patches = [part.patches.get(step) for part in batch]
+                if all(patch and covers(patch, golden[step]) for patch in patches):
+                    values[step] = torch.cat([whole(patch, golden[step]) for patch in patches])
+                    continue
+                values[step] = traced.select(step, golden[step], image)
+                end = 0
+                for part, patch in zip(batch, patches, strict=True):
+                    begin, end = end, end + len(part.rows)
+                    if patch:
+                        paste_whole(values[step][begin:end], patch)
+            results.reached(torch.cat([part.rows for part in batch]), self._finish(values, start))
 
     def _rerun(self, position: int, index: int, values: Values, faults: Faults) -> tuple[Any, Damage]:
         """Run a step again, one row per fault, for faults in weights and in calls inside of it."""
@@ -224,98 +251,22 @@ class ReplayEngine:
             others = [arg for arg in reader.args if arg is not step]
             if traced.operation(reader) not in PRODUCTS or len(others) != 1:
                 break
-            factor, step = factor * self._constant(others[0]), reader
+            other = traced.constants.get(others[0]) if isinstance(others[0], fx.Node) else others[0]
+            if other is None or (isinstance(other, Tensor) and other.numel() > 1):
+                break
+            factor, step = factor * float(other), reader
         raise UnsupportedModel(f"behind the last layer, {self.sites[-1].layer!r}, lies more than a factor; sample it instead")
 
-    @torch.inference_mode()
-    def _constant(self, arg: Any) -> float:
-        """The value of a number, or of a step that depends on no image. Raises UnsupportedModel."""
-        if not isinstance(arg, fx.Node):
-            return float(arg)
-        if self._traced.depends_on_images(arg):
-            raise UnsupportedModel(
-                f"the factor {arg.name} behind the last layer depends on the image; sample the layer instead"
-            )
-        needed, values = [arg], {}
-        for step in needed:
-            needed += step.all_input_nodes
-        for index, step in enumerate(self._traced.steps):
-            if step in needed:
-                values[step] = self._traced.run_step(index, values)
-        return float(values[arg])
-
-    def finish(self, values: Values, start: int) -> Tensor:
+    def _finish(self, values: Values, start: int) -> Tensor:
         """Run from step `start` to the logits [N, C], without a look back at the golden run."""
         traced = self._traced
+        values = traced.constants | values
         for index, step in enumerate(traced.steps[start:], start):
             if step not in values:
                 end, run = self._shortcuts.get(step, (step, None))
                 values[end] = run(values[step.args[0]]) if run else traced.run_step(index, values, traced.visit)
             traced.release(index, values)
         return values[traced.steps[-1]]
-
-    @property
-    def local_parts(self) -> tuple[TracedModel, LocalSteps, int]:
-        """What the faults that are still local need of the engine."""
-        return self._traced, self._local, self._batch_size
-
-
-class _Spreading:
-    """Faults of one site that have not spread far: what they changed in the values that later steps read."""
-
-    def __init__(self, engine: ReplayEngine, results: _Results, rows: Tensor, image: Tensor, patches: dict[Any, Patch]) -> None:
-        self._engine, self._results = engine, results
-        self._rows, self._image, self._patches = rows, image, patches
-
-    def advance(self, index: int, golden: Values) -> list["_Spreading"]:
-        """Follow the golden run, which has just done step `index`. Returns what is still spreading."""
-        traced, local, batch_size = self._engine.local_parts
-        step = traced.steps[index]
-        if not any(source in self._patches for source in step.all_input_nodes):
-            return [self]
-        if local.spreads(step) and len(self._rows) > batch_size:
-            chunks = torch.arange(len(self._rows), device=self._rows.device).split(batch_size)
-            return [part for chunk in chunks for part in self._of(chunk).advance(index, golden)]
-        patch = local.run(step, self._patches, golden, self._image)
-        if patch is None:
-            return self._finish(index, golden)
-        self._patches[step] = patch
-        for done in [done for done in self._patches if traced.last_reader.get(done, -1) <= index]:
-            del self._patches[done]
-        if local.masks(step) and patch.is_point:
-            left = self._still_there(golden).nonzero()[:, 0]
-            if len(left) < len(self._rows):
-                return [self._of(left)] if len(left) else []
-        height, width = as_map(golden[step]).shape[2:]
-        if patch.values.shape[1] * patch.values.shape[2] > LARGEST_SHARE * height * width and not patch.is_point:
-            return self._finish(index + 1, golden)
-        return [self]
-
-    def _of(self, rows: Tensor) -> "_Spreading":
-        patches = {step: patch.of(rows) for step, patch in self._patches.items()}
-        return _Spreading(self._engine, self._results, self._rows[rows], self._image[rows], patches)
-
-    def _still_there(self, golden: Values) -> Tensor:
-        """Which faults differ in any bit from the golden run, bool [N]: NaN equals itself here, and 0 is not -0."""
-        differs = torch.zeros_like(self._image, dtype=torch.bool)
-        for step, patch in self._patches.items():
-            twin = read(as_map(golden[step]), self._image, patch)
-            differs |= (patch.values.contiguous().view(torch.int32) != twin.view(torch.int32)).flatten(1).any(dim=1)
-        return differs
-
-    def _finish(self, start: int, golden: Values) -> list["_Spreading"]:
-        """Compute all of the steps from `start` on."""
-        traced, _, batch_size = self._engine.local_parts
-        for chunk in torch.arange(len(self._rows), device=self._rows.device).split(batch_size):
-            part, values = self._of(chunk), {}
-            for step in traced.live(golden, start):
-                value, image = golden[step], part._image
-                if step in part._patches:
-                    values[step] = whole(part._patches[step], value, lambda s=step, v=value, i=image: traced.select(s, v, i))
-                else:
-                    values[step] = traced.select(step, value, image)
-            self._results.reached(part._rows, self._engine.finish(values, start))
-        return []
 
 
 class WholeEngine:
@@ -369,12 +320,12 @@ class WholeEngine:
                 damage: list[Damage] = []
                 results.reached(rows, self._infer(images[part.image], position, part, damage))
                 results.damaged(values, damage[0])
-        return results.outcomes(self._infer(images))
+        return results.outcomes(self._infer(images.clone()))
 
     @torch.inference_mode()
     def observe(self, images: Tensor, see: See = lambda position, output: None) -> Tensor:
         """Run images [B, ...] without faults; `see` gets each site's position and output. Returns the logits [B, C]."""
-        return self._infer(images, see=see)
+        return self._infer(images.clone(), see=see)
 
     def _infer(
         self,
@@ -428,7 +379,7 @@ class PyTorchFIEngine:
 
         if set(kinds) != set(DEFAULT_KINDS) or number_format.name != "fp32" or target != "neuron":
             raise UnsupportedModel("PyTorchFI flips bits of fp32 neurons of Conv2d and Linear; use inject.engine: replay")
-        self._model = model.eval()
+        self._model = copy.deepcopy(model).eval()
         self._batch_size = batch_size
         self.number_format, self.device, self.settings = (
             number_format,
@@ -458,12 +409,12 @@ class PyTorchFIEngine:
         for rows in torch.arange(len(faults.image), device=images.device).split(self._batch_size):
             part, values = faults.select(rows)
             results.reached(rows, self._run_batch(images, part, values, results))
-        return results.outcomes(self._model(images))
+        return results.outcomes(self._model(images.clone()))
 
     @torch.inference_mode()
     def observe(self, images: Tensor, see: See = lambda position, output: None) -> Tensor:
         """Run images [B, ...] without faults. Returns the logits [B, C]; PyTorchFI has nothing for `see`."""
-        return self._model(images)
+        return self._model(images.clone())
 
     def _run_batch(self, images: Tensor, faults: Faults, values: Tensor, results: _Results) -> Tensor:
         def flip(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -512,7 +463,7 @@ def _called_in_order(model: nn.Module, image: Tensor, kinds: tuple[type, ...]) -
         if isinstance(module, kinds)
     ]
     with torch.inference_mode():
-        model(image[None])
+        model(image[None].clone())
     for handle in handles:
         handle.remove()
     return called

@@ -1,6 +1,7 @@
 """A classifier as a list of steps: where faults can be injected, and what is still needed behind each step."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -171,7 +172,16 @@ class TracedModel:
 
     def inputs(self, images: Tensor) -> Values:
         """The values that a run over these images starts with."""
-        return {step: images for step in self.steps if step.op == "placeholder"}
+        return self.constants | {step: images for step in self.steps if step.op == "placeholder"}
+
+    @functools.cached_property
+    def constants(self) -> Values:
+        """The values of the steps that nothing of the images flows into, such as Swin's position biases."""
+        values: Values = {}
+        for index, step in enumerate(self.steps):
+            if step.op not in ("placeholder", "output") and all(read in values for read in step.all_input_nodes):
+                values[step] = self.run_step(index, values)
+        return values
 
     def live(self, values: Values, start: int) -> list[fx.Node]:
         """The steps before `start` whose values the steps from `start` on read."""
@@ -185,6 +195,13 @@ class TracedModel:
         """What a step does: the type of its module, its function, or the name of its method."""
         return type(self.modules[step.target]) if step.op == "call_module" else step.target
 
+    def is_plain(self, step: fx.Node) -> bool:
+        """Whether a step is what its operation says and no more: no hooks, and all but the first inputs are no steps."""
+        if step.op == "call_module":
+            module = self.modules[step.target]
+            return len(step.args) == 1 and not (step.kwargs or module._forward_hooks or module._forward_pre_hooks)
+        return step.all_input_nodes == [*step.args[:1]]
+
     def depends_on_images(self, step: fx.Node) -> bool:
         """Whether the step's value grows with the batch."""
         return bool(self._scalings[step].rows or self._scalings[step].parts)
@@ -195,7 +212,8 @@ class TracedModel:
 
     def _survey(self, image: Tensor, size: int) -> tuple[list[Any], list[list[Call]]]:
         """Every step's value and calls for a batch of `size` images, tensors without their contents, but for the last."""
-        values = self.inputs(image.expand(size, *image.shape).clone())
+        images = image.expand(size, *image.shape).clone()
+        values: Values = {step: images for step in self.steps if step.op == "placeholder"}
         found, calls = [], []
         for index, step in enumerate(self.steps):
             versions = {read: values[read]._version for read in step.all_input_nodes if is_tensor(values[read])}

@@ -6,7 +6,7 @@ kernel. This is incremental inference as in Nakandala et al. (Krypton), SIGMOD 2
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -94,14 +94,63 @@ def paste(target: Patch, patch: Patch) -> None:
         target.values[place] = patch.values[n, i, j]
 
 
-def whole(patch: Patch, golden: Tensor, select: Callable[[], Tensor]) -> Tensor:
-    """The whole values of N faulty runs, [N, ...]. golden: [B, ...]; select: gives a copy of it for the N images."""
+def covers(patch: Patch, golden: Tensor) -> bool:
+    """Whether the patch holds all of each fault's value, golden: [B, ...]."""
     shape = as_map(golden).shape[1:]
-    if patch.values.shape[1:] == (*shape[1:], shape[0]):
-        return patch.values.permute(0, 3, 1, 2).reshape(-1, *golden.shape[1:])
-    values, zero = select(), torch.zeros_like(patch.top)
+    return patch.values.shape[1:] == (*shape[1:], shape[0])
+
+
+def whole(patch: Patch, golden: Tensor) -> Tensor:
+    """The whole values of N faulty runs, [N, ...], from a patch that covers them. golden: [B, ...]."""
+    return patch.values.permute(0, 3, 1, 2).reshape(-1, *golden.shape[1:])
+
+
+def paste_whole(values: Tensor, patch: Patch) -> None:
+    """Write a patch into the values of N runs, [N, ...], in place."""
+    zero = torch.zeros_like(patch.top)
     paste(Patch(as_map(values).permute(0, 2, 3, 1), zero, zero, None), patch)
-    return values
+
+
+@dataclass(frozen=True)
+class LocalFaults:
+    """N faults that have not spread far. rows: which of the campaign's faults they are, image: each one's place in the batch of
+    golden images, int64 [N]; patches: what they changed in the values that later steps read.
+    """
+
+    rows: Tensor
+    image: Tensor
+    patches: dict[fx.Node, Patch]
+
+    def of(self, rows: Tensor) -> "LocalFaults":
+        """Some of them."""
+        patches = {step: patch.of(rows) for step, patch in self.patches.items()}
+        return LocalFaults(self.rows[rows], self.image[rows], patches)
+
+    def split(self, size: int) -> list["LocalFaults"]:
+        """All of them, in groups of at most `size`."""
+        if len(self.rows) <= size:
+            return [self]
+        return [self.of(chunk) for chunk in torch.arange(len(self.rows), device=self.rows.device).split(size)]
+
+    def differ(self, golden: Values) -> Tensor:
+        """Which of them differ in any bit from the golden run, bool [N]: NaN equals itself here, and 0 is not -0."""
+        differs = torch.zeros_like(self.image, dtype=torch.bool)
+        for step, patch in self.patches.items():
+            twin = read(as_map(golden[step]), self.image, patch)
+            differs |= (patch.values.contiguous().view(torch.int32) != twin.view(torch.int32)).flatten(1).any(dim=1)
+        return differs
+
+
+def in_batches(parts: list[LocalFaults], size: int) -> Iterator[list[LocalFaults]]:
+    """All the faults, in lists that hold at most `size` together."""
+    batch: list[LocalFaults] = []
+    for part in (piece for whole_part in parts for piece in whole_part.split(size)):
+        if batch and sum(len(one.rows) for one in batch) + len(part.rows) > size:
+            yield batch
+            batch = []
+        batch.append(part)
+    if batch:
+        yield batch
 
 
 class LocalSteps:
@@ -111,13 +160,31 @@ class LocalSteps:
         self._traced = traced
         self._weights: dict[fx.Node, Tensor] = {}
 
-    def masks(self, step: fx.Node) -> bool:
-        """Whether a fault may leave no trace behind this step."""
-        return self._traced.operation(step) in MASKING
+    def advance(self, faults: LocalFaults, index: int, golden: Values, batch_size: int) -> list[tuple[LocalFaults, int | None]]:
+        """Follow the golden run, which has just done step `index`.
 
-    def spreads(self, step: fx.Node) -> bool:
-        """Whether points leave this step as patches of all channels."""
-        return self._traced.operation(step) in (nn.Conv2d, nn.Linear)
+        Returns the faults that left a trace, in groups, and for each the step from which on everything has to be computed, or
+        None while they are still local. batch_size: how large a group may be when it spreads to all channels.
+        """
+        step = self._traced.steps[index]
+        operation = self._traced.operation(step)
+        if not any(source in faults.patches for source in step.all_input_nodes):
+            return [(faults, None)]
+        if operation in (nn.Conv2d, nn.Linear) and len(faults.rows) > batch_size:
+            return [done for part in faults.split(batch_size) for done in self.advance(part, index, golden, batch_size)]
+        patch = self.run(step, faults.patches, golden, faults.image)
+        if patch is None:
+            return [(faults, index)]
+        patches = {**faults.patches, step: patch}
+        needed = {read: patch for read, patch in patches.items() if self._traced.last_reader.get(read, -1) > index}
+        faults = replace(faults, patches=needed)
+        if operation in MASKING and patch.is_point:
+            left = faults.differ(golden).nonzero()[:, 0]
+            if len(left) < len(faults.rows):
+                return [(faults.of(left), None)] if len(left) else []
+        height, width = as_map(golden[step]).shape[2:]
+        wide = not patch.is_point and patch.values.shape[1] * patch.values.shape[2] > LARGEST_SHARE * height * width
+        return [(faults, index + 1 if wide else None)]
 
     def run(self, step: fx.Node, patches: dict[fx.Node, Patch], golden: Values, image: Tensor) -> Patch | None:
         """The patch of a step's value from those of its inputs, or None where the whole value has to be computed.
@@ -127,16 +194,16 @@ class LocalSteps:
         if not isinstance(golden[step], Tensor) or golden[step].ndim not in (2, 4):
             return None
         operation = self._traced.operation(step)
-        changed = [read for read in step.all_input_nodes if read in patches]
         if operation in ADDITIONS:
             return self._add(step, patches, golden, image)
-        if len(changed) > 1 or golden[changed[0]].ndim not in (2, 4):
+        if operation in PRODUCTS:
+            return self._scale(step, patches, golden)
+        if not self._traced.is_plain(step):
             return None
-        patch, source = patches[changed[0]], as_map(golden[changed[0]])
+        (changed,) = step.all_input_nodes
+        patch, source = patches[changed], as_map(golden[changed])
         if operation in ELEMENTWISE:
             return replace(patch, values=self._call(step, patch.values))
-        if operation in PRODUCTS:
-            return self._scale(step, patch, golden)
         rules: dict[object, Callable[..., Patch | None]] = {
             nn.BatchNorm2d: self._normalise,
             nn.Conv2d: self._convolve,
@@ -154,20 +221,25 @@ class LocalSteps:
             return getattr(values, step.target)(*step.args[1:], **step.kwargs)
         return step.target(values, *step.args[1:], **step.kwargs)
 
-    def _scale(self, step: fx.Node, patch: Patch, golden: Values) -> Patch | None:
+    def _scale(self, step: fx.Node, patches: dict[fx.Node, Patch], golden: Values) -> Patch | None:
         """A product with one number for all images, as the scale of the text-guided head's logits."""
-        factors = [golden[arg] if isinstance(arg, fx.Node) else arg for arg in step.args]
-        own = next(place for place, arg in enumerate(step.args) if isinstance(arg, fx.Node) and self._is_batch(arg))
-        factor = factors[1 - own]
-        if isinstance(factor, Tensor) and (factor.numel() > 1 or self._is_batch(step.args[1 - own])):
+        if step.kwargs or len(step.args) != 2:
             return None
-        return replace(patch, values=patch.values * factor)
+        own, other = step.args if step.args[0] in patches else reversed(step.args)
+        factor = self._traced.constants.get(other) if isinstance(other, fx.Node) else other
+        if factor is None or (isinstance(factor, Tensor) and factor.numel() > 1):
+            return None
+        return replace(patches[own], values=patches[own].values * factor)
 
     def _is_batch(self, step: object) -> bool:
         return isinstance(step, fx.Node) and self._traced.depends_on_images(step)
 
     def _add(self, step: fx.Node, patches: dict[fx.Node, Patch], golden: Values, image: Tensor) -> Patch | None:
-        if step.kwargs or not all(self._is_batch(arg) and golden[arg].shape == golden[step].shape for arg in step.args):
+        if (
+            step.kwargs
+            or len(step.args) != 2
+            or not all(self._is_batch(arg) and golden[arg].shape == golden[step].shape for arg in step.args)
+        ):
             return None
         parts = [patches[arg] for arg in step.args if arg in patches]
         if (len(parts) > 1 and all(part.is_point for part in parts) and _same_place(*parts)) or len(parts) == 1:
@@ -201,7 +273,7 @@ class LocalSteps:
 
     def _multiply(self, step: fx.Node, patch: Patch, source: Tensor, target: Tensor, image: Tensor) -> Patch | None:
         """Linear: one changed input adds its change times one column of the weights."""
-        if not patch.is_point or source.shape[2:] != (1, 1):
+        if not patch.is_point or len(self._traced.shapes[step]) != 1:
             return None
         if step not in self._weights:
             self._weights[step] = self._traced.modules[step.target].weight.detach().t().contiguous()
@@ -214,28 +286,11 @@ class LocalSteps:
         depthwise = conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or (conv.groups > 1 and not depthwise):
             return None
-        sides = [
-            _reach(start, patch.values.shape[1 + axis], target.shape[2 + axis], conv, axis)
-            for axis, start in enumerate((patch.top, patch.left))
-        ]
-        (top, rows), (left, columns) = sides
+        output, inputs = _windows(patch, target, _Kernel(conv))
+        rows, columns = output.values.shape[1:3]
         if not patch.is_point and rows * columns > LARGEST_SHARE * target.shape[2] * target.shape[3]:
             return None
-        # What the window of the output is made from, in a map that may reach into the padding.
-        inputs = Patch(
-            patch.values.new_zeros(
-                len(image),
-                *(
-                    (size - 1) * conv.stride[a] + (conv.kernel_size[a] - 1) * conv.dilation[a] + 1
-                    for a, size in enumerate((rows, columns))
-                ),
-                1 if patch.is_point else source.shape[1],
-            ),
-            top * conv.stride[0] - conv.padding[0],
-            left * conv.stride[1] - conv.padding[1],
-            patch.channel,
-        )
-        output = Patch(patch.values.new_empty(1, rows, columns, 1), top, left, patch.channel if depthwise else None)
+        output = replace(output, channel=patch.channel if depthwise else None)
         if not patch.is_point:
             inputs = replace(inputs, values=read(source, image, inputs))
             paste(inputs, patch)
@@ -243,6 +298,7 @@ class LocalSteps:
                 inputs.values.permute(0, 3, 1, 2), conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups
             )
             return replace(output, values=values.permute(0, 2, 3, 1))
+        inputs = replace(inputs, values=patch.values.new_zeros(len(image), *inputs.values.shape[1:]))
         paste(inputs, replace(patch, values=patch.values - read(source, image, patch)))
         changes = F.unfold(inputs.values.permute(0, 3, 1, 2), conv.kernel_size, conv.dilation, 0, conv.stride)
         if step not in self._weights:  # [input channel, kernel, output channel]
@@ -257,50 +313,50 @@ class LocalSteps:
         pool = self._traced.modules[step.target]
         if pool.ceil_mode or pool.return_indices:
             return None
-        window = _Window(pool)
-        top, rows = _reach(patch.top, patch.values.shape[1], target.shape[2], window, 0)
-        left, columns = _reach(patch.left, patch.values.shape[2], target.shape[3], window, 1)
-        size = [
-            (count - 1) * window.stride[axis] + (window.kernel_size[axis] - 1) * window.dilation[axis] + 1
-            for axis, count in enumerate((rows, columns))
-        ]
-        inputs = Patch(
-            patch.values.new_empty(1, *size, 1),
-            top * window.stride[0] - window.padding[0],
-            left * window.stride[1] - window.padding[1],
-            patch.channel,
-        )
+        kernel = _Kernel(pool)
+        output, inputs = _windows(patch, target, kernel)
         inputs = replace(inputs, values=read(source, image, inputs, outside=-torch.inf))
         paste(inputs, patch)
-        values = F.max_pool2d(inputs.values.permute(0, 3, 1, 2), window.kernel_size, window.stride, 0, window.dilation)
-        return Patch(values.permute(0, 2, 3, 1), top, left, patch.channel)
+        values = F.max_pool2d(inputs.values.permute(0, 3, 1, 2), kernel.size, kernel.stride, 0, kernel.dilation)
+        return replace(output, values=values.permute(0, 2, 3, 1))
 
     def _flatten(self, step: fx.Node, patch: Patch, source: Tensor, target: Tensor, image: Tensor) -> Patch | None:
-        if not patch.is_point or target.shape[2:] != (1, 1) or patch.values.shape[1:3] != (1, 1):
+        images, channels, height, width = source.shape
+        if not patch.is_point or target.shape[:2] != (images, channels * height * width) or patch.values.shape[1:3] != (1, 1):
             return None
-        _, _, height, width = source.shape
         zero = torch.zeros_like(patch.top)
         return Patch(patch.values, zero, zero, (patch.channel * height + patch.top) * width + patch.left)
 
 
-class _Window:
-    """A pooling layer's numbers as pairs, as a convolution has them."""
+class _Kernel:
+    """The geometry of a convolution or pooling layer, each number for both axes."""
 
-    def __init__(self, pool: nn.MaxPool2d) -> None:
-        pairs = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-        self.kernel_size, self.stride, self.padding, self.dilation = ((p, p) if isinstance(p, int) else p for p in pairs)
+    def __init__(self, layer: nn.Conv2d | nn.MaxPool2d) -> None:
+        numbers = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        self.size, self.stride, self.padding, self.dilation = ((n, n) if isinstance(n, int) else n for n in numbers)
+        self.reach = tuple((size - 1) * step + 1 for size, step in zip(self.size, self.dilation, strict=True))
 
 
-def _reach(start: Tensor, size: int, target: int, window: nn.Conv2d | _Window, axis: int) -> tuple[Tensor, int]:
-    """Along one axis: the first output that sees any of `size` inputs from `start`, and how many outputs to compute.
+def _windows(patch: Patch, target: Tensor, kernel: _Kernel) -> tuple[Patch, Patch]:
+    """Which window of a layer's output [B, C, H, W] a patch of its input reaches, and the window of the input behind that.
 
-    The same number for all faults; outputs beside the affected ones are computed with them, where a map's border is near.
+    As large for one fault as for another: near a border, outputs beside those that are reached are computed with them. The
+    input's window may reach into the padding. The values of both are not yet read, only their height and width hold.
     """
-    stride, padding = window.stride[axis], window.padding[axis]
-    kernel = (window.kernel_size[axis] - 1) * window.dilation[axis] + 1
-    count = min((size + kernel - 2) // stride + 1, target)
-    first = torch.div(start + padding - kernel + stride, stride, rounding_mode="floor")  # rounded up to a whole output
-    return first.clamp(0, target - count), count
+    tops, lefts, sizes, input_sizes = [], [], [], []
+    for axis, (starts, start) in enumerate(((tops, patch.top), (lefts, patch.left))):
+        stride, padding, reach = kernel.stride[axis], kernel.padding[axis], kernel.reach[axis]
+        count = min((patch.values.shape[1 + axis] + reach - 2) // stride + 1, target.shape[2 + axis])
+        first = torch.div(start + padding - reach + stride, stride, rounding_mode="floor")  # rounded up to a whole output
+        first = first.clamp(0, target.shape[2 + axis] - count)
+        starts += [first, first * stride - padding]
+        sizes.append(count)
+        input_sizes.append((count - 1) * stride + reach)
+    empty = patch.values.new_empty
+    return (
+        Patch(empty(1, *sizes, 1), tops[0], lefts[0], patch.channel),
+        Patch(empty(1, *input_sizes, 1), tops[1], lefts[1], patch.channel),
+    )
 
 
 def _same_place(a: Patch, b: Patch) -> bool:

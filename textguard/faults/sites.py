@@ -142,13 +142,17 @@ class SiteList:
 
     def finish(self) -> None:
         """Note the weights that no call has read. Raises UnsupportedModel where no site was found."""
-        for name, weight in self._model.named_parameters():
-            owner, _, kind = name.rpartition(".")
-            if kind == "weight" and weight.ndim > 1 and id(weight) not in self._read:
-                layer = type(self._model.get_submodule(owner)).__name__
-                self.skipped.append((owner, f"no injectable operation reads the weights of this {layer}"))
+        unread = {
+            name.rpartition(".")[0]: None
+            for name, weight in self._model.named_parameters()
+            if "weight" in name.rpartition(".")[2] and weight.ndim > 1 and id(weight) not in self._read
+        }
+        for layer in unread:
+            kind = type(self._model.get_submodule(layer)).__name__
+            self.skipped.append((layer, f"no injectable operation reads the weights of this {kind}"))
         if not self.sites:
-            raise UnsupportedModel(f"the model has no {' or '.join(self._kinds)} output to inject faults into")
+            kinds = " or ".join(self._kinds)
+            raise UnsupportedModel(f"the model has no {kinds} output to inject faults into; change params.yaml inject.kinds")
 
 
 def _share_of_one_image(small: Tensor, large: Tensor) -> tuple[tuple[int, ...], str]:

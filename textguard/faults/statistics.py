@@ -94,6 +94,11 @@ class LayerResult:
     delta_loss: Estimate
     mismatch: Estimate
 
+    def __str__(self) -> str:
+        shares = f"{self.masked / self.injections:.0%} masked, {self.detected / self.injections:.0%} detected"
+        loss = f"DeltaLoss {self.delta_loss.value:.3g} [{self.delta_loss.low:.3g}, {self.delta_loss.high:.3g}]"
+        return f"{self.layer}: {self.injections} injections, {shares}, {loss}, mismatch {self.mismatch.value:.2%}"
+
     def as_json(self) -> dict[str, Any]:
         """The result as metrics files hold it."""
         return {**vars(self), "delta_loss": self.delta_loss.as_json(), "mismatch": self.mismatch.as_json()}

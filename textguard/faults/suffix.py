@@ -22,12 +22,17 @@ def shortcuts(traced: TracedModel) -> dict[fx.Node, Shortcut]:
     found = {}
     for step in traced.steps:
         conv = traced.modules.get(step.target) if step.op == "call_module" else None
-        if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        if (
+            type(conv) is not nn.Conv2d
+            or not traced.is_plain(step)
+            or conv.padding_mode != "zeros"
+            or isinstance(conv.padding, str)
+        ):
             continue
         weight, bias, end = conv.weight, conv.bias, step
         readers = list(step.users)
         norm = traced.modules.get(readers[0].target) if len(readers) == 1 and readers[0].op == "call_module" else None
-        if type(norm) is nn.BatchNorm2d and norm.running_mean is not None:
+        if type(norm) is nn.BatchNorm2d and traced.is_plain(readers[0]) and norm.running_mean is not None:
             statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
             (weight, bias), end = fuse_conv_bn_weights(weight, bias, *statistics), readers[0]
         as_matrix = _as_matrix(conv, weight.detach(), traced.shapes[step.args[0]])

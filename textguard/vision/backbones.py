@@ -14,10 +14,20 @@ from torchvision import models  # noqa: E402 (needs the operators)
 
 @dataclass(frozen=True)
 class Backbone:
-    """build(num_classes=...) makes the network with random weights; smallest: the least image side it can take, in pixels."""
+    """build(num_classes=...) makes the network with random weights; smallest, largest: the image sides it takes, in pixels."""
 
     build: Callable[..., nn.Module]
     smallest: int
+    largest: int = 4096
+
+
+def _timm(name: str) -> Callable[..., nn.Module]:
+    def build(num_classes: int) -> nn.Module:
+        import timm  # only where it is used: importing it takes seconds
+
+        return timm.create_model(name, num_classes=num_classes)
+
+    return build
 
 
 BACKBONES = {
@@ -30,20 +40,25 @@ BACKBONES = {
     "resnet101": Backbone(models.resnet101, 8),
     "resnet152": Backbone(models.resnet152, 8),
     "mobilenet_v2": Backbone(models.mobilenet_v2, 8),
+    "maxvit_t": Backbone(models.maxvit_t, 224, 224),
+    "swin_v2_t": Backbone(models.swin_v2_t, 32),
+    "swin_v2_s": Backbone(models.swin_v2_s, 32),
+    "focalnet_t": Backbone(_timm("focalnet_tiny_srf"), 32),
+    "focalnet_s": Backbone(_timm("focalnet_small_srf"), 32),
 }
 
 
 def build_backbone(name: str, outputs: int, image_size: int) -> nn.Module:
     """The network `name` with `outputs` outputs, weights drawn from torch's global generator. Takes images [B, 3, S, S].
 
-    Raises UnknownName, or InvalidParameter for images that are too small.
+    Raises UnknownName, or InvalidParameter for images of a wrong size.
     """
     if name not in BACKBONES:
         raise UnknownName("backbone", name, BACKBONES, "params.yaml runs.*.backbone")
     backbone = BACKBONES[name]
-    if image_size < backbone.smallest:
+    if not backbone.smallest <= image_size <= backbone.largest:
         raise InvalidParameter(
-            f"{name} takes images of at least {backbone.smallest} pixels a side, not {image_size}; "
+            f"{name} takes images of {backbone.smallest} to {backbone.largest} pixels a side, not {image_size}; "
             "change params.yaml datasets.*.image_size"
         )
     return backbone.build(num_classes=outputs)

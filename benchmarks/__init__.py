@@ -1,0 +1,1 @@
+"""Performance claims, each measured as a ratio in one run: `make bench`."""

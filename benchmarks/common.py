@@ -1,0 +1,89 @@
+"""Models, plans and clocks that the benchmarks share."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as stages/__main__.py does, and before torch is loaded
+
+import torch
+from torch import Tensor, nn
+
+from textguard.faults.damage import SINGLE_FLIP, Faults
+from textguard.faults.engines import Engine
+from textguard.runtime import pick_device
+from textguard.vision.backbones import build_backbone
+from textguard.vision.datasets import load_split, make_splits, save_splits
+
+SEED = 0
+DETECTOR_LIMIT = 100.0
+
+
+def digits_classifier() -> tuple[nn.Module, Tensor]:
+    """ResNet-18 after two epochs on the demo's data, and test images [360, 3, 32, 32]: masking depends on trained weights."""
+    with TemporaryDirectory() as folder:
+        options = {"image_size": 32, "test_share": 0.2, "split_seed": SEED, "limit_train": 0, "limit_test": 0}
+        save_splits(Path(folder), *make_splits("digits", **options))
+        train, test = (load_split(Path(folder), split) for split in ("train", "test"))
+    torch.manual_seed(SEED)
+    model = build_backbone("resnet18", 10, 32).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(2):
+        for rows in torch.randperm(len(train.images)).split(64):
+            loss = nn.functional.cross_entropy(model(train.images[rows]), train.labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model.eval().to(pick_device()), test.images.to(pick_device())
+
+
+def random_classifier(backbone: str, image_size: int, images: int) -> tuple[nn.Module, Tensor]:
+    """A backbone with random weights, BatchNorm's statistics taken from random images, and such images [N, 3, S, S]."""
+    torch.manual_seed(SEED)
+    model = build_backbone(backbone, 1000, image_size)
+    pictures = torch.randn(images, 3, image_size, image_size)
+    model.train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(pictures[:8])
+    return model.eval().to(pick_device()), pictures.to(pick_device())
+
+
+def draw_faults(engine: Engine, images: int, per_layer: int) -> Faults:
+    """Single bit flips, uniform over images, neurons and bits, the same number in every layer."""
+    draw = torch.Generator().manual_seed(SEED)
+    count = per_layer * len(engine.sites)
+    position = torch.arange(len(engine.sites)).repeat_interleave(per_layer)
+    neurons = torch.tensor([site.neurons for site in engine.sites])[position]
+    columns = {
+        "position": position,
+        "image": torch.randint(images, (count,), generator=draw),
+        "limit": torch.full((count,), DETECTOR_LIMIT),
+        "row": torch.arange(count),
+        "neuron": (torch.rand(count, generator=draw, dtype=torch.float64) * neurons).long(),
+        "mask": 1 << torch.randint(32, (count,), generator=draw),
+    }
+    return Faults(SINGLE_FLIP, **{name: column.to(engine.device) for name, column in columns.items()})
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """How long one run takes, on GPUs until it is really done."""
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def alternating(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The median seconds of each run, after one round that does not count; alternating, so that a slow phase hits all."""
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(seconds(run))
+    return {name: statistics.median(found) for name, found in times.items()}
