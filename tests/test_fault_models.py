@@ -513,7 +513,6 @@ def test_weight_limits_are_the_largest_magnitudes(tiny_model, images):
         assert weight_limits(tiny_model, sites) == expected
 
 
-@pytest.mark.xfail(strict=True, reason="torch warns of numbers made from tensors that require a gradient")
 def test_weight_limits_make_torch_warn_of_nothing(resnet, images):
     sites = ReplayEngine(resnet, images[0], 4).sites
     torch.set_warn_always(True)  # else once per process

@@ -180,7 +180,6 @@ def test_assess_tells_of_every_layer(network, loader, data):
     assert only["layer"].tolist() == ["fc"]
 
 
-@pytest.mark.xfail(strict=True, reason="Wilson's interval for no hits starts a rounding above 0")
 def test_the_interval_of_no_mismatch_holds_zero(network, loader):
     found = assess(network, loader, injections_per_layer=20, number_format="int(16)", seed=1)
     assert (found["mismatch"] == 0).any()
@@ -221,7 +220,6 @@ FAULTS = {
 
 
 # torch warns once per process, of weight_limits: see test_fault_models.py.
-@pytest.mark.filterwarnings("ignore:Converting a tensor")
 @pytest.mark.parametrize("options", FAULTS.values(), ids=FAULTS)
 def test_fault_models_and_formats_by_both_engines(options, network, loader):
     replay, whole = (assess(network, loader, injections_per_layer=60, engine=name, **options) for name in ("replay", "whole"))
@@ -232,7 +230,6 @@ def test_fault_models_and_formats_by_both_engines(options, network, loader):
     assert (replay["delta_loss"] != usual["delta_loss"]).all()
 
 
-@pytest.mark.filterwarnings("ignore:Converting a tensor")
 def test_the_detector_of_weights_knows_the_largest_weight(network, loader):
     flip = FaultModel(target="weight")
     found = assess(network, loader, injections_per_layer=100, seed=2, fault_model=flip).set_index("layer")
@@ -275,7 +272,6 @@ def test_a_model_that_cannot_be_traced_is_run_whole(network, loader, data):
     pd.testing.assert_frame_equal(assess(untraceable(network), positive, injections_per_layer=60), expected, rtol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="once for the profile, once for the campaign")
 def test_a_model_that_cannot_be_traced_is_told_of_in_one_line(network, loader):
     said = io.StringIO()
     with redirect_stderr(said):
@@ -443,8 +439,9 @@ def test_engines_inject_into_a_protected_model(mitigation, spellings, images):
     found, same = replay.run(images, faults), whole.run(images, faults)
     for name, (low, high) in bounds.items():
         zero = mitigation == "clip_to_zero"
-        assert np.float32(low) <= lows[name] or (zero and lows[name] == 0)
-        assert largest[name] <= np.float32(high)
+        margin = 2 * ROUNDING * max(abs(low), abs(high))
+        assert low - margin <= lows[name] or (zero and lows[name] == 0)
+        assert largest[name] <= high + margin
     assert all(largest[name] > 0.9 * high for name, (_, high) in bounds.items())
     torch.testing.assert_close(found.golden_value, same.golden_value, rtol=1e-4, atol=1e-5)
     carried = ~torch.isclose(found.faulty_value, same.faulty_value, rtol=1e-3, atol=1e-5, equal_nan=True)
@@ -482,7 +479,6 @@ def test_protecting_changes_neither_sites_nor_fault_free_outputs(mitigation, nam
     pd.testing.assert_frame_equal(*ranges, rtol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="the protected model is flat: calls by functions have lost their module")
 def test_protecting_keeps_the_names_of_products_and_sums(images):
     torch.manual_seed(0)
     model = nn.Sequential(settle(TINY["resnet"]()))

@@ -11,12 +11,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from textguard.artifacts import read_json, read_parquet, write_json, write_parquet
-from textguard.errors import CampaignMismatch, InvalidArtifact, InvalidParameter
+from textguard.errors import CampaignMismatch, InvalidArtifact, InvalidParameter, UnsupportedModel
 from textguard.faults.damage import SINGLE_FLIP, FaultModel, Faults
-from textguard.faults.engines import Engine, make_engine
+from textguard.faults.engines import Engine, ReplayEngine, WholeEngine
 from textguard.faults.graph import TracedModel
 from textguard.faults.mitigations import activations
 from textguard.faults.plans import PLAN_COLUMNS, check_plan
@@ -35,6 +35,13 @@ def loader_of(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
     return DataLoader(TensorDataset(images, labels), batch_size=batch_size)
 
 
+def count_images(loader: DataLoader) -> int:
+    """The number of images in the loader's data set. Raises InvalidParameter where it has no positions."""
+    if isinstance(loader.dataset, IterableDataset):
+        raise InvalidParameter("the DataLoader's data set must give images by their position (a map-style data set)")
+    return len(loader.dataset)
+
+
 def batches(
     loader: DataLoader, device: torch.device, parts: Sequence[Sequence[int]] | None = None
 ) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
@@ -42,15 +49,13 @@ def batches(
 
     The loader's data set, number of workers and way to collate are used, not its order: positions are those in its data set.
     """
-    if not hasattr(loader.dataset, "__getitem__"):
-        raise InvalidParameter("the DataLoader's data set must give images by their position (a map-style data set)")
-    count, size = len(loader.dataset), loader.batch_size or 1
+    count, size = count_images(loader), loader.batch_size or 1
     parts = [range(start, min(start + size, count)) for start in range(0, count, size)] if parts is None else parts
     chosen = DataLoader(
         loader.dataset,
         batch_sampler=parts,
         num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
+        collate_fn=loader.collate_fn if loader.batch_sampler else None,  # without batches, it would not stack
         pin_memory=device.type == "cuda",
     )
     for part, (images, labels) in zip(parts, chosen, strict=True):
@@ -86,7 +91,10 @@ def profile_ranges(model: nn.Module, loader: DataLoader, kinds: Sequence[str] = 
     """
     device = device_of(model)
     _, first, _ = next(batches(loader, device, [[0]]))
-    engine = make_engine("replay", model, first[0], 1, kinds=kinds)
+    try:
+        engine: Engine = ReplayEngine(model, first[0], 1, kinds=kinds)
+    except UnsupportedModel:  # the campaign says so
+        engine = WholeEngine(model, first[0], 1, kinds=kinds)
     largest, total = np.zeros(len(engine.sites)), np.zeros(len(engine.sites))
     count = 0
 
@@ -150,8 +158,8 @@ def run_campaign(
     Returns one row per row of the plan, in its order, with RECORD_COLUMNS. Raises CampaignMismatch, also when shard_dir holds
     shards of another campaign.
     """
-    check_plan(plan, engine.sites, len(loader.dataset), fault_model, engine.number_format)
-    ordered = plan.sort_values(["image"], kind="stable")
+    check_plan(plan, engine.sites, count_images(loader), fault_model, engine.number_format)
+    ordered = plan.reset_index(drop=True).sort_values(["image"], kind="stable")
     numbers = np.unique(ordered["image"])
     parts = [part.tolist() for part in np.array_split(numbers, range(image_batch, len(numbers), image_batch))]
     rank, processes = join_processes()
@@ -167,8 +175,8 @@ def run_campaign(
     rows = dict(enumerate(np.split(ordered.index, np.searchsorted(ordered["image"], [part[0] for part in parts[1:]]))))
     with progress(total=sum(len(rows[number]) for number in mine), label=label, unit="inj") as bar:
         bar.update(sum(len(rows[number]) for number in mine.keys() - missing.keys()))
-        found = batches(loader, engine.device, list(missing.values()))
-        for number, (part, images, labels) in zip(missing, found, strict=True):
+        loaded = batches(loader, engine.device, list(missing.values()))
+        for number, (part, images, labels) in zip(missing, loaded, strict=True):
             faults = ordered.loc[rows[number]]
             records[number] = _run_shard(engine, part, images, labels, faults, limits, fault_model)
             if shard_dir:
@@ -177,7 +185,8 @@ def run_campaign(
     if processes > 1:
         wait_for_all()
         records = {number: read_parquet(_shard(shard_dir, number), "inject", RECORD_COLUMNS) for number in rows}
-    return pd.concat([records[number].set_index(rows[number]) for number in rows]).loc[plan.index]
+    found = pd.concat([records[number].set_index(rows[number]) for number in rows])
+    return found.sort_index().set_axis(plan.index)
 
 
 def _shard(shard_dir: Path | None, number: int) -> Path | None:
@@ -207,7 +216,7 @@ def _settings(
     def digest(*parts: bytes) -> str:
         return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
-    _, images, labels = next(batches(loader, torch.device("cpu"), [range(min(8, len(loader.dataset)))]))
+    _, images, labels = next(batches(loader, torch.device("cpu"), [range(min(8, count_images(loader)))]))
     return {
         **engine.settings,
         **{f"fault {name}": value for name, value in vars(fault_model).items()},
@@ -285,6 +294,8 @@ def _run_shard(
 
 def summarise(records: pd.DataFrame, sites: Sequence[Site]) -> list[LayerResult]:
     """One LayerResult per site that has records, in order of execution."""
-    injections = records.drop_duplicates(["layer", "index"])
+    # An injection's rows share all but what happened to each value: any of these may have been detected.
+    detected = records.groupby(["layer", "index"])["detected"].transform("any")
+    injections = records.assign(detected=detected).drop_duplicates(["layer", "index"])
     by_layer = dict(list(injections.groupby("layer", sort=False)))
     return [summarise_layer(by_layer[site.layer], site.neurons) for site in sites if site.layer in by_layer]

@@ -107,6 +107,9 @@ class Storage:
         if not self.format.shared_bits:
             golden = read(row, neuron)
             return self._damage_values(faults, golden, torch.zeros_like(neuron))
+        if not self.format.block and model.target != "metadata":  # the layer's limit is all that its metadata needs
+            golden = read(row, neuron)
+            return self._damage_values(faults, golden, self.format.shared(golden[:, None], self.limit))
         block = self.format.block or self.size
         number = neuron if model.target == "metadata" else neuron // block
         places = number[:, None] * block + torch.arange(block, device=row.device)
@@ -153,19 +156,18 @@ def damage_weights(storage: Storage, call: Call, faults: Faults) -> tuple[Damage
     Returns the damage and the output. The weights are changed in place, one fault at a time, and restored bit for bit.
     """
     weight = call.weight
-    flat = weight.view(-1)
-    damage = storage.damage(faults, lambda row, neuron: flat[neuron])
+    damage = storage.damage(faults, lambda row, neuron: weight[torch.unravel_index(neuron, weight.shape)])
     output = call.output.clone()
     inputs, outputs = (tensor.unflatten(0, (len(faults.position), -1)) for tensor in (call.args[0], output))
     for number in range(len(faults.position)):
         here = damage.row == number
-        places = damage.neuron[here]
-        kept = flat[places]
+        places = torch.unravel_index(damage.neuron[here], weight.shape)
+        kept = weight[places]
         try:
-            flat[places] = damage.written[here]
+            weight[places] = damage.written[here]
             outputs[number] = call.func(inputs[number], *call.args[1:], **call.kwargs)
         finally:
-            flat[places] = kept
+            weight[places] = kept
     return damage, output
 
 
@@ -188,7 +190,8 @@ def make_storages(
         weight = parameters.get(site.parameter) if site.weights else None
         if weight is not None:
             storage = Storage(number_format, float(weight.detach().abs().max()), site.weights, weight.device)
-            weight.data = storage.round(weight.data)
+            if number_format.name != "fp32":
+                weight.data = storage.round(weight.data)
             weights.append(storage)
         elif target == "weight":
             raise InvalidParameter(f"layer {site.layer!r} has no weights; leave {site.kind} out of params.yaml inject.kinds")
@@ -199,4 +202,6 @@ def make_storages(
 def weight_limits(model: nn.Module, sites: Sequence[Site]) -> dict[str, float]:
     """The largest magnitude among each layer's weights: what a range detector for weights lets pass."""
     parameters = dict(model.named_parameters())
-    return {site.layer: float(parameters[site.parameter].abs().max()) for site in sites if site.parameter in parameters}
+    return {
+        site.layer: float(parameters[site.parameter].detach().abs().max()) for site in sites if site.parameter in parameters
+    }

@@ -109,7 +109,10 @@ class ReplayEngine:
         target: Target = "neuron",
     ) -> None:
         # On CPUs and GPUs alike, convolutions are faster in this memory format.
-        model = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+        model = copy.deepcopy(model).eval()
+        for weight in model.parameters():
+            if weight.ndim == 4:  # of 3-d convolutions it has 5
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         self._traced = TracedModel(model, image, kinds)
         self.sites, self.skipped = self._traced.sites, self._traced.skipped
         self._batch_size = batch_size
@@ -254,7 +257,7 @@ class ReplayEngine:
             other = traced.constants.get(others[0]) if isinstance(others[0], fx.Node) else others[0]
             if other is None or (isinstance(other, Tensor) and other.numel() > 1):
                 break
-            factor, step = factor * float(other), reader
+            factor, step = factor * float(other.detach() if isinstance(other, Tensor) else other), reader
         raise UnsupportedModel(f"behind the last layer, {self.sites[-1].layer!r}, lies more than a factor; sample it instead")
 
     def _finish(self, values: Values, start: int) -> Tensor:
@@ -298,14 +301,25 @@ class WholeEngine:
         self._storages, self._outputs = make_storages(self._model, self.sites, number_format, profiled or {}, target)
 
     def _find_sites(self, image: Tensor, kinds: Sequence[str]) -> None:
-        surveys: list[list[Call]] = [[], []]
+        surveys: list[list[tuple[Call, str]]] = [[], []]
+        running: list[str] = []  # the modules whose forward is running, the innermost last
+
+        def leave(*_: object) -> None:
+            running.pop()
+
+        hooks = []
+        for name, module in self._model.named_modules():
+            hooks.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
+            hooks.append(module.register_forward_hook(leave))
         for size, calls in zip(SURVEYED, surveys, strict=True):
-            with torch.no_grad(), Calls(lambda call, here=calls: here.append(call) or call.output):
+            with torch.no_grad(), Calls(lambda call, here=calls: here.append((call, running[-1])) or call.output):
                 self._model(image.expand(size, *image.shape).clone())
+        for hook in hooks:
+            hook.remove()
         if len(surveys[0]) != len(surveys[1]):
             raise UnsupportedModel(f"{type(self._model).__name__} runs other operations for other batch sizes")
         found = SiteList(self._model, kinds)
-        sites = [found.add(call, larger.output) for call, larger in zip(*surveys, strict=True)]
+        sites = [found.add(call, larger, caller) for (call, caller), (larger, _) in zip(*surveys, strict=True)]
         found.finish()
         self._position = {number: site.position for number, site in enumerate(sites) if site}
         self.sites, self.skipped = found.sites, found.skipped

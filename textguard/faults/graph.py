@@ -48,10 +48,10 @@ class Scaling:
         self.rows = 0
         self.parts: list[Scaling] = []
         if isinstance(small, Tensor):
+            if small.shape[1:] != large.shape[1:]:
+                raise UnsupportedModel(f"a value of shape {list(small.shape)} has its batch outside dimension 0")
             if small.shape != large.shape:
                 self.rows = self._per_image(small.shape[0], large.shape[0])
-                if small.shape[1:] != large.shape[1:]:
-                    raise UnsupportedModel(f"a value of shape {list(small.shape)} has its batch outside dimension 0")
         elif isinstance(small, (tuple, list)):
             self.parts = [Scaling(a, b) for a, b in zip(small, large, strict=True)]
         elif isinstance(small, dict):
@@ -102,8 +102,9 @@ class TracedModel:
             if getattr(module, "inplace", False):
                 module.inplace = False
         try:
-            tracer = _Tracer()
-            traced = fx.GraphModule(model, tracer.trace(model))
+            # A traced model, such as a protected one, still knows which module made each call.
+            graph = copy.deepcopy(model.graph) if isinstance(model, fx.GraphModule) else _Tracer().trace(model)
+            traced = fx.GraphModule(model, graph)
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise UnsupportedModel(f"{type(model).__name__} cannot be traced ({reason})") from error
@@ -135,7 +136,7 @@ class TracedModel:
             )
         self._scalings = {step: Scaling(a, b) for step, a, b in zip(self.steps, small, large, strict=True)}
         self.shapes = {step: tuple(value.shape[1:]) for step, value in zip(self.steps, small, strict=True) if is_tensor(value)}
-        self._find_sites(kinds, small_calls, large_calls)
+        self._find_sites(model, kinds, small_calls, large_calls)
 
     def walk(self, values: Values, start: int = 0) -> Iterator[int]:
         """Run the steps from `start`, adding to `values`, and yield each one's index when it is done.
@@ -178,9 +179,10 @@ class TracedModel:
     def constants(self) -> Values:
         """The values of the steps that nothing of the images flows into, such as Swin's position biases."""
         values: Values = {}
-        for index, step in enumerate(self.steps):
-            if step.op not in ("placeholder", "output") and all(read in values for read in step.all_input_nodes):
-                values[step] = self.run_step(index, values)
+        with torch.inference_mode(False), torch.no_grad():
+            for index, step in enumerate(self.steps):
+                if step.op not in ("placeholder", "output") and all(read in values for read in step.all_input_nodes):
+                    values[step] = self.run_step(index, values)
         return values
 
     def live(self, values: Values, start: int) -> list[fx.Node]:
@@ -231,8 +233,8 @@ class TracedModel:
                 values.pop(read, None)
         return found, calls
 
-    def _find_sites(self, kinds: Sequence[str], small: list[list], large: list[list]) -> None:
-        found = SiteList(self.model, kinds)
+    def _find_sites(self, model: nn.Module, kinds: Sequence[str], small: list[list], large: list[list]) -> None:
+        found = SiteList(model, kinds)  # the traced one has forgotten what it does not call
         self.at: dict[int, list[int]] = {}
         self._number: list[int] = []
         self._whole: list[bool] = []
@@ -240,7 +242,7 @@ class TracedModel:
             stack = self.steps[index].meta.get("nn_module_stack") or {}
             caller = next((str(entry[0]) for entry in reversed(stack.values())), "")
             for number, ((call, whole), (larger, _)) in enumerate(zip(*calls, strict=True)):
-                site = found.add(call, larger.output, caller)
+                site = found.add(call, larger, caller)
                 if site:
                     self.at.setdefault(index, []).append(site.position)
                     self._number.append(number)
@@ -270,4 +272,5 @@ def _on_meta(value: Any) -> Any:
 
 def _without_contents(call: Call, value: Any) -> tuple[Call, bool]:
     """The call, keeping its weights but not its activations, and whether its output is the step's value."""
-    return Call(call.func, call.kind, (None, call.weight), {}, call.output.to("meta")), call.output is value
+    args = tuple(arg.to("meta") for arg in call.args[:2]) if call.kind == "Add" else (None, call.weight)
+    return Call(call.func, call.kind, args, {}, call.output.to("meta")), call.output is value

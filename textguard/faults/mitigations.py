@@ -9,6 +9,8 @@ from textguard.errors import InvalidParameter, UnknownName
 from textguard.faults.detectors import Bound
 from textguard.faults.graph import ACTIVATIONS, TracedModel
 
+# Other batch sizes add in other orders: the profiled extremes themselves must not be out of range.
+ROUNDING = 1e-5
 MITIGATIONS = ("none", "ranger", "clip_to_zero")
 Mitigation = Literal["none", "ranger", "clip_to_zero"]
 
@@ -34,7 +36,9 @@ def protect(model: nn.Module, image: Tensor, bounds: Mapping[str, tuple[float, f
         if name not in bounds:
             raise InvalidParameter(f"activation {name!r} has no profiled range; profile the same model first (stage 'ranges')")
         step, label = traced.steps[index], f"bound_{name}"
-        traced.model.add_submodule(label, Bound(*bounds[name], to_zero=mitigation == "clip_to_zero"))
+        low, high = bounds[name]
+        margin = ROUNDING * max(abs(low), abs(high))
+        traced.model.add_submodule(label, Bound(low - margin, high + margin, to_zero=mitigation == "clip_to_zero"))
         with traced.model.graph.inserting_after(step):
             bounded = traced.model.graph.call_module(label, (step,))
         step.replace_all_uses_with(bounded, delete_user_cb=lambda user, kept=bounded: user is not kept)

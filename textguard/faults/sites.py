@@ -25,6 +25,7 @@ OPERATIONS: dict[Callable, str] = {
     F.scaled_dot_product_attention: "MatMul",
     torch.add: "Add",
     torch.Tensor.add: "Add",
+    torch.Tensor.add_: "Add",
 }
 KINDS = tuple(dict.fromkeys(OPERATIONS.values()))
 DEFAULT_KINDS = ("Conv2d", "Linear")
@@ -91,14 +92,20 @@ class Calls(TorchFunctionMode):
         """Called by torch in place of `func`."""
         output = func(*args, **(kwargs or {}))
         kind = OPERATIONS.get(func)
-        if kind is None or (kind == "Add" and not _adds_activations(args)):
+        if kind is None or (kind == "Add" and not _adds_tensors(args)):
             return output
-        return self._visit(Call(func, kind, args, kwargs or {}, output))
+        seen = self._visit(Call(func, kind, args, kwargs or {}, output))
+        return output.copy_(seen) if func is torch.Tensor.add_ and seen is not output else seen
 
 
-def _adds_activations(args: tuple) -> bool:
-    """Whether an addition joins two branches, as a residual connection does, and not a bias or a number."""
-    return len(args) == 2 and all(isinstance(arg, Tensor) for arg in args) and args[0].shape == args[1].shape
+def _adds_tensors(args: tuple) -> bool:
+    """Whether an addition is one of two tensors. Whatever their shapes, so that batches of all sizes have the same calls."""
+    return len(args) == 2 and all(isinstance(arg, Tensor) for arg in args)
+
+
+def joins_branches(call: Call) -> bool:
+    """Whether an addition is of two values of one shape, as in a residual connection, and not of a bias."""
+    return call.kind != "Add" or call.args[0].shape == call.args[1].shape
 
 
 class SiteList:
@@ -119,11 +126,13 @@ class SiteList:
         self._calls: dict[str, int] = {}
         self._read: set[int] = set()
 
-    def add(self, call: Call, larger: Tensor, caller: str = "") -> Site | None:
+    def add(self, call: Call, larger: Call, caller: str = "") -> Site | None:
         """The next call in order of execution as a site, or None where it is none.
 
-        larger: the output of the same call for another batch size; caller: the module that makes the call, where that is known.
+        larger: the same call for another batch size; caller: the module that makes the call, where that is known.
         """
+        if not (joins_branches(call) and joins_branches(larger)):
+            return None
         self._read.add(id(call.weight))
         name = self._owner.get(id(call.weight)) or ".".join(part for part in (caller, call.kind.lower()) if part)
         self._calls[name] = self._calls.get(name, 0) + 1
@@ -132,7 +141,7 @@ class SiteList:
             if call.kind not in WEIGHTLESS:
                 self.skipped.append((name, f"{call.kind} is not among the wanted kinds of sites"))
             return None
-        shape, problem = _share_of_one_image(call.output, larger)
+        shape, problem = _share_of_one_image(call.output, larger.output)
         if problem:
             self.skipped.append((name, problem))
             return None

@@ -48,7 +48,8 @@ def rate_estimate(hits: int, count: int) -> Estimate:
     rate, z2 = hits / count, Z_99**2
     centre = (rate + z2 / (2 * count)) / (1 + z2 / count)
     half = Z_99 * math.sqrt(rate * (1 - rate) / count + z2 / (4 * count**2)) / (1 + z2 / count)
-    return Estimate(rate, max(0.0, centre - half), min(1.0, centre + half), count)
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return Estimate(rate, low if hits else 0.0, high if hits < count else 1.0, count)
 
 
 def weighted_mean(estimates: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
