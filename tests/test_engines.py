@@ -884,3 +884,50 @@ def test_engines_can_be_built_in_inference_mode(name, images):
         outcomes = make_engine(name, made_inside, pictures[0], 16).run(pictures, faults)
         assert torch.equal(outcomes.logits, expected.logits)
         assert all(torch.equal(before[key][0], tensor) for key, tensor in made_inside.state_dict().items())
+
+
+class Normalising(nn.Module):
+    """Statistics of the batch: images change each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(self.norm(self.conv(x)).mean(dim=(2, 3)))
+
+
+class Naming(nn.Module):
+    """A dictionary instead of logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3 * 16 * 16, 4)
+
+    def forward(self, x):
+        return {"logits": self.fc(x.flatten(1))}
+
+
+@pytest.mark.parametrize(("model", "reason"), [(Normalising, "norm normalises over the batch"), (Naming, "returns a dict")])
+@pytest.mark.parametrize("engine", [ReplayEngine, WholeEngine])
+def test_models_whose_images_or_outputs_cannot_be_told_apart_are_refused(engine, model, reason, images):
+    with pytest.raises(UnsupportedModel, match=reason):
+        engine(model().eval(), images[0], 8)
+
+
+class Choosing(nn.Module):
+    """Other layers for bright images."""
+
+    def __init__(self):
+        super().__init__()
+        self.dark, self.bright = nn.Linear(3 * 16 * 16, 4), nn.Linear(3 * 16 * 16, 4)
+
+    def forward(self, x):
+        return (self.bright if x.abs().max() > 20 else self.dark)(x.flatten(1))
+
+
+def test_a_model_that_runs_other_layers_for_other_images_is_refused(images):
+    engine = WholeEngine(Choosing().eval(), images[0], 8)
+    engine.observe(images)
+    with pytest.raises(UnsupportedModel, match="other operations for other images"):
+        engine.observe(images * 100)

@@ -35,6 +35,7 @@ from textguard.faults.damage import Faults, Storage
 from textguard.faults.detectors import Bound
 from textguard.faults.engines import ReplayEngine, WholeEngine
 from textguard.faults.exact import flip_logits
+from textguard.faults.mitigations import ROUNDING
 from textguard.vision.classifiers import TextGuidedClassifier
 
 COLUMNS = [

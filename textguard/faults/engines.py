@@ -313,7 +313,9 @@ class WholeEngine:
             hooks.append(module.register_forward_hook(leave))
         for size, calls in zip(SURVEYED, surveys, strict=True):
             with torch.no_grad(), Calls(lambda call, here=calls: here.append((call, running[-1])) or call.output):
-                self._model(image.expand(size, *image.shape).clone())
+                logits = self._model(image.expand(size, *image.shape).clone())
+        if not isinstance(logits, Tensor):
+            raise UnsupportedModel(f"{type(self._model).__name__} returns a {type(logits).__name__}, not a tensor of logits")
         for hook in hooks:
             hook.remove()
         if len(surveys[0]) != len(surveys[1]):
@@ -322,6 +324,8 @@ class WholeEngine:
         sites = [found.add(call, larger, caller) for (call, caller), (larger, _) in zip(*surveys, strict=True)]
         found.finish()
         self._position = {number: site.position for number, site in enumerate(sites) if site}
+        self._owner = {id(weight): name for name, weight in self._model.named_parameters()}
+        self._called = [self._owner.get(id(call.weight)) for call, _ in surveys[0]]
         self.sites, self.skipped = found.sites, found.skipped
 
     @torch.inference_mode()
@@ -355,6 +359,8 @@ class WholeEngine:
             nonlocal number
             number += 1
             here, output = self._position.get(number), call.output
+            if self._called[number : number + 1] != [self._owner.get(id(call.weight))]:
+                raise UnsupportedModel(f"{type(self._model).__name__} runs other operations for other images")
             if here is None:
                 return output
             weights = faults is not None and here == position and faults.model.target == "weight"

@@ -129,6 +129,8 @@ class TracedModel:
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise UnsupportedModel(f"{type(model).__name__} does not run on batches of other sizes ({reason})") from error
+        if not isinstance(expected, Tensor):
+            raise UnsupportedModel(f"{type(model).__name__} returns a {type(expected).__name__}, not a tensor of logits")
         # torch.fx traces `x += y` as `x = x + y`; where another name holds x, that is another model.
         if not torch.allclose(small[-1], expected, rtol=1e-3, atol=1e-5, equal_nan=True):
             raise UnsupportedModel(

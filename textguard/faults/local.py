@@ -311,7 +311,7 @@ class LocalSteps:
 
     def _pool(self, step: fx.Node, patch: Patch, source: Tensor, target: Tensor, image: Tensor) -> Patch | None:
         pool = self._traced.modules[step.target]
-        if pool.ceil_mode or pool.return_indices:
+        if pool.return_indices:
             return None
         kernel = _Kernel(pool)
         output, inputs = _windows(patch, target, kernel)

@@ -121,6 +121,9 @@ class SiteList:
         for kind in kinds:
             if kind not in KINDS:
                 raise UnknownName("kind of site", kind, KINDS, "params.yaml inject.kinds")
+        for name, module in model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+                raise UnsupportedModel(f"{name} normalises over the batch: a fault on one image would change the others")
         self._model, self._kinds = model, kinds
         self._owner = {id(weight): name.rpartition(".")[0] for name, weight in model.named_parameters()}
         self._calls: dict[str, int] = {}

@@ -64,8 +64,10 @@ def _as_matrix(conv: nn.Conv2d, weight: Tensor, shape: tuple[int, ...]) -> Tenso
     pixels = torch.eye(height * width, device=weight.device).reshape(-1, 1, height, width)
     if not F.conv2d(pixels, torch.ones_like(weight[:1, :1]), *settings).all():
         return None
-    inputs = torch.eye(height * width * channels, device=weight.device).reshape(-1, height, width, channels)
-    return F.conv2d(inputs.permute(0, 3, 1, 2), weight, *settings).permute(2, 3, 1, 0).flatten(0, 2).contiguous()
+    # Contiguous in its own order: oneDNN (torch 2.13) errs on permuted inputs with one channel and unequal strides.
+    inputs = torch.eye(channels * height * width, device=weight.device).reshape(-1, channels, height, width)
+    found = F.conv2d(inputs, weight, *settings).unflatten(0, (channels, height, width))
+    return found.permute(4, 5, 3, 1, 2, 0).flatten(3).flatten(0, 2).contiguous()
 
 
 def _matrix_product(matrix: Tensor, bias: Tensor | None, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
