@@ -5,8 +5,6 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-
 from benchmarks import injections, last_layer, memory, overhead
 from textguard import __version__
 from textguard.artifacts import write_json, write_text
@@ -40,9 +38,9 @@ def table(results: dict) -> str:
     ]
     for name, found in results["injections"].items():
         lines.append(
-            f"| {name} | {found['layers']} | {found['masked_share']:.0%} | {found['forward_images_per_s']:.4g} "
-            f"| {_number(found.get('pytorchfi_per_s'))} | {found['replay_per_s']:.4g} "
-            f"| {_number(found.get('times_pytorchfi'), 3)} | {found['times_forward']:.3g} |"
+            f"| {name} | {found['layers']} | {found['masked_share']:.0%} | {_number(found['forward_images_per_s'])} "
+            f"| {_number(found.get('pytorchfi_per_s'))} | {_number(found['replay_per_s'])} "
+            f"| {_number(found.get('times_pytorchfi'))} | {_number(found['times_forward'])} |"
         )
     shares, peak, last = results["overhead"], results["memory"], results["last_layer"]
     lines += [
@@ -56,10 +54,11 @@ def table(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _number(value: float | None, digits: int = 4) -> str:
-    return "-" if value is None else f"{value:.{digits}g}"
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(True)
     main(sys.argv[1:])

@@ -35,8 +35,8 @@ CASES = {
     "resnet18 at 32 x 32": Case(digits_classifier, 40, 400, 256, (32, 64, 128, 256), every=1),
     "resnet50 at 224 x 224": Case(partial(random_classifier, "resnet50", 224, 8), 8, 32, 32, (8, 16, 32)),
     "mobilenet_v2 at 224 x 224": Case(partial(random_classifier, "mobilenet_v2", 224, 8), 8, 32, 32, (8, 16, 32)),
-    "vgg16_bn at 224 x 224": Case(partial(random_classifier, "vgg16_bn", 224, 8), 8, 32, 32, (8, 16)),
-    "swin_v2_t at 224 x 224": Case(partial(random_classifier, "swin_v2_t", 224, 8), 8, 16, 16, (8, 16)),
+    "vgg16_bn at 224 x 224": Case(partial(random_classifier, "vgg16_bn", 224, 8), 8, 8, 32, (8, 16)),
+    "swin_v2_t at 224 x 224": Case(partial(random_classifier, "swin_v2_t", 224, 8), 8, 6, 16, (8, 16)),
 }
 
 
