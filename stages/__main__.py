@@ -36,6 +36,7 @@ STAGES = {
     "evaluate": "runs",
     "ranges": "runs",
     "inject": "runs",
+    "results": None,
     "tables": None,
     "figures": None,
 }

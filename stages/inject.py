@@ -4,15 +4,20 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from textguard.artifacts import fingerprint, read_csv, sha256_of_file, work_dir, write_json, write_parquet
-from textguard.faults.campaign import eligible_images, loader_of, run_campaign, summarise
+import numpy as np
+import pandas as pd
+
+from textguard.artifacts import fingerprint, read_csv, read_json, sha256_of_file, work_dir, write_json, write_parquet
+from textguard.faults.campaign import image_chances, loader_of, no_records
 from textguard.faults.damage import FaultModel, weight_limits
 from textguard.faults.detectors import detector_limits
 from textguard.faults.engines import make_engine
+from textguard.faults.exact import affordable, enumerate_layer
 from textguard.faults.formats import parse_format
 from textguard.faults.mitigations import protect
-from textguard.faults.plans import draw_plan
-from textguard.faults.statistics import weighted_mean
+from textguard.faults.plans import PLAN_COLUMNS, bits_of
+from textguard.faults.sampling import Design, rerun_changed, run_design
+from textguard.faults.summary import Totals, summarise, summarise_totals
 from textguard.params import Params
 from textguard.runtime import describe_device, join_processes, pick_device
 from textguard.vision.classifiers import load_classifier
@@ -52,9 +57,14 @@ def main(params: Params, key: str) -> None:
         target=fault_model.target,
     )
     known = weight_limits(model, engine.sites) if fault_model.target == "weight" else profiled
-    limits = detector_limits(inject.detector, [site.layer for site in engine.sites], known)
-    eligible = eligible_images(engine, loader)
-    plan = draw_plan(engine.sites, eligible, inject.injections_per_layer, inject.seed, fault_model, number_format)
+    names = [inject.detector, *(name for name in inject.compare_detectors if name != inject.detector)]
+    limits = {name: detector_limits(name, [site.layer for site in engine.sites], known) for name in names}
+    chances = image_chances(engine, loader, inject.images)
+    eligible = np.flatnonzero(chances).tolist()
+    known_sites = affordable(engine, len(eligible), fault_model, inject.enumerate_up_to)
+    sites = [site for site in engine.sites if site not in known_sites]
+    design = Design(inject.plan, inject.injections_per_layer, inject.pilot, inject.stop_at, inject.confidence, inject.seed)
+    strata = design.strata(fault_model, engine)
 
     mark = fingerprint(
         inject=inject,
@@ -64,35 +74,59 @@ def main(params: Params, key: str) -> None:
         bounds=sha256_of_file(bounds_file, "ranges"),
     )
     with work_dir("inject", key, mark) as work:
-        records = run_campaign(
-            engine,
-            loader,
-            plan,
-            limits,
-            image_batch=inject.image_batch,
-            fault_model=fault_model,
-            shard_dir=work,
-            label=f"inject {key}",
-        )
+        options = {"image_batch": inject.image_batch, "fault_model": fault_model}
+        records, changed = no_records(), {name: no_records() for name in names[1:]}
+        if sites:
+            records = run_design(
+                engine, sites, loader, chances, limits[names[0]], design, shard_dir=work, label=f"inject {key}", **options
+            )
+            for number, name in enumerate(names[1:]):
+                changed[name] = rerun_changed(
+                    engine,
+                    loader,
+                    records,
+                    limits[name],
+                    shard_dir=work / f"detector-{number}",
+                    label=f"inject {key}, detector {name}",
+                    **options,
+                )
         rank, _ = join_processes()
         if rank:
             return
-        layers = summarise(records, engine.sites)
+        totals: dict[str, list[Totals]] = {name: [] for name in names}
+        for number, name in enumerate(names):
+            for site in known_sites:
+                file = work / f"exact-{number}-{site.position}.json"
+                if not file.exists():
+                    label = f"enumerate {key}, detector {name},"
+                    found = enumerate_layer(engine, loader, eligible, site, limits[name][site.layer], label)
+                    write_json(file, found.as_json())
+                totals[name].append(Totals.from_json(read_json(file, "inject")))
         if not sys.stderr.isatty():
-            for layer in layers:
-                print(f"inject {key}: {layer}", file=sys.stderr, flush=True)
+            results = summarise(records, {site.layer: site.neurons for site in sites}, strata)
+            results |= {layer.layer: summarise_totals(layer) for layer in totals[names[0]]}
+            for site in engine.sites:
+                print(f"inject {key}: {results[site.layer]}", file=sys.stderr, flush=True)
         settings = {**asdict(inject), "inputs": mark, "device": describe_device(image.device)}
-        write_parquet(records_out / "plan.parquet", plan, {"seed": str(inject.seed)})
-        write_parquet(records_out / "injections.parquet", records, {name: str(value) for name, value in settings.items()})
+        metadata = {name: str(value) for name, value in settings.items()}
+        write_parquet(records_out / "plan.parquet", records[PLAN_COLUMNS], {"seed": str(inject.seed)})
+        write_parquet(records_out / "injections.parquet", records, metadata)
+        changes = pd.concat(
+            [part.assign(detector=name) for name, part in changed.items()] or [no_records().assign(detector="")]
+        )
+        write_parquet(records_out / "detectors.parquet", changes, metadata)
         write_json(
-            out / "resilience.json",
+            out / "campaign.json",
             {
-                "overall_delta_loss": weighted_mean([layer.delta_loss for layer in layers], [1] * len(layers)).as_json(),
-                "overall_mismatch": weighted_mean([layer.mismatch for layer in layers], [1] * len(layers)).as_json(),
-                "injections": sum(layer.injections for layer in layers),
-                "masked": sum(layer.masked for layer in layers),
-                "nonfinite": sum(layer.nonfinite for layer in layers),
-                "layers": [layer.as_json() for layer in layers],
+                "layers": [
+                    {"layer": site.layer, "kind": site.kind, "neurons": site.neurons, "multiply_adds": site.multiply_adds}
+                    for site in engine.sites
+                ],
+                "bits": bits_of(fault_model, number_format),
+                "strata": strata,
+                "eligible_images": len(eligible),
+                "detectors": names,
+                "exact": {name: [layer.as_json() for layer in found] for name, found in totals.items()},
                 "skipped": dict(engine.skipped),
                 "settings": settings,
             },

@@ -15,9 +15,9 @@ from conftest import TINY, settle
 from textguard.errors import UnknownName, UnsupportedModel
 from textguard.faults.damage import FaultModel, Faults
 from textguard.faults.engines import ENGINES, ReplayEngine, WholeEngine, make_engine
-from textguard.runtime import define_missing_torchvision_operators
+from textguard.runtime import import_torchvision
 
-define_missing_torchvision_operators()
+import_torchvision()
 import timm  # noqa: E402 (needs the operators)
 from torchvision import models  # noqa: E402
 

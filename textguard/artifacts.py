@@ -7,7 +7,9 @@ interrupted or failed write leaves the old file as it was.
 import errno
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -18,15 +20,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from textguard.errors import CannotWrite, InvalidArtifact
 
+# pandas, pyarrow and safetensors are imported where they are used: half of the stages need none of them.
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import Tensor
 
 WORK_DIR = Path(".work")
@@ -76,7 +76,12 @@ def write_text(path: Path, content: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically, with stable formatting; NaN and infinities are refused as no JSON reader takes them."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    # Lists of numbers on one line. No text can look like this: line ends in it are escaped.
+    text = re.sub(
+        r"\[\n[-+.\deE,\s]+\]", lambda numbers: " ".join(numbers[0].split()).replace("[ ", "[").replace(" ]", "]"), text
+    )
+    write_text(path, text + "\n")
 
 
 def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -84,13 +89,16 @@ def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
-def write_csv(path: Path, table: pd.DataFrame) -> None:
+def write_csv(path: Path, table: "pd.DataFrame") -> None:
     """Write CSV atomically, numbers in full precision."""
     write_text(path, table.to_csv(index=False))
 
 
-def write_parquet(path: Path, table: pd.DataFrame, metadata: Mapping[str, str] | None = None) -> None:
+def write_parquet(path: Path, table: "pd.DataFrame", metadata: Mapping[str, str] | None = None) -> None:
     """Write a zstd-compressed Parquet file, atomically; `metadata` goes into the file's schema."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     arrow = pa.Table.from_pandas(table, preserve_index=False)
     arrow = arrow.replace_schema_metadata(dict(metadata or {}))
     # Serialised in memory first: pyarrow's own file writer reports a full disk in words of its own.
@@ -170,23 +178,27 @@ def read_records(path: Path, made_by: str, kind: type[Record]) -> list[Record]:
     return [kind(**row) for row in rows]
 
 
-def read_csv(path: Path, made_by: str, columns: list[str], numbers: list[str]) -> pd.DataFrame:
+def read_csv(path: Path, made_by: str, columns: list[str], numbers: list[str]) -> "pd.DataFrame":
     """Read a CSV file that must hold `columns`, and `numbers`, which must be finite. Raises InvalidArtifact."""
+    import pandas as pd
+
     with reading(path, made_by):
         table = _require(pd.read_csv(path), [*columns, *numbers])
         for column in numbers:
-            if not np.isfinite(pd.to_numeric(table[column])).all():
+            if not pd.to_numeric(table[column]).map(math.isfinite).all():
                 raise InvalidArtifact(f"has a {column} that is no finite number")
         return table
 
 
-def read_parquet(path: Path, made_by: str, columns: list[str]) -> pd.DataFrame:
+def read_parquet(path: Path, made_by: str, columns: list[str]) -> "pd.DataFrame":
     """Read a Parquet file that must hold `columns`. Raises InvalidArtifact."""
+    import pyarrow.parquet as pq
+
     with reading(path, made_by):
         return _require(pq.read_table(path).to_pandas(), columns)
 
 
-def _require(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+def _require(table: "pd.DataFrame", columns: list[str]) -> "pd.DataFrame":
     missing = [column for column in columns if column not in table]
     if missing:
         raise InvalidArtifact(f"lacks the columns {', '.join(missing)}")

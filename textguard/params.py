@@ -97,28 +97,55 @@ class FaultParams:
 
 @dataclass(frozen=True, config=_strict)
 class InjectParams:
-    """A campaign. batch_size: faults per forward pass. image_batch: images per golden run, and per shard on disk."""
+    """A campaign. batch_size: faults per forward pass. image_batch: images per golden run, and per shard on disk.
+
+    compare_detectors: others that the same faults are set against. plan, injections_per_layer, pilot, stop_at, confidence: see
+    textguard.faults.sampling.Design. images: how they are drawn. enumerate_up_to: layers with so few faults are not sampled.
+    """
 
     engine: str
     format: str
     detector: str
+    compare_detectors: list[str]
     mitigation: Literal["none", "ranger", "clip_to_zero"]
     kinds: Annotated[
         list[Literal["Conv1d", "Conv2d", "Conv3d", "ConvTranspose2d", "Linear", "MatMul", "Add"]], Field(min_length=1)
     ]
     faults: FaultParams
+    plan: Literal["uniform", "proportional", "neyman"]
+    images: Literal["uniform", "importance"]
     injections_per_layer: Count
+    pilot: Count
+    stop_at: str
+    confidence: Annotated[float, Field(ge=0.5, lt=1)]
+    enumerate_up_to: Annotated[int, Field(ge=0)]
     batch_size: Count
     image_batch: Count
     seed: Seed
 
 
 @dataclass(frozen=True, config=_strict)
+class StatisticsParams:
+    """What is made of the records.
+
+    confidence: of every interval. bootstrap: resamples. nonfinite: `goldeneye` or `cap:X`, see textguard.faults.summary.
+    last_layer_weights: how latent layer and head make one last layer. fit_per_bit: raw failures per bit in 10^9 hours.
+    fit_exposure: what holds the bits, neurons or the results of multiply-adds.
+    """
+
+    confidence: Annotated[float, Field(ge=0.5, lt=1)]
+    bootstrap: Annotated[int, Field(ge=200, le=100_000)]
+    nonfinite: str
+    last_layer_weights: Literal["neurons", "equal", "head_only"]
+    fit_per_bit: Annotated[float, Field(gt=0)]
+    fit_exposure: Literal["neurons", "multiply_adds"]
+
+
+@dataclass(frozen=True, config=_strict)
 class TablesParams:
-    """main_dataset: the data set of Table 1. last_layer_weights: how latent layer and head make one last layer."""
+    """main_dataset: the data set of Table 1."""
 
     main_dataset: Key
-    last_layer_weights: Literal["neurons", "equal", "head_only"]
 
 
 @dataclass(frozen=True, config=_strict)
@@ -140,6 +167,7 @@ class Params:
     recipes: dict[Key, RecipeParams]
     runs: dict[Key, RunParams]
     inject: InjectParams
+    statistics: StatisticsParams
     tables: TablesParams
     figures: FiguresParams
 

@@ -5,11 +5,13 @@ TEXTGUARD_PROCESSES processes that share a campaign; default 1 (see stages/__mai
 TEXTGUARD_PROGRESS  seconds between two progress lines when there is no terminal; default 10
 """
 
+import importlib
 import importlib.util
 import os
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from tqdm import tqdm
@@ -19,12 +21,15 @@ from textguard.errors import InvalidParameter
 _OPERATORS = ("nms", "qnms")
 
 
-def define_missing_torchvision_operators() -> None:
-    """Let PyPI's torchvision, which links CUDA, be imported beside a CPU build of torch.
+def import_torchvision() -> None:
+    """Import torchvision: beside any build of torch, and without torch's compiler.
 
-    There its compiled library does not load, and `import torchvision` stops at two operators that it only wants to
-    annotate. Declared without an implementation they are enough for the import; what textguard uses of torchvision is
-    Python. Where the library loads, it brings the operators and nothing is declared.
+    PyPI's torchvision links CUDA. Beside a CPU build of torch its compiled library does not load, and the import stops at two
+    operators that it only wants to annotate. Declared without an implementation they are enough: what textguard uses of
+    torchvision is Python. Where the library loads, it brings the operators and nothing is declared.
+
+    The compiler takes as long to import as torch itself, in every stage, and torchvision wants one function of it, for
+    detection models that run on GPUs. A stand-in fetches it when it is called.
     """
     spec = importlib.util.find_spec("torchvision")
     for folder in spec.submodule_search_locations or [] if spec else []:
@@ -36,6 +41,21 @@ def define_missing_torchvision_operators() -> None:
     for name in _OPERATORS:
         if not hasattr(torch.ops.torchvision, name):
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    stand_ins = {name: ModuleType(name) for name in ("torch._dynamo", "torch._dynamo.utils") if name not in sys.modules}
+    for module in stand_ins.values():
+        module.is_compile_supported = _is_compile_supported
+    sys.modules.update(stand_ins)
+    try:
+        importlib.import_module("torchvision")
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
+
+
+def _is_compile_supported(device_type: str) -> bool:
+    from torch._dynamo.utils import is_compile_supported
+
+    return is_compile_supported(device_type)
 
 
 def pick_device() -> torch.device:

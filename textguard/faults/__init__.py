@@ -10,17 +10,20 @@ import importlib
 # Imported when they are asked for: the report reads statistics, and needs no torch for it.
 _EXPORTS = {
     "assess": "assessment",
+    "Design": "sampling",
     "draw_plan": "plans",
     "eligible_images": "campaign",
-    "enumerate_last_layer": "exact",
+    "enumerate_layer": "exact",
     "FaultModel": "damage",
+    "image_chances": "campaign",
     "make_engine": "engines",
     "parse_format": "formats",
     "profile_activations": "campaign",
     "profile_ranges": "campaign",
     "protect": "mitigations",
     "run_campaign": "campaign",
-    "summarise": "campaign",
+    "run_design": "sampling",
+    "summarise": "summary",
 }
 
 

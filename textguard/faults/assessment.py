@@ -3,17 +3,21 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from torch import nn
 from torch.utils.data import DataLoader
 
-from textguard.faults.campaign import batches, device_of, eligible_images, profile_ranges, run_campaign, summarise
+from textguard.faults.campaign import batches, device_of, image_chances, profile_ranges
 from textguard.faults.damage import SINGLE_FLIP, FaultModel, weight_limits
 from textguard.faults.detectors import detector_limits
 from textguard.faults.engines import make_engine
+from textguard.faults.exact import affordable, enumerate_layer
 from textguard.faults.formats import parse_format
-from textguard.faults.plans import draw_plan
-from textguard.faults.sites import DEFAULT_KINDS
+from textguard.faults.sampling import Design, run_design
+from textguard.faults.sites import DEFAULT_KINDS, Site
+from textguard.faults.statistics import CONFIDENCE, mean_interval, rate_interval
+from textguard.faults.summary import LayerResult, summarise, summarise_totals
 
 
 def assess(
@@ -22,6 +26,12 @@ def assess(
     *,
     injections_per_layer: int = 1000,
     seed: int = 0,
+    plan: str = "uniform",
+    images: str = "uniform",
+    pilot: int = 128,
+    stop_at: str = "never",
+    confidence: float = CONFIDENCE,
+    enumerate_up_to: int = 0,
     detector: str = "profiled",
     number_format: str = "fp32",
     fault_model: FaultModel = SINGLE_FLIP,
@@ -35,11 +45,14 @@ def assess(
     """Inject faults into every layer of a classifier and measure what they do to its predictions.
 
     model: any nn.Module from images [B, ...] to logits [B, C], on the device to use. loader: gives images and labels (a
-    map-style data set; its order does not matter). profile: fault-free images from which the layers' ranges are taken; by
-    default the same loader. batch_size: faults per forward pass. image_batch: images per golden run. shard_dir: a folder in
-    which an interrupted campaign goes on.
-    Returns one row per layer: layer, kind, neurons, injections, masked, detected, nonfinite (numbers of injections), and
-    delta_loss and mismatch, each with its 99 % interval in _low and _high. Raises TextguardError.
+    map-style data set; its order does not matter). plan, injections_per_layer (at most), pilot, stop_at: see
+    `textguard.faults.sampling.Design`; images: see `image_chances`. enumerate_up_to: layers with so few faults on all eligible
+    images are not sampled but enumerated, and so is the last where it has a closed form; 0 for none. profile: fault-free images
+    from which the layers' ranges are taken; by default the same loader. batch_size: faults per forward pass. image_batch:
+    images per golden run. shard_dir: a folder in which an interrupted campaign goes on.
+    Returns one row per layer: layer, kind, neurons, method (`sampled` or `exact`), injections, masked, detected, nonfinite
+    (numbers of injections), and delta_loss, mismatch and sdc (see `LayerResult`), each with its interval in _low and _high.
+    Raises TextguardError.
     """
     stored = parse_format(number_format, "number_format")
     device = device_of(model)
@@ -51,19 +64,45 @@ def assess(
     )
     known = weight_limits(model, runner.sites) if fault_model.target == "weight" else profiled
     limits = detector_limits(detector, [site.layer for site in runner.sites], known)
-    plan = draw_plan(runner.sites, eligible_images(runner, loader), injections_per_layer, seed, fault_model, stored)
-    records = run_campaign(runner, loader, plan, limits, image_batch=image_batch, fault_model=fault_model, shard_dir=shard_dir)
-    kind = {site.layer: site.kind for site in runner.sites}
-    return pd.DataFrame(
-        {
-            "layer": layer.layer,
-            "kind": kind[layer.layer],
-            **{name: getattr(layer, name) for name in ("neurons", "injections", "masked", "detected", "nonfinite")},
-            **{
-                f"{name}{suffix}": getattr(getattr(layer, name), field)
-                for name in ("delta_loss", "mismatch")
-                for suffix, field in (("", "value"), ("_low", "low"), ("_high", "high"))
-            },
-        }
-        for layer in summarise(records, runner.sites)
-    )
+    chances = image_chances(runner, loader, images)
+    eligible = np.flatnonzero(chances).tolist()
+    known_sites = affordable(runner, len(eligible), fault_model, enumerate_up_to)
+    results = {
+        site.layer: summarise_totals(enumerate_layer(runner, loader, eligible, site, limits[site.layer]))
+        for site in known_sites
+    }
+    sites = [site for site in runner.sites if site not in known_sites]
+    design = Design(plan, injections_per_layer, pilot, stop_at, confidence, seed)
+    if sites:
+        records = run_design(
+            runner,
+            sites,
+            loader,
+            chances,
+            limits,
+            design,
+            image_batch=image_batch,
+            fault_model=fault_model,
+            shard_dir=shard_dir,
+        )
+        results |= summarise(records, {site.layer: site.neurons for site in sites}, design.strata(fault_model, runner))
+    return pd.DataFrame(_row(site, results[site.layer], confidence) for site in runner.sites)
+
+
+def _row(site: Site, result: LayerResult, confidence: float) -> dict[str, str | int | float]:
+    estimates = {
+        "delta_loss": mean_interval(result.delta_loss, confidence),
+        "mismatch": rate_interval(result.mismatch, confidence),
+        "sdc": rate_interval(result.sdc, confidence),
+    }
+    return {
+        "layer": site.layer,
+        "kind": site.kind,
+        "neurons": site.neurons,
+        **{name: getattr(result, name) for name in ("method", "injections", "masked", "detected", "nonfinite")},
+        **{
+            f"{name}{suffix}": getattr(estimate, field)
+            for name, estimate in estimates.items()
+            for suffix, field in (("", "value"), ("_low", "low"), ("_high", "high"))
+        },
+    }

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -14,20 +15,34 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from textguard.artifacts import read_json, read_parquet, write_json, write_parquet
-from textguard.errors import CampaignMismatch, InvalidArtifact, InvalidParameter, UnsupportedModel
+from textguard.errors import CampaignMismatch, InvalidArtifact, InvalidParameter, UnknownName, UnsupportedModel
 from textguard.faults.damage import SINGLE_FLIP, FaultModel, Faults
 from textguard.faults.engines import Engine, ReplayEngine, WholeEngine
 from textguard.faults.graph import TracedModel
 from textguard.faults.mitigations import activations
 from textguard.faults.plans import PLAN_COLUMNS, check_plan
-from textguard.faults.sites import DEFAULT_KINDS, Site
-from textguard.faults.statistics import LayerResult, summarise_layer
+from textguard.faults.sites import DEFAULT_KINDS
 from textguard.runtime import join_processes, progress, wait_for_all
 
 RECORD_COLUMNS = [
     *PLAN_COLUMNS,
     *("golden_value", "faulty_value", "detected", "masked", "golden_loss", "faulty_loss", "mismatch"),
 ]
+
+
+RECORD_TYPES = dict(
+    zip(
+        RECORD_COLUMNS,
+        ["str", *["int64"] * 4, "float64", *["float32"] * 2, *["bool"] * 2, *["float32"] * 2, "bool"],
+        strict=True,
+    )
+)
+IMAGES = ("uniform", "importance")
+
+
+def no_records() -> pd.DataFrame:
+    """The records of no injections."""
+    return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in RECORD_TYPES.items()})
 
 
 def loader_of(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
@@ -73,14 +88,31 @@ def top2diff(logits: Tensor) -> Tensor:
     return first - second
 
 
+def image_chances(engine: Engine, loader: DataLoader, images: str = "uniform") -> np.ndarray:
+    """How likely each image of the loader's data set is to be drawn for an injection, relative to the others, float [N].
+
+    0 for those that the fault-free model classifies wrongly or with Top2Diff = 0: they are not eligible. `uniform`: 1 for all
+    others. `importance`: half of that, and half in proportion to 1 - p(label), since a fault changes the loss of an image most
+    where the model is least certain; no injection then weighs more than 2. Raises UnknownName.
+    """
+    if images not in IMAGES:
+        raise UnknownName("way to draw images", images, IMAGES, "params.yaml inject.images")
+    chances, doubt = np.zeros(count_images(loader)), np.zeros(count_images(loader))
+    for part, pictures, labels in batches(loader, engine.device):
+        logits = engine.observe(pictures)
+        correct = (logits.argmax(dim=1) == labels) & (top2diff(logits) > 0)
+        chances[part] = correct.cpu().numpy()
+        loss = F.cross_entropy(logits.double(), labels, reduction="none")
+        doubt[part] = -torch.expm1(-loss).clamp(min=0).cpu().numpy()
+    doubt *= chances
+    if images == "uniform" or not doubt.sum():
+        return chances
+    return (chances + doubt * (chances.sum() / doubt.sum())) / 2
+
+
 def eligible_images(engine: Engine, loader: DataLoader) -> list[int]:
     """Positions of the images that the fault-free model classifies correctly with Top2Diff > 0."""
-    eligible: list[int] = []
-    for part, images, labels in batches(loader, engine.device):
-        logits = engine.observe(images)
-        correct = (logits.argmax(dim=1) == labels) & (top2diff(logits) > 0)
-        eligible += np.asarray(part)[correct.cpu().numpy()].tolist()
-    return eligible
+    return np.flatnonzero(image_chances(engine, loader)).tolist()
 
 
 @torch.inference_mode()
@@ -189,6 +221,27 @@ def run_campaign(
     return found.sort_index().set_axis(plan.index)
 
 
+def measure_pace(
+    engine: Engine,
+    loader: DataLoader,
+    plan: pd.DataFrame,
+    limits: Mapping[str, float],
+    *,
+    image_batch: int,
+    fault_model: FaultModel = SINGLE_FLIP,
+    injections: int = 1024,
+) -> float:
+    """Roughly how many injections of a plan the engine does per second, from a few of them whose outcomes are thrown away."""
+    chosen = np.unique(plan["image"])[:image_batch]
+    rows = plan[plan["image"].isin(chosen)].drop_duplicates(["layer", "index"])
+    rows = rows.iloc[:: max(1, len(rows) // injections)]
+    (part, images, labels), *_ = batches(loader, engine.device, [chosen.tolist()])
+    for _ in range(2):  # the first time warms up
+        start = time.perf_counter()
+        _run_shard(engine, part, images, labels, rows, limits, fault_model)
+    return len(rows) / (time.perf_counter() - start)
+
+
 def _shard(shard_dir: Path | None, number: int) -> Path | None:
     return shard_dir / f"shard-{number:05d}.parquet" if shard_dir else None
 
@@ -290,12 +343,3 @@ def _run_shard(
     found = {name: tensor.cpu().numpy()[value] for name, tensor in by_value.items()}
     found |= {name: tensor.cpu().numpy()[fault] for name, tensor in by_fault.items()}
     return faults[PLAN_COLUMNS].assign(**found)
-
-
-def summarise(records: pd.DataFrame, sites: Sequence[Site]) -> list[LayerResult]:
-    """One LayerResult per site that has records, in order of execution."""
-    # An injection's rows share all but what happened to each value: any of these may have been detected.
-    detected = records.groupby(["layer", "index"])["detected"].transform("any")
-    injections = records.assign(detected=detected).drop_duplicates(["layer", "index"])
-    by_layer = dict(list(injections.groupby("layer", sort=False)))
-    return [summarise_layer(by_layer[site.layer], site.neurons) for site in sites if site.layer in by_layer]

@@ -1,10 +1,12 @@
-"""The last layer without sampling: every image, neuron and bit, in closed form.
+"""Layers without sampling: every image, neuron and bit.
 
-A fault in the last layer changes one logit, and what the others add to the softmax's denominator stays the same.
+For the last layer in closed form: a fault there changes one logit, and what the others add to the softmax's denominator stays
+the same. For others through the engine, as far as there are few enough faults.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,47 +14,98 @@ from torch.utils.data import DataLoader
 
 from textguard.errors import UnsupportedModel
 from textguard.faults.campaign import batches
+from textguard.faults.damage import SINGLE_FLIP, FaultModel, Faults
 from textguard.faults.detectors import clamp_to_range
-from textguard.faults.engines import ReplayEngine
+from textguard.faults.engines import Engine, ReplayEngine
+from textguard.faults.sites import Site
+from textguard.faults.summary import Totals
+from textguard.runtime import progress
+
+FAULTS_AT_ONCE = 2**16
 
 
-@dataclass(frozen=True)
-class LastLayer:
-    """All single bit flips of the last layer's outputs, over B images.
+def affordable(engine: Engine, images: int, fault_model: FaultModel, up_to: int) -> list[Site]:
+    """The layers that can be enumerated: the last where it has a closed form, and those with no more than `up_to` faults.
 
-    delta_loss: |CE(faulty) - CE(golden)|, float32 [B, C, bits], NaN or infinite where the loss is; mismatch: whether the argmax
-    changed, bool [B, C, bits].
+    images: how many are eligible. up_to: 0 for none at all, not even the last. Only the replay engine is fast enough.
     """
+    if not up_to or fault_model != SINGLE_FLIP or not isinstance(engine, ReplayEngine):
+        return []
+    bits = engine.number_format.bits
+    return [site for site in engine.sites if site.neurons * images * bits <= up_to or has_closed_form(engine, site)]
 
-    delta_loss: Tensor
-    mismatch: Tensor
+
+def has_closed_form(engine: ReplayEngine, site: Site) -> bool:
+    """Whether nothing but a factor lies between a site and the logits."""
+    if site is not engine.sites[-1] or len(site.shape) != 1:
+        return False
+    try:
+        engine.factor_behind_last()
+    except UnsupportedModel:
+        return False
+    return True
 
 
 @torch.inference_mode()
-def enumerate_last_layer(engine: ReplayEngine, loader: DataLoader, images: list[int], limit: float) -> LastLayer:
-    """Flip every bit of every output of the last layer, for each of the images (positions in the loader's data set).
+def enumerate_layer(
+    engine: ReplayEngine, loader: DataLoader, images: Sequence[int], site: Site, limit: float, label: str = "enumerate"
+) -> Totals:
+    """Flip every bit of every output of one layer, for each of the images (positions in the loader's data set).
 
-    limit: what the range detector lets pass. Raises UnsupportedModel where more than a factor lies between that layer and the
-    logits.
+    limit: what the range detector lets pass.
     """
-    factor = engine.factor_behind_last()
-    last = engine.sites[-1]
-    if len(last.shape) != 1:
-        raise UnsupportedModel(f"the last layer, {last.layer!r}, gives {list(last.shape)} values per image, not one per class")
-    size = loader.batch_size or 1
-    parts = [images[start : start + size] for start in range(0, len(images), size)]
-    found = []
-    for _, pictures, labels in batches(loader, engine.device, parts):
-        outputs: list[Tensor] = []
-        engine.observe(pictures, lambda _, output, here=outputs: here.append(output))
-        found.append(flip_logits(engine, outputs[-1], factor, labels, limit))
-    return LastLayer(*(torch.cat(column) for column in zip(*found, strict=True)))
+    bits, closed = engine.number_format.bits, has_closed_form(engine, site)
+    at_once = (loader.batch_size or 1) if closed else max(1, FAULTS_AT_ONCE // (site.neurons * bits))
+    parts = [images[start : start + at_once] for start in range(0, len(images), at_once)]
+    totals = np.zeros((5, bits))
+    with progress(total=len(images) * site.neurons * bits, label=f"{label} {site.layer}", unit="inj") as bar:
+        for part, pictures, labels in batches(loader, engine.device, parts):
+            if closed:
+                outputs: list[Tensor] = []
+                engine.observe(pictures, lambda _, output, here=outputs: here.append(output))
+                found = flip_logits(engine, outputs[-1], engine.factor_behind_last(), labels, limit)
+            else:
+                found = _flip_all(engine, pictures, labels, site, limit)
+            totals += np.stack([column.double().sum(dim=(0, 1)).cpu().numpy() for column in found])
+            bar.update(len(part) * site.neurons * bits)
+    masked, detected, mismatches, nonfinite = totals[:4].astype(np.int64)
+    faults = np.full(bits, len(images) * site.neurons)
+    return Totals(site.layer, site.neurons, faults, masked, detected, mismatches, nonfinite, totals[4])
 
 
-def flip_logits(engine: ReplayEngine, outputs: Tensor, factor: float, labels: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """DeltaLoss and mismatch of every bit flip in a last layer's outputs [B, C], where logits are `factor` times the outputs.
+def _flip_all(engine: ReplayEngine, images: Tensor, labels: Tensor, site: Site, limit: float) -> tuple[Tensor, ...]:
+    """The same as `flip_logits`, one injection for each."""
+    shape = (len(images), site.neurons, engine.number_format.bits)
+    fault = torch.arange(torch.Size(shape).numel(), device=images.device)
+    image, neuron, bit = torch.unravel_index(fault, shape)
+    outcomes = engine.run(
+        images,
+        Faults(
+            model=SINGLE_FLIP,
+            position=torch.full_like(fault, site.position),
+            image=image,
+            limit=torch.full_like(fault, limit, dtype=torch.float32),
+            row=fault,
+            neuron=neuron,
+            mask=1 << bit,
+        ),
+    )
+    golden_loss = F.cross_entropy(outcomes.golden_logits, labels, reduction="none")
+    delta_loss = (F.cross_entropy(outcomes.logits, labels[image], reduction="none") - golden_loss[image]).abs()
+    mismatch = outcomes.logits.argmax(dim=1) != outcomes.golden_logits.argmax(dim=1)[image]
+    return tuple(column.view(shape) for column in _columns(outcomes.masked, outcomes.detected, mismatch, delta_loss))
 
-    labels: int64 [B]. Returns float32 and bool, both [B, C, bits].
+
+def _columns(masked: Tensor, detected: Tensor, mismatch: Tensor, delta_loss: Tensor) -> tuple[Tensor, ...]:
+    finite = delta_loss.isfinite()
+    return masked, detected, mismatch & finite, ~finite, delta_loss.where(finite, 0.0)
+
+
+def flip_logits(engine: ReplayEngine, outputs: Tensor, factor: float, labels: Tensor, limit: float) -> tuple[Tensor, ...]:
+    """What every bit flip in a last layer's outputs [B, C] does, where logits are `factor` times the outputs.
+
+    labels: int64 [B]. Returns five tensors [B, C, bits]: whether it is masked, detected, changes the class though the loss is
+    finite, makes the loss NaN or infinite (bool); and DeltaLoss where it is finite, else 0 (float32).
     """
     storage, number_format = engine.storage(-1), engine.number_format
     bits = torch.arange(number_format.bits, device=outputs.device)
@@ -63,7 +116,8 @@ def flip_logits(engine: ReplayEngine, outputs: Tensor, factor: float, labels: Te
         shared = number_format.shared(blocks, storage.limit).repeat_interleave(block, dim=1)[:, : outputs.shape[1]]
     codes = number_format.encode(outputs, storage.limit, shared)
     flipped = number_format.decode(codes[..., None] ^ (1 << bits), storage.limit, shared[..., None])
-    faulty = clamp_to_range(flipped, torch.tensor(limit, device=outputs.device))[0] * factor
+    passed, detected = clamp_to_range(flipped, torch.tensor(limit, device=outputs.device))
+    faulty = passed * factor
 
     logits = outputs * factor
     own = F.one_hot(labels, logits.shape[1]).bool()
@@ -87,4 +141,4 @@ def flip_logits(engine: ReplayEngine, outputs: Tensor, factor: float, labels: Te
     wins = (faulty > top) | ((faulty == top) & (number < best[..., None])) | faulty.isnan()
     loses = (faulty < highest) | ((faulty == highest) & (rival < number))
     mismatch = torch.where(number == best[..., None], loses, wins)
-    return delta_loss, mismatch
+    return _columns(passed == outputs[..., None], detected, mismatch, delta_loss)

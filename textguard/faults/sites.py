@@ -54,6 +54,13 @@ class Site:
         return torch.Size(self.shape).numel()
 
     @property
+    def multiply_adds(self) -> int | None:
+        """Of one image; None where the shape does not tell, as for MatMul."""
+        if self.kind not in ("Conv1d", "Conv2d", "Conv3d", "Linear"):
+            return None
+        return self.neurons * self.weights // self.shape[-1 if self.kind == "Linear" else 0]
+
+    @property
     def parameter(self) -> str:
         """The name of the weights in the model's state dict."""
         return f"{self.layer.partition('#')[0]}.weight"

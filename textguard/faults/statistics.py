@@ -2,22 +2,27 @@
 
 DeltaLoss of an injection is |CE(faulty) - CE(golden)|, the absolute change of the cross entropy (natural logarithm) on its
 image. Source: Mahmoud et al., ISSRE 2021, as used by GoldenEye, DSN 2022.
+
+DeltaLoss is skewed beyond what the usual interval, mean +- 2.576 standard errors, can bear: of a layer of a ResNet-18, with a
+skewness of 40 to 140, it covers the truth in 70 to 95 % of campaigns of 4,096 injections instead of in 99 %. The interval
+here corrects for the skewness that is seen (Hall, 1992), and for what is not: its upper limit is that of the sample with one
+more injection, which does twice the worst that was seen. benchmarks/coverage.py measures both.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from statistics import NormalDist
 
 import numpy as np
-import pandas as pd
+from scipy.special import stdtrit
 
-Z_99 = 2.576  # the paper's two-sided 99 % quantile of the normal distribution
+CONFIDENCE = 0.99
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, its 99 % interval, and the number of observations behind it. NaN where there are none."""
+    """A number, its interval, and the number of observations behind it. NaN where there are none; low = high if exact."""
 
     value: float
     low: float
@@ -29,93 +34,191 @@ class Estimate:
         numbers = {"value": self.value, "low": self.low, "high": self.high}
         return {name: number if math.isfinite(number) else None for name, number in numbers.items()} | {"n": self.n}
 
-
-def mean_estimate(values: np.ndarray) -> Estimate:
-    """Mean of independent observations, shape [N], with value +- 2.576 * std(N - 1) / sqrt(N)."""
-    count = len(values)
-    mean = float(np.mean(values)) if count else math.nan
-    half = Z_99 * float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else math.nan
-    return Estimate(mean, mean - half, mean + half, count)
-
-
-def rate_estimate(hits: int, count: int) -> Estimate:
-    """A proportion with Wilson's score interval, which also holds for 0 and for few hits.
-
-    Source: Wilson, Journal of the American Statistical Association 22, 1927.
-    """
-    if not count:
-        return Estimate(math.nan, math.nan, math.nan, 0)
-    rate, z2 = hits / count, Z_99**2
-    centre = (rate + z2 / (2 * count)) / (1 + z2 / count)
-    half = Z_99 * math.sqrt(rate * (1 - rate) / count + z2 / (4 * count**2)) / (1 + z2 / count)
-    low, high = max(0.0, centre - half), min(1.0, centre + half)
-    return Estimate(rate, low if hits else 0.0, high if hits < count else 1.0, count)
-
-
-def weighted_mean(estimates: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
-    """Weighted mean of independent estimates (weights need not sum to 1); their half-widths add in quadrature."""
-    shares = np.asarray(weights, dtype=float) / sum(weights)
-    value = float(sum(share * estimate.value for share, estimate in zip(shares, estimates, strict=True)))
-    half = math.sqrt(sum((share * (e.high - e.value)) ** 2 for share, e in zip(shares, estimates, strict=True)))
-    return Estimate(value, value - half, value + half, sum(estimate.n for estimate in estimates))
-
-
-def ratio(numerator: Estimate, denominator: Estimate) -> Estimate:
-    """Ratio of two independent positive estimates, with the delta method's interval on the logarithm (so never below 0)."""
-    count = min(numerator.n, denominator.n)
-    if not (numerator.value > 0 and denominator.value > 0):
-        return Estimate(math.nan, math.nan, math.nan, count)
-    value = numerator.value / denominator.value
-    relative = [(estimate.high - estimate.value) / estimate.value for estimate in (numerator, denominator)]
-    spread = math.exp(math.hypot(*relative))
-    return Estimate(value, value / spread, value * spread, count)
-
-
-def difference(minuend: Estimate, subtrahend: Estimate) -> Estimate:
-    """Difference of two independent estimates; their half-widths add in quadrature."""
-    value = minuend.value - subtrahend.value
-    half = math.hypot(minuend.high - minuend.value, subtrahend.high - subtrahend.value)
-    return Estimate(value, value - half, value + half, min(minuend.n, subtrahend.n))
+    def times(self, factor: float) -> "Estimate":
+        """The same in another unit."""
+        return Estimate(self.value * factor, self.low * factor, self.high * factor, self.n)
 
 
 @dataclass(frozen=True)
-class LayerResult:
-    """One layer's campaign.
+class Sample:
+    """A mean as estimated from a sample of n: its value, and variance and third central moment of its error.
 
-    nonfinite: injections whose loss is NaN or infinite; DeltaLoss and mismatch leave them out. masked: those that the engine
-    saw leave no trace; counted everywhere, with a DeltaLoss of 0.
+    unseen: what these three would change by, had there been one more observation, as bad as `sample_mean` was told.
     """
 
-    layer: str
-    neurons: int
-    injections: int
-    nonfinite: int
-    detected: int
-    masked: int
-    delta_loss: Estimate
-    mismatch: Estimate
+    value: float
+    variance: float
+    third: float
+    n: int
+    unseen: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
-    def __str__(self) -> str:
-        shares = f"{self.masked / self.injections:.0%} masked, {self.detected / self.injections:.0%} detected"
-        loss = f"DeltaLoss {self.delta_loss.value:.3g} [{self.delta_loss.low:.3g}, {self.delta_loss.high:.3g}]"
-        return f"{self.layer}: {self.injections} injections, {shares}, {loss}, mismatch {self.mismatch.value:.2%}"
-
-    def as_json(self) -> dict[str, Any]:
-        """The result as metrics files hold it."""
-        return {**vars(self), "delta_loss": self.delta_loss.as_json(), "mismatch": self.mismatch.as_json()}
+    @property
+    def with_unseen(self) -> "Sample":
+        """The sample with that observation."""
+        value, variance, third = self.unseen
+        return Sample(self.value + value, self.variance + variance, self.third + third, self.n)
 
 
-def summarise_layer(records: pd.DataFrame, neurons: int) -> LayerResult:
-    """Reduce one layer's records (columns golden_loss, faulty_loss, mismatch, detected, masked, layer) to its estimates."""
-    loss_change = (records["faulty_loss"] - records["golden_loss"]).abs()
-    finite = np.isfinite(loss_change)
-    return LayerResult(
-        layer=str(records["layer"].iloc[0]),
-        neurons=neurons,
-        injections=len(records),
-        nonfinite=int((~finite).sum()),
-        detected=int(records["detected"].sum()),
-        masked=int(records["masked"].sum()),
-        delta_loss=mean_estimate(loss_change[finite].to_numpy(dtype=np.float64)),
-        mismatch=rate_estimate(int(records["mismatch"][finite].sum()), int(finite.sum())),
+def exact(value: float, n: int) -> Sample:
+    """A mean over all there is."""
+    return Sample(value, 0.0, 0.0, n)
+
+
+def sample_mean(strata: Sequence[np.ndarray], shares: Sequence[float], worst: Sequence[float]) -> Sample:
+    """The mean of a population from independent samples of its strata.
+
+    strata: the observations of each, one or more, float [n]. shares: of each stratum in the population. worst: what one more
+    observation would be; it goes to the stratum where it changes the mean most.
+    """
+    value = variance = third = 0.0
+    unseen: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    for sample, share, another in zip(strata, shares, worst, strict=True):
+        moments = _moments(sample, share)
+        larger = _moments(np.append(sample, another), share)
+        value, variance, third = value + moments[0], variance + moments[1], third + moments[2]
+        if abs(larger[0] - moments[0]) > abs(unseen[0]):
+            unseen = (larger[0] - moments[0], larger[1] - moments[1], larger[2] - moments[2])
+    return Sample(value, variance, third, sum(len(sample) for sample in strata), unseen)
+
+
+def _moments(sample: np.ndarray, share: float) -> tuple[float, float, float]:
+    """Value, variance and third central moment of `share` times a sample's mean; NaN where one observation tells no more."""
+    count, mean = len(sample), float(np.mean(sample))
+    if count < 2:
+        return share * mean, math.nan, math.nan
+    difference = sample - mean
+    squares = float(np.dot(difference, difference))
+    cubes = float(np.dot(difference * difference, difference))
+    return share * mean, share**2 * squares / (count - 1) / count, share**3 * cubes / count**3
+
+
+def combine(samples: Sequence[Sample], weights: Sequence[float]) -> Sample:
+    """The weighted sum of independent estimates."""
+    unseen = max(
+        (
+            (weight * sample.unseen[0], weight**2 * sample.unseen[1], weight**3 * sample.unseen[2])
+            for sample, weight in zip(samples, weights, strict=True)
+        ),
+        key=lambda change: abs(change[0]),
     )
+    pairs = list(zip(samples, weights, strict=True))
+    return Sample(
+        sum(weight * sample.value for sample, weight in pairs),
+        sum(weight**2 * sample.variance for sample, weight in pairs),
+        sum(weight**3 * sample.third for sample, weight in pairs),
+        sum(sample.n for sample in samples),
+        unseen,
+    )
+
+
+def average(samples: Sequence[Sample], weights: Sequence[float] | None = None) -> Sample:
+    """The mean of independent estimates, plain or weighted; weights need not sum to 1."""
+    weights = [1.0] * len(samples) if weights is None else weights
+    return combine(samples, [weight / sum(weights) for weight in weights])
+
+
+def quantile(confidence: float) -> float:
+    """How many standard errors of a normal distribution a two-sided interval reaches to each side."""
+    return NormalDist().inv_cdf(0.5 + confidence / 2)
+
+
+def mean_interval(sample: Sample, confidence: float = CONFIDENCE) -> Estimate:
+    """The mean of values that cannot be negative, with the interval described at the top of this module.
+
+    Source: Hall, Journal of the Royal Statistical Society B 54, 1992 (the cubic transformation).
+    """
+    z = quantile(confidence)
+    low = sample.value - _studentised(sample, z)
+    high = sample.value + sample.unseen[0] - _studentised(sample.with_unseen, -z)
+    return Estimate(sample.value, float(np.maximum(low, 0.0)), high, sample.n)
+
+
+def _studentised(sample: Sample, z: float) -> float:
+    """What lies between value and limit: standard error times the quantile z, corrected for skewness."""
+    if not sample.variance > 0:
+        return 0.0 * sample.variance  # 0, or NaN
+    error = math.sqrt(sample.variance)
+    skewness = sample.third / error**3
+    if abs(skewness) < 1e-6:
+        return z * error
+    return 3 / skewness * (math.cbrt(1 + skewness * (z - skewness / 6)) - 1) * error
+
+
+def rate_interval(sample: Sample, confidence: float = CONFIDENCE) -> Estimate:
+    """A proportion with Wilson's score interval, which also holds for 0 and for few hits.
+
+    Of a stratified or weighted sample, with the size of the simple one that would be worth as much once it held one more hit.
+    Sources: Wilson, Journal of the American Statistical Association 22, 1927; Korn and Graubard, Survey Methodology 24, 1998.
+    """
+    if not sample.n:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    rate, larger = min(1.0, max(0.0, sample.value)), sample.with_unseen
+    if larger.variance == 0:
+        return Estimate(rate, rate, rate, sample.n)
+    count = min(sample.n, larger.value * (1 - larger.value) / larger.variance) if 0 < larger.value < 1 else 1.0
+    z2 = quantile(confidence) ** 2
+    centre = (rate + z2 / (2 * count)) / (1 + z2 / count)
+    half = math.sqrt(z2) * math.sqrt(rate * (1 - rate) / count + z2 / (4 * count**2)) / (1 + z2 / count)
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return Estimate(rate, low if rate > 0 else 0.0, high if rate < 1 else 1.0, sample.n)
+
+
+def mean_estimate(values: np.ndarray, confidence: float = CONFIDENCE) -> Estimate:
+    """The mean of independent observations, none of them negative, float [N]."""
+    if not len(values):
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    return mean_interval(sample_mean([values], [1.0], [2 * float(np.max(values))]), confidence)
+
+
+def rate_estimate(hits: int, count: int, confidence: float = CONFIDENCE) -> Estimate:
+    """The proportion of `hits` among `count` independent trials."""
+    if not count:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    rate = hits / count
+    return rate_interval(Sample(rate, 0.0, 0.0, count, _one_more_trial(hits, count)), confidence)
+
+
+def _one_more_trial(hits: int, count: int) -> tuple[float, float, float]:
+    rate = (hits + (2 * hits <= count)) / (count + 1)
+    return rate - hits / count, rate * (1 - rate) / count, 0.0
+
+
+def difference(minuend: Estimate, subtrahend: Estimate) -> Estimate:
+    """Difference of two independent estimates; the parts of their intervals on either side add in quadrature."""
+    value = minuend.value - subtrahend.value
+    below = math.hypot(minuend.value - minuend.low, subtrahend.high - subtrahend.value)
+    above = math.hypot(minuend.high - minuend.value, subtrahend.value - subtrahend.low)
+    return Estimate(value, value - below, value + above, min(minuend.n, subtrahend.n))
+
+
+def over_trainings(draws: Sequence[np.ndarray], values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The interval of a mean over trainings, from the bootstrap draws [R] of each training's own value: hierarchically.
+
+    Trainings are resampled, then their injections. So few trainings show too little of their spread: it is widened by
+    sqrt(K / (K - 1)) and takes Student's quantile with K - 1 degrees of freedom. Source: Hesterberg, The American Statistician
+    69, 2015. K is 2 or more. Returns low and high.
+    """
+    count, size = len(draws), len(draws[0])
+    generator = np.random.Generator(np.random.Philox(key=[count, size]))
+    chosen = generator.integers(0, count, (size, count))
+    which = generator.integers(0, size, (size, count))
+    spread = float(np.stack(draws)[chosen, which].mean(axis=1).std(ddof=1)) * math.sqrt(count / (count - 1))
+    half = float(stdtrit(count - 1, 0.5 + confidence / 2)) * spread
+    centre = float(np.mean(values))
+    return centre - half, centre + half
+
+
+def planned_injections(population: int, half_width: float, confidence: float = CONFIDENCE) -> int:
+    """How many injections bring any rate to +- half_width, out of a population of faults.
+
+    Source: Leveugle et al., DATE 2009, with the rate that needs most, 0.5.
+    """
+    z = quantile(confidence)
+    return math.ceil(population / (1 + half_width**2 * (population - 1) / (z**2 * 0.25)))
+
+
+def planned_half_width(population: int, injections: int, confidence: float = CONFIDENCE) -> float:
+    """The same formula the other way round: what a number of injections brings a rate to."""
+    if injections >= population:
+        return 0.0
+    return quantile(confidence) * math.sqrt(0.25 * (population - injections) / ((population - 1) * injections))

@@ -60,12 +60,12 @@ def _delta_loss(group: Sequence[Result], pens: Pens, title: str) -> tuple[Figure
         above = [layer.delta_loss.high - layer.delta_loss.value for layer in result.layers]
         axes[0].errorbar(x, y, yerr=[below, above], linestyle="none", elinewidth=0.8, **pens[result.key])
         for layer in result.layers:
-            estimate = layer.delta_loss.as_json()
+            estimate = {"exact": layer.exact, **layer.delta_loss.as_json()}
             rows.append({"run": result.key, "variant": result.run.variant, "layer": layer.name, **estimate})
-    injections = sorted({layer.delta_loss.n for result in group for layer in result.layers})
+    injections = sorted({layer.delta_loss.n for result in group for layer in result.layers if not layer.exact}) or [0]
     counts = f"n = {injections[0]}" + (f" to {injections[-1]}" if len(injections) > 1 else "")
     axes[0].set(yscale="log", ylabel="mean DeltaLoss (nats)", title=f"{title}: DeltaLoss of single bit flips per layer")
-    note = f"{counts} injections per point; bars: 99 % interval over injections, cut where it reaches below 0"
+    note = f"{counts} injections per point; bars: interval over injections, cut where it reaches 0; points without: exact"
     _finish(figure, axes, layers, note)
     return figure, pd.DataFrame(rows)
 

@@ -1,90 +1,427 @@
-"""The measured results of a grid's runs, as the stages before left them in metrics/runs/."""
+"""A grid's results: one JSON file per run, comparisons per cell, and the few numbers that `dvc metrics diff` shows.
 
-from dataclasses import dataclass
+A cell is one (data set, backbone, variant); its runs differ in their seeds alone.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
+from scipy.special import stdtrit
 
-from textguard.artifacts import read_csv, read_json, reading
+from textguard.artifacts import fingerprint, read_csv, read_json, read_parquet, reading, write_json
 from textguard.errors import InvalidArtifact
-from textguard.faults.statistics import Estimate, difference, ratio, weighted_mean
-from textguard.params import RunParams
+from textguard.faults.statistics import (
+    Estimate,
+    average,
+    difference,
+    mean_estimate,
+    mean_interval,
+    rate_estimate,
+    rate_interval,
+)
+from textguard.faults.summary import LayerResult, Totals, summarise, summarise_totals
+from textguard.params import RunParams, StatisticsParams
+from textguard.report.improvement import Draws, Improvement, across, draw_pairs, improvement, verdict, weigh
 
 RUNS_DIR = Path("metrics") / "runs"
+RECORDS_DIR = Path("metrics") / "records"
+RESULTS_DIR = Path("metrics") / "results"
+CELLS_FILE = Path("metrics") / "cells.json"
 BASELINE = "baseline"
-VARIANT_ORDER = (BASELINE, "random", "template", "descriptions")
+BLOCKS = 32  # parts of a sample whose means are kept, so that two campaigns with one plan can be compared in pairs
+FEWEST_BLOCKS = 8
+RECORDS = ["layer", "index", "bit", "weight", "detected", "masked", "golden_loss", "faulty_loss", "mismatch"]
+# Of a run's campaign: what decides which faults it draws.
+PLAN_KEYS = (
+    "seed",
+    "plan",
+    "images",
+    "injections_per_layer",
+    "pilot",
+    "stop_at",
+    "faults",
+    "format",
+    "kinds",
+    "enumerate_up_to",
+)
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """One run's faults. detectors: name -> its layers' results, in order of execution; the first is the one that counts.
+
+    stored: campaign.json, as the stage inject wrote it.
+    """
+
+    detectors: dict[str, list[LayerResult]]
+    stored: dict[str, Any]
+
+    @property
+    def layers(self) -> list[LayerResult]:
+        """The results under the detector that counts."""
+        return next(iter(self.detectors.values()))
+
+
+def load_campaign(key: str, run: RunParams, statistics: StatisticsParams) -> Campaign:
+    """Read one run's campaign.json and records. Raises InvalidArtifact, InvalidParameter."""
+    file = RUNS_DIR / key / "campaign.json"
+    stored = read_json(file, "inject")
+    records = read_parquet(RECORDS_DIR / key / "injections.parquet", "inject", RECORDS)
+    changed = read_parquet(RECORDS_DIR / key / "detectors.parquet", "inject", [*RECORDS, "detector"])
+    with reading(file, "inject"):
+        neurons = {layer["layer"]: int(layer["neurons"]) for layer in stored["layers"]}
+        if len(neurons) < 1 + (run.variant != BASELINE):
+            raise InvalidArtifact("lacks layers")
+        totals = {name: [Totals.from_json(layer) for layer in stored["exact"][name]] for name in stored["detectors"]}
+        strata, bits = int(stored["strata"]), int(stored["bits"])
+        if not totals or bits < 1 or not set(PLAN_KEYS) <= stored["settings"].keys():
+            raise InvalidArtifact("lacks detectors, bits or settings")
+    detectors = {}
+    for name, known in totals.items():
+        under = _replace(records, changed[changed["detector"] == name])
+        found = summarise(under, neurons, strata, statistics.nonfinite)
+        found |= {layer.layer: summarise_totals(layer, statistics.nonfinite) for layer in known}
+        missing = [layer for layer in neurons if layer not in found]
+        if missing:
+            raise InvalidArtifact(f"{file}: layer {missing[0]!r} has no records; run 'dvc repro': stage 'inject' writes them")
+        detectors[name] = [found[layer] for layer in neurons]
+    return Campaign(detectors, stored)
+
+
+def _replace(records: pd.DataFrame, changed: pd.DataFrame) -> pd.DataFrame:
+    """The records under another detector: those of the injections that it changes are in `changed`."""
+    names = ["layer", "index"]
+    again = pd.MultiIndex.from_frame(records[names]).isin(pd.MultiIndex.from_frame(changed[names]))
+    return pd.concat([records[~again], changed[RECORDS]], ignore_index=True)
+
+
+def last_layer_weights(run: RunParams, layers: Sequence[LayerResult], weights: str) -> list[float]:
+    """What each layer counts in "the last layer": for a text-guided classifier, latent layer and head make one.
+
+    weights: `neurons` (E and C: the chance that a random neuron fault lands there), `equal`, or `head_only`.
+    """
+    counts = [0.0] * len(layers)
+    counts[-1] = 1.0
+    if run.variant != BASELINE and weights != "head_only":
+        counts[-2:] = [float(layer.neurons) for layer in layers[-2:]] if weights == "neurons" else [1.0, 1.0]
+    return counts
+
+
+def write_results(runs: Mapping[str, RunParams], statistics: StatisticsParams) -> None:
+    """Write metrics/results/RUN.json for every run, metrics/cells.json, and metrics/summary.json.
+
+    Raises InvalidArtifact, InvalidParameter.
+    """
+    campaigns = {key: load_campaign(key, run, statistics) for key, run in runs.items()}
+    described = {key: _describe(key, run, campaigns[key], statistics) for key, run in runs.items()}
+    baselines = {(run.dataset, run.backbone, run.seed): key for key, run in runs.items() if run.variant == BASELINE}
+    cells: dict[tuple[str, str, str], list[tuple[str, str, dict[str, dict[str, Improvement]]]]] = {}
+    for key, run in runs.items():
+        baseline = baselines.get((run.dataset, run.backbone, run.seed))
+        if run.variant == BASELINE or baseline is None:
+            continue
+        found, layers = _compare(runs[baseline], campaigns[baseline], run, campaigns[key], statistics)
+        _note_improvement(described[key], described[baseline], found, layers, statistics.confidence)
+        cells.setdefault((run.dataset, run.backbone, run.variant), []).append((baseline, key, found))
+    for key, content in described.items():
+        write_json(RESULTS_DIR / f"{key}.json", content)
+    described_cells = [_describe_cell(name, pairs, described, statistics) for name, pairs in cells.items()]
+    write_json(CELLS_FILE, described_cells)
+    write_json(Path("metrics") / "summary.json", _summary(described, described_cells))
+
+
+def _describe(key: str, run: RunParams, campaign: Campaign, statistics: StatisticsParams) -> dict[str, Any]:
+    """All that is known of one run by itself."""
+    evaluation_file, predictions_file = RUNS_DIR / key / "evaluation.json", RECORDS_DIR / key / "predictions.parquet"
+    evaluation = read_json(evaluation_file, "evaluate")
+    predictions = read_parquet(predictions_file, "evaluate", ["label", "prediction", "loss", "top2diff"])
+    with reading(evaluation_file, "evaluate"):
+        cost = {name: int(evaluation[name]) for name in ("parameters", "multiply_adds")}
+    confidence, stored, layers = statistics.confidence, campaign.stored, campaign.layers
+    correct = (predictions["label"] == predictions["prediction"]).to_numpy(float)
+    top1 = rate_estimate(int(correct.sum()), len(correct), confidence).as_json() | {"blocks": _blocks([correct], [1.0])}
+    weights = last_layer_weights(run, layers, statistics.last_layer_weights)
+    exposures = [_exposure(layer, statistics) for layer in stored["layers"]]
+    failures = stored["bits"] * statistics.fit_per_bit
+    described = [
+        {
+            "layer": layer.layer.removeprefix("backbone."),
+            **{name: site[name] for name in ("kind", "neurons", "multiply_adds")},
+            **{name: getattr(layer, name) for name in ("method", "injections", "masked", "detected")},
+            "delta_loss": _with_blocks(mean_interval(layer.delta_loss, confidence), layer.strata, layer.shares),
+            "mismatch": rate_interval(layer.mismatch, confidence).as_json(),
+            "sdc": _with_blocks(rate_interval(layer.sdc, confidence), layer.sdc_strata, layer.shares),
+            "nonfinite": rate_interval(layer.broken, confidence).as_json(),
+            "fit": _bounded(rate_interval(layer.sdc, confidence).times(exposure * failures)),
+        }
+        for layer, site, exposure in zip(layers, stored["layers"], exposures, strict=True)
+    ]
+    by_neurons = average([layer.delta_loss for layer in layers], [layer.neurons for layer in layers])
+    network_fit = rate_interval(average([layer.sdc for layer in layers], exposures), confidence)
+    return {
+        "run": key,
+        **{name: getattr(run, name) for name in ("dataset", "backbone", "variant", "seed")},
+        "confidence": confidence,
+        "plan": {
+            "mark": fingerprint(**{name: stored["settings"][name] for name in PLAN_KEYS}),
+            "seed": stored["settings"]["seed"],
+            "plan": stored["settings"]["plan"],
+            "injections": sum(layer.injections for layer in layers if layer.method == "sampled"),
+            "enumerated": sum(layer.injections for layer in layers if layer.method == "exact"),
+            "eligible_images": stored["eligible_images"],
+            "detector": stored["settings"]["detector"],
+        },
+        "images": fingerprint(labels=predictions["label"].tolist()),
+        "top1": top1,
+        "loss": mean_estimate(predictions["loss"].to_numpy(float), confidence).as_json(),
+        "top2diff": mean_estimate(predictions["top2diff"].to_numpy(float), confidence).as_json(),
+        **cost,
+        "overall": {
+            **_headline(layers, [1.0] * len(layers), confidence),
+            "mismatch": rate_interval(average([layer.mismatch for layer in layers]), confidence).as_json(),
+            "nonfinite": rate_interval(average([layer.broken for layer in layers]), confidence).as_json(),
+            "delta_loss_by_neurons": mean_interval(by_neurons, confidence).as_json(),
+            "fit": _bounded(network_fit.times(sum(exposures) * failures)),
+        },
+        "last_layer": _headline(layers, weights, confidence),
+        "layers": described,
+        "detectors": {
+            name: {
+                "overall": _headline(found, [1.0] * len(found), confidence),
+                "last_layer": _headline(found, weights, confidence),
+                "nonfinite": rate_interval(average([layer.broken for layer in found]), confidence).as_json(),
+            }
+            for name, found in campaign.detectors.items()
+        },
+        "improvement": None,
+        "skipped": stored["skipped"],
+        "settings": stored["settings"],
+        "statistics": asdict(statistics),
+    }
+
+
+def _headline(layers: Sequence[LayerResult], weights: Sequence[float], confidence: float) -> dict[str, Any]:
+    return {
+        "delta_loss": mean_interval(average([layer.delta_loss for layer in layers], weights), confidence).as_json(),
+        "sdc": rate_interval(average([layer.sdc for layer in layers], weights), confidence).as_json(),
+    }
+
+
+def _with_blocks(estimate: Estimate, strata: Sequence[np.ndarray], shares: Sequence[float]) -> dict[str, Any]:
+    blocks = _blocks(strata, shares)
+    return estimate.as_json() | ({"blocks": blocks} if blocks else {})
+
+
+def _blocks(strata: Sequence[np.ndarray], shares: Sequence[float]) -> list[float]:
+    """Means of equal parts of a sample: part j holds observations j, j + K, ... of each stratum. None of a small sample."""
+    count = min([BLOCKS, *(len(stratum) for stratum in strata)]) if strata else 0
+    if count < FEWEST_BLOCKS:
+        return []
+    pairs = list(zip(shares, strata, strict=True))
+    parts = [sum(share * stratum[j::count].mean() for share, stratum in pairs) for j in range(count)]
+    return [float(f"{part:.6g}") for part in parts]
+
+
+def _exposure(site: Mapping[str, Any], statistics: StatisticsParams) -> int:
+    """How many values a layer's faults can hit. Raises InvalidArtifact where that is not known."""
+    if site[statistics.fit_exposure] is None:
+        raise InvalidArtifact(
+            f"the multiply-adds of a {site['kind']} like {site['layer']!r} are not known; "
+            "set params.yaml statistics.fit_exposure to neurons"
+        )
+    return int(site[statistics.fit_exposure])
+
+
+def _bounded(estimate: Estimate) -> dict[str, Any]:
+    """An estimated rate of failures; where none was seen, its upper bound and no value."""
+    return estimate.as_json() | ({"value": None} if estimate.value == 0 < estimate.high else {})
+
+
+def _compare(
+    baseline_run: RunParams, baseline: Campaign, run: RunParams, guided: Campaign, statistics: StatisticsParams
+) -> tuple[dict[str, dict[str, Improvement]], list[Estimate | None]]:
+    """Detector -> improvement of `overall` and `last_layer`; and each layer's, under the detector that counts."""
+    found: dict[str, dict[str, Improvement]] = {}
+    by_layer: list[Estimate | None] = []
+    for name in guided.detectors:
+        if name not in baseline.detectors:
+            continue
+        layers = baseline.detectors[name], guided.detectors[name]
+        drawn = draw_pairs(*layers, statistics.bootstrap, seed=0)
+
+        def between(weights: Sequence[Sequence[float]], drawn: tuple[list[Draws], list[Draws]] = drawn) -> Improvement:
+            return improvement(
+                *(weigh(draws, counts) for draws, counts in zip(drawn, weights, strict=True)), statistics.confidence
+            )
+
+        runs = (baseline_run, run)
+        found[name] = {
+            "overall": between([[1.0] * len(part) for part in layers]),
+            "last_layer": between(
+                [last_layer_weights(who, part, statistics.last_layer_weights) for who, part in zip(runs, layers, strict=True)]
+            ),
+        }
+        if not by_layer:
+            by_layer = [improvement(*pair, statistics.confidence).estimate for pair in zip(*drawn, strict=False)]
+    return found, by_layer
+
+
+def _note_improvement(
+    content: dict[str, Any],
+    baseline: dict[str, Any],
+    found: dict[str, dict[str, Improvement]],
+    layers: Sequence[Estimate | None],
+    confidence: float,
+) -> None:
+    first = next(iter(found.values()))
+    content["improvement"] = {
+        "baseline": baseline["run"],
+        **{name: part.estimate.as_json() for name, part in first.items()},
+        "top2diff": difference(read_estimate(content["top2diff"]), read_estimate(baseline["top2diff"])).as_json(),
+        "verdict": {name: verdict(part.estimate, confidence) for name, part in first.items()},
+    }
+    for layer, estimate in zip(content["layers"], layers, strict=False):
+        layer["improvement"] = estimate.as_json() if estimate else None
+    for name, parts in found.items():
+        content["detectors"][name]["improvement"] = {part: value.estimate.as_json() for part, value in parts.items()}
+
+
+def _describe_cell(
+    name: tuple[str, str, str],
+    pairs: Sequence[tuple[str, str, dict[str, dict[str, Improvement]]]],
+    described: Mapping[str, dict[str, Any]],
+    statistics: StatisticsParams,
+) -> dict[str, Any]:
+    """A cell beside its baselines: means over trainings where there are several, with intervals over these."""
+    guided, baselines = [described[key] for _, key, _ in pairs], [described[key] for key, _, _ in pairs]
+    confidence = statistics.confidence
+
+    def mean(parts: Sequence[dict[str, Any]], *path: str) -> Estimate:
+        return _mean_over_trainings([_follow(part, path) for part in parts], confidence)
+
+    improvements = {
+        detector: {
+            part: across([found[detector][part] for _, _, found in pairs], confidence) for part in ("overall", "last_layer")
+        }
+        for detector in pairs[0][2]
+    }
+    first = next(iter(improvements.values()))
+    return {
+        **dict(zip(("dataset", "backbone", "variant"), name, strict=True)),
+        "seeds": [part["seed"] for part in guided],
+        "top1_baseline": mean(baselines, "top1").as_json(),
+        "top1": mean(guided, "top1").as_json(),
+        **{extra: guided[0][extra] - baselines[0][extra] for extra in ("parameters", "multiply_adds")},
+        **{part: estimate.as_json() for part, estimate in first.items()},
+        "verdict": {part: verdict(estimate, confidence) for part, estimate in first.items()},
+        "top2diff": mean(guided, "improvement", "top2diff").as_json(),
+        "detectors": {
+            detector: {
+                **{part: estimate.as_json() for part, estimate in parts.items()},
+                **{
+                    f"{part}_{who}": mean(members, "detectors", detector, part, "delta_loss").as_json()
+                    for part in parts
+                    for who, members in (("baseline", baselines), ("guided", guided))
+                },
+                "nonfinite_baseline": mean(baselines, "detectors", detector, "nonfinite").as_json(),
+                "nonfinite_guided": mean(guided, "detectors", detector, "nonfinite").as_json(),
+            }
+            for detector, parts in improvements.items()
+        },
+    }
+
+
+def _follow(content: dict[str, Any], path: Sequence[str]) -> Estimate:
+    for step in path:
+        content = content[step]
+    return read_estimate(content)
+
+
+def _mean_over_trainings(estimates: Sequence[Estimate], confidence: float) -> Estimate:
+    """The estimate of one training; of several their mean, with Student's interval over trainings."""
+    if len(estimates) == 1:
+        return estimates[0]
+    values, count = np.array([estimate.value for estimate in estimates]), len(estimates)
+    half = float(stdtrit(count - 1, 0.5 + confidence / 2) * values.std(ddof=1)) / math.sqrt(count)
+    mean = float(values.mean())
+    return Estimate(mean, mean - half, mean + half, sum(estimate.n for estimate in estimates))
+
+
+def _summary(described: Mapping[str, dict[str, Any]], cells: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Variant -> means over its runs: top1 and sdc in percent, dl (DeltaLoss) in nats; x_last, x_all: geometric means."""
+    lines: dict[str, dict[str, float | None]] = {}
+    for variant in dict.fromkeys(content["variant"] for content in described.values()):
+        runs = [content for content in described.values() if content["variant"] == variant]
+        line = {
+            "top1": 100 * _mean(content["top1"] for content in runs),
+            "sdc": 100 * _mean(content["overall"]["sdc"] for content in runs),
+            "dl": _mean(content["overall"]["delta_loss"] for content in runs),
+        }
+        own = [cell for cell in cells if cell["variant"] == variant]
+        for name, part in (("x_last", "last_layer"), ("x_all", "overall")):
+            values = [read_estimate(cell[part]).value for cell in own]
+            if values:
+                line[name] = math.exp(float(np.mean(np.log(values))))
+        lines[variant] = {name: float(f"{value:.6g}") if math.isfinite(value) else None for name, value in line.items()}
+    return lines
+
+
+def _mean(stored: Iterator[dict[str, Any]]) -> float:
+    return float(np.mean([read_estimate(part).value for part in stored]))
+
+
+def read_estimate(stored: Mapping[str, Any]) -> Estimate:
+    """What `Estimate.as_json` returned. Raises KeyError, TypeError, ValueError for anything else."""
+    numbers = [float("nan") if stored[name] is None else float(stored[name]) for name in ("value", "low", "high")]
+    return Estimate(*numbers, n=int(stored["n"]))
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's campaign. name: without the prefix that the text-guided classifier puts before its backbone's layers."""
+    """One layer of a run. name: without the prefix that the text-guided classifier puts before its backbone's layers."""
 
     name: str
-    neurons: int
+    exact: bool
     delta_loss: Estimate
-    mismatch: Estimate
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run: what it is, what it reaches without faults, and what faults do to it. Rates and Top2Diff are shares, 0 to 1."""
+    """What figures show of one run. Rates are shares, 0 to 1."""
 
     key: str
     run: RunParams
     top1: Estimate
-    top2diff: Estimate
-    parameters: int
-    multiply_adds: int
-    overall: Estimate
-    mismatch: Estimate
-    nonfinite: int
     layers: list[Layer]
-
-    def last_layer(self, weights: str) -> Estimate:
-        """DeltaLoss of the last layer; for a text-guided classifier the weighted mean of latent layer and head.
-
-        weights: `neurons` (E and C: the chance that a random neuron fault lands there), `equal`, or `head_only`.
-        """
-        if self.run.variant == BASELINE or weights == "head_only":
-            return self.layers[-1].delta_loss
-        last_two = self.layers[-2:]
-        shares = [layer.neurons for layer in last_two] if weights == "neurons" else [1, 1]
-        return weighted_mean([layer.delta_loss for layer in last_two], shares)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A run beside the baseline of the same data set, backbone and seed. Improvements are baseline / run, above 1 is better."""
-
-    baseline: Result
-    guided: Result
-    last_layer: Estimate
-    overall: Estimate
-    top2diff: Estimate
 
 
 def load_result(key: str, run: RunParams) -> Result:
-    """Read one run's evaluation.json and resilience.json. Raises InvalidArtifact."""
-    evaluation_file, resilience_file = RUNS_DIR / key / "evaluation.json", RUNS_DIR / key / "resilience.json"
-    evaluation, resilience = read_json(evaluation_file, "evaluate"), read_json(resilience_file, "inject")
-    with reading(evaluation_file, "evaluate"):
-        top1, top2diff = _estimate(evaluation["top1"]), _estimate(evaluation["top2diff"])
-        parameters, multiply_adds = int(evaluation["parameters"]), int(evaluation["multiply_adds"])
-    with reading(resilience_file, "inject"):
+    """Read metrics/results/RUN.json. Raises InvalidArtifact."""
+    file = RESULTS_DIR / f"{key}.json"
+    stored = read_json(file, "results")
+    with reading(file, "results"):
         layers = [
-            Layer(
-                layer["layer"].removeprefix("backbone."),
-                int(layer["neurons"]),
-                _estimate(layer["delta_loss"]),
-                _estimate(layer["mismatch"]),
-            )
-            for layer in resilience["layers"]
+            Layer(layer["layer"], layer["method"] == "exact", read_estimate(layer["delta_loss"])) for layer in stored["layers"]
         ]
-        overall, mismatch = _estimate(resilience["overall_delta_loss"]), _estimate(resilience["overall_mismatch"])
-        nonfinite = int(resilience["nonfinite"])
-        if len(layers) < 1 + (run.variant != BASELINE):
-            raise InvalidArtifact("lacks layers")
-    return Result(key, run, top1, top2diff, parameters, multiply_adds, overall, mismatch, nonfinite, layers)
+        return Result(key, run, read_estimate(stored["top1"]), layers)
+
+
+def load_cells(runs: Mapping[str, RunParams]) -> list[dict[str, Any]]:
+    """Read metrics/cells.json, the cells of these runs. Raises InvalidArtifact."""
+    wanted = {(run.dataset, run.backbone, run.variant) for run in runs.values()}
+    stored = read_json(CELLS_FILE, "results")
+    with reading(CELLS_FILE, "results"):
+        return [cell for cell in stored if (cell["dataset"], cell["backbone"], cell["variant"]) in wanted]
+
+
+def load_run(key: str) -> dict[str, Any]:
+    """Read metrics/results/RUN.json whole. Raises InvalidArtifact."""
+    return read_json(RESULTS_DIR / f"{key}.json", "results")
 
 
 def load_ranges(key: str) -> pd.DataFrame:
@@ -96,32 +433,3 @@ def load_ranges(key: str) -> pd.DataFrame:
 def load_threshold_curve(key: str) -> pd.DataFrame:
     """Read one run's accuracy against Top2Diff threshold, both in percent. Raises InvalidArtifact."""
     return read_csv(RUNS_DIR / key / "thresholds.csv", "evaluate", [], ["threshold_percent", "accuracy_percent"])
-
-
-def compare(results: list[Result], last_layer_weights: str) -> list[Comparison]:
-    """Set every run that is no baseline beside its baseline, in the results' order; runs without one are left out."""
-    baselines = {_cell(result): result for result in results if result.run.variant == BASELINE}
-    comparisons = []
-    for guided in results:
-        baseline = baselines.get(_cell(guided))
-        if guided.run.variant == BASELINE or baseline is None:
-            continue
-        comparisons.append(
-            Comparison(
-                baseline,
-                guided,
-                last_layer=ratio(baseline.last_layer(last_layer_weights), guided.last_layer(last_layer_weights)),
-                overall=ratio(baseline.overall, guided.overall),
-                top2diff=difference(guided.top2diff, baseline.top2diff),
-            )
-        )
-    return comparisons
-
-
-def _cell(result: Result) -> tuple[str, str, int]:
-    return result.run.dataset, result.run.backbone, result.run.seed
-
-
-def _estimate(stored: dict) -> Estimate:
-    numbers = [float("nan") if stored[name] is None else float(stored[name]) for name in ("value", "low", "high")]
-    return Estimate(*numbers, n=int(stored["n"]))

@@ -1,7 +1,7 @@
-"""Tables 1, 2 and 3 in the paper's columns, holding only rows that were run, each number with its 99 % interval."""
+"""Tables 1, 2 and 3 in the paper's columns, holding only rows that were run, each number with its interval; and two more."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,14 @@ import pandas as pd
 
 from textguard.artifacts import write_csv, write_text
 from textguard.faults.statistics import Estimate
-from textguard.report.results import Comparison, Result
+from textguard.report.results import read_estimate
 
 PROPOSED = "descriptions"
 INITIALISATIONS = {"random": "random", "template": "text, one template", PROPOSED: "text, class descriptions"}
+
+
+Cell = dict[str, Any]
+Columns = dict[str, Callable[[Cell], Any]]  # header -> its value in a row
 
 
 @dataclass(frozen=True)
@@ -26,85 +30,101 @@ class Table:
     rows: list[list[Any]]
 
 
-def table1(comparisons: Sequence[Comparison], dataset: str) -> Table:
-    """Accuracy, size and resilience per backbone, on the main data set."""
-    rows = [
-        [
-            c.guided.run.backbone,
-            _percent(c.baseline.top1),
-            _percent(c.guided.top1),
-            (c.guided.parameters - c.baseline.parameters) / 1e6,
-            (c.guided.multiply_adds - c.baseline.multiply_adds) / 1e6,
-            c.last_layer,
-            c.overall,
-            _percent(c.top2diff),
-        ]
-        for c in comparisons
-        if c.guided.run.variant == PROPOSED and c.guided.run.dataset == dataset
+def make_tables(cells: Sequence[Cell], runs: Mapping[str, Cell], main_dataset: str) -> list[Table]:
+    """All tables: of cells (see textguard.report.results) and of runs, as metrics/cells.json and metrics/results/ hold them."""
+    proposed = [cell for cell in cells if cell["variant"] == PROPOSED]
+    interval = " and ".join(dict.fromkeys(f"{run['confidence']:.4g}" for run in runs.values()))
+    note = (
+        f"Brackets: intervals of confidence {interval}, over test images (accuracy, Top2Diff) or injections (improvements), "
+        "over trainings where there are several; of one training, the spread between trainings is not in it."
+    )
+    per_run = (
+        "SDC: a changed class, or a loss that is not finite. DeltaLoss and rates are plain means over layers, but where "
+        "neurons are named; FIT: failures in 10^9 hours, its upper bound where no SDC was seen. Brackets: intervals of "
+        f"confidence {interval} over injections."
+    )
+    varied = [{**cell, **found, "detector": name} for cell in cells for name, found in cell["detectors"].items()]
+    return [
+        _table("table1", f"Backbones, baseline against text-guided. {note}", TABLE1, _of(proposed, main_dataset)),
+        _table("table2", f"Data sets, baseline against text-guided. {note}", TABLE2, proposed),
+        _table("table3", f"What the head starts from, each against the baseline. {note}", TABLE3, _ablated(cells)),
+        _table("detectors", f"The same faults under each range detector. DeltaLoss in nats. {note}", DETECTORS, varied),
+        _table("resilience", f"Every run. {per_run}", RESILIENCE, list(runs.values())),
     ]
-    headers = [
-        "Backbone",
-        "Acc. Baseline (%)",
-        "Acc. Ours (%)",
-        "Additional Params (M)",
-        "Additional FLOPs (M multiply-adds)",
-        "Improvement in Reliability, Last Layer (x)",
-        "Improvement in Reliability, Overall (x)",
-        "Improvement in Top2Diff (points)",
-    ]
-    return Table("table1", f"Backbones on {dataset}, baseline against text-guided. {NOTE}", headers, rows)
 
 
-def table2(comparisons: Sequence[Comparison]) -> Table:
-    """Accuracy and resilience per data set and backbone."""
-    rows = [
-        [
-            c.guided.run.dataset,
-            c.guided.run.backbone,
-            _percent(c.baseline.top1),
-            _percent(c.guided.top1),
-            c.last_layer,
-            c.overall,
-            _percent(c.top2diff),
-        ]
-        for c in comparisons
-        if c.guided.run.variant == PROPOSED
-    ]
-    headers = [
-        "Dataset",
-        "Backbone",
-        "Acc. Baseline (%)",
-        "Acc. Ours (%)",
-        "Improvement in Reliability, Last Layer (x)",
-        "Improvement in Reliability, Overall (x)",
-        "Improvement in Top2Diff (points)",
-    ]
-    return Table("table2", f"Data sets, baseline against text-guided. {NOTE}", headers, rows)
+def _estimate(*path: str, times: float = 1.0) -> Callable[[Cell], Estimate]:
+    def read(cell: Cell) -> Estimate:
+        for step in path:
+            cell = cell[step]
+        return read_estimate(cell).times(times)
+
+    return read
 
 
-def table3(comparisons: Sequence[Comparison]) -> Table:
-    """Resilience by what the head starts from, for backbones with more than one such variant."""
-    variants: dict[tuple[str, str], set[str]] = {}
-    for c in comparisons:
-        variants.setdefault((c.guided.run.dataset, c.guided.run.backbone), set()).add(c.guided.run.variant)
-    rows = [
-        [c.guided.run.backbone, INITIALISATIONS.get(c.guided.run.variant, c.guided.run.variant), c.last_layer, c.overall]
-        for c in comparisons
-        if len(variants[c.guided.run.dataset, c.guided.run.backbone]) > 1
-    ]
-    headers = [
-        "Backbone",
-        "Projection Initialization",
-        "Improvement in Reliability, Last Layer (x)",
-        "Improvement in Reliability, Across Backbone (x)",
-    ]
-    return Table("table3", f"What the head starts from, each against the baseline. {NOTE}", headers, rows)
+DATASET: Columns = {"Dataset": lambda cell: cell["dataset"]}
+BACKBONE: Columns = {"Backbone": lambda cell: cell["backbone"]}
+INITIALISATION: Columns = {"Projection Initialization": lambda cell: INITIALISATIONS.get(cell["variant"], cell["variant"])}
+ACCURACY: Columns = {
+    "Acc. Baseline (%)": _estimate("top1_baseline", times=100),
+    "Acc. Ours (%)": _estimate("top1", times=100),
+}
+COST: Columns = {
+    "Additional Params (M)": lambda cell: cell["parameters"] / 1e6,
+    "Additional FLOPs (M multiply-adds)": lambda cell: cell["multiply_adds"] / 1e6,
+}
+LAST_LAYER: Columns = {"Improvement in Reliability, Last Layer (x)": _estimate("last_layer")}
+OVERALL: Columns = {"Improvement in Reliability, Overall (x)": _estimate("overall")}
+VERDICT: Columns = {"Overall Verdict": lambda cell: cell["verdict"]["overall"]}
+TOP2DIFF: Columns = {"Improvement in Top2Diff (points)": _estimate("top2diff", times=100)}
+TRAININGS: Columns = {"Trainings": lambda cell: len(cell["seeds"])}
 
-
-NOTE = (
-    "Brackets: 99 % interval over test images (accuracy, Top2Diff) or injections (improvements); one training per row, "
-    "so the spread between trainings is not in it."
+TABLE1 = BACKBONE | ACCURACY | COST | LAST_LAYER | OVERALL | VERDICT | TOP2DIFF | TRAININGS
+TABLE2 = DATASET | BACKBONE | ACCURACY | LAST_LAYER | OVERALL | VERDICT | TOP2DIFF | TRAININGS
+TABLE3 = (
+    BACKBONE
+    | INITIALISATION
+    | LAST_LAYER
+    | {"Improvement in Reliability, Across Backbone (x)": _estimate("overall")}
+    | VERDICT
+    | TRAININGS
 )
+DETECTORS: Columns = {
+    "Dataset": lambda cell: cell["dataset"],
+    "Backbone": lambda cell: cell["backbone"],
+    "Variant": lambda cell: cell["variant"],
+    "Detector": lambda cell: cell["detector"],
+    "DeltaLoss Baseline": _estimate("overall_baseline"),
+    "DeltaLoss Ours": _estimate("overall_guided"),
+    "Overall (x)": _estimate("overall"),
+    "Last Layer (x)": _estimate("last_layer"),
+    "Non-finite Baseline (%)": _estimate("nonfinite_baseline", times=100),
+    "Non-finite Ours (%)": _estimate("nonfinite_guided", times=100),
+}
+RESILIENCE: Columns = {
+    "Run": lambda run: run["run"],
+    "DeltaLoss (nats)": _estimate("overall", "delta_loss"),
+    "DeltaLoss, by Neurons (nats)": _estimate("overall", "delta_loss_by_neurons"),
+    "DeltaLoss, Last Layer (nats)": _estimate("last_layer", "delta_loss"),
+    "Mismatches (%)": _estimate("overall", "mismatch", times=100),
+    "SDC (%)": _estimate("overall", "sdc", times=100),
+    "Non-finite (%)": _estimate("overall", "nonfinite", times=100),
+    "FIT": _estimate("overall", "fit"),
+}
+
+
+def _of(cells: Sequence[Cell], dataset: str) -> list[Cell]:
+    return [cell for cell in cells if cell["dataset"] == dataset]
+
+
+def _ablated(cells: Sequence[Cell]) -> list[Cell]:
+    """Those whose backbone was trained in more than one way on the same data."""
+    places = [(cell["dataset"], cell["backbone"]) for cell in cells]
+    return [cell for cell, place in zip(cells, places, strict=True) if places.count(place) > 1]
+
+
+def _table(name: str, caption: str, columns: Columns, cells: Sequence[Cell]) -> Table:
+    return Table(name, caption, list(columns), [[value(cell) for value in columns.values()] for cell in cells])
 
 
 def write_table(table: Table, folder: Path) -> None:
@@ -148,32 +168,6 @@ def as_latex(table: Table) -> str:
     )
 
 
-def summary(
-    results: Sequence[Result], comparisons: Sequence[Comparison], last_layer_weights: str
-) -> dict[str, dict[str, float | None]]:
-    """Run key -> its headline numbers, for `dvc metrics diff` and `dvc exp show`; accuracies in percent."""
-    lines: dict[str, dict[str, float | None]] = {}
-    for result in results:
-        lines[result.key] = {
-            "top1": _round(100 * result.top1.value),
-            "top2diff": _round(100 * result.top2diff.value),
-            "delta_loss": _round(result.overall.value),
-            "last_layer": _round(result.last_layer(last_layer_weights).value),
-            "mismatch": _round(100 * result.mismatch.value),
-        }
-    for c in comparisons:
-        lines[c.guided.key] |= {"x_last": _round(c.last_layer.value), "x_overall": _round(c.overall.value)}
-    return lines
-
-
-def _round(number: float) -> float | None:
-    return float(f"{number:.6g}") if math.isfinite(number) else None
-
-
-def _percent(share: Estimate) -> Estimate:
-    return Estimate(100 * share.value, 100 * share.low, 100 * share.high, share.n)
-
-
 def _cells(table: Table, show: Callable[[Estimate], str], escape: Callable[[str], str]) -> list[list[str]]:
     def cell(value: Any) -> str:
         if isinstance(value, Estimate):
@@ -185,8 +179,22 @@ def _cells(table: Table, show: Callable[[Estimate], str], escape: Callable[[str]
 
 def _show_plain(estimate: Estimate) -> str:
     if not math.isfinite(estimate.value):
-        return "undefined"
-    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+        return f"< {_digits(estimate.high)}" if math.isfinite(estimate.high) else "undefined"
+    if estimate.low == estimate.high:
+        return f"{_digits(estimate.value)} (exact)"
+    return f"{_digits(estimate.value)} [{_digits(estimate.low)}, {_digits(estimate.high)}]"
+
+
+def _digits(number: float) -> str:
+    """A number with three digits, or all that are before the point."""
+    if not math.isfinite(number):
+        return "unbounded"
+    size = abs(number)
+    if size >= 1e6 or 0 < size < 1e-3:
+        return f"{number:.1e}"
+    if size >= 100:
+        return f"{number:,.0f}"
+    return f"{number:#.3g}".removesuffix(".") if size else "0"
 
 
 def _show_latex(estimate: Estimate) -> str:

@@ -66,9 +66,9 @@ def _encode_minilm(texts: list[str], device: "torch.device", batch_size: int) ->
 
 
 def _prepare_torchvision() -> None:
-    from textguard.runtime import define_missing_torchvision_operators
+    from textguard.runtime import import_torchvision
 
-    define_missing_torchvision_operators()
+    import_torchvision()
 
 
 def _parse_open_clip(encoder: str) -> tuple[str, str]:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from textguard.errors import InvalidParameter, UnknownName
-from textguard.runtime import define_missing_torchvision_operators
+from textguard.runtime import import_torchvision
 
-define_missing_torchvision_operators()
-from torchvision import models  # noqa: E402 (needs the operators)
+import_torchvision()
+from torchvision import models  # noqa: E402 (as import_torchvision imports it)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,234 @@
+"""Which faults to inject, and how many: uniformly, as in the paper, or by bit, from a pilot, up to a wanted precision."""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from torch.utils.data import DataLoader
+
+from textguard.errors import InvalidParameter, UnknownName
+from textguard.faults.campaign import measure_pace, run_campaign
+from textguard.faults.damage import SINGLE_FLIP, FaultModel
+from textguard.faults.engines import Engine
+from textguard.faults.plans import PLAN_COLUMNS, Count, bits_of, draw_plan
+from textguard.faults.sites import Site
+from textguard.faults.statistics import mean_interval, planned_half_width, planned_injections
+from textguard.faults.summary import LayerResult, summarise
+
+PLANS = ("uniform", "proportional", "neyman")
+# Of Neyman's allocation this share goes evenly to all bits: a pilot that missed a bit's rare disasters must not silence it.
+EVENLY = 0.3
+GROWTH = 3  # times the injections so far, at most, in one go: half-widths from few injections promise too much
+
+
+@dataclass(frozen=True)
+class Design:
+    """How a campaign spreads its injections.
+
+    plan: `uniform`, over bits as over everything else; `proportional`, the same number for every bit; `neyman`, for every bit
+    in proportion to the standard deviation of its DeltaLoss. injections_per_layer: at most. pilot: of them, those that are
+    drawn evenly before the rest is planned, for `neyman` and `stop_at`. stop_at: `never`, or the half-width of a layer's
+    DeltaLoss that ends it, in nats ("0.001") or as a share of it ("10%"). confidence: of that interval.
+    """
+
+    plan: str
+    injections_per_layer: int
+    pilot: int
+    stop_at: str
+    confidence: float
+    seed: int
+
+    def strata(self, fault_model: FaultModel, engine: Engine) -> int:
+        """How many strata the plan has: one for each bit, or 0. Raises UnknownName, InvalidParameter."""
+        if self.plan not in PLANS:
+            raise UnknownName("plan", self.plan, PLANS, "params.yaml inject.plan")
+        if self.plan == "uniform":
+            return 0
+        bits = bits_of(fault_model, engine.number_format)
+        least = self.pilot if self.in_rounds else self.injections_per_layer
+        if least < 2 * bits:
+            name = "pilot" if self.in_rounds else "injections_per_layer"
+            raise InvalidParameter(f"params.yaml inject.{name} is {least}; a plan by bit needs 2 for each of {bits} bits")
+        return bits
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether the pilot decides on the rest."""
+        return self.plan == "neyman" or self.stop_at != "never"
+
+    def half_width(self, delta_loss: float) -> float:
+        """What ends a layer, in nats; 0 for nothing. Raises InvalidParameter."""
+        if self.stop_at == "never":
+            return 0.0
+        number, percent, rest = self.stop_at.partition("%")
+        try:
+            wanted = float(number)
+        except ValueError:
+            wanted = math.nan
+        if not 0 < wanted < math.inf or rest:
+            raise InvalidParameter(
+                f"params.yaml inject.stop_at is {self.stop_at!r}; allowed: never, a half-width in nats as 0.001, "
+                "or in percent of the layer's DeltaLoss as 10%"
+            )
+        return wanted / 100 * delta_loss if percent else wanted
+
+
+def run_design(
+    engine: Engine,
+    sites: Sequence[Site],
+    loader: DataLoader,
+    chances: np.ndarray,
+    limits: Mapping[str, float],
+    design: Design,
+    *,
+    image_batch: int,
+    fault_model: FaultModel = SINGLE_FLIP,
+    shard_dir: Path | None = None,
+    label: str = "inject",
+) -> pd.DataFrame:
+    """Inject faults into some sites of an engine's model as designed. Returns their records, by layer and index.
+
+    chances: of the images, as `image_chances` gives them; the rest as for `run_campaign`. A layer's share of each bit under
+    `neyman` comes from the other layers' pilots: so what a layer's own pilot saw has no say in how often it is looked at
+    again, and its injections count without bias. Raises TextguardError.
+    """
+    bits = design.strata(fault_model, engine)
+    design.half_width(0.0)
+    most = design.injections_per_layer
+    first = min(design.pilot, most) if design.in_rounds else most
+    shares = dict.fromkeys((site.layer for site in sites), np.full(bits, 1 / bits) if bits else np.zeros(0))
+    wanted = {site.layer: first for site in sites}
+    counts: dict[str, Count] = {layer: _spread(first, shares[layer], None) for layer in wanted}
+    neurons = {site.layer: site.neurons for site in sites}
+    records: list[pd.DataFrame] = []
+    number = 0
+    while True:
+        plan = draw_plan(sites, chances, counts, design.seed, fault_model, engine.number_format)
+        if records:
+            plan = _without(plan, pd.concat(records))
+        else:
+            _announce(engine, sites, loader, plan, limits, design, np.count_nonzero(chances), image_batch, fault_model, label)
+        found = run_campaign(
+            engine,
+            loader,
+            plan,
+            limits,
+            image_batch=image_batch,
+            fault_model=fault_model,
+            shard_dir=shard_dir / f"round-{number}" if shard_dir else None,
+            label=f"{label}, round {number + 1}" if design.in_rounds else label,
+        )
+        records.append(found)
+        results = summarise(pd.concat(records), neurons, bits)
+        if not number and design.plan == "neyman":
+            shares = _neyman(results)
+        ends = {layer: _next(results[layer], wanted[layer], design) for layer in wanted}
+        if ends == wanted:
+            break
+        counts = {layer: _spread(end, shares[layer], counts[layer]) for layer, end in ends.items()}
+        wanted, number = ends, number + 1
+    order = {site.layer: site.position for site in sites}
+    together = pd.concat(records, ignore_index=True)
+    place = together["layer"].map(order)
+    return together.assign(place=place).sort_values(["place", "index"], kind="stable", ignore_index=True).drop(columns="place")
+
+
+def rerun_changed(
+    engine: Engine,
+    loader: DataLoader,
+    records: pd.DataFrame,
+    limits: Mapping[str, float],
+    *,
+    image_batch: int,
+    fault_model: FaultModel = SINGLE_FLIP,
+    shard_dir: Path | None = None,
+    label: str = "inject",
+) -> pd.DataFrame:
+    """The records that differ under a range detector with other limits, from those under one: only these are run again."""
+    limit = records["layer"].map(limits).to_numpy(float)
+    differs = records["detected"].to_numpy(bool) | ~(records["faulty_value"].abs().to_numpy(float) <= limit)
+    differs = records.assign(differs=differs).groupby(["layer", "index"])["differs"].transform("any").to_numpy(bool)
+    plan = records.loc[differs, PLAN_COLUMNS].reset_index(drop=True)
+    if not len(plan):
+        return records.iloc[:0]
+    return run_campaign(
+        engine, loader, plan, limits, image_batch=image_batch, fault_model=fault_model, shard_dir=shard_dir, label=label
+    )
+
+
+def replace_records(records: pd.DataFrame, changed: pd.DataFrame) -> pd.DataFrame:
+    """`records`, with the injections of `changed` (by layer and index) in the place of their own."""
+    return pd.concat([_without(records, changed), changed], ignore_index=True)
+
+
+def _without(rows: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
+    names = ["layer", "index"]
+    known = pd.MultiIndex.from_frame(others[names])
+    return rows[~pd.MultiIndex.from_frame(rows[names]).isin(known)].reset_index(drop=True)
+
+
+def _spread(total: int, shares: np.ndarray, before: Count | None) -> Count:
+    """`total` injections over the bits, no fewer than before, and two of each for a standard deviation."""
+    if not len(shares):
+        return total
+    wanted = np.floor(shares * total + 1e-9).astype(np.int64)
+    largest = np.argsort(-(shares * total - wanted), kind="stable")
+    wanted[largest[: total - wanted.sum()]] += 1
+    return np.maximum(wanted, 2 if before is None else before)
+
+
+def _neyman(pilots: Mapping[str, LayerResult]) -> dict[str, np.ndarray]:
+    """Layer -> share of each bit: the mean over the other layers of their bits' standard deviations, each summing to 1."""
+    spreads = {layer: np.array([stratum.std(ddof=1) for stratum in pilot.strata]) for layer, pilot in pilots.items()}
+    spreads = {layer: spread / spread.sum() for layer, spread in spreads.items() if spread.sum() > 0}
+    shares = {}
+    for layer, pilot in pilots.items():
+        others = [spread for other, spread in spreads.items() if other != layer]
+        even = np.full(len(pilot.strata), 1 / len(pilot.strata))
+        shares[layer] = EVENLY * even + (1 - EVENLY) * np.mean(others, axis=0) if others else even
+    return shares
+
+
+def _next(result: LayerResult, injections: int, design: Design) -> int:
+    """How many injections a layer shall have had after the next round; as many as now where it is done."""
+    most = design.injections_per_layer
+    if injections >= most or design.stop_at == "never":
+        return most
+    found = mean_interval(result.delta_loss, design.confidence)
+    half, wanted = (found.high - found.low) / 2, design.half_width(found.value)
+    if half <= wanted:
+        return injections
+    needed = injections * (half / wanted) ** 2 if wanted > 0 else math.inf
+    return int(min(max(needed, injections * 1.25), injections * GROWTH, most))
+
+
+def _announce(
+    engine: Engine,
+    sites: Sequence[Site],
+    loader: DataLoader,
+    plan: pd.DataFrame,
+    limits: Mapping[str, float],
+    design: Design,
+    images: int,
+    image_batch: int,
+    fault_model: FaultModel,
+    label: str,
+) -> None:
+    """Say what is planned, what it is worth, and how long it may take."""
+    pace = measure_pace(engine, loader, plan, limits, image_batch=image_batch, fault_model=fault_model)
+    most, confidence = design.injections_per_layer, f"{design.confidence:.0%}"
+    population = min(site.neurons for site in sites) * images * bits_of(fault_model, engine.number_format)
+    half = planned_half_width(population, most, design.confidence)
+    duration = timedelta(seconds=round(most * len(sites) / pace))
+    print(
+        f"{label}: {len(sites)} layers to sample, plan {design.plan}, {'at most ' if design.in_rounds else ''}{most:,} "
+        f"injections each, {most * len(sites):,} in all, about {duration}; any rate to +-{half:.2%} at {confidence}, "
+        f"{planned_injections(population, 0.01, design.confidence):,} would to +-1 % (Leveugle et al., 2009)",
+        file=sys.stderr,
+        flush=True,
+    )
