@@ -8,6 +8,6 @@ from textguard.report.tables import make_tables, write_table
 
 
 def main(params: Params) -> None:
-    runs = {key: load_run(key) for key in params.runs}
-    for table in make_tables(load_cells(params.runs), runs, params.tables.main_dataset):
+    cells, runs = load_cells(params.runs), {key: load_run(key) for key in params.runs}
+    for table in make_tables(cells, runs, params.tables.main_dataset):
         write_table(table, Path("metrics") / "tables")

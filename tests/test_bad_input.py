@@ -156,6 +156,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage in stages:
         code, lines = grid.run(*stage.split())
         assert code == 0, lines
+    guided = yaml.safe_load((grid.folder / "params.yaml").read_text())["runs"][GUIDED]
+    grid.change(f"runs.{GUIDED}", REMOVED)
+    code, lines = grid.run("results")
+    assert code == 0, lines
+    grid.change(f"runs.{GUIDED}", guided)
     save_class_embeddings(grid.folder / EMBEDDINGS, embeddings())
     return grid.folder
 
@@ -195,6 +200,13 @@ WRONG_VALUES = {
     "negative injections": ("inject.injections_per_layer", -1, ["-1", "greater than 0"]),
     "unknown kind of site": ("inject.kinds", ["Pool"], ['"Pool"', "'Conv2d'", "'MatMul'"]),
     "no kind of site": ("inject.kinds", [], ["at least 1"]),
+    "unknown plan": ("inject.plan", "sobol", ['"sobol"', "'uniform', 'proportional' or 'neyman'"]),
+    "unknown images": ("inject.images", "best", ['"best"', "'uniform' or 'importance'"]),
+    "no pilot": ("inject.pilot", 0, ["0", "greater than 0"]),
+    "certainty": ("statistics.confidence", 1.0, ["1.0", "less than 1"]),
+    "few resamples": ("statistics.bootstrap", 10, ["10", "greater than or equal to 200"]),
+    "no failures": ("statistics.fit_per_bit", 0.0, ["0.0", "greater than 0"]),
+    "unknown exposure": ("statistics.fit_exposure", "bits", ['"bits"', "'neurons' or 'multiply_adds'"]),
     "unknown mitigation": ("inject.mitigation", "tmr", ['"tmr"', "'none', 'ranger' or 'clip_to_zero'"]),
     "unknown target": ("inject.faults.target", "input", ['"input"', "'neuron', 'weight' or 'metadata'"]),
     "unknown operation": ("inject.faults.operation", "set", ['"set"', "'flip', 'stuck_at_0' or 'stuck_at_1'"]),
@@ -202,7 +214,7 @@ WRONG_VALUES = {
     "share of 1": ("datasets.digits.test_share", 1.0, ["1.0", "less than 1"]),
     "negative limit": ("datasets.digits.limit_train", -5, ["-5", "greater than or equal to 0"]),
     "unknown schedule": ("recipes.plain.schedule", "linear", ['"linear"', "'cosine' or 'step'"]),
-    "unknown weights": ("tables.last_layer_weights", "all", ['"all"', "'neurons', 'equal' or 'head_only'"]),
+    "unknown weights": ("statistics.last_layer_weights", "all", ['"all"', "'neurons', 'equal' or 'head_only'"]),
     "no questions": (f"texts.{TEXT}.questions", [], ["at least 1"]),
     "colour without a number": ("figures.colours.baseline", "red", ['"red"', "#"]),
 }
@@ -491,8 +503,13 @@ MISSING = [
     ("ranges", BASELINE, MODEL, "train"),
     ("inject", BASELINE, f"{RUN}/ranges.csv", "ranges"),
     ("inject", BASELINE, f"{RUN}/activations.csv", "ranges"),
-    ("tables", None, f"{RUN}/evaluation.json", "evaluate"),
-    ("tables", None, f"{RUN}/resilience.json", "inject"),
+    ("results", None, f"{RUN}/evaluation.json", "evaluate"),
+    ("results", None, f"{RUN}/campaign.json", "inject"),
+    ("results", None, f"{RECORDS}/injections.parquet", "inject"),
+    ("results", None, f"{RECORDS}/detectors.parquet", "inject"),
+    ("results", None, f"{RECORDS}/predictions.parquet", "evaluate"),
+    ("tables", None, f"metrics/results/{BASELINE}.json", "results"),
+    ("tables", None, "metrics/cells.json", "results"),
     pytest.param("train", BASELINE, "data/digits/classes.json", "data"),
 ]
 
@@ -630,21 +647,10 @@ def test_a_wrong_number_of_processes_is_named(grid, number):
 
 
 RESULTS = {
-    "truncated": ("resilience.json", '{"layers": [', "inject"),
-    "other keys": ("resilience.json", "{}", "inject"),
-    "no object": ("resilience.json", "[1]", "inject"),
-    "no layers": (
-        "resilience.json",
-        json.dumps(
-            {
-                "layers": [],
-                "nonfinite": 0,
-                "overall_delta_loss": {"value": 1, "low": 1, "high": 1, "n": 1},
-                "overall_mismatch": {"value": 1, "low": 1, "high": 1, "n": 1},
-            }
-        ),
-        "inject",
-    ),
+    "truncated": ("campaign.json", '{"layers": [', "inject"),
+    "other keys": ("campaign.json", "{}", "inject"),
+    "no object": ("campaign.json", "[1]", "inject"),
+    "no layers": ("campaign.json", '{"layers": [], "detectors": [], "exact": {}, "strata": 0, "bits": 32}', "inject"),
     "evaluation": ("evaluation.json", '{"top1": 0.5}', "evaluate"),
 }
 
@@ -656,8 +662,31 @@ RESULTS = {
 )
 def test_damaged_results_are_named(grid, name, content, maker):
     grid.put(f"{RUN}/{name}", content)
-    shutil.copytree(grid.folder / RUN, grid.folder / "metrics" / "runs" / GUIDED)
-    says(grid.fails("tables"), "InvalidArtifact", f"{RUN}/{name}", f"'{maker}'", "delete it")
+    says(grid.fails("results"), "InvalidArtifact", f"{RUN}/{name}", f"'{maker}'", "delete it")
+
+
+PLANS = {
+    "few for each bit": ({"plan": "proportional"}, "injections_per_layer is 4; a plan by bit needs 2 for each of 32 bits"),
+    "small pilot": ({"plan": "neyman", "pilot": 8}, "pilot is 8; a plan by bit needs 2 for each of 32 bits"),
+    "several bits": ({"plan": "neyman", "faults.bits": 2}, "only faults of one bit in one value can be planned by bit"),
+    "no end": ({"stop_at": "soon"}, "stop_at is 'soon'; allowed: never, a half-width in nats as 0.001, or in percent"),
+    "negative end": ({"stop_at": "-5%"}, "stop_at is '-5%'; allowed"),
+    "other detector": ({"compare_detectors": ["tmr"]}, "detector 'tmr'"),
+    "negative detector": ({"compare_detectors": ["fixed:-1"]}, "'fixed:-1'; X must be an fp32 number above 0"),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), PLANS.values(), ids=PLANS)
+def test_plans_that_cannot_be_carried_out_are_named(grid, settings, message):
+    for name, value in settings.items():
+        grid.change(f"inject.{name}", value)
+    says(grid.fails("inject", BASELINE), message)
+
+
+@pytest.mark.parametrize("policy", ["drop", "cap:0", "cap:"])
+def test_an_unknown_policy_for_non_finite_losses_is_named(grid, policy):
+    grid.change("statistics.nonfinite", policy)
+    says(grid.fails("results"), f"statistics.nonfinite is '{policy}'", "goldeneye, or cap:X")
 
 
 @pytest.fixture
@@ -680,7 +709,7 @@ def interrupted(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
 def test_damaged_shards_of_an_interrupted_campaign_are_run_again(grid, interrupted):
     work = interrupted("inject", "summarise")
-    first, second, *_ = sorted(work.glob("shard-*.parquet"))
+    first, second, *_ = sorted((work / "round-0").glob("shard-*.parquet"))
     first.write_bytes(first.read_bytes()[:100])
     pd.DataFrame({"layer": ["fc"]}).to_parquet(second)
     records = grid.folder / RECORDS / "injections.parquet"

@@ -37,7 +37,7 @@ def stages(*names: str) -> set[str]:
     return expanded
 
 
-BEHIND_TRAINING = stages("evaluate", "ranges", "inject", "tables", "figures")
+BEHIND_TRAINING = stages("evaluate", "ranges", "inject", "results", "tables", "figures")
 ALL = stages("data@digits", f"prompts@{TEXT}", f"responses@{TEXT}", "encoder", f"embeddings@{TEXT}", "train") | BEHIND_TRAINING
 
 
@@ -93,7 +93,12 @@ def test_a_figure_colour_redraws_the_figures(checkout):
 
 def test_the_campaign_seed_repeats_the_campaigns(checkout):
     change(checkout, "inject.seed", 1)
-    assert repro(checkout)[0] == stages("inject", "tables", "figures")
+    assert repro(checkout)[0] == stages("inject", "results", "tables", "figures")
+
+
+def test_another_confidence_reruns_no_campaign(checkout):
+    change(checkout, "statistics.confidence", 0.95)
+    assert repro(checkout)[0] == stages("results", "tables", "figures")
 
 
 def test_a_question_retrains_all_but_the_baseline(checkout):
@@ -182,7 +187,7 @@ def test_a_stage_waits_for_the_one_that_a_killed_dvc_left_behind(checkout, finis
 
 def test_a_campaign_killed_with_dvc_goes_on_from_its_shards(checkout, finished):
     forget(checkout, "inject")
-    kill_when(checkout, "inject/*/*/shard-00001.parquet")
+    kill_when(checkout, "inject/*/*/*/shard-00001.parquet")
     ran, output = repro(checkout)
     assert stages("inject") <= ran
     assert "going on after" in output

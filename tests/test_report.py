@@ -1,111 +1,318 @@
-"""Tables and figures from stored metrics."""
+"""Results, tables and figures from stored records."""
 
 import csv
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from textguard.errors import InvalidArtifact
-from textguard.faults.statistics import Estimate, ratio
-from textguard.params import FiguresParams, RunParams
+from textguard.artifacts import write_json, write_parquet
+from textguard.errors import InvalidArtifact, InvalidParameter
+from textguard.faults.statistics import Estimate, exact, sample_mean
+from textguard.faults.summary import LayerResult, Totals
+from textguard.params import FiguresParams, RunParams, StatisticsParams
 from textguard.report.figures import write_figures
-from textguard.report.results import compare, load_result
-from textguard.report.tables import Table, as_latex, as_markdown, summary, table1, table2, table3, write_table
+from textguard.report.improvement import across, draw_pairs, improvement, verdict, weigh
+from textguard.report.results import load_cells, load_result, load_run, write_results
+from textguard.report.tables import Table, as_latex, as_markdown, make_tables, write_table
 
 COLOURS = {"baseline": "#d55e00", "random": "#7f7f7f", "template": "#56b4e9", "descriptions": "#0072b2"}
+STATISTICS = StatisticsParams(0.99, 300, "goldeneye", "neurons", 2e-5, "neurons")
+INJECTIONS = 200
+SETTINGS = {
+    **{"seed": 0, "plan": "uniform", "images": "uniform", "injections_per_layer": INJECTIONS, "pilot": 64, "stop_at": "never"},
+    **{"enumerate_up_to": 1, "faults": {}, "format": "fp32", "kinds": ["Conv2d", "Linear"], "detector": "profiled"},
+}
 
 
-def estimate(value: float, n: int = 100) -> dict:
-    return {"value": value, "low": value * 0.9, "high": value * 1.1, "n": n}
+def campaign_of(layers: dict[str, tuple[int, float]], exact_layer: str, seed: int) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
+    """What the stage inject leaves: layer -> (neurons, mean DeltaLoss); one layer is enumerated, without a spread."""
+    draw = np.random.default_rng(seed)
+    records = []
+    for layer, (_, mean) in layers.items():
+        if layer == exact_layer:
+            continue
+        loss = draw.exponential(mean, INJECTIONS).astype("float32")
+        records.append(
+            pd.DataFrame(
+                {
+                    **{
+                        "layer": layer,
+                        "index": range(INJECTIONS),
+                        "image": 0,
+                        "neuron": 0,
+                        "bit": draw.integers(0, 32, INJECTIONS),
+                    },
+                    **{"weight": 1.0, "golden_value": 0.0, "faulty_value": 0.0, "detected": np.arange(INJECTIONS) < 10},
+                    **{"masked": False, "golden_loss": 0.0, "faulty_loss": loss, "mismatch": np.arange(INJECTIONS) < 20},
+                }
+            )
+        )
+    together = pd.concat(records, ignore_index=True)
+    changed = together[together["detected"]].assign(faulty_loss=math.nan, detector="off")
+    neurons, mean = layers[exact_layer]
+    totals = Totals(exact_layer, neurons, *(np.full(32, number) for number in (100, 5, 10, 20, 0)), np.full(32, 100 * mean))
+    stored = {
+        "layers": [
+            {"layer": layer, "kind": "Linear", "neurons": neurons, "multiply_adds": 2 * neurons}
+            for layer, (neurons, _) in layers.items()
+        ],
+        **{
+            "bits": 32,
+            "strata": 0,
+            "eligible_images": 40,
+            "detectors": ["profiled", "off"],
+            "skipped": {},
+            "settings": SETTINGS,
+        },
+        "exact": {name: [totals.as_json()] for name in ("profiled", "off")},
+    }
+    return stored, together, changed
 
 
-def layer(name: str, neurons: int, delta_loss: float) -> dict:
-    return {"layer": name, "neurons": neurons, "delta_loss": estimate(delta_loss), "mismatch": estimate(delta_loss / 10)}
-
-
-def store(key: str, run: RunParams, top1: float, overall: float, layers: list[dict]) -> None:
-    folder = Path("metrics/runs") / key
-    folder.mkdir(parents=True)
-    evaluation = {"top1": estimate(top1), "top2diff": estimate(0.9), "parameters": 11_000_000, "multiply_adds": 40_000_000}
-    if run.variant != "baseline":
-        evaluation["parameters"] += 250_000
-        evaluation["top2diff"] = estimate(0.95)
-    (folder / "evaluation.json").write_text(json.dumps(evaluation))
-    resilience = {"overall_delta_loss": estimate(overall), "overall_mismatch": estimate(0.01), "nonfinite": 0, "layers": layers}
-    (folder / "resilience.json").write_text(json.dumps(resilience))
-    names = [entry["layer"] for entry in layers]
-    ranges = pd.DataFrame({"layer": names, "kind": "Conv2d", "neurons": 1, "max_abs": 2.0, "mean_abs": 0.5, "images": 50})
-    ranges.to_csv(folder / "ranges.csv", index=False)
+def store(key: str, run: RunParams, layers: dict[str, tuple[int, float]], correct: int, seed: int = 0) -> None:
+    out, records_out = Path("metrics/runs") / key, Path("metrics/records") / key
+    stored, records, changed = campaign_of(layers, list(layers)[-1], seed)
+    write_json(out / "campaign.json", stored)
+    write_parquet(records_out / "injections.parquet", records)
+    write_parquet(records_out / "detectors.parquet", changed)
+    guided = run.variant != "baseline"
+    write_json(out / "evaluation.json", {"parameters": 11_000_000 + 250_000 * guided, "multiply_adds": 40_000_000})
+    top2diff = np.full(100, 0.95 if guided else 0.9)
+    predictions = pd.DataFrame({"label": 0, "prediction": np.arange(100) >= correct, "loss": 0.1, "top2diff": top2diff})
+    write_parquet(records_out / "predictions.parquet", predictions)
+    ranges = pd.DataFrame(
+        {"layer": list(layers), "kind": "Conv2d", "neurons": 1, "max_abs": 2.0, "mean_abs": 0.5, "images": 50}
+    )
+    ranges.to_csv(out / "ranges.csv", index=False)
     curve = pd.DataFrame({"threshold_percent": range(41), "accuracy_percent": [100 - i for i in range(41)]})
-    curve.to_csv(folder / "thresholds.csv", index=False)
+    curve.to_csv(out / "thresholds.csv", index=False)
+
+
+BASELINE_LAYERS = {"conv1": (100, 0.2), "fc": (10, 3.0)}
+GUIDED_LAYERS = {"backbone.conv1": (100, 0.1), "backbone.fc": (90, 0.2), "head": (10, 1.2)}
 
 
 @pytest.fixture
-def results(tmp_path, monkeypatch):
-    """A baseline and two text-guided runs of one backbone, and a baseline without a partner."""
+def runs(tmp_path, monkeypatch) -> dict[str, RunParams]:
+    """A baseline and two text-guided runs of one backbone, and a baseline without a partner: stored, and their results."""
     monkeypatch.chdir(tmp_path)
     runs = {}
-    guided = [layer("backbone.conv1", 100, 0.1), layer("backbone.fc", 90, 0.2), layer("head", 10, 1.2)]
-    for variant, layers in (
-        ("baseline", [layer("conv1", 100, 0.2), layer("fc", 10, 3.0)]),
-        ("template", guided),
-        ("descriptions", guided),
-    ):
+    for seed, variant in enumerate(("baseline", "template", "descriptions")):
         key = f"d-resnet18-{variant}-s0"
         runs[key] = RunParams("d", "resnet18", variant, "r", 0, "x")
-        store(key, runs[key], 0.97, 1.6 if variant == "baseline" else 0.5, layers)
+        store(key, runs[key], BASELINE_LAYERS if variant == "baseline" else GUIDED_LAYERS, 97, seed)
     runs["e-alexnet-baseline-s0"] = RunParams("e", "alexnet", "baseline", "r", 0, "x")
-    store("e-alexnet-baseline-s0", runs["e-alexnet-baseline-s0"], 0.5, 1.0, [layer("fc", 10, 1.0)])
-    return [load_result(key, run) for key, run in runs.items()]
+    store("e-alexnet-baseline-s0", runs["e-alexnet-baseline-s0"], {"conv1": (100, 0.2), "fc": (10, 1.0)}, 50)
+    write_results(runs, STATISTICS)
+    return runs
 
 
-def test_the_last_layer_is_the_weighted_mean_of_latent_layer_and_head(results):
-    baseline, _, guided, _ = results
-    assert [entry.name for entry in guided.layers] == ["conv1", "fc", "head"]
-    assert baseline.last_layer("neurons").value == 3.0
-    assert guided.last_layer("neurons").value == pytest.approx(0.9 * 0.2 + 0.1 * 1.2)
-    assert guided.last_layer("equal").value == pytest.approx(0.7)
-    assert guided.last_layer("head_only").value == 1.2
+def value(estimate: dict) -> float:
+    return estimate["value"]
 
 
-def test_improvement_is_baseline_over_guided_with_an_interval(results):
-    comparisons = compare(results, "neurons")
-    assert [c.guided.run.variant for c in comparisons] == ["template", "descriptions"]
-    best = comparisons[1]
-    assert best.last_layer == ratio(best.baseline.last_layer("neurons"), best.guided.last_layer("neurons"))
-    assert best.last_layer.value == pytest.approx(3.0 / 0.3)
-    assert best.overall.value == pytest.approx(3.2)
-    assert best.overall.low < 3.2 < best.overall.high
-    assert best.top2diff.value == pytest.approx(0.05)
+def test_every_number_of_a_run_has_an_interval(runs):
+    run = load_run("d-resnet18-baseline-s0")
+    conv, last = run["layers"]
+    assert (conv["method"], conv["injections"], conv["detected"]) == ("sampled", 200, 10)
+    assert conv["delta_loss"]["low"] < value(conv["delta_loss"]) < conv["delta_loss"]["high"]
+    assert value(conv["delta_loss"]) == pytest.approx(0.2, rel=0.3)
+    assert conv["sdc"]["low"] < value(conv["sdc"]) == 0.1 < conv["sdc"]["high"]
+    assert (last["method"], last["injections"]) == ("exact", 3200)
+    assert last["delta_loss"] == {"value": 3.0, "low": 3.0, "high": 3.0, "n": 3200}
+    assert value(last["sdc"]) == 0.2
+    overall = run["overall"]
+    assert value(overall["delta_loss"]) == pytest.approx((value(conv["delta_loss"]) + 3.0) / 2)
+    assert value(overall["delta_loss_by_neurons"]) == pytest.approx((100 * value(conv["delta_loss"]) + 10 * 3.0) / 110)
+    assert value(overall["sdc"]) == pytest.approx(0.15)
+    assert overall["sdc"]["low"] < 0.15 < overall["sdc"]["high"]
+    assert value(run["top1"]) == 0.97
 
 
-def test_tables_hold_the_rows_that_were_run(results):
-    comparisons = compare(results, "neurons")
-    first, second, third = table1(comparisons, "d"), table2(comparisons), table3(comparisons)
-    assert [row[0] for row in first.rows] == ["resnet18"]
-    assert first.rows[0][3] == pytest.approx(0.25)
-    assert table1(comparisons, "e").rows == []
-    assert [row[:2] for row in second.rows] == [["d", "resnet18"]]
-    assert [row[1] for row in third.rows] == ["text, one template", "text, class descriptions"]
+def test_the_parts_of_a_sample_average_to_its_estimate(runs):
+    run = load_run("d-resnet18-baseline-s0")
+    conv, last = run["layers"]
+    assert len(run["top1"]["blocks"]) == len(conv["delta_loss"]["blocks"]) == len(conv["sdc"]["blocks"]) == 32
+    assert np.mean(conv["delta_loss"]["blocks"]) == pytest.approx(value(conv["delta_loss"]), rel=0.05)
+    assert "blocks" not in last["delta_loss"]
 
 
-def test_tables_are_written_in_three_formats(results, tmp_path):
-    write_table(table1(compare(results, "neurons"), "d"), tmp_path)
+def test_failures_in_time_come_from_bits_neurons_and_sdc(runs):
+    run = load_run("d-resnet18-baseline-s0")
+    conv, last = run["layers"]
+    assert value(conv["fit"]) == pytest.approx(2e-5 * 32 * 100 * 0.1)
+    assert value(last["fit"]) == pytest.approx(2e-5 * 32 * 10 * 0.2)
+    assert value(run["overall"]["fit"]) == pytest.approx(value(conv["fit"]) + value(last["fit"]))
+    write_results(runs, StatisticsParams(0.99, 300, "goldeneye", "neurons", 2e-5, "multiply_adds"))
+    assert value(load_run("d-resnet18-baseline-s0")["layers"][0]["fit"]) == pytest.approx(2 * value(conv["fit"]))
+
+
+def test_a_layer_without_sdc_has_a_bound_for_its_failures(runs):
+    file = Path("metrics/records/d-resnet18-baseline-s0/injections.parquet")
+    write_parquet(file, pd.read_parquet(file).assign(mismatch=False))
+    write_results(runs, STATISTICS)
+    fit = load_run("d-resnet18-baseline-s0")["layers"][0]["fit"]
+    assert fit["value"] is None
+    assert fit["high"] > 0
+
+
+def test_the_last_layer_is_the_weighted_mean_of_latent_layer_and_head(runs):
+    def last_layer(weights: str) -> float:
+        write_results(runs, StatisticsParams(0.99, 300, "goldeneye", weights, 2e-5, "neurons"))
+        assert value(load_run("d-resnet18-baseline-s0")["last_layer"]["delta_loss"]) == 3.0
+        return value(load_run("d-resnet18-descriptions-s0")["last_layer"]["delta_loss"])
+
+    latent = value(load_run("d-resnet18-descriptions-s0")["layers"][1]["delta_loss"])
+    assert last_layer("neurons") == pytest.approx(0.9 * latent + 0.1 * 1.2)
+    assert last_layer("equal") == pytest.approx((latent + 1.2) / 2)
+    assert last_layer("head_only") == 1.2
+
+
+def test_improvement_is_baseline_over_guided_with_interval_and_verdict(runs):
+    baseline, guided = load_run("d-resnet18-baseline-s0"), load_run("d-resnet18-descriptions-s0")
+    assert baseline["improvement"] is None
+    found = guided["improvement"]
+    expected = value(baseline["overall"]["delta_loss"]) / value(guided["overall"]["delta_loss"])
+    assert value(found["overall"]) == pytest.approx(expected)
+    assert found["overall"]["low"] < expected < found["overall"]["high"]
+    assert found["verdict"] == {"overall": "better", "last_layer": "better"}
+    assert value(found["top2diff"]) == pytest.approx(0.05)
+    by_layer = [layer.get("improvement") for layer in guided["layers"]]
+    assert value(by_layer[0]) == pytest.approx(2.0, rel=0.5)
+    assert by_layer[2] is None  # the baseline has no such layer
+
+
+def test_non_finite_losses_are_left_out_or_capped_and_never_forgotten(runs):
+    def off(nonfinite: str) -> dict:
+        write_results(runs, StatisticsParams(0.99, 300, nonfinite, "neurons", 2e-5, "neurons"))
+        return load_run("d-resnet18-baseline-s0")["detectors"]["off"]
+
+    left_out, capped = off("goldeneye"), off("cap:50")
+    assert (
+        value(left_out["nonfinite"]) == value(capped["nonfinite"]) == pytest.approx(0.05 / 2)
+    )  # 10 of 200, in one of 2 layers
+    assert value(left_out["overall"]["sdc"]) == value(capped["overall"]["sdc"]) == pytest.approx((0.1 + 0.2) / 2)
+    assert value(capped["overall"]["delta_loss"]) > value(left_out["overall"]["delta_loss"]) + 1
+    for policy in ("cap", "cap:-1", "cap:x", "none"):
+        with pytest.raises(InvalidParameter, match=r"statistics\.nonfinite is .*; allowed: goldeneye, or cap:X"):
+            off(policy)
+
+
+def layer_result(values: np.ndarray | float) -> LayerResult:
+    if isinstance(values, float):
+        mean, strata = exact(values, 100), []
+    else:
+        mean, strata = sample_mean([values], [1.0], [2 * values.max()]), [values]
+    return LayerResult("x", 1, "sampled", 100, 0, 0, 0, mean, mean, mean, mean, np.ones(len(strata)), strata)
+
+
+def test_shared_injections_narrow_an_improvement():
+    draw = np.random.default_rng(0)
+    base = draw.exponential(1.0, 2000)
+    widths = []
+    for other in (base * 0.5 + draw.exponential(0.01, 2000), draw.permutation(base) * 0.5 + draw.exponential(0.01, 2000)):
+        pairs = draw_pairs([layer_result(base)], [layer_result(other)], 500, seed=1)
+        found = improvement(pairs[0][0], pairs[1][0], 0.99).estimate
+        assert found.low < 2 < found.high
+        widths.append(math.log(found.high / found.low))
+    assert widths[0] < widths[1] / 2
+
+
+def test_exact_layers_give_exact_improvements():
+    pairs = draw_pairs([layer_result(3.0), layer_result(1.0)], [layer_result(1.0), layer_result(0.5)], 200, seed=1)
+    found = improvement(weigh(pairs[0], [1, 1]), weigh(pairs[1], [1, 1]), 0.99).estimate
+    assert found == Estimate(pytest.approx(4 / 1.5), pytest.approx(4 / 1.5), pytest.approx(4 / 1.5), 200)
+    assert verdict(found, 0.99) == "better"
+    nothing = improvement(pairs[0][0], draw_pairs([], [layer_result(0.0)], 200, seed=1)[1][0], 0.99).estimate
+    assert math.isnan(nothing.value)
+    assert verdict(nothing, 0.99) == "not separable at 99%"
+
+
+def test_several_trainings_widen_an_improvement():
+    draw = np.random.default_rng(0)
+    found = []
+    for factor in (2.0, 4.0, 8.0):
+        base, guided = draw.exponential(factor, 3000), draw.exponential(1.0, 3000)
+        pairs = draw_pairs([layer_result(base)], [layer_result(guided)], 300, seed=1)
+        found.append(improvement(pairs[0][0], pairs[1][0], 0.99))
+    assert across(found[:1], 0.99) == found[0].estimate
+    together = across(found, 0.99)
+    assert together.value == pytest.approx(4.0, rel=0.1)
+    assert together.low < 2
+    assert together.high > 8
+    assert verdict(together, 0.99) == "not separable at 99%"
+
+
+def test_seeds_of_a_cell_share_a_row(runs, tmp_path):
+    for seed in (1, 2):
+        for variant, layers in (("baseline", BASELINE_LAYERS), ("descriptions", GUIDED_LAYERS)):
+            key = f"d-resnet18-{variant}-s{seed}"
+            runs[key] = RunParams("d", "resnet18", variant, "r", seed, "x")
+            store(key, runs[key], layers, 90 + seed, 10 + seed)
+    write_results(runs, STATISTICS)
+    cells = load_cells(runs)
+    assert [(cell["variant"], cell["seeds"]) for cell in cells] == [("template", [0]), ("descriptions", [0, 1, 2])]
+    top1 = cells[1]["top1"]
+    assert value(top1) == pytest.approx((0.97 + 0.91 + 0.92) / 3)
+    assert top1["low"] < 0.8
+    assert cells[1]["overall"]["low"] < value(cells[1]["overall"]) < cells[1]["overall"]["high"]
+
+
+def tables(runs: dict[str, RunParams], dataset: str = "d") -> dict[str, Table]:
+    made = make_tables(load_cells(runs), {key: load_run(key) for key in runs}, dataset)
+    return {table.name: table for table in made}
+
+
+def test_tables_hold_the_rows_that_were_run(runs):
+    made = tables(runs)
+    assert [row[0] for row in made["table1"].rows] == ["resnet18"]
+    assert made["table1"].rows[0][3] == pytest.approx(0.25)
+    assert tables(runs, "e")["table1"].rows == []
+    assert [row[:2] for row in made["table2"].rows] == [["d", "resnet18"]]
+    assert [row[1] for row in made["table3"].rows] == ["text, one template", "text, class descriptions"]
+    assert [row[2:4] for row in made["detectors"].rows] == [
+        [variant, detector] for variant in ("template", "descriptions") for detector in ("profiled", "off")
+    ]
+    assert [row[0] for row in made["resilience"].rows] == list(runs)
+
+
+def test_tables_are_written_in_three_formats(runs, tmp_path):
+    write_table(tables(runs)["table1"], tmp_path)
     markdown = (tmp_path / "table1.md").read_text()
-    assert "| resnet18 | 97.00 [87.30, 106.70] | 97.00 [87.30, 106.70] | +0.25 |" in markdown
+    assert "| resnet18 | 97.0 [88.9, 99.2] | 97.0 [88.9, 99.2] | +0.25 |" in markdown
+    assert "| better |" in markdown
     with (tmp_path / "table1.csv").open() as file:
         (row,) = csv.DictReader(file)
-    assert float(row["Improvement in Reliability, Last Layer (x)"]) == pytest.approx(10)
+    assert float(row["Improvement in Reliability, Overall (x)"]) > 1
     assert row["Acc. Ours (%) n"] == "100"
     latex = (tmp_path / "table1.tex").read_text()
     assert r"Acc. Ours (\%)" in latex
     assert latex.count(r"\begin{") == latex.count(r"\end{") == 2
 
 
+@pytest.mark.parametrize(
+    ("estimate", "shown"),
+    [
+        (Estimate(1268.4, 908.6, 1769.98, 9), "1,268 [909, 1,770]"),
+        (Estimate(0.0312, 0.0306, 0.0383, 9), "0.0312 [0.0306, 0.0383]"),
+        (Estimate(5e-5, 0.0, 0.001, 9), "5.0e-05 [0, 0.00100]"),
+        (Estimate(99.96, 99.0, 100.0, 9), "100 [99.0, 100]"),
+        (Estimate(2.5, 2.5, 2.5, 9), "2.50 (exact)"),
+        (Estimate(2.5, 0.0, math.inf, 9), "2.50 [0, unbounded]"),
+        (Estimate(math.nan, 0.0, 0.25, 9), "< 0.250"),
+        (Estimate(math.nan, math.nan, math.nan, 0), "undefined"),
+    ],
+)
+def test_numbers_show_three_digits(estimate, shown):
+    assert f"| {shown} |" in as_markdown(Table("t", "c", ["x"], [[estimate]]))
+
+
 def test_empty_tables_and_odd_texts_are_written_safely(tmp_path):
-    table = Table("odd", "100 % of a_b", ["name", "x"], [["<b>|`a_1`\\", Estimate(float("nan"), 0, 0, 0)]])
+    table = Table("odd", "100 % of a_b", ["name", "x"], [["<b>|`a_1`\\", Estimate(math.nan, math.nan, math.nan, 0)]])
     assert r"&lt;b>\|\`a\_1\`\\" in as_markdown(table)
     assert "undefined" in as_markdown(table)
     assert r"a\_1" in as_latex(table)
@@ -114,15 +321,27 @@ def test_empty_tables_and_odd_texts_are_written_safely(tmp_path):
     assert (tmp_path / "empty.csv").read_text() == "a,b\n"
 
 
-def test_the_summary_has_one_short_line_per_run(results):
-    lines = summary(results, compare(results, "neurons"), "neurons")
-    assert list(lines) == [result.key for result in results]
-    assert lines["d-resnet18-descriptions-s0"]["x_last"] == 10.0
-    assert lines["d-resnet18-descriptions-s0"]["top1"] == 97.0
-    assert "x_last" not in lines["d-resnet18-baseline-s0"]
+def test_the_summary_has_a_few_short_columns_per_variant(runs):
+    lines = json.loads(Path("metrics/summary.json").read_text())
+    assert {variant: list(line) for variant, line in lines.items()} == {
+        "baseline": ["top1", "sdc", "dl"],
+        "template": ["top1", "sdc", "dl", "x_last", "x_all"],
+        "descriptions": ["top1", "sdc", "dl", "x_last", "x_all"],
+    }
+    assert lines["baseline"]["top1"] == pytest.approx((97 + 50) / 2)
+    cell = load_cells(runs)[1]
+    assert lines["descriptions"]["x_last"] == pytest.approx(value(cell["last_layer"]), rel=1e-4)
 
 
-def test_figures_come_with_their_numbers_and_the_same_bytes_each_time(results, tmp_path):
+def test_the_same_records_give_the_same_bytes(runs):
+    files = [Path("metrics/summary.json"), Path("metrics/cells.json"), *Path("metrics/results").iterdir()]
+    before = {file: file.read_bytes() for file in files}
+    write_results(runs, STATISTICS)
+    assert {file: file.read_bytes() for file in files} == before
+
+
+def test_figures_come_with_their_numbers_and_the_same_bytes_each_time(runs, tmp_path):
+    results = [load_result(key, run) for key, run in runs.items()]
     for folder in ("a", "b"):
         write_figures(results, FiguresParams(COLOURS, 60), tmp_path / folder)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
@@ -135,10 +354,25 @@ def test_figures_come_with_their_numbers_and_the_same_bytes_each_time(results, t
     assert (tmp_path / "a" / "value_ranges-d-resnet18.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_damaged_metrics_are_named(results):
-    path = Path("metrics/runs/d-resnet18-baseline-s0/evaluation.json")
-    run = results[0].run
+def test_damaged_metrics_are_named(runs):
+    for name in ("evaluation.json", "campaign.json"):
+        path = Path("metrics/runs/d-resnet18-baseline-s0") / name
+        whole = path.read_text()
+        for damage in ("{", "[]", "{}", '{"layers": [{"layer": "x"}]}', '{"layers": []}'):
+            path.write_text(damage)
+            with pytest.raises(InvalidArtifact, match=rf"{name} "):
+                write_results(runs, STATISTICS)
+        path.write_text(whole)
+    path = Path("metrics/results/d-resnet18-baseline-s0.json")
     for damage in ("{", "[]", "{}", '{"top1": {"value": "x"}}'):
         path.write_text(damage)
-        with pytest.raises(InvalidArtifact, match=r"evaluation\.json cannot be read"):
-            load_result("d-resnet18-baseline-s0", run)
+        with pytest.raises(InvalidArtifact, match=r"d-resnet18-baseline-s0\.json cannot be read"):
+            load_result("d-resnet18-baseline-s0", runs["d-resnet18-baseline-s0"])
+
+
+def test_a_layer_without_records_is_named(runs):
+    file = Path("metrics/records/d-resnet18-baseline-s0/injections.parquet")
+    records = pd.read_parquet(file)
+    write_parquet(file, records[records["layer"] != "conv1"])
+    with pytest.raises(InvalidArtifact, match=r"campaign\.json: layer 'conv1' has no records"):
+        write_results(runs, STATISTICS)

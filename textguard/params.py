@@ -100,7 +100,7 @@ class InjectParams:
     """A campaign. batch_size: faults per forward pass. image_batch: images per golden run, and per shard on disk.
 
     compare_detectors: others that the same faults are set against. plan, injections_per_layer, pilot, stop_at, confidence: see
-    textguard.faults.sampling.Design. images: how they are drawn. enumerate_up_to: layers with so few faults are not sampled.
+    textguard.faults.sampling.Design. images: how they are drawn. enumerate_up_to: see textguard.faults.exact.affordable.
     """
 
     engine: str

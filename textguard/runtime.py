@@ -105,9 +105,19 @@ def progress(*, total: int, label: str, unit: str) -> tqdm:
     """
     if sys.stderr.isatty():
         return tqdm(total=total, desc=label, unit=unit)
+    seconds = _interval()
+    return tqdm(total=total, desc=label, unit=unit, mininterval=seconds, maxinterval=seconds, ascii=True, ncols=100)
+
+
+def announce(line: str) -> None:
+    """Say something on stderr, at once. Raises InvalidParameter for a bad TEXTGUARD_PROGRESS, before anything is said."""
+    _interval()
+    print(line, file=sys.stderr, flush=True)
+
+
+def _interval() -> float:
     wanted = os.environ.get("TEXTGUARD_PROGRESS", "10")
     try:
-        seconds = float(wanted)
+        return float(wanted)
     except ValueError as error:
         raise InvalidParameter(f"TEXTGUARD_PROGRESS={wanted!r} in the environment; it must be a number of seconds") from error
-    return tqdm(total=total, desc=label, unit=unit, mininterval=seconds, maxinterval=seconds, ascii=True, ncols=100)

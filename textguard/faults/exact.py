@@ -25,14 +25,20 @@ FAULTS_AT_ONCE = 2**16
 
 
 def affordable(engine: Engine, images: int, fault_model: FaultModel, up_to: int) -> list[Site]:
-    """The layers that can be enumerated: the last where it has a closed form, and those with no more than `up_to` faults.
+    """The fully connected layers at the end that can be enumerated: with a closed form, or with no more than `up_to` faults.
 
-    images: how many are eligible. up_to: 0 for none at all, not even the last. Only the replay engine is fast enough.
+    images: how many are eligible. up_to: 0 for none at all, not even the last. Before them, and with other engines than replay,
+    so many inferences cost more than they tell.
     """
     if not up_to or fault_model != SINGLE_FLIP or not isinstance(engine, ReplayEngine):
         return []
-    bits = engine.number_format.bits
-    return [site for site in engine.sites if site.neurons * images * bits <= up_to or has_closed_form(engine, site)]
+    bits, found = engine.number_format.bits, []
+    for site in reversed(engine.sites):
+        many = site.neurons * images * bits > up_to
+        if site.kind != "Linear" or len(site.shape) != 1 or (many and not has_closed_form(engine, site)):
+            break
+        found.insert(0, site)
+    return found
 
 
 def has_closed_form(engine: ReplayEngine, site: Site) -> bool:

@@ -1,7 +1,6 @@
 """Which faults to inject, and how many: uniformly, as in the paper, or by bit, from a pilot, up to a wanted precision."""
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +18,7 @@ from textguard.faults.plans import PLAN_COLUMNS, Count, bits_of, draw_plan
 from textguard.faults.sites import Site
 from textguard.faults.statistics import mean_interval, planned_half_width, planned_injections
 from textguard.faults.summary import LayerResult, summarise
+from textguard.runtime import announce
 
 PLANS = ("uniform", "proportional", "neyman")
 # Of Neyman's allocation this share goes evenly to all bits: a pilot that missed a bit's rare disasters must not silence it.
@@ -44,7 +44,8 @@ class Design:
     seed: int
 
     def strata(self, fault_model: FaultModel, engine: Engine) -> int:
-        """How many strata the plan has: one for each bit, or 0. Raises UnknownName, InvalidParameter."""
+        """How many strata the plan has: one for each bit, or 0. Raises UnknownName, InvalidParameter, for all of the design."""
+        self.half_width(0.0)
         if self.plan not in PLANS:
             raise UnknownName("plan", self.plan, PLANS, "params.yaml inject.plan")
         if self.plan == "uniform":
@@ -98,7 +99,6 @@ def run_design(
     again, and its injections count without bias. Raises TextguardError.
     """
     bits = design.strata(fault_model, engine)
-    design.half_width(0.0)
     most = design.injections_per_layer
     first = min(design.pilot, most) if design.in_rounds else most
     shares = dict.fromkeys((site.layer for site in sites), np.full(bits, 1 / bits) if bits else np.zeros(0))
@@ -225,10 +225,8 @@ def _announce(
     population = min(site.neurons for site in sites) * images * bits_of(fault_model, engine.number_format)
     half = planned_half_width(population, most, design.confidence)
     duration = timedelta(seconds=round(most * len(sites) / pace))
-    print(
+    announce(
         f"{label}: {len(sites)} layers to sample, plan {design.plan}, {'at most ' if design.in_rounds else ''}{most:,} "
         f"injections each, {most * len(sites):,} in all, about {duration}; any rate to +-{half:.2%} at {confidence}, "
-        f"{planned_injections(population, 0.01, design.confidence):,} would to +-1 % (Leveugle et al., 2009)",
-        file=sys.stderr,
-        flush=True,
+        f"{planned_injections(population, 0.01, design.confidence):,} would to +-1 % (Leveugle et al., 2009)"
     )

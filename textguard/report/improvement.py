@@ -74,8 +74,10 @@ def _draw(result: LayerResult, rows: Sequence[np.ndarray], resamples: int, gener
         for share, stratum in zip(result.shares, result.strata, strict=True)
     ]
     worst = int(np.argmax(shifts))
-    stratum = result.strata[worst]
-    larger = result.shares[worst] * resample(np.append(stratum, 2 * stratum.max()), None)
+    stratum, count = result.strata[worst], len(result.strata[worst]) + 1
+    # How often the unseen one is drawn; the others are those of the plain draw, so that pairs stay pairs.
+    times = generator.binomial(count, 1 / count, resamples)
+    larger = (means[worst] * (count - times) + result.shares[worst] * times * 2 * stratum.max()) / count
     return Draws(value, plain, plain - means[worst] + larger, n)
 
 

@@ -117,8 +117,10 @@ def write_results(runs: Mapping[str, RunParams], statistics: StatisticsParams) -
 
     Raises InvalidArtifact, InvalidParameter.
     """
-    campaigns = {key: load_campaign(key, run, statistics) for key, run in runs.items()}
-    described = {key: _describe(key, run, campaigns[key], statistics) for key, run in runs.items()}
+    campaigns, described = {}, {}
+    for key, run in runs.items():
+        campaigns[key] = load_campaign(key, run, statistics)
+        described[key] = _describe(key, run, campaigns[key], statistics)
     baselines = {(run.dataset, run.backbone, run.seed): key for key, run in runs.items() if run.variant == BASELINE}
     cells: dict[tuple[str, str, str], list[tuple[str, str, dict[str, dict[str, Improvement]]]]] = {}
     for key, run in runs.items():
