@@ -139,6 +139,9 @@ def test_the_parts_of_a_sample_average_to_its_estimate(runs):
     assert len(run["top1"]["blocks"]) == len(conv["delta_loss"]["blocks"]) == len(conv["sdc"]["blocks"]) == 32
     assert np.mean(conv["delta_loss"]["blocks"]) == pytest.approx(value(conv["delta_loss"]), rel=0.05)
     assert "blocks" not in last["delta_loss"]
+    overall = np.array(run["overall"]["delta_loss"]["blocks"])
+    assert overall == pytest.approx((np.array(conv["delta_loss"]["blocks"]) + value(last["delta_loss"])) / 2, rel=1e-4)
+    assert "blocks" not in run["last_layer"]["delta_loss"]
 
 
 def test_failures_in_time_come_from_bits_neurons_and_sdc(runs):

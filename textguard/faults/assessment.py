@@ -46,9 +46,9 @@ def assess(
 
     model: any nn.Module from images [B, ...] to logits [B, C], on the device to use. loader: gives images and labels (a
     map-style data set; its order does not matter). plan, injections_per_layer (at most), pilot, stop_at: see
-    `textguard.faults.sampling.Design`; images: see `image_chances`. enumerate_up_to: see `textguard.faults.exact.affordable`. profile:
-    fault-free images from which the layers' ranges are taken; by default the same loader. batch_size: faults per forward pass. image_batch:
-    images per golden run. shard_dir: a folder in which an interrupted campaign goes on.
+    `textguard.faults.sampling.Design`; images: see `image_chances`; enumerate_up_to: see `textguard.faults.exact.affordable`.
+    profile: fault-free images from which the layers' ranges are taken; by default the same loader. batch_size: faults per
+    forward pass. image_batch: images per golden run. shard_dir: a folder in which an interrupted campaign goes on.
     Returns one row per layer: layer, kind, neurons, method (`sampled` or `exact`), injections, masked, detected, nonfinite
     (numbers of injections), and delta_loss, mismatch and sdc (see `LayerResult`), each with its interval in _low and _high.
     Raises TextguardError.

@@ -146,7 +146,7 @@ def _describe(key: str, run: RunParams, campaign: Campaign, statistics: Statisti
         cost = {name: int(evaluation[name]) for name in ("parameters", "multiply_adds")}
     confidence, stored, layers = statistics.confidence, campaign.stored, campaign.layers
     correct = (predictions["label"] == predictions["prediction"]).to_numpy(float)
-    top1 = rate_estimate(int(correct.sum()), len(correct), confidence).as_json() | {"blocks": _blocks([correct], [1.0])}
+    top1 = _with(rate_estimate(int(correct.sum()), len(correct), confidence), _blocks([correct], [1.0], np.nan))
     weights = last_layer_weights(run, layers, statistics.last_layer_weights)
     exposures = [_exposure(layer, statistics) for layer in stored["layers"]]
     failures = stored["bits"] * statistics.fit_per_bit
@@ -155,9 +155,9 @@ def _describe(key: str, run: RunParams, campaign: Campaign, statistics: Statisti
             "layer": layer.layer.removeprefix("backbone."),
             **{name: site[name] for name in ("kind", "neurons", "multiply_adds")},
             **{name: getattr(layer, name) for name in ("method", "injections", "masked", "detected")},
-            "delta_loss": _with_blocks(mean_interval(layer.delta_loss, confidence), layer.strata, layer.shares),
+            "delta_loss": _with(mean_interval(layer.delta_loss, confidence), _blocks(layer.strata, layer.shares, np.nan)),
             "mismatch": rate_interval(layer.mismatch, confidence).as_json(),
-            "sdc": _with_blocks(rate_interval(layer.sdc, confidence), layer.sdc_strata, layer.shares),
+            "sdc": _with(rate_interval(layer.sdc, confidence), _blocks(layer.sdc_strata, layer.shares, np.nan)),
             "nonfinite": rate_interval(layer.broken, confidence).as_json(),
             "fit": _bounded(rate_interval(layer.sdc, confidence).times(exposure * failures)),
         }
@@ -208,25 +208,40 @@ def _describe(key: str, run: RunParams, campaign: Campaign, statistics: Statisti
 
 
 def _headline(layers: Sequence[LayerResult], weights: Sequence[float], confidence: float) -> dict[str, Any]:
+    """Weighted means over layers, and of their blocks where all sampled ones have as many."""
+    shares = [weight / sum(weights) for weight in weights]
+    blocks: dict[str, list[np.ndarray]] = {"delta_loss": [], "sdc": []}
+    for layer, share in zip(layers, shares, strict=True):
+        if share:
+            blocks["delta_loss"].append(share * _blocks(layer.strata, layer.shares, layer.delta_loss.value))
+            blocks["sdc"].append(share * _blocks(layer.sdc_strata, layer.shares, layer.sdc.value))
+    sums = {name: _sum(parts) for name, parts in blocks.items()}
     return {
-        "delta_loss": mean_interval(average([layer.delta_loss for layer in layers], weights), confidence).as_json(),
-        "sdc": rate_interval(average([layer.sdc for layer in layers], weights), confidence).as_json(),
+        "delta_loss": _with(
+            mean_interval(average([layer.delta_loss for layer in layers], weights), confidence), sums["delta_loss"]
+        ),
+        "sdc": _with(rate_interval(average([layer.sdc for layer in layers], weights), confidence), sums["sdc"]),
     }
 
 
-def _with_blocks(estimate: Estimate, strata: Sequence[np.ndarray], shares: Sequence[float]) -> dict[str, Any]:
-    blocks = _blocks(strata, shares)
-    return estimate.as_json() | ({"blocks": blocks} if blocks else {})
+def _sum(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Of exact layers, one number each, and of sampled ones; nothing where these have different numbers of blocks."""
+    return sum(parts, np.zeros(1)) if len({len(part) for part in parts} - {1}) <= 1 else np.zeros(0)
 
 
-def _blocks(strata: Sequence[np.ndarray], shares: Sequence[float]) -> list[float]:
-    """Means of equal parts of a sample: part j holds observations j, j + K, ... of each stratum. None of a small sample."""
-    count = min([BLOCKS, *(len(stratum) for stratum in strata)]) if strata else 0
-    if count < FEWEST_BLOCKS:
-        return []
+def _with(estimate: Estimate, blocks: np.ndarray) -> dict[str, Any]:
+    """The estimate, with the means of its sample's parts where there are enough."""
+    numbers = [float(f"{block:.6g}") for block in blocks]
+    return estimate.as_json() | ({"blocks": numbers} if len(numbers) >= FEWEST_BLOCKS else {})
+
+
+def _blocks(strata: Sequence[np.ndarray], shares: Sequence[float], value: float) -> np.ndarray:
+    """Means of equal parts of a sample, [K]: part j holds observations j, j + K, ... of each stratum. [value] if exact."""
+    if not strata:
+        return np.array([value])
+    count = min([BLOCKS, *(len(stratum) for stratum in strata)])
     pairs = list(zip(shares, strata, strict=True))
-    parts = [sum(share * stratum[j::count].mean() for share, stratum in pairs) for j in range(count)]
-    return [float(f"{part:.6g}") for part in parts]
+    return np.array([sum(share * stratum[part::count].mean() for share, stratum in pairs) for part in range(count)])
 
 
 def _exposure(site: Mapping[str, Any], statistics: StatisticsParams) -> int:
