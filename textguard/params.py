@@ -6,7 +6,7 @@ There are no defaults in the code: a value that is not in params.yaml could chan
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -23,6 +23,7 @@ Key = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(gt=0)]
 Colour = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")]
+Checked = TypeVar("Checked")
 
 
 @dataclass(frozen=True, config=_strict)
@@ -157,6 +158,21 @@ class FiguresParams:
 
 
 @dataclass(frozen=True, config=_strict)
+class GateParams:
+    """When `textguard.report.gate` calls a run worse: by more than a tolerance, and significantly so.
+
+    top1_points: percentage points of accuracy. delta_loss_percent, sdc_percent, improvement_percent: of the base's value.
+    significance: the chance that a comparison of two equal sets of runs calls anything worse.
+    """
+
+    top1_points: Annotated[float, Field(ge=0, le=100)]
+    delta_loss_percent: Annotated[float, Field(ge=0)]
+    sdc_percent: Annotated[float, Field(ge=0)]
+    improvement_percent: Annotated[float, Field(ge=0, lt=100)]
+    significance: Annotated[float, Field(gt=0, lt=1)]
+
+
+@dataclass(frozen=True, config=_strict)
 class Params:
     """The whole params.yaml of one grid."""
 
@@ -170,25 +186,42 @@ class Params:
     statistics: StatisticsParams
     tables: TablesParams
     figures: FiguresParams
+    gate: GateParams
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
     """Read and check a grid's params.yaml. Raises InvalidParameter or UnknownName, in one line."""
+    params = _check(_read(path), Params, path)
+    _check_references(params, path)
+    return params
+
+
+def load_gate_params(path: Path = PARAMS_FILE) -> GateParams:
+    """Read and check section `gate` alone, whatever the other sections hold. Raises InvalidParameter, in one line."""
+    content = _read(path)
+    if not isinstance(content, dict) or "gate" not in content:
+        raise InvalidParameter(f"key 'gate' is missing in {path}; README.md, \"Regression gate\", says what it holds")
+    return _check(content["gate"], GateParams, path, "gate")
+
+
+def _read(path: Path) -> Any:
     try:
-        content = yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text())
     except FileNotFoundError as error:
         raise InvalidParameter(
             f"{path.resolve()} does not exist; run this in a folder that holds a grid's params.yaml"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise InvalidParameter(f"{path} cannot be read as YAML: {error}") from error
+
+
+def _check(content: Any, kind: type[Checked], path: Path, *section: str) -> Checked:
+    """The content of a file, or of one of its sections, as a dataclass."""
     try:
         # As JSON, since a strict dataclass takes no dict in Python: no "1" for 1, no 1 for true, no 0.5 for an integer.
-        params = TypeAdapter(Params).validate_json(json.dumps(content, default=str))
+        return TypeAdapter(kind).validate_json(json.dumps(content, default=str))
     except ValidationError as error:
-        raise InvalidParameter(_one_line(error, path)) from error
-    _check_references(params, path)
-    return params
+        raise InvalidParameter(_one_line(error, kind, path, section)) from error
 
 
 def lookup(entries: dict[str, Any], kind: str, name: str, where: str) -> Any:
@@ -226,13 +259,13 @@ def _check_references(params: Params, path: Path) -> None:
     lookup(params.datasets, "data set", params.tables.main_dataset, f"{path} tables.main_dataset")
 
 
-def _one_line(error: ValidationError, path: Path) -> str:
+def _one_line(error: ValidationError, kind: type, path: Path, section: tuple[str, ...]) -> str:
     """The first problem of a validation, with what is allowed and how many more there are."""
     # A misspelt key is also a missing one: say how it is spelt.
     first, *more = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] not in UNKNOWN_KEY)
-    place = ".".join(str(part) for part in first["loc"]) or "the file"
+    place = ".".join(str(part) for part in (*section, *first["loc"])) or "the file"
     if first["type"] in UNKNOWN_KEY:
-        known = _known_keys(TypeAdapter(Params).json_schema(), first["loc"][:-1])
+        known = _known_keys(TypeAdapter(kind).json_schema(), first["loc"][:-1])
         message = f"unknown key {place!r} in {path}; known: {', '.join(known)}"
     elif first["type"] in ("missing", "missing_argument"):
         message = f"key {place!r} is missing in {path}"
