@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BASE ?= HEAD
 GRIDS := $(wildcard grids/*/params.yaml)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Every stage is a process of its own: without byte code each would compile its packages again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup repro test lint format grids smoke bench lock clean
+.PHONY: help setup repro gate test lint format grids smoke bench lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
@@ -32,6 +33,12 @@ repro: setup  ## run the pipeline of the default grid, then say where tables and
 	@echo "tables:  metrics/tables/   (Markdown, CSV, LaTeX)"
 	@echo "figures: plots/figures/    (PNG, SVG, CSV)"
 	@echo "numbers: metrics/summary.json, metrics/runs/, metrics/records/"
+
+gate: setup  ## compare metrics/results with those of BASE (make gate BASE=origin/main; default HEAD), fail where they got worse
+	@git cat-file -e '$(BASE):metrics/results' 2>/dev/null || { echo "$(BASE) holds no metrics/results; name a revision that does: make gate BASE=origin/main" >&2; exit 2; }
+	@rm -rf .work/gate && mkdir -p .work/gate
+	@git archive '$(BASE)' metrics/results | tar -x -C .work/gate
+	@python -m textguard.report.gate .work/gate/metrics/results metrics/results
 
 test: setup  ## run the tests
 	python -m pytest
