@@ -203,34 +203,33 @@ def compare(base: Run, new: Run, tolerances: GateParams) -> list[Comparison]:
     """Compare all quantities of two runs: top-1, overall, last layer and improvements first, then layer by layer."""
     name = new.run if base.run == new.run else f"{base.run} -> {new.run}"
     quantiles = [NormalDist().inv_cdf((1 + run.confidence) / 2) for run in (base, new)]
-    nats = tolerances.delta_loss_percent
     same_faults = base.plan.mark == new.plan.mark
 
-    def top1() -> Comparison:
-        old, now = base.top1, new.top1
+    def top1(old: Measured, now: Measured) -> Comparison:
         tested, p = _test(old, now, quantiles, paired=base.images == new.images)
         allowed = tolerances.top1_points / 100 + ROUNDING
-        change = f"{100 * (now.value - old.value):+.2f} points"
-        shown = f"{100 * old.value:.2f} %", f"{100 * now.value:.2f} %", change
+        points = 100 * (now.value - old.value)
+        shown = _show(old, " %"), _show(now, " %"), "" if math.isnan(points) else f"{points:+.2f} points"
         return Comparison(name, "top-1", *shown, tested, old.value - now.value, allowed, p)
 
     def loss(quantity: str, old: Measured, now: Measured, percent: float, unit: str = "", headline: bool = True) -> Comparison:
         tested, p = _test(old, now, quantiles, paired=same_faults)
         allowed = (percent / 100 + ROUNDING) * old.value
-        shown = *(f"{m.value * (100 if unit else 1):.4g}{unit}" for m in (old, now)), _relative(old, now)
+        shown = _show(old, unit), _show(now, unit), _show_ratio(old, now)
         return Comparison(name, quantity, *shown, tested, now.value - old.value, allowed, p, headline=headline)
 
     def improvement(quantity: str, old: Measured, now: Measured) -> Comparison:
         tested, p = _test(_log(old), _log(now), quantiles, paired=False)
         allowed = -math.log1p(-tolerances.improvement_percent / 100) + ROUNDING
-        shown = f"{old.value:.4g} x", f"{now.value:.4g} x", _relative(old, now)
+        shown = _show(old, " x"), _show(now, " x"), _show_ratio(old, now)
         return Comparison(name, quantity, *shown, tested, _log(old).value - _log(now).value, allowed, p)
 
+    percent = tolerances.delta_loss_percent
     comparisons = [
-        top1(),
-        loss("DeltaLoss, overall", base.overall.delta_loss, new.overall.delta_loss, nats),
+        top1(base.top1, new.top1),
+        loss("DeltaLoss, overall", base.overall.delta_loss, new.overall.delta_loss, percent),
         loss("SDC, overall", base.overall.sdc, new.overall.sdc, tolerances.sdc_percent, " %"),
-        loss("DeltaLoss, last layer", base.last_layer.delta_loss, new.last_layer.delta_loss, nats),
+        loss("DeltaLoss, last layer", base.last_layer.delta_loss, new.last_layer.delta_loss, percent),
     ]
     if base.improvement and new.improvement and base.improvement.baseline == new.improvement.baseline:
         comparisons += [
@@ -243,14 +242,20 @@ def compare(base: Run, new: Run, tolerances: GateParams) -> list[Comparison]:
     for layer in dict.fromkeys([*layers[0], *layers[1]]):
         old, now = layers[0].get(layer), layers[1].get(layer)
         if old and now:
-            comparisons.append(loss(f"DeltaLoss, {layer}", old, now, nats, headline=False))
+            comparisons.append(loss(f"DeltaLoss, {layer}", old, now, percent, headline=False))
         else:
             comparisons.append(Comparison(name, f"DeltaLoss, {layer}", note="gone" if old else "new", headline=False))
     return comparisons
 
 
-def _relative(old: Measured, now: Measured) -> str:
-    return f"{100 * (now.value / old.value - 1):+.1f} %" if old.value else ""
+def _show(measured: Measured, unit: str) -> str:
+    value = measured.value * (100 if unit == " %" else 1)
+    return "" if math.isnan(value) else f"{value:.4g}{unit}"
+
+
+def _show_ratio(old: Measured, now: Measured) -> str:
+    ratio = now.value / old.value if old.value else math.nan
+    return "" if math.isnan(ratio) else f"{100 * (ratio - 1):+.1f} %"
 
 
 def _log(measured: Measured) -> Measured:
