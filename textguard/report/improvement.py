@@ -106,7 +106,9 @@ def improvement(baseline: Draws, guided: Draws, confidence: float) -> Improvemen
         )
     tail = (1 - confidence) / 2
     value = baseline.value / guided.value
-    limits = float(np.exp(np.quantile(low, tail))), float(np.exp(np.quantile(high, 1 - tail)))
+    limits = [float(np.exp(np.quantile(low, tail))), float(np.exp(np.quantile(high, 1 - tail)))]
+    # Of exact means, what exp and log leave of the ratio is not a spread.
+    limits = [value if math.isclose(limit, value, rel_tol=1e-12) else limit for limit in limits]
     return Improvement(Estimate(value, min(limits[0], value), max(limits[1], value), count), plain)
 
 

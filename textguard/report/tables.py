@@ -36,7 +36,8 @@ def make_tables(cells: Sequence[Cell], runs: Mapping[str, Cell], main_dataset: s
     interval = " and ".join(dict.fromkeys(f"{run['confidence']:.4g}" for run in runs.values()))
     note = (
         f"Brackets: intervals of confidence {interval}, over test images (accuracy, Top2Diff) or injections (improvements), "
-        "over trainings where there are several; of one training, the spread between trainings is not in it."
+        "over trainings where there are several; of one training, the spread between trainings is not in it. Exact: every "
+        "fault was tried, or what was sampled does not show in 16 digits."
     )
     per_run = (
         "SDC: a changed class, or a loss that is not finite. DeltaLoss and rates are plain means over layers, but where "
