@@ -286,7 +286,8 @@ class LocalSteps:
         depthwise = conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or (conv.groups > 1 and not depthwise):
             return None
-        output, inputs = _windows(patch, target, _Kernel(conv))
+        kernel = _Kernel(conv)
+        output, inputs = _windows(patch, target, kernel)
         rows, columns = output.values.shape[1:3]
         if not patch.is_point and rows * columns > LARGEST_SHARE * target.shape[2] * target.shape[3]:
             return None
@@ -300,14 +301,16 @@ class LocalSteps:
             return replace(output, values=values.permute(0, 2, 3, 1))
         inputs = replace(inputs, values=patch.values.new_zeros(len(image), *inputs.values.shape[1:]))
         paste(inputs, replace(patch, values=patch.values - read(source, image, patch)))
-        changes = F.unfold(inputs.values.permute(0, 3, 1, 2), conv.kernel_size, conv.dilation, 0, conv.stride)
+        # [N, outputs, kernel]; F.unfold would copy image by image.
+        changes = inputs.values[..., 0].unfold(1, kernel.reach[0], kernel.stride[0]).unfold(2, kernel.reach[1], kernel.stride[1])
+        changes = changes[..., :: kernel.dilation[0], :: kernel.dilation[1]].flatten(3).flatten(1, 2)
         if step not in self._weights:  # [input channel, kernel, output channel]
             self._weights[step] = (
                 conv.weight.detach().flatten(2).permute(0 if depthwise else 1, 2, 1 if depthwise else 0).contiguous()
             )
-        change = torch.bmm(changes.transpose(1, 2), self._weights[step][patch.channel])
-        golden = read(target, image, output)
-        return replace(output, values=golden + change.unflatten(1, (rows, columns)))
+        golden = read(target, image, output).flatten(1, 2)
+        values = torch.baddbmm(golden, changes, self._weights[step][patch.channel])
+        return replace(output, values=values.unflatten(1, (rows, columns)))
 
     def _pool(self, step: fx.Node, patch: Patch, source: Tensor, target: Tensor, image: Tensor) -> Patch | None:
         pool = self._traced.modules[step.target]
