@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -115,7 +116,6 @@ class TracedModel:
         self.model = traced
         self.modules = dict(traced.named_modules())
         self.visit: Visit | None = None
-        self._interpreter = fx.Interpreter(traced, garbage_collect_values=False)
         self.index = {step: index for index, step in enumerate(self.steps)}
         self.last_reader = {read: index for index, step in enumerate(self.steps) for read in step.all_input_nodes}
         self._read_last_by: dict[int, list[fx.Node]] = {}
@@ -159,9 +159,9 @@ class TracedModel:
 
     def run_step(self, index: int, values: Values, visit: Visit | None = None) -> Any:
         """The value of one step. visit: sees the calls of its sites and may replace their outputs."""
-        self._interpreter.env = values
+        step = self.steps[index]
         if visit is None or index not in self.at:
-            return self._interpreter.run_node(self.steps[index])
+            return self.call(step, *fx.map_arg((step.args, step.kwargs), values.__getitem__))
         seen = -1
         positions = {self._number[position]: position for position in self.at[index]}
 
@@ -171,7 +171,17 @@ class TracedModel:
             return visit(positions[seen], call) if seen in positions else call.output
 
         with Calls(visit_sites):
-            return self._interpreter.run_node(self.steps[index])
+            return self.run_step(index, values)
+
+    def call(self, step: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What a step makes of these arguments. fx.Interpreter does the same, but takes as long as a small layer for it."""
+        if step.op == "call_module":
+            return self.modules[step.target](*args, **kwargs)
+        if step.op == "call_function":
+            return step.target(*args, **kwargs)
+        if step.op == "call_method":
+            return getattr(args[0], step.target)(*args[1:], **kwargs)
+        return args[0] if step.op == "output" else operator.attrgetter(step.target)(self.model)
 
     def inputs(self, images: Tensor) -> Values:
         """The values that a run over these images starts with."""
@@ -224,8 +234,7 @@ class TracedModel:
             calls.append([])
             with Calls(lambda call, here=calls[-1]: here.append(call) or call.output):
                 if step not in values:
-                    self._interpreter.env = values
-                    values[step] = self._interpreter.run_node(step)
+                    values[step] = self.run_step(index, values)
             for read, version in versions.items():
                 if values[read]._version != version:
                     raise UnsupportedModel(f"step {step.name} changes a value in place")

@@ -203,7 +203,7 @@ class LocalSteps:
         (changed,) = step.all_input_nodes
         patch, source = patches[changed], as_map(golden[changed])
         if operation in ELEMENTWISE:
-            return replace(patch, values=self._call(step, patch.values))
+            return replace(patch, values=self._traced.call(step, (patch.values, *step.args[1:]), step.kwargs))
         rules: dict[object, Callable[..., Patch | None]] = {
             nn.BatchNorm2d: self._normalise,
             nn.Conv2d: self._convolve,
@@ -213,13 +213,6 @@ class LocalSteps:
             torch.flatten: self._flatten,
         }
         return rules[operation](step, patch, source, as_map(golden[step]), image) if operation in rules else None
-
-    def _call(self, step: fx.Node, values: Tensor) -> Tensor:
-        if step.op == "call_module":
-            return self._traced.modules[step.target](values)
-        if step.op == "call_method":
-            return getattr(values, step.target)(*step.args[1:], **step.kwargs)
-        return step.target(values, *step.args[1:], **step.kwargs)
 
     def _scale(self, step: fx.Node, patches: dict[fx.Node, Patch], golden: Values) -> Patch | None:
         """A product with one number for all images, as the scale of the text-guided head's logits."""
