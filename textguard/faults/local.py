@@ -295,8 +295,10 @@ class LocalSteps:
         inputs = replace(inputs, values=patch.values.new_zeros(len(image), *inputs.values.shape[1:]))
         paste(inputs, replace(patch, values=patch.values - read(source, image, patch)))
         # [N, outputs, kernel]; F.unfold would copy image by image.
-        changes = inputs.values[..., 0].unfold(1, kernel.reach[0], kernel.stride[0]).unfold(2, kernel.reach[1], kernel.stride[1])
-        changes = changes[..., :: kernel.dilation[0], :: kernel.dilation[1]].flatten(3).flatten(1, 2)
+        changes = inputs.values[..., 0]
+        for axis in (0, 1):
+            changes = changes.unfold(1 + axis, kernel.reach[axis], kernel.stride[axis])[..., :: kernel.dilation[axis]]
+        changes = changes.flatten(3).flatten(1, 2)
         if step not in self._weights:  # [input channel, kernel, output channel]
             self._weights[step] = (
                 conv.weight.detach().flatten(2).permute(0 if depthwise else 1, 2, 1 if depthwise else 0).contiguous()

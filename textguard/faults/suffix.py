@@ -1,5 +1,7 @@
-"""Convolutions as replays run them: what stands behind a fault need not be computed layer by layer."""
+"""Layers as replays run them: what stands behind a fault need not be computed layer by layer, nor be kept."""
 
+import copy
+import operator
 from collections.abc import Callable
 
 import torch
@@ -7,13 +9,36 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from textguard.faults.graph import TracedModel
+from textguard.faults.graph import ACTIVATIONS, TracedModel
 
 Shortcut = tuple[fx.Node, Callable[[Tensor], Tensor]]
 
+# Their outputs lie in memory of their own.
+FRESH = (nn.Conv2d, nn.BatchNorm2d, nn.Linear, operator.add, torch.add)
+
 
 def shortcuts(traced: TracedModel) -> dict[fx.Node, Shortcut]:
-    """Convolution -> the step whose value its shortcut gives, and the shortcut, from the convolution's input to that value.
+    """Step -> the step whose value its shortcut gives, and the shortcut, from the first one's input to that value."""
+    return _convolutions(traced) | _activations(traced)
+
+
+def _activations(traced: TracedModel) -> dict[fx.Node, Shortcut]:
+    """Activations that may overwrite their input, in two thirds of the time: it is a copy or fresh, and no one else's."""
+    found: dict[fx.Node, Shortcut] = {}
+    for step in traced.steps:
+        module = traced.modules.get(step.target) if step.op == "call_module" else None
+        if type(module) not in ACTIVATIONS or not hasattr(module, "inplace") or not traced.is_plain(step):
+            continue
+        source = step.args[0]
+        fresh = traced.operation(source) in FRESH and (source.op == "call_function" or traced.is_plain(source))
+        if fresh and len(source.users) == 1 and traced.depends_on_images(source):
+            found[step] = (step, copy.copy(module))
+            found[step][1].inplace = True
+    return found
+
+
+def _convolutions(traced: TracedModel) -> dict[fx.Node, Shortcut]:
+    """Convolutions that are also what stands behind them, or matrix products.
 
     BatchNorm is folded into the convolution before it (1.6 times as fast for MobileNet-V2 at 224 x 224), and on maps so small
     that every output sees every input a convolution is a matrix product (5 times as fast for 512 channels at 1 x 1). A fault in
