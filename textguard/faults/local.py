@@ -62,22 +62,23 @@ def point(shape: tuple[int, ...], neuron: Tensor, values: Tensor) -> Patch:
     return Patch(values.reshape(-1, 1, 1, 1), top, left, channel)
 
 
-def read(golden: Tensor, image: Tensor, patch: Patch, outside: float = 0.0) -> Tensor:
-    """The golden values of a patch's place, like its values; `outside` where it reaches beyond the map.
+def read(golden: Tensor, image: Tensor, patch: Patch, outside: float | None = None) -> Tensor:
+    """The golden values of a patch's place, like its values; `outside`, which has to be given, where it reaches beyond the map.
 
     golden: [B, C, H, W]; image: each fault's place in the batch, int64 [N].
     """
     _, _, height, width = golden.shape
     rows = patch.top[:, None] + torch.arange(patch.values.shape[1], device=image.device)
     columns = patch.left[:, None] + torch.arange(patch.values.shape[2], device=image.device)
-    beyond = ((rows < 0) | (rows >= height))[:, :, None] | ((columns < 0) | (columns >= width))[:, None, :]
-    rows, columns = rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]
-    image = image[:, None, None]
+    if outside is not None:
+        beyond = ((rows < 0) | (rows >= height))[:, :, None] | ((columns < 0) | (columns >= width))[:, None, :]
+        rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+    image, rows, columns = image[:, None, None], rows[:, :, None], columns[:, None, :]
     if patch.channel is not None:
         found = golden[image, patch.channel[:, None, None], rows, columns][..., None]
     else:
         found = golden.permute(0, 2, 3, 1)[image, rows, columns]
-    return found.masked_fill_(beyond[..., None], outside) if beyond.any() else found
+    return found.masked_fill_(beyond[..., None], outside) if outside is not None and beyond.any() else found
 
 
 def paste(target: Patch, patch: Patch) -> None:
@@ -159,6 +160,7 @@ class LocalSteps:
     def __init__(self, traced: TracedModel) -> None:
         self._traced = traced
         self._weights: dict[fx.Node, Tensor] = {}
+        self._scales: dict[fx.Node, tuple[Tensor, Tensor]] = {}
 
     def advance(self, faults: LocalFaults, index: int, golden: Values, batch_size: int) -> list[tuple[LocalFaults, int | None]]:
         """Follow the golden run, which has just done step `index`.
@@ -256,10 +258,12 @@ class LocalSteps:
         norm = self._traced.modules[step.target]
         if norm.running_mean is None:
             return None
-        factor = torch.rsqrt(norm.running_var + norm.eps)
-        if norm.affine:
-            factor = factor * norm.weight
-        shift = (norm.bias if norm.affine else 0) - norm.running_mean * factor
+        if step not in self._scales:
+            factor = torch.rsqrt(norm.running_var + norm.eps)
+            if norm.affine:
+                factor = factor * norm.weight
+            self._scales[step] = factor, (norm.bias if norm.affine else 0) - norm.running_mean * factor
+        factor, shift = self._scales[step]
         if patch.is_point:
             factor, shift = (vector[patch.channel][:, None, None, None] for vector in (factor, shift))
         return replace(patch, values=patch.values * factor + shift)
@@ -286,7 +290,7 @@ class LocalSteps:
             return None
         output = replace(output, channel=patch.channel if depthwise else None)
         if not patch.is_point:
-            inputs = replace(inputs, values=read(source, image, inputs))
+            inputs = replace(inputs, values=read(source, image, inputs, outside=0.0))
             paste(inputs, patch)
             values = F.conv2d(
                 inputs.values.permute(0, 3, 1, 2), conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups
