@@ -58,16 +58,19 @@ class Faults:
 
     def select(self, rows: Tensor) -> tuple["Faults", Tensor]:
         """The faults `rows` (int64, ascending), and which of the M values are theirs."""
-        renumbered = torch.full_like(self.position, -1)
-        renumbered[rows] = torch.arange(len(rows), device=rows.device)
-        row = renumbered[self.row]
-        values = torch.where(row >= 0)[0]
+        row, values = torch.arange(len(rows), device=rows.device), rows
+        if not self.one_value_each:
+            renumbered = torch.full_like(self.position, -1)
+            renumbered[rows] = row
+            row = renumbered[self.row]
+            values = torch.where(row >= 0)[0]
+            row = row[values]
         part = Faults(
             self.model,
             self.position[rows],
             self.image[rows],
             self.limit[rows],
-            row[values],
+            row,
             self.neuron[values],
             self.mask[values],
         )
