@@ -84,16 +84,8 @@ class _Results:
         return Outcomes(self._golden, self._faulty, self._detected, masked, logits, golden_logits)
 
 
-class ReplayEngine:
-    """One golden run per batch of images; each fault replays only what lies behind its site.
-
-    Trace: the model becomes a list of steps. Cut: the golden run pauses behind every site, where the faults happen. Replay: as
-    long as a fault has changed little, only that is computed, in step with the golden run; then the values that the rest of the
-    network still reads are copied, one row per fault, and the rest runs on up to `batch_size` faults at a time. Drop: a
-    fault that is bit-identical to the golden run behind an activation or pooling ends there, with the golden logits.
-    Other formats than fp32 round every site's output, faults in several values or in weights change much at once: they are
-    replayed without the shortcuts.
-    """
+class _Engine:
+    """What the engines have in common: what they are made from. `_set_up` gets a copy of the model, and finds its sites."""
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -108,21 +100,42 @@ class ReplayEngine:
         profiled: Mapping[str, float] | None = None,
         target: Target = "neuron",
     ) -> None:
+        self._batch_size, self.number_format, self.device = batch_size, number_format, image.device
+        weights = hashlib.sha256()
+        for name, tensor in sorted(model.state_dict().items()):
+            weights.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        self.settings = {
+            "engine": f"{type(self).__name__} {__version__}, torch {torch.__version__}",
+            "model": weights.hexdigest()[:16],
+            "kinds of sites": ", ".join(kinds),
+            "number format": number_format.name,
+            "target": target,
+        }
+        self._set_up(copy.deepcopy(model).eval(), image, kinds, profiled or {}, target)
+
+
+class ReplayEngine(_Engine):
+    """One golden run per batch of images; each fault replays only what lies behind its site.
+
+    Trace: the model becomes a list of steps. Cut: the golden run pauses behind every site, where the faults happen. Replay: as
+    long as a fault has changed little, only that is computed, in step with the golden run; then the values that the rest of the
+    network still reads are copied, one row per fault, and the rest runs on up to `batch_size` faults at a time. Drop: a
+    fault that is bit-identical to the golden run behind an activation or pooling ends there, with the golden logits.
+    Other formats than fp32 round every site's output, faults in several values or in weights change much at once: they are
+    replayed without the shortcuts.
+    """
+
+    def _set_up(
+        self, model: nn.Module, image: Tensor, kinds: Sequence[str], profiled: Mapping[str, float], target: Target
+    ) -> None:
         # On CPUs and GPUs alike, convolutions are faster in this memory format.
-        model = copy.deepcopy(model).eval()
         for weight in model.parameters():
             if weight.ndim == 4:  # of 3-d convolutions it has 5
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         self._traced = TracedModel(model, image, kinds)
         self.sites, self.skipped = self._traced.sites, self._traced.skipped
-        self._batch_size = batch_size
-        self.number_format, self.device, self.settings = (
-            number_format,
-            image.device,
-            _settings(self, model, kinds, number_format, target),
-        )
-        self._storages, outputs = make_storages(self._traced.model, self.sites, number_format, profiled or {}, target)
-        self._rounds = number_format.name != "fp32"
+        self._storages, outputs = make_storages(self._traced.model, self.sites, self.number_format, profiled, target)
+        self._rounds = self.number_format.name != "fp32"
         if self._rounds:
             self._traced.visit = lambda position, call: outputs[position].round(call.output)
         self._shortcuts = {} if self._rounds else shortcuts(self._traced)
@@ -272,33 +285,17 @@ class ReplayEngine:
         return values[traced.steps[-1]]
 
 
-class WholeEngine:
+class WholeEngine(_Engine):
     """Any model: one whole inference per fault, `batch_size` faults at a time. The slow twin, and for models without a
     trace.
     """
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def __init__(
-        self,
-        model: nn.Module,
-        image: Tensor,
-        batch_size: int,
-        *,
-        kinds: Sequence[str] = DEFAULT_KINDS,
-        number_format: Format = FP32,
-        profiled: Mapping[str, float] | None = None,
-        target: Target = "neuron",
+    def _set_up(
+        self, model: nn.Module, image: Tensor, kinds: Sequence[str], profiled: Mapping[str, float], target: Target
     ) -> None:
-        self._model = copy.deepcopy(model).eval()
-        self._batch_size = batch_size
-        self.number_format, self.device, self.settings = (
-            number_format,
-            image.device,
-            _settings(self, model, kinds, number_format, target),
-        )
+        self._model = model
         self._find_sites(image, kinds)
-        self._storages, self._outputs = make_storages(self._model, self.sites, number_format, profiled or {}, target)
+        self._storages, self._outputs = make_storages(self._model, self.sites, self.number_format, profiled, target)
 
     def _find_sites(self, image: Tensor, kinds: Sequence[str]) -> None:
         surveys: list[list[tuple[Call, str]]] = [[], []]
@@ -378,37 +375,23 @@ class WholeEngine:
             return self._model(images)
 
 
-class PyTorchFIEngine:
+class PyTorchFIEngine(_Engine):
     """The reference: PyTorchFI 0.6.0's batched declaration, one fault per element, whole network each time.
 
     model: as for PyTorchFI, every Conv2d and Linear called exactly once, as a module. Source: Mahmoud et al., DSN-W 2020.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        image: Tensor,
-        batch_size: int,
-        *,
-        kinds: Sequence[str] = DEFAULT_KINDS,
-        number_format: Format = FP32,
-        profiled: Mapping[str, float] | None = None,
-        target: Target = "neuron",
+    def _set_up(
+        self, model: nn.Module, image: Tensor, kinds: Sequence[str], profiled: Mapping[str, float], target: Target
     ) -> None:
         from pytorchfi.core import fault_injection
 
-        if set(kinds) != set(DEFAULT_KINDS) or number_format.name != "fp32" or target != "neuron":
+        if set(kinds) != set(DEFAULT_KINDS) or self.number_format.name != "fp32" or target != "neuron":
             raise UnsupportedModel("PyTorchFI flips bits of fp32 neurons of Conv2d and Linear; use inject.engine: replay")
-        self._model = copy.deepcopy(model).eval()
-        self._batch_size = batch_size
-        self.number_format, self.device, self.settings = (
-            number_format,
-            image.device,
-            _settings(self, model, kinds, number_format, target),
-        )
+        self._model = model
         modules = (nn.Conv2d, nn.Linear)
         self._injector = fault_injection(
-            self._model, batch_size, input_shape=list(image.shape), layer_types=list(modules), use_cuda=image.is_cuda
+            self._model, self._batch_size, input_shape=list(image.shape), layer_types=list(modules), use_cuda=image.is_cuda
         )
         called = _called_in_order(self._model, image, modules)
         shapes = [tuple(shape[1:]) for shape in self._injector.output_size]
@@ -458,20 +441,6 @@ class PyTorchFIEngine:
         logits = corrupted(images[faults.image])
         self._injector.fi_reset()
         return logits
-
-
-def _settings(engine: Engine, model: nn.Module, kinds: Sequence[str], number_format: Format, target: Target) -> dict[str, str]:
-    """What an engine's results depend on."""
-    weights = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        weights.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return {
-        "engine": f"{type(engine).__name__} {__version__}, torch {torch.__version__}",
-        "model": weights.hexdigest()[:16],
-        "kinds of sites": ", ".join(kinds),
-        "number format": number_format.name,
-        "target": target,
-    }
 
 
 def _called_in_order(model: nn.Module, image: Tensor, kinds: tuple[type, ...]) -> list[tuple[str, nn.Module]]:
