@@ -32,7 +32,7 @@ repro: setup  ## run the pipeline of the default grid, then say where tables and
 	@cat metrics/tables/table1.md
 	@echo "tables:  metrics/tables/   (Markdown, CSV, LaTeX)"
 	@echo "figures: plots/figures/    (PNG, SVG, CSV)"
-	@echo "numbers: metrics/summary.json, metrics/runs/, metrics/records/"
+	@echo "numbers: metrics/summary.json, metrics/results/ (every run, with intervals), metrics/records/ (every injection)"
 
 gate: setup  ## compare metrics/results with those of BASE (make gate BASE=origin/main; default HEAD), fail where they got worse
 	@git cat-file -e '$(BASE):metrics/results' 2>/dev/null || { echo "$(BASE) holds no metrics/results; name a revision that does: make gate BASE=origin/main" >&2; exit 2; }
