@@ -103,7 +103,7 @@ def image_chances(engine: Engine, loader: DataLoader, images: str = "uniform") -
         correct = (logits.argmax(dim=1) == labels) & (top2diff(logits) > 0)
         chances[part] = correct.cpu().numpy()
         loss = F.cross_entropy(logits.double(), labels, reduction="none")
-        doubt[part] = -torch.expm1(-loss).clamp(min=0).cpu().numpy()
+        doubt[part] = (-torch.expm1(-loss)).clamp(min=0).cpu().numpy()
     doubt *= chances
     if images == "uniform" or not doubt.sum():
         return chances
