@@ -110,6 +110,56 @@ def images() -> torch.Tensor:
     return torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
+class DigitsNetwork(nn.Module):
+    """8 x 8 pixels to 10 numbers."""
+
+    def __init__(self, outputs: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 12, 3, stride=2, padding=1)
+        self.fc = nn.Linear(12 * 4, outputs)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.relu(self.conv1(images))
+        x = nn.functional.max_pool2d(torch.relu(self.conv2(x)), 2)
+        return self.fc(x.flatten(1))
+
+
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """All of scikit-learn's digits, [1797, 1, 8, 8], and their labels."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return torch.from_numpy(data.images).float()[:, None] / 8 - 1, torch.from_numpy(data.target)
+
+
+def trained(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs: int = 4) -> nn.Module:
+    """The model, after a few seconds with Adam."""
+    optimizer = torch.optim.Adam(model.parameters(), 0.005)
+    order = torch.Generator().manual_seed(0)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(images), generator=order).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    """200 images and their labels, that no model was trained on."""
+    images, labels = digits()
+    return images[-200:], labels[-200:]
+
+
+@pytest.fixture(scope="session")
+def network() -> nn.Module:
+    """A small classifier of digits, nine out of ten of them right."""
+    torch.manual_seed(0)
+    images, labels = digits()
+    return trained(DigitsNetwork(), images[:-200], labels[:-200])
+
+
 @pytest.fixture(scope="session")
 def make_checkout(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
     """Copies of the checkout, each a git and DVC repository that holds the smoke grid."""

@@ -1,4 +1,4 @@
-"""What other people's code calls: `assess` for any model, mitigations, and the last layer without sampling."""
+"""What other people's code calls: `assess` for any model, and mitigations."""
 
 import copy
 import io
@@ -6,106 +6,47 @@ import math
 import subprocess
 import sys
 from contextlib import redirect_stderr
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import textguard.faults
-from conftest import REPOSITORY, TINY, settle
+from conftest import REPOSITORY, TINY, DigitsNetwork, settle
 from textguard.errors import CampaignMismatch, InvalidParameter, UnknownName, UnsupportedModel
 from textguard.faults import (
     FaultModel,
     assess,
     draw_plan,
     eligible_images,
-    enumerate_last_layer,
-    parse_format,
+    image_chances,
     profile_activations,
     profile_ranges,
     protect,
 )
-from textguard.faults.damage import Faults, Storage
+from textguard.faults.damage import Faults
 from textguard.faults.detectors import Bound
 from textguard.faults.engines import ReplayEngine, WholeEngine
-from textguard.faults.exact import flip_logits
 from textguard.faults.mitigations import ROUNDING
-from textguard.vision.classifiers import TextGuidedClassifier
 
 COLUMNS = [
-    *("layer", "kind", "neurons", "injections", "masked", "detected", "nonfinite"),
+    *("layer", "kind", "neurons", "method", "injections", "masked", "detected", "nonfinite"),
     *("delta_loss", "delta_loss_low", "delta_loss_high", "mismatch", "mismatch_low", "mismatch_high"),
+    *("sdc", "sdc_low", "sdc_high"),
 ]
-COUNTS = ["layer", "kind", "neurons", "injections", "nonfinite"]
-NUMBERS = [name for name in COLUMNS if name.startswith(("delta_loss", "mismatch"))]
+COUNTS = ["layer", "kind", "neurons", "method", "injections", "nonfinite"]
+NUMBERS = [name for name in COLUMNS if name.startswith(("delta_loss", "mismatch", "sdc"))]
 
 
-class Network(nn.Module):
-    """8 x 8 pixels to 10 numbers."""
-
-    def __init__(self, outputs: int = 10) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 8, 3, padding=1)
-        self.conv2 = nn.Conv2d(8, 12, 3, stride=2, padding=1)
-        self.fc = nn.Linear(12 * 4, outputs)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = F.relu(self.conv1(images))
-        x = F.max_pool2d(torch.relu(self.conv2(x)), 2)
-        return self.fc(x.flatten(1))
-
-
-class Untraceable(Network):
+class Untraceable(DigitsNetwork):
     """A model with a decision in it, such as torch.fx cannot trace."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images if images.sum() > 0 else -images)
-
-
-def digits() -> tuple[Tensor, Tensor]:
-    data = load_digits()
-    return torch.from_numpy(data.images).float()[:, None] / 8 - 1, torch.from_numpy(data.target)
-
-
-def trained(model: nn.Module, images: Tensor, labels: Tensor, epochs: int = 4) -> nn.Module:
-    optimizer = torch.optim.Adam(model.parameters(), 0.005)
-    order = torch.Generator().manual_seed(0)
-    for _ in range(epochs):
-        for batch in torch.randperm(len(images), generator=order).split(64):
-            optimizer.zero_grad()
-            F.cross_entropy(model(images[batch]), labels[batch]).backward()
-            optimizer.step()
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def data() -> tuple[Tensor, Tensor]:
-    """200 images and their labels, that no model was trained on."""
-    images, labels = digits()
-    return images[-200:], labels[-200:]
-
-
-@pytest.fixture(scope="module")
-def network() -> nn.Module:
-    """A small classifier of digits, nine out of ten of them right."""
-    torch.manual_seed(0)
-    images, labels = digits()
-    return trained(Network(), images[:-200], labels[:-200])
-
-
-@pytest.fixture(scope="module")
-def guided() -> nn.Module:
-    """The same with a text-guided head."""
-    torch.manual_seed(0)
-    images, labels = digits()
-    directions = F.normalize(torch.randn(10, 16), dim=1)
-    return trained(TextGuidedClassifier(Network(16), 10, 16, directions), images[:-200], labels[:-200])
 
 
 @pytest.fixture
@@ -134,10 +75,10 @@ def test_the_package_and_its_statistics_need_no_torch():
 
 
 def test_every_export_exists_and_others_are_named():
-    assert set(dir(textguard.faults)) >= {"assess", "draw_plan", "FaultModel", "enumerate_last_layer", "protect", "summarise"}
+    assert set(dir(textguard.faults)) >= {"assess", "draw_plan", "FaultModel", "enumerate_layer", "protect", "summarise"}
     for name in dir(textguard.faults):
         assert getattr(textguard.faults, name).__name__ == name
-    with pytest.raises(AttributeError, match=r"no attribute 'inject'; it exports assess, draw_plan"):
+    with pytest.raises(AttributeError, match=r"no attribute 'inject'; it exports assess, Design, draw_plan"):
         textguard.faults.inject  # noqa: B018
 
 
@@ -157,7 +98,8 @@ def test_assess_tells_of_every_layer(network, loader, data):
     assert found["kind"].tolist() == ["Conv2d", "Conv2d", "Linear"]
     assert found["neurons"].tolist() == [8 * 8 * 8, 12 * 4 * 4, 10]
     assert (found["injections"] == 150).all()
-    for name in ("delta_loss", "mismatch"):
+    assert (found["method"] == "sampled").all()
+    for name in ("delta_loss", "mismatch", "sdc"):
         assert (found[f"{name}_low"] <= found[name] + 1e-12).all()
         assert (found[name] <= found[f"{name}_high"]).all()
         assert (found[f"{name}_low"] < found[f"{name}_high"]).all()
@@ -179,6 +121,58 @@ def test_assess_tells_of_every_layer(network, loader, data):
     assert_agree(by_pytorchfi, found)
     only = assess(network, loader, injections_per_layer=20, kinds=("Linear",))
     assert only["layer"].tolist() == ["fc"]
+
+
+SPREADS = {
+    "neyman": {"plan": "neyman", "pilot": 64},
+    "importance": {"plan": "proportional", "images": "importance"},
+    "stopping": {"stop_at": "30%", "pilot": 100, "confidence": 0.9},
+    "all": {"plan": "neyman", "images": "importance", "stop_at": "40%", "pilot": 64, "confidence": 0.95},
+}
+
+
+@pytest.mark.parametrize("name", SPREADS)
+def test_assess_spreads_injections_as_told_and_by_all_engines_alike(name, network, loader):
+    options = {"injections_per_layer": 320, "seed": 3, **SPREADS[name]}
+    found = assess(network, loader, **options)
+    assert found["injections"].between(options.get("pilot", 320), 330).all()
+    for number in ("delta_loss", "mismatch", "sdc"):
+        assert (found[f"{number}_low"] <= found[number]).all()
+        assert (found[number] < found[f"{number}_high"]).all()
+    assert_agree(assess(network, loader, engine="whole", **options), found)
+    narrower = assess(network, loader, **{**options, "confidence": 0.5, "stop_at": "never"})
+    wider = assess(network, loader, **{**options, "confidence": 0.999, "stop_at": "never"})
+    widths = [frame["delta_loss_high"] - frame["delta_loss_low"] for frame in (narrower, wider)]
+    assert (widths[0] < widths[1]).all()
+    if "stop_at" in options:
+        stopped = found[found["injections"] < 320]
+        half = (stopped["delta_loss_high"] - stopped["delta_loss_low"]) / 2
+        assert (half <= float(options["stop_at"].rstrip("%")) / 100 * stopped["delta_loss"]).all()
+
+
+def test_assess_enumerates_what_it_may_and_samples_the_rest(network, loader, data):
+    options = {"injections_per_layer": 60, "seed": 3, "detector": "off"}
+    sampled = assess(network, loader, **options)
+    found = assess(network, loader, enumerate_up_to=1, **options)
+    assert found["method"].tolist() == ["sampled", "sampled", "exact"]
+    pd.testing.assert_frame_equal(found[:2], sampled[:2], rtol=1e-5)
+    last = found.iloc[2]
+    engine = ReplayEngine(network, data[0][0], 8)
+    assert last["injections"] == len(eligible_images(engine, loader)) * 10 * 32
+    assert last["nonfinite"] > 0
+    for name in ("delta_loss", "mismatch", "sdc"):
+        assert last[f"{name}_low"] == last[name] == last[f"{name}_high"]
+    assert last["sdc"] > last["mismatch"]
+    pd.testing.assert_frame_equal(
+        assess(network, loader, enumerate_up_to=1, kinds=("Linear",), **options).iloc[[0]].reset_index(drop=True),
+        found.iloc[[2]].reset_index(drop=True),
+    )
+    few = DataLoader(TensorDataset(data[0][:3], data[1][:3]), batch_size=2)
+    everything = assess(network, few, enumerate_up_to=10**6, **options)
+    assert everything["method"].tolist() == ["exact"] * 3
+    assert everything["injections"].tolist() == [3 * 32 * neurons for neurons in everything["neurons"]]
+    # The other engines are too slow for it.
+    assert (assess(network, few, enumerate_up_to=10**6, engine="whole", **options)["method"] == "sampled").all()
 
 
 def test_the_interval_of_no_mismatch_holds_zero(network, loader):
@@ -235,7 +229,7 @@ def test_the_detector_of_weights_knows_the_largest_weight(network, loader):
     flip = FaultModel(target="weight")
     found = assess(network, loader, injections_per_layer=100, seed=2, fault_model=flip).set_index("layer")
     engine = ReplayEngine(network, loader.dataset[0][0], 8)
-    plan = draw_plan(engine.sites, eligible_images(engine, loader), 100, 2, flip)
+    plan = draw_plan(engine.sites, image_chances(engine, loader), 100, 2, flip)
     for layer, faults in plan.groupby("layer"):
         weights = network.get_submodule(layer).weight.detach().numpy().flatten()
         words = weights[faults["neuron"]].view(np.uint32) ^ np.left_shift(1, faults["bit"].to_numpy()).astype(np.uint32)
@@ -250,6 +244,16 @@ def test_options_that_cannot_be_are_refused(network, loader):
         assess(network, loader, fault_model=FaultModel(target="metadata"))
     with pytest.raises(UnknownName, match="pytorchfi, replay, whole"):
         assess(network, loader, engine="goldeneye")
+    with pytest.raises(UnknownName, match=r"plan 'even'.*neyman, proportional, uniform"):
+        assess(network, loader, plan="even")
+    with pytest.raises(UnknownName, match=r"way to draw images 'some'.*importance, uniform"):
+        assess(network, loader, images="some")
+    with pytest.raises(InvalidParameter, match="'soon'; allowed: never"):
+        assess(network, loader, stop_at="soon")
+    with pytest.raises(InvalidParameter, match="pilot is 63; a plan by bit needs 2 for each of 32 bits"):
+        assess(network, loader, plan="neyman", pilot=63)
+    with pytest.raises(InvalidParameter, match="faults of one bit in one value can be planned by bit"):
+        assess(network, loader, plan="proportional", fault_model=FaultModel(bits=2))
     images = loader.dataset.tensors[0]
     wrong = DataLoader(TensorDataset(images, (network(images).argmax(dim=1) + 1) % 10), batch_size=9)
     with pytest.raises(InvalidParameter, match="no image is eligible"):
@@ -285,7 +289,7 @@ def test_an_interrupted_assessment_goes_on(network, loader, tmp_path, capsys):
     undisturbed = assess(network, loader, **options)
     first = assess(network, loader, shard_dir=tmp_path, **options)
     pd.testing.assert_frame_equal(first, undisturbed)
-    shards = sorted(tmp_path.glob("*.parquet"))
+    shards = sorted(tmp_path.glob("round-0/*.parquet"))
     assert len(shards) > 3
     kept = {shard: shard.stat().st_mtime_ns for shard in shards[1:]}
     shards[0].unlink()
@@ -497,184 +501,3 @@ def test_mitigations_that_cannot_be_are_refused(spellings, images):
     del bounds["relu_1"]
     with pytest.raises(InvalidParameter, match="activation 'relu_1' has no profiled range"):
         protect(spellings, images[0], bounds, "ranger")
-
-
-# The last layer without sampling
-
-
-def brute_force(engine: ReplayEngine, images: Tensor, labels: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """DeltaLoss and mismatch [B, C, bits], one inference for each."""
-    sites, bits = len(engine.sites), engine.number_format.bits
-    shape = (len(images), 10, bits)
-    image, neuron, bit = (index.flatten() for index in torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
-    count = len(image)
-    outcomes = engine.run(
-        images,
-        Faults(
-            model=FaultModel(),
-            position=torch.full((count,), sites - 1),
-            image=image,
-            limit=torch.full((count,), limit),
-            row=torch.arange(count),
-            neuron=neuron,
-            mask=1 << bit,
-        ),
-    )
-    golden = F.cross_entropy(outcomes.golden_logits, labels, reduction="none")[image]
-    delta = (F.cross_entropy(outcomes.logits, labels[image], reduction="none") - golden).abs()
-    mismatch = outcomes.logits.argmax(dim=1) != outcomes.golden_logits.argmax(dim=1)[image]
-    return delta.reshape(shape), mismatch.reshape(shape)
-
-
-@pytest.mark.parametrize("which", ["network", "guided"])
-@pytest.mark.parametrize("text", ["fp32", "fp16", "int(8)", "bfp(8,7,4)", "adaptivfloat(4,3)"])
-def test_the_last_layer_is_enumerated_as_a_campaign_would(text, which, request, data):
-    model, (images, labels) = request.getfixturevalue(which), data
-    loader = DataLoader(TensorDataset(images, labels), batch_size=3, shuffle=True)
-    ranges = profile_ranges(model, loader)
-    profiled = dict(zip(ranges["layer"], ranges["max_abs"], strict=True))
-    engine = ReplayEngine(model, images[0], 64, number_format=parse_format(text), profiled=profiled)
-    chosen = [5, 0, 17, 17, 199, 60, 121]
-    last = engine.sites[-1].layer
-    assert last == ("fc" if which == "network" else "head")
-    assert engine.factor_behind_last() == pytest.approx(float(model.logit_scale.exp()) if which == "guided" else 1.0)
-    for limit in (math.inf, profiled[last], 65536.0):
-        found = enumerate_last_layer(engine, loader, chosen, limit)
-        delta, mismatch = brute_force(engine, images[chosen], labels[chosen], limit)
-        assert found.delta_loss.shape == found.mismatch.shape == (len(chosen), 10, engine.number_format.bits)
-        assert torch.equal(found.mismatch, mismatch)
-        torch.testing.assert_close(found.delta_loss, delta, rtol=1e-4, atol=1e-5, equal_nan=True)
-        assert mismatch.any()
-        assert not mismatch.all()
-        if text == "fp32":
-            assert found.delta_loss.isnan().any() == math.isinf(limit)
-
-
-@pytest.mark.parametrize("text", ["fp32", "fp16", "fp8_e5m2", "int(8)", "fixed(3,4)", "adaptivfloat(4,3)", "bfp(8,7,3)"])
-@pytest.mark.parametrize("limit", [math.inf, 3.0])
-def test_ties_infinities_and_nans_count_as_torch_counts_them(limit, text):
-    form = parse_format(text)
-    storage = Storage(form, 127 / 16, 5, torch.device("cpu"))
-    draw = torch.Generator().manual_seed(0)
-    outputs = torch.cat(
-        [
-            torch.randint(-4, 5, (60, 5), generator=draw) / 2,  # many are equal
-            torch.randn(60, 5, generator=draw) * 4,
-            torch.zeros(1, 5),
-            torch.full((1, 5), 1.75),
-        ]
-    )
-    outputs = storage.round(outputs)
-    labels = torch.randint(5, (len(outputs),), generator=draw)
-    delta, mismatch = flip_logits(
-        SimpleNamespace(storage=lambda position: storage, number_format=form), outputs, 0.5, labels, limit
-    )
-    for row, label in enumerate(labels):
-        golden = outputs[row] * 0.5
-        for column in range(5):
-            block = outputs[row][column // 3 * 3 :][:3] if form.block else outputs[row]
-            shared = form.shared(block, storage.limit)
-            code = form.encode(outputs[row, column], storage.limit, shared)
-            faulty = golden.repeat(form.bits, 1)
-            for bit in range(form.bits):
-                value = float(form.decode(code ^ (1 << bit), storage.limit, shared))
-                if not math.isinf(limit) and not abs(value) <= limit:
-                    value = -limit if value < 0 else limit
-                faulty[bit, column] = value * 0.5
-            expected = F.cross_entropy(faulty, label.expand(form.bits), reduction="none") - F.cross_entropy(golden, label)
-            torch.testing.assert_close(delta[row, column], expected.abs(), rtol=1e-4, atol=1e-6, equal_nan=True)
-            assert torch.equal(mismatch[row, column], faulty.argmax(dim=1) != golden.argmax())
-
-
-def test_ten_thousand_images_at_once():
-    storage = Storage(parse_format("fp32"), 0.0, 10, torch.device("cpu"))
-    engine = SimpleNamespace(storage=lambda position: storage, number_format=storage.format)
-    delta, mismatch = flip_logits(engine, torch.randn(10_000, 10), 14.3, torch.randint(10, (10_000,)), 5.0)
-    assert delta.shape == mismatch.shape == (10_000, 10, 32)
-    assert (delta.dtype, mismatch.dtype) == (torch.float32, torch.bool)
-    assert delta.isfinite().all()
-
-
-@pytest.mark.parametrize("which", ["network", "guided"])
-def test_a_sampled_campaign_agrees_with_all_faults(which, request, loader):
-    model = request.getfixturevalue(which)
-    sampled = assess(model, loader, injections_per_layer=3000, seed=1, kinds=("Linear",)).iloc[-1]
-    ranges = profile_ranges(model, loader, ("Linear",)).set_index("layer")
-    engine = ReplayEngine(model, loader.dataset[0][0], 64, kinds=("Linear",))
-    exact = enumerate_last_layer(engine, loader, eligible_images(engine, loader), ranges["max_abs"][sampled["layer"]])
-    delta, mismatch = float(exact.delta_loss.double().mean()), float(exact.mismatch.double().mean())
-    assert sampled["delta_loss_low"] < delta < sampled["delta_loss_high"]
-    assert sampled["mismatch_low"] < mismatch < sampled["mismatch_high"]
-    assert sampled["delta_loss_high"] - sampled["delta_loss_low"] < delta  # an interval that says something
-
-
-class Ending(nn.Module):
-    """A last layer, and what comes behind it."""
-
-    def __init__(self, end) -> None:
-        super().__init__()
-        self.first, self.last, self.end = nn.Linear(64, 6), nn.Linear(6, 10), end
-        self.shift = nn.Parameter(torch.randn(10))
-        self.scale = nn.Parameter(torch.tensor(1.5))
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.first(images.flatten(1))
-        return self.end(self, x, self.last(x))
-
-
-FACTORS = {
-    "nothing": (lambda model, x, y: y, 1.0),
-    "a number": (lambda model, x, y: y * 2.0, 2.0),
-    "a number first": (lambda model, x, y: 2.0 * y, 2.0),
-    "a parameter": (lambda model, x, y: torch.mul(model.scale, y), 1.5),
-    "several": (lambda model, x, y: -3 * (y * (model.scale + 0.5) * 0.5), -3.0),
-}
-NO_FACTORS = {
-    "softmax": lambda model, x, y: y.softmax(dim=1),
-    "a shift": lambda model, x, y: y + model.shift,
-    "a vector": lambda model, x, y: y * model.shift,
-    "the image": lambda model, x, y: y * x.norm(dim=1, keepdim=True),
-    "itself": lambda model, x, y: y * y,
-    "twice": lambda model, x, y: y * 2.0 + y * 0.5,
-}
-
-
-@pytest.mark.parametrize("name", FACTORS)
-def test_factors_behind_the_last_layer(name, data):
-    end, factor = FACTORS[name]
-    torch.manual_seed(0)
-    model, (images, labels) = Ending(end).eval(), (data[0][:6], data[1][:6])
-    engine = ReplayEngine(model, images[0], 64)
-    assert engine.factor_behind_last() == pytest.approx(factor)
-    loader = DataLoader(TensorDataset(images, labels), batch_size=4)
-    found = enumerate_last_layer(engine, loader, list(range(6)), 20.0)
-    delta, mismatch = brute_force(engine, images, labels, 20.0)
-    torch.testing.assert_close(found.delta_loss, delta, rtol=1e-4, atol=1e-5)
-    if factor > 0:
-        assert torch.equal(found.mismatch, mismatch)
-
-
-@pytest.mark.parametrize("name", NO_FACTORS)
-def test_more_than_a_factor_cannot_be_enumerated(name, data):
-    torch.manual_seed(0)
-    images, labels = data[0][:6], data[1][:6]
-    engine = ReplayEngine(Ending(NO_FACTORS[name]).eval(), images[0], 64)
-    with pytest.raises(UnsupportedModel, match="behind the last layer"):
-        enumerate_last_layer(engine, DataLoader(TensorDataset(images, labels), batch_size=4), [0, 1], 20.0)
-
-
-def test_a_last_layer_with_several_values_per_class_cannot_be_enumerated(data):
-    model = nn.Sequential(nn.Flatten(2), nn.Linear(64, 4)).eval()
-    engine = ReplayEngine(model, data[0][0], 4)
-    with pytest.raises(UnsupportedModel, match=r"gives \[1, 4\] values per image"):
-        enumerate_last_layer(engine, DataLoader(TensorDataset(*data), batch_size=4), [0], 20.0)
-
-
-def test_images_are_taken_in_the_order_of_their_positions(network, loader):
-    engine = ReplayEngine(network, loader.dataset[0][0], 4)
-    chosen = [9, 2, 9, 150]
-    together = enumerate_last_layer(engine, loader, chosen, 10.0)
-    for row, image in enumerate(chosen):
-        alone = enumerate_last_layer(engine, loader, [image], 10.0)
-        torch.testing.assert_close(together.delta_loss[row], alone.delta_loss[0], rtol=1e-4, atol=1e-5)
-    assert not np.allclose(together.delta_loss[0], together.delta_loss[1])
