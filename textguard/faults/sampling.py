@@ -150,8 +150,11 @@ def rerun_changed(
     label: str = "inject",
 ) -> pd.DataFrame:
     """The records that differ under a range detector with other limits, from those under one: only these are run again."""
-    limit = records["layer"].map(limits).to_numpy(float)
-    differs = records["detected"].to_numpy(bool) | ~(records["faulty_value"].abs().to_numpy(float) <= limit)
+    limit = records["layer"].map(limits).to_numpy(np.float32)
+    with np.errstate(invalid="ignore"):  # some are NaN
+        beyond = np.isfinite(limit) & ~(np.abs(records["faulty_value"].to_numpy(np.float32)) <= limit)
+    # Of damaged metadata the records hold the codes, not the values that the detector sees.
+    differs = records["detected"].to_numpy(bool) | beyond | (fault_model.target == "metadata")
     differs = records.assign(differs=differs).groupby(["layer", "index"])["differs"].transform("any").to_numpy(bool)
     plan = records.loc[differs, PLAN_COLUMNS].reset_index(drop=True)
     if not len(plan):
@@ -190,7 +193,12 @@ def _neyman(pilots: Mapping[str, LayerResult]) -> dict[str, np.ndarray]:
     for layer, pilot in pilots.items():
         others = [spread for other, spread in spreads.items() if other != layer]
         even = np.full(len(pilot.strata), 1 / len(pilot.strata))
-        shares[layer] = EVENLY * even + (1 - EVENLY) * np.mean(others, axis=0) if others else even
+        if not others:
+            shares[layer] = even
+            continue
+        # Rounded, so that bits whose faults do nothing but round differently are alike, whatever the batch size.
+        mean = np.mean(others, axis=0).round(3)
+        shares[layer] = EVENLY * even + (1 - EVENLY) * mean / mean.sum()
     return shares
 
 
