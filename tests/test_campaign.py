@@ -19,17 +19,21 @@ from textguard.errors import CampaignMismatch, InvalidParameter
 from textguard.faults.campaign import (
     RECORD_COLUMNS,
     eligible_images,
+    image_chances,
     loader_of,
     profile_activations,
     profile_ranges,
     run_campaign,
-    summarise,
     top2diff,
 )
 from textguard.faults.damage import SINGLE_FLIP, FaultModel
+from textguard.faults.detectors import detector_limits
 from textguard.faults.engines import make_engine
 from textguard.faults.formats import FP32, parse_format
 from textguard.faults.plans import PLAN_COLUMNS, draw_plan
+from textguard.faults.sampling import Design, replace_records, rerun_changed, run_design
+from textguard.faults.statistics import mean_interval
+from textguard.faults.summary import summarise
 
 # What must agree exactly; golden values and losses may differ by roundings, for engines and batch sizes add up in other orders.
 EXACT = [*PLAN_COLUMNS, "detected", "mismatch"]
@@ -57,7 +61,9 @@ class Campaign:
         self.model, self.loader = model, loader
         self.name, self.batch_size, self.image_batch = "replay", 16, 3
         self.fault_model, self.number_format = SINGLE_FLIP, FP32
-        self.seed, self.per_layer, self.shard_dir, self.scale = 4, 20, None, 1.0
+        # A little more than was profiled: at just the largest logit, a detected fault would tie with it.
+        self.seed, self.per_layer, self.shard_dir, self.scale = 4, 20, None, 1.01
+        self.images, self.design = "uniform", Design("neyman", 200, 64, "never", 0.99, 4)
         for name, value in changes.items():
             assert hasattr(self, name)
             setattr(self, name, value)
@@ -73,8 +79,9 @@ class Campaign:
             profiled=self.profiled,
             target=self.fault_model.target,
         )
-        eligible = eligible_images(self.engine, loader)
-        self.plan = draw_plan(self.engine.sites, eligible, self.per_layer, self.seed, self.fault_model, self.number_format)
+        self.chances = image_chances(self.engine, loader, self.images)
+        self.plan = draw_plan(self.engine.sites, self.chances, self.per_layer, self.seed, self.fault_model, self.number_format)
+        self.neurons = {site.layer: site.neurons for site in self.engine.sites}
 
     def run(self, plan=None) -> pd.DataFrame:
         return run_campaign(
@@ -82,6 +89,19 @@ class Campaign:
             self.loader,
             self.plan if plan is None else plan,
             self.limits,
+            image_batch=self.image_batch,
+            fault_model=self.fault_model,
+            shard_dir=self.shard_dir,
+        )
+
+    def run_design(self) -> pd.DataFrame:
+        return run_design(
+            self.engine,
+            self.engine.sites,
+            self.loader,
+            self.chances,
+            self.limits,
+            self.design,
             image_batch=self.image_batch,
             fault_model=self.fault_model,
             shard_dir=self.shard_dir,
@@ -208,10 +228,12 @@ def test_injections_with_several_rows_have_one_record_per_row_and_count_once(res
             assert (detected == (not inside)).all()
             expected = flipped if inside else (-limit if flipped < 0 else limit)
             assert faulty == pytest.approx(expected, rel=1e-6)
-    for layer in summarise(records, campaign.engine.sites):
+    for layer in summarise(records, campaign.neurons).values():
         of_layer = records[records["layer"] == layer.layer].groupby("index")
         assert layer.injections == layer.delta_loss.n == layer.mismatch.n == 30
         assert layer.mismatch.value == of_layer["mismatch"].first().mean()
+        loss = (of_layer["faulty_loss"].first() - of_layer["golden_loss"].first()).abs()
+        assert layer.delta_loss.value == pytest.approx(loss.mean(), rel=1e-5)
         assert layer.masked == of_layer["masked"].first().sum()
         # An injection is detected where the detector saw any of its values.
         assert layer.detected == of_layer["detected"].any().sum()
@@ -220,10 +242,10 @@ def test_injections_with_several_rows_have_one_record_per_row_and_count_once(res
 def test_a_summary_has_the_layers_in_order_of_execution(resnet, loader):
     campaign = Campaign(resnet, loader)
     records = campaign.run()
-    results = summarise(records.sample(frac=1, random_state=0), campaign.engine.sites)
-    assert [result.layer for result in results] == ["stem.0", "conv1", "conv2", "fc"]
-    assert [result.neurons for result in results] == [8 * 16 * 16, 8 * 8 * 8, 8 * 8 * 8, 4]
-    assert [result.layer for result in summarise(records[records["layer"] == "conv2"], campaign.engine.sites)] == ["conv2"]
+    results = summarise(records.sample(frac=1, random_state=0), campaign.neurons)
+    assert list(results) == [result.layer for result in results.values()] == ["stem.0", "conv1", "conv2", "fc"]
+    assert [result.neurons for result in results.values()] == [8 * 16 * 16, 8 * 8 * 8, 8 * 8 * 8, 4]
+    assert list(summarise(records[records["layer"] == "conv2"], campaign.neurons)) == ["conv2"]
 
 
 # Interruptions.
@@ -268,7 +290,7 @@ def test_an_interrupted_campaign_goes_on_where_it_was(resnet, loader, tmp_path, 
 
 
 CHANGES = {
-    "plan": lambda c: setattr(c, "plan", draw_plan(c.engine.sites, range(10), 20, seed=5)),
+    "plan": lambda c: setattr(c, "plan", draw_plan(c.engine.sites, c.chances, 20, seed=5)),
     "detector limits": lambda c: setattr(c, "limits", {**c.limits, "fc": 1e3}),
     "images per shard": lambda c: setattr(c, "image_batch", 4),
 }
@@ -328,11 +350,141 @@ def test_shards_of_other_models_formats_and_data_are_refused(resnet, images, lab
 
 def test_a_plan_of_another_model_is_refused(resnet, loader):
     campaign = Campaign(resnet, loader)
-    for column, value in (("neuron", 10**6), ("neuron", -1), ("image", 12), ("bit", 32)):
+    for column, value in (("neuron", 10**6), ("neuron", -1), ("image", 12), ("bit", 32), ("weight", 0.0), ("weight", np.nan)):
         with pytest.raises(CampaignMismatch, match=column):
             campaign.run(campaign.plan.assign(**{column: value}))
     with pytest.raises(CampaignMismatch, match="'other'"):
         campaign.run(campaign.plan.assign(layer="other"))
+
+
+# Campaigns in rounds.
+
+DESIGNS = {
+    "proportional": {"design": Design("proportional", 130, 64, "never", 0.99, 4)},
+    "neyman": {},
+    "neyman, importance": {"images": "importance"},
+    "until 60 %": {"design": Design("neyman", 600, 64, "60%", 0.99, 4)},
+    "until 40 %, two bits": {"design": Design("uniform", 300, 50, "40%", 0.9, 4), "fault_model": FaultModel(bits=2)},
+}
+
+
+@pytest.mark.parametrize("name", DESIGNS)
+def test_a_design_gives_the_same_records_for_any_batching(resnet, loader, name):
+    design = DESIGNS[name].get("design", Design("neyman", 200, 64, "never", 0.99, 4))
+    campaign = Campaign(resnet, loader, **DESIGNS[name])
+    reference = campaign.run_design()
+    bits = campaign.fault_model.bits
+    count = reference.groupby("layer", sort=False)["index"].nunique()
+    assert count.index.tolist() == [site.layer for site in campaign.engine.sites]
+    assert count.between(min(design.pilot, design.injections_per_layer), design.injections_per_layer + 64).all()
+    assert len(reference) == bits * count.sum()
+    for _, records in reference.groupby("layer"):
+        assert records["index"].is_monotonic_increasing
+    if bits == 1:
+        assert not reference.duplicated(["layer", "index"]).any()
+        pd.testing.assert_frame_equal(
+            campaign.run(reference[PLAN_COLUMNS])[EXACT], reference[EXACT]
+        )  # one campaign of them all, in one go
+    for image_batch, batch_size in ((1, 7), (100, 1000)):
+        assert_same_records(
+            Campaign(resnet, loader, image_batch=image_batch, batch_size=batch_size, **DESIGNS[name]).run_design(), reference
+        )
+
+
+def test_a_layer_is_done_when_its_interval_is_as_narrow_as_wanted(resnet, loader):
+    campaign = Campaign(resnet, loader, design=Design("uniform", 2000, 50, "60%", 0.9, 4))
+    records = campaign.run_design()
+    results = summarise(records, campaign.neurons)
+    half = {}
+    for layer, result in results.items():
+        found = mean_interval(result.delta_loss, 0.9)
+        half[layer] = (found.high - found.low) / 2 / found.value
+        assert half[layer] <= 0.6 or result.injections == 2000
+    assert len({result.injections for result in results.values()}) > 1
+    assert min(half.values()) <= 0.6
+
+
+@pytest.mark.parametrize("name", ["neyman", "until 60 %"])
+def test_a_design_interrupted_in_a_later_round_goes_on_bit_for_bit(resnet, loader, tmp_path, name, monkeypatch, capsys):
+    # Neither these runs nor how long they take has a say in the records.
+    monkeypatch.setattr("textguard.faults.sampling.measure_pace", lambda *_, **__: 1.0)
+    undisturbed = Campaign(resnet, loader, **DESIGNS[name])
+    runs = count_runs(undisturbed.engine)
+    expected = undisturbed.run_design()
+    whole = sum(runs)
+    first = Campaign(resnet, loader, shard_dir=tmp_path, **DESIGNS[name])
+    before = count_runs(first.engine, fail_at=6)
+    with pytest.raises(KeyboardInterrupt):
+        first.run_design()
+    assert [len(list((tmp_path / f"round-{number}").glob("*.parquet"))) for number in (0, 1)] == [4, 2]
+    capsys.readouterr()
+    second = Campaign(resnet, loader, shard_dir=tmp_path, **DESIGNS[name])
+    after = count_runs(second.engine)
+    records = second.run_design()
+    said = capsys.readouterr().err
+    assert "round 1: going on after 4 of 4 shards" in said
+    assert "round 2: going on after 2 of 4 shards" in said
+    pd.testing.assert_frame_equal(records, expected)
+    assert sum(before) + sum(after) == whole
+    # Other chances to be drawn make another campaign.
+    other = Campaign(resnet, loader, shard_dir=tmp_path, images="importance", **DESIGNS[name])
+    with pytest.raises(CampaignMismatch, match="plan was"):
+        other.run_design()
+
+
+# One campaign, several detectors.
+
+DETECTORS = [
+    ("profiled", "off"),
+    ("profiled", "fixed:0.7"),
+    ("off", "profiled"),
+    ("off", "fixed:300"),
+    ("fixed:100", "fixed:0.3"),
+]
+RERUN = {
+    "one value": {},
+    "several values": {"fault_model": TARGETS["both"]},
+    "weights": {"fault_model": FaultModel("weight", values=2)},
+    "metadata": {"fault_model": FaultModel("metadata"), "number_format": parse_format("bfp(8,7,16)")},
+}
+
+
+@pytest.mark.parametrize("name", RERUN)
+@pytest.mark.parametrize(("before", "after"), DETECTORS)
+def test_what_another_detector_changes_is_run_again_and_nothing_else(resnet, loader, before, after, name, tmp_path):
+    campaign = Campaign(resnet, loader, per_layer=60, **RERUN[name])
+    layers = [site.layer for site in campaign.engine.sites]
+    limits = {detector: detector_limits(detector, layers, campaign.limits) for detector in (before, after)}
+    campaign.limits = limits[before]
+    records = campaign.run()
+    options = {"image_batch": 3, "fault_model": campaign.fault_model, "shard_dir": tmp_path}
+    changed = rerun_changed(campaign.engine, loader, records, limits[after], **options)
+    together = replace_records(records, changed)
+    campaign.limits = limits[after]
+    expected = campaign.run()
+    columns = ["layer", "index", "neuron", "bit"]
+    ordered = [frame.sort_values(columns, ignore_index=True) for frame in (together, expected)]
+    assert_same_records(*ordered)
+    assert list(changed.columns) == RECORD_COLUMNS
+    count = len(changed.drop_duplicates(["layer", "index"]))
+    assert 0 < count < 240 or name == "metadata"  # of which all are run again: the records do not tell what it becomes
+    # Under the same detector, only what it replaced is.
+    same = rerun_changed(campaign.engine, loader, expected, limits[after], image_batch=3, fault_model=campaign.fault_model)
+    assert name == "metadata" or set(map(tuple, same[["layer", "index"]].to_numpy())) == set(
+        map(tuple, expected.loc[expected["detected"], ["layer", "index"]].to_numpy())
+    )
+
+
+def test_nothing_is_run_again_where_the_detector_changes_nothing(resnet, loader):
+    campaign = Campaign(resnet, loader)
+    records = campaign.run()
+    kept = records[~records["detected"]].reset_index(drop=True)
+    runs = count_runs(campaign.engine)
+    changed = rerun_changed(campaign.engine, loader, kept, campaign.limits, image_batch=3)
+    assert not runs
+    assert changed.empty
+    assert list(changed.columns) == RECORD_COLUMNS
+    pd.testing.assert_frame_equal(replace_records(kept, changed), kept)
 
 
 # Data.
@@ -396,7 +548,7 @@ def test_positions_are_those_in_the_data_set_however_it_is_loaded(resnet, images
 def test_a_stream_of_images_is_refused(resnet, images, labels):
     engine = make_engine("replay", resnet, images[0], 8)
     stream = DataLoader(Stream(Swapped(images, labels)), batch_size=5)
-    plan = draw_plan(engine.sites, [0, 1], 2, seed=0)
+    plan = draw_plan(engine.sites, np.ones(12), 2, seed=0)
     limits = {site.layer: 1.0 for site in engine.sites}
     uses = {
         "ranges": lambda: profile_ranges(resnet, stream),
@@ -490,14 +642,18 @@ except InvalidParameter as error:
     refused = str(error)
 campaign.shard_dir = Path({folder!r}) / "shards"
 records = campaign.run()
+alone, runs[:] = list(runs), []
+campaign.shard_dir = Path({folder!r}) / "design"
+designed = campaign.run_design()
 rank = torch.distributed.get_rank()
 write_parquet(Path({folder!r}) / f"records-{{rank}}.parquet", records)
-write_json(Path({folder!r}) / f"process-{{rank}}.json", {{"refused": refused, "runs": runs}})
+write_parquet(Path({folder!r}) / f"designed-{{rank}}.parquet", designed)
+write_json(Path({folder!r}) / f"process-{{rank}}.json", {{"refused": refused, "runs": alone, "designed": runs}})
 torch.distributed.destroy_process_group()
 """
 
 
-def test_processes_of_torchrun_share_the_shards(resnet, images, tmp_path):
+def test_processes_of_torchrun_share_the_shards_of_each_round(resnet, images, tmp_path):
     script = tmp_path / "process.py"
     tests = str(Path(__file__).parent)
     script.write_text(PROCESS.format(repository=str(REPOSITORY), tests=tests, folder=str(tmp_path)))
@@ -515,6 +671,12 @@ def test_processes_of_torchrun_share_the_shards(resnet, images, tmp_path):
         records = read_parquet(tmp_path / f"records-{rank}.parquet", "", RECORD_COLUMNS)
         assert_same_records(records, expected)
         assert records["masked"].equals(expected["masked"])
+    # In rounds, too, and both plan the same second one.
+    designed = [read_parquet(tmp_path / f"designed-{rank}.parquet", "", RECORD_COLUMNS) for rank in (0, 1)]
+    pd.testing.assert_frame_equal(*designed)
+    assert_same_records(designed[0], campaign.run_design())
+    assert [len(process["designed"]) for process in processes] == [2 + 3 + 3] * 2  # the first two to see how fast it is
+    assert len(list((tmp_path / "design").glob("round-?/*.parquet"))) == 12
     # A single process goes on from what two have made.
     campaign.shard_dir = tmp_path / "shards"
     runs = count_runs(campaign.engine)
