@@ -13,9 +13,11 @@ def test_the_readme_shows_the_example():
 
 def test_the_example_prints_each_layer_with_intervals(tmp_path):
     printed = run([sys.executable, str(EXAMPLE)], tmp_path, PYTHONPATH=str(REPOSITORY)).stdout.splitlines()
-    assert "delta_loss_low" in printed[0]
+    names = ["row", *printed[0].split()]
+    rows = {fields["layer"]: fields for fields in (dict(zip(names, line.split(), strict=True)) for line in printed[1:])}
     # Layers of an nn.Sequential are called by their number; the linear layer is the more sensitive one.
-    rows = {fields[1]: [float(number) for number in fields[5:8]] for fields in map(str.split, printed[1:])}
     assert list(rows) == ["0", "4"]
-    assert all(low < value < high for value, low, high in rows.values())
-    assert rows["4"][1] > rows["0"][2]
+    for name in ("delta_loss", "mismatch", "sdc"):
+        found = {layer: [float(row[f"{name}{end}"]) for end in ("_low", "", "_high")] for layer, row in rows.items()}
+        assert all(low < value < high for low, value, high in found.values())
+        assert found["4"][0] > found["0"][2]
