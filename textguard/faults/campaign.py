@@ -92,8 +92,9 @@ def image_chances(engine: Engine, loader: DataLoader, images: str = "uniform") -
     """How likely each image of the loader's data set is to be drawn for an injection, relative to the others, float [N].
 
     0 for those that the fault-free model classifies wrongly or with Top2Diff = 0: they are not eligible. `uniform`: 1 for all
-    others. `importance`: half of that, and half in proportion to 1 - p(label), since a fault changes the loss of an image most
-    where the model is least certain; no injection then weighs more than 2. Raises UnknownName.
+    others. `importance`: half of that, and half in proportion to 1 - p(label): a small change of the logits changes the loss
+    most where the model is least certain. It pays in layers whose faults do little, not in the last ones; no injection weighs
+    more than about 2. Raises UnknownName.
     """
     if images not in IMAGES:
         raise UnknownName("way to draw images", images, IMAGES, "params.yaml inject.images")
@@ -107,7 +108,8 @@ def image_chances(engine: Engine, loader: DataLoader, images: str = "uniform") -
     doubt *= chances
     if images == "uniform" or not doubt.sum():
         return chances
-    return (chances + doubt * (chances.sum() / doubt.sum())) / 2
+    # Rounded, so that what batch sizes do to the last digits of logits changes no plan.
+    return chances * ((1 + doubt * (chances.sum() / doubt.sum())) / 2).round(2)
 
 
 def eligible_images(engine: Engine, loader: DataLoader) -> list[int]:
