@@ -1,6 +1,4 @@
-"""Fault plans, and the estimates from their records."""
-
-import math
+"""Fault plans: which faults on which images, and what each counts for."""
 
 import numpy as np
 import pandas as pd
@@ -12,15 +10,6 @@ from textguard.faults.damage import SINGLE_FLIP, FaultModel
 from textguard.faults.formats import FP32, parse_format
 from textguard.faults.plans import PLAN_COLUMNS, check_plan, draw_plan
 from textguard.faults.sites import Site
-from textguard.faults.statistics import (
-    Estimate,
-    difference,
-    mean_estimate,
-    rate_estimate,
-    ratio,
-    summarise_layer,
-    weighted_mean,
-)
 
 SITES = [Site("a", "Conv2d", 0, (4, 5, 5), weights=24), Site("b", "Linear", 1, (10,), weights=1000)]
 MODELS = [
@@ -30,10 +19,17 @@ MODELS = [
     FaultModel(bits=2, values=2),
     FaultModel("weight", "stuck_at_1", bits=2),
 ]
+SEVEN = np.ones(7)
+
+
+def among(*images, count=9):
+    """The same chance for some images of a split, none for the others."""
+    return np.isin(np.arange(count), images).astype(float)
 
 
 def test_a_plan_is_uniform_over_images_neurons_and_bits():
-    plan = draw_plan(SITES, [3, 5, 8], 20_000, seed=0)
+    plan = draw_plan(SITES, among(3, 5, 8), 20_000, seed=0)
+    assert (plan["weight"] == 1).all()
     assert list(plan.columns) == PLAN_COLUMNS
     assert plan.groupby("layer").size().to_dict() == {"a": 20_000, "b": 20_000}
     for layer, neurons in (("a", 100), ("b", 10)):
@@ -51,7 +47,7 @@ def test_a_plan_is_uniform_over_images_neurons_and_bits():
 @pytest.mark.parametrize("fault_model", MODELS, ids=str)
 def test_a_fault_depends_on_seed_layer_and_index_alone(fault_model):
     def draw(sites=SITES, count=50, seed=1):
-        return draw_plan(sites, range(7), count, seed, fault_model)
+        return draw_plan(sites, SEVEN, count, seed, fault_model)
 
     plan = draw()
     pd.testing.assert_frame_equal(draw(), plan)
@@ -65,18 +61,16 @@ def test_a_fault_depends_on_seed_layer_and_index_alone(fault_model):
 def test_corresponding_layers_of_two_models_get_corresponding_faults():
     renamed = [Site(f"backbone.{site.layer}", site.kind, site.position, site.shape, site.weights) for site in SITES]
     pd.testing.assert_frame_equal(
-        draw_plan(renamed, range(7), 50, seed=1).drop(columns="layer"),
-        draw_plan(SITES, range(7), 50, seed=1).drop(columns="layer"),
+        draw_plan(renamed, SEVEN, 50, seed=1).drop(columns="layer"),
+        draw_plan(SITES, SEVEN, 50, seed=1).drop(columns="layer"),
     )
-    small, large = (
-        draw_plan([Site("a", "Linear", 0, (size,))], range(7), 500, seed=1)["neuron"] / size for size in (100, 1000)
-    )
+    small, large = (draw_plan([Site("a", "Linear", 0, (size,))], SEVEN, 500, seed=1)["neuron"] / size for size in (100, 1000))
     assert (small - large).abs().max() < 0.01 + 1e-9
 
 
-def drawn(fault_model, count=4000, number_format=FP32, images=(3, 5, 8), sites=SITES):
+def drawn(fault_model, count=4000, number_format=FP32, sites=SITES):
     """The plan's rows by layer and injection: {layer: array [count, values, bits, (image, neuron, bit)]}."""
-    plan = draw_plan(sites, images, count, 0, fault_model, number_format)
+    plan = draw_plan(sites, among(3, 5, 8), count, 0, fault_model, number_format)
     shape = (count, fault_model.values, fault_model.bits, 3)
     assert (plan["index"].to_numpy().reshape(len(sites), *shape[:3]) == np.arange(count)[:, None, None]).all()
     return {
@@ -145,9 +139,9 @@ def test_what_there_is_to_hit_depends_on_target_and_format():
 def test_a_plan_needs_injections_and_images():
     for count in (0, -3):
         with pytest.raises(InvalidParameter, match="at least 1"):
-            draw_plan(SITES, [1], count, seed=0)
+            draw_plan(SITES, SEVEN, count, seed=0)
     with pytest.raises(InvalidParameter, match="no image is eligible"):
-        draw_plan(SITES, [], 5, seed=0)
+        draw_plan(SITES, np.zeros(7), 5, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +156,7 @@ def test_a_plan_needs_injections_and_images():
 )
 def test_a_plan_that_does_not_fit_is_refused(fault_model, number_format, ends):
     stored = parse_format(number_format)
-    plan = draw_plan(SITES, range(7), 20, 0, fault_model, stored)
+    plan = draw_plan(SITES, SEVEN, 20, 0, fault_model, stored)
     check_plan(plan, SITES, 7, fault_model, stored)
     last = plan.index[-1]  # a fault of layer b
     for column, end in ends.items():
@@ -174,63 +168,101 @@ def test_a_plan_that_does_not_fit_is_refused(fault_model, number_format, ends):
             else:
                 with pytest.raises(CampaignMismatch, match=f"has a {column} that does not exist"):
                     check_plan(changed, SITES, 7, fault_model, stored)
+    for weight in (0.0, -1.0, np.nan, np.inf):
+        with pytest.raises(CampaignMismatch, match="weights that are not above 0"):
+            check_plan(plan.assign(weight=weight), SITES, 7, fault_model, stored)
     with pytest.raises(CampaignMismatch, match="layer 'a', which the model does not have"):
         check_plan(plan, SITES[1:], 7, fault_model, stored)
 
 
-def test_a_mean_has_the_papers_interval():
-    values = np.array([1.0, 2.0, 4.0, 9.0])
-    estimate = mean_estimate(values)
-    half = 2.576 * math.sqrt(((values - 4) ** 2).sum() / 3) / 2
-    assert estimate == Estimate(4.0, pytest.approx(4 - half), pytest.approx(4 + half), 4)
-    assert mean_estimate(np.array([])).as_json() == {"value": None, "low": None, "high": None, "n": 0}
+# As `image_chances` gives them for `importance`: half even, half by doubt; some images are not eligible.
+DOUBT = np.where(np.arange(40) % 5 == 2, 0.0, np.random.default_rng(0).lognormal(-4, 2, 40))
+CHANCES = (DOUBT > 0) * (0.5 + 0.5 * DOUBT / DOUBT[DOUBT > 0].mean())
 
 
-def test_a_rate_has_wilsons_interval():
-    for hits, count in ((0, 50), (3, 50), (50, 50), (12, 4096)):
-        expected = stats.binomtest(hits, count).proportion_ci(0.99, method="wilson")
-        estimate = rate_estimate(hits, count)
-        assert estimate.value == hits / count
-        assert estimate.low == pytest.approx(expected.low, abs=2e-5)
-        assert estimate.high == pytest.approx(expected.high, abs=2e-5)
-    assert math.isnan(rate_estimate(0, 0).value)
+@pytest.mark.parametrize("by_bit", [False, True])
+def test_images_are_drawn_by_their_chances_and_weigh_the_inverse(by_bit):
+    count = 40_000
+    counts = {"a": np.full(32, count // 32)} if by_bit else count
+    plan = draw_plan(SITES[:1], CHANCES, counts, seed=3)
+    drawn_images = np.bincount(plan["image"], minlength=len(CHANCES))
+    eligible = CHANCES > 0
+    assert not drawn_images[~eligible].any()
+    expected = CHANCES[eligible] / CHANCES.sum() * count
+    assert stats.chisquare(drawn_images[eligible], expected).pvalue > 1e-4
+    assert plan["weight"].to_numpy() == pytest.approx(CHANCES[eligible].mean() / CHANCES[plan["image"]])
+    # Weighted, every eligible image counts alike: as often as in a plan that draws them so.
+    weighted = np.bincount(plan["image"], plan["weight"], minlength=len(CHANCES))[eligible]
+    error = np.sqrt(expected) * CHANCES[eligible].mean() / CHANCES[eligible]
+    assert (np.abs(weighted - count / eligible.sum()) < 4 * error).all()
+    assert plan["weight"].mean() == pytest.approx(1, abs=4 * plan["weight"].std() / count**0.5)
+    assert plan["weight"].max() <= 2
 
 
-def test_weighted_means_ratios_and_differences():
-    a, b = Estimate(2.0, 1.0, 3.0, 10), Estimate(4.0, 2.0, 6.0, 20)
-    assert weighted_mean([a, b], [3, 1]) == Estimate(2.5, 2.5 - math.hypot(0.75, 0.5), 2.5 + math.hypot(0.75, 0.5), 30)
-    quotient = ratio(b, a)
-    assert quotient.value == 2.0
-    assert quotient.high == pytest.approx(2 * math.exp(math.hypot(0.5, 0.5)))
-    assert quotient.low * quotient.high == pytest.approx(4.0)
-    assert difference(b, a) == Estimate(2.0, 2.0 - math.hypot(1, 2), 2.0 + math.hypot(1, 2), 10)
-    assert math.isnan(ratio(a, Estimate(0.0, 0.0, 0.0, 5)).value)
+def test_a_plans_chances_are_relative():
+    pd.testing.assert_frame_equal(draw_plan(SITES, CHANCES, 100, seed=3), draw_plan(SITES, 8 * CHANCES, 100, seed=3))
 
 
-def test_intervals_cover_the_truth():
-    draw = np.random.default_rng(0)
-    inside = 0
-    for _ in range(500):
-        numerator, denominator = draw.normal(3, 1, 400), draw.normal(1, 0.5, 400)
-        estimate = ratio(mean_estimate(numerator), mean_estimate(denominator))
-        inside += estimate.low <= 3 <= estimate.high
-    assert inside >= 485  # 99 % of 500 is 495
+def test_a_single_eligible_image_among_many_is_found():
+    assert set(draw_plan(SITES, among(4321, count=5000), 30, seed=0)["image"]) == {4321}
 
 
-def test_a_layers_summary_leaves_non_finite_losses_out_and_counts_them():
-    records = pd.DataFrame(
-        {
-            "layer": "fc",
-            "golden_loss": [0.5, 0.5, 0.5, 0.5, 0.5],
-            "faulty_loss": [0.5, 1.5, 0.0, math.nan, math.inf],
-            "mismatch": [False, True, False, True, True],
-            "detected": [False, True, True, False, False],
-            "masked": [True, False, False, False, False],
-        }
-    )
-    result = summarise_layer(records, neurons=10)
-    assert (result.layer, result.neurons) == ("fc", 10)
-    assert (result.injections, result.nonfinite, result.detected, result.masked) == (5, 2, 2, 1)
-    assert result.delta_loss.value == pytest.approx(0.5)
-    assert result.delta_loss.n == 3
-    assert result.mismatch.value == pytest.approx(1 / 3)
+def test_by_bit_every_bit_gets_its_number_of_injections_and_more_extend_them():
+    few = {"a": np.arange(32) % 7, "b": np.full(32, 3)}
+    plan = draw_plan(SITES, CHANCES, few, seed=1)
+    assert list(plan.columns) == PLAN_COLUMNS
+    for layer, counts in few.items():
+        assert (np.bincount(plan.loc[plan["layer"] == layer, "bit"], minlength=32) == counts).all()
+    assert not plan.duplicated(["layer", "index"]).any()
+    more = draw_plan(SITES, CHANCES, {layer: counts + np.arange(32) for layer, counts in few.items()}, seed=1)
+    names = ["layer", "index"]
+    extended = more.set_index(names).loc[pd.MultiIndex.from_frame(plan[names])].reset_index()
+    pd.testing.assert_frame_equal(extended[PLAN_COLUMNS], plan)
+
+
+def test_by_bit_places_are_uniform_and_bits_independent():
+    plan = draw_plan(SITES, among(3, 5, 8), {"a": np.full(32, 500), "b": np.full(32, 500)}, seed=5)
+    for layer, size in (("a", 100), ("b", 10)):
+        faults = plan[plan["layer"] == layer]
+        assert is_uniform(faults["neuron"].to_numpy(), size)
+        neurons = faults["neuron"].to_numpy().reshape(32, 500)
+        between = np.corrcoef(neurons)[~np.eye(32, dtype=bool)]
+        assert np.abs(between).max() < 0.25
+        assert stats.chisquare(np.bincount(faults["image"])[[3, 5, 8]]).pvalue > 1e-4
+
+
+def test_an_injections_of_a_bit_do_not_depend_on_those_of_other_bits():
+    alone = np.zeros(32, dtype=int)
+    alone[30] = 40
+    together = draw_plan(SITES[:1], CHANCES, {"a": np.full(32, 40)}, seed=1)
+    expected = together[together["bit"] == 30].reset_index(drop=True)
+    pd.testing.assert_frame_equal(draw_plan(SITES[:1], CHANCES, {"a": alone}, seed=1), expected)
+
+
+@pytest.mark.parametrize("fault_model", [FaultModel(bits=2), FaultModel(values=2)], ids=str)
+def test_faults_of_several_bits_cannot_be_planned_by_bit(fault_model):
+    with pytest.raises(InvalidParameter, match=r"inject\.plan: only faults of one bit in one value") as error:
+        draw_plan(SITES, SEVEN, {site.layer: np.full(32, 2) for site in SITES}, 0, fault_model)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("by_bit", [False, True])
+def test_two_models_share_the_faults_on_images_that_both_classify_correctly(by_bit):
+    counts = {"a": np.full(32, 100)} if by_bit else {"a": 3200}
+    wider = Site("a", "Conv2d", 0, (8, 10, 10), weights=24)
+    one, other = np.ones(50), np.ones(50)
+    one[[7, 30]], other[[7, 12]] = 0, 0
+    first, second = draw_plan(SITES[:1], one, counts, seed=2), draw_plan([wider], other, counts, seed=2)
+    assert (first[["index", "bit"]] == second[["index", "bit"]]).all(axis=None)
+    assert (first["neuron"] / 100 - second["neuron"] / 800).abs().max() < 0.01 + 1e-9
+    same = first["image"] == second["image"]
+    differing = first["image"].eq(12) | second["image"].eq(30)
+    assert (same | differing).all()
+    assert same.mean() > 0.93
+    assert not (first["image"].isin([7, 30]) | second["image"].isin([7, 12])).any()
+
+
+def test_slightly_different_chances_leave_most_images_in_place():
+    changed = CHANCES * (1 + 0.02 * np.sin(np.arange(len(CHANCES))))
+    first, second = (draw_plan(SITES[:1], chances, 4000, seed=2)["image"] for chances in (CHANCES, changed))
+    assert (first == second).mean() > 0.9
