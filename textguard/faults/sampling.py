@@ -51,9 +51,9 @@ class Design:
         if self.plan == "uniform":
             return 0
         bits = bits_of(fault_model, engine.number_format)
-        least = self.pilot if self.in_rounds else self.injections_per_layer
+        name = "pilot" if self.in_rounds and self.pilot < self.injections_per_layer else "injections_per_layer"
+        least = getattr(self, name)
         if least < 2 * bits:
-            name = "pilot" if self.in_rounds else "injections_per_layer"
             raise InvalidParameter(f"params.yaml inject.{name} is {least}; a plan by bit needs 2 for each of {bits} bits")
         return bits
 
@@ -179,10 +179,17 @@ def _spread(total: int, shares: np.ndarray, before: Count | None) -> Count:
     """`total` injections over the bits, no fewer than before, and two of each for a standard deviation."""
     if not len(shares):
         return total
-    wanted = np.floor(shares * total + 1e-9).astype(np.int64)
-    largest = np.argsort(-(shares * total - wanted), kind="stable")
-    wanted[largest[: total - wanted.sum()]] += 1
-    return np.maximum(wanted, 2 if before is None else before)
+    least = np.full(len(shares), 2) if before is None else np.asarray(before)
+    kept = np.zeros(len(shares), dtype=bool)  # those that get no more, since they had more than their share before
+    wanted = shares * total
+    while (wanted < least).any():
+        kept |= wanted < least
+        rest = max(0, total - least[kept].sum())
+        wanted = np.where(kept, least, shares * (rest / max(shares[~kept].sum(), 1e-300)))
+    spread = np.floor(wanted + 1e-9).astype(np.int64)
+    largest = np.argsort(spread - wanted, kind="stable")
+    spread[largest[: max(0, total - spread.sum())]] += 1
+    return spread
 
 
 def _neyman(pilots: Mapping[str, LayerResult]) -> dict[str, np.ndarray]:
@@ -209,10 +216,10 @@ def _next(result: LayerResult, injections: int, design: Design) -> int:
         return most
     found = mean_interval(result.delta_loss, design.confidence)
     half, wanted = (found.high - found.low) / 2, design.half_width(found.value)
-    if half <= wanted:
+    if half <= wanted and found.value > 0:  # where nothing has happened yet, nothing is known of its spread
         return injections
-    needed = injections * (half / wanted) ** 2 if wanted > 0 else math.inf
-    return int(min(max(needed, injections * 1.25), injections * GROWTH, most))
+    needed = injections * (half / wanted) ** 2 if wanted > 0 and math.isfinite(half) else math.inf
+    return math.ceil(min(max(needed, injections * 1.25), injections * GROWTH, most))
 
 
 def _announce(
