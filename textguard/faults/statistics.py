@@ -70,26 +70,34 @@ def sample_mean(strata: Sequence[np.ndarray], shares: Sequence[float], worst: Se
     strata: the observations of each, one or more, float [n]. shares: of each stratum in the population. worst: what one more
     observation would be; it goes to the stratum where it changes the mean most.
     """
-    value = variance = third = 0.0
-    unseen: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    for sample, share, another in zip(strata, shares, worst, strict=True):
-        moments = _moments(sample, share)
-        larger = _moments(np.append(sample, another), share)
-        value, variance, third = value + moments[0], variance + moments[1], third + moments[2]
-        if abs(larger[0] - moments[0]) > abs(unseen[0]):
-            unseen = (larger[0] - moments[0], larger[1] - moments[1], larger[2] - moments[2])
-    return Sample(value, variance, third, sum(len(sample) for sample in strata), unseen)
+    sizes, parts = np.array([len(sample) for sample in strata]), np.asarray(shares, dtype=float)
+    starts = np.cumsum(sizes) - sizes
+    everything = np.concatenate(list(strata)).astype(float, copy=False)
+    means = np.add.reduceat(everything, starts) / sizes
+    moments = _moments(everything - means.repeat(sizes), starts, sizes, means, parts)
+    shifts = np.abs(parts * (np.asarray(worst, dtype=float) - means) / (sizes + 1))
+    at = int(np.argmax(shifts))
+    larger = np.append(strata[at], worst[at])
+    mean, one = larger.mean(keepdims=True), slice(at, at + 1)
+    before = _moments(strata[at] - means[one], np.zeros(1, dtype=int), sizes[one], means[one], parts[one])
+    after = _moments(larger - mean, np.zeros(1, dtype=int), sizes[one] + 1, mean, parts[one])
+    unseen = tuple(new - old for new, old in zip(after, before, strict=True))
+    return Sample(*moments, int(sizes.sum()), unseen if shifts[at] > 0 else (0.0, 0.0, 0.0))
 
 
-def _moments(sample: np.ndarray, share: float) -> tuple[float, float, float]:
-    """Value, variance and third central moment of `share` times a sample's mean; NaN where one observation tells no more."""
-    count, mean = len(sample), float(np.mean(sample))
-    if count < 2:
-        return share * mean, math.nan, math.nan
-    difference = sample - mean
-    squares = float(np.dot(difference, difference))
-    cubes = float(np.dot(difference * difference, difference))
-    return share * mean, share**2 * squares / (count - 1) / count, share**3 * cubes / count**3
+def _moments(
+    difference: np.ndarray, starts: np.ndarray, sizes: np.ndarray, means: np.ndarray, shares: np.ndarray
+) -> tuple[float, float, float]:
+    """Value, variance and third central moment of strata's mean; NaN where one observation of a stratum tells no more.
+
+    difference: of each observation to its stratum's mean, one stratum behind the other.
+    """
+    squared = difference * difference
+    squares, cubes = np.add.reduceat(squared, starts), np.add.reduceat(squared * difference, starts)
+    known = np.where(sizes > 1, 1.0, np.nan)
+    variance = shares**2 * squares / np.maximum(sizes - 1, 1) / sizes * known
+    third = shares**3 * cubes / sizes**3.0 * known
+    return float((shares * means).sum()), float(variance.sum()), float(third.sum())
 
 
 def combine(samples: Sequence[Sample], weights: Sequence[float]) -> Sample:
