@@ -56,7 +56,7 @@ def draw_plan(
             for bit, of_bit in enumerate(count)
             if of_bit
         ]
-    return pd.concat(drawn, ignore_index=True)
+    return pd.DataFrame({name: np.concatenate([part[name] for part in drawn]) for name in PLAN_COLUMNS})
 
 
 def _draw(
@@ -67,8 +67,8 @@ def _draw(
     fault_model: FaultModel,
     number_format: Format,
     bit: int | None = None,
-) -> pd.DataFrame:
-    """The injections of one layer; of one bit where it is given."""
+) -> dict[str, np.ndarray]:
+    """The injections of one layer by column; of one bit where it is given."""
     values, bits, all_bits = fault_model.values, fault_model.bits, bits_of(fault_model, number_format)
     stream = f"{site.position}" if bit is None else f"{site.position} bit {bit}"
     uniform = _uniform(seed, stream, count, values * (1 + bits))
@@ -80,16 +80,14 @@ def _draw(
         damaged, index = np.full(count, bit, dtype=np.int64), index * all_bits + bit
     image = _draw_images(chances, seed, stream, count)
     weight = chances[chances > 0].mean() / chances[image]
-    return pd.DataFrame(
-        {
-            "layer": site.layer,
-            "index": index.repeat(values * bits),
-            "image": image.repeat(values * bits),
-            "neuron": places.reshape(-1).repeat(bits),
-            "bit": damaged,
-            "weight": weight.repeat(values * bits),
-        }
-    )
+    return {
+        "layer": np.full(count * values * bits, site.layer, dtype=object),
+        "index": index.repeat(values * bits),
+        "image": image.repeat(values * bits),
+        "neuron": places.reshape(-1).repeat(bits),
+        "bit": damaged,
+        "weight": weight.repeat(values * bits),
+    }
 
 
 def _draw_images(chances: np.ndarray, seed: int, stream: str, count: int) -> np.ndarray:

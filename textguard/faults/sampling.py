@@ -48,13 +48,12 @@ class Design:
         self.half_width(0.0)
         if self.plan not in PLANS:
             raise UnknownName("plan", self.plan, PLANS, "params.yaml inject.plan")
-        if self.plan == "uniform":
-            return 0
-        bits = bits_of(fault_model, engine.number_format)
+        bits = 0 if self.plan == "uniform" else bits_of(fault_model, engine.number_format)
         name = "pilot" if self.in_rounds and self.pilot < self.injections_per_layer else "injections_per_layer"
         least = getattr(self, name)
-        if least < 2 * bits:
-            raise InvalidParameter(f"params.yaml inject.{name} is {least}; a plan by bit needs 2 for each of {bits} bits")
+        if least < max(1, 2 * bits):
+            needed = f"a plan by bit needs 2 for each of {bits} bits" if bits else "at least 1 is needed"
+            raise InvalidParameter(f"params.yaml inject.{name} is {least}; {needed}")
         return bits
 
     @property
