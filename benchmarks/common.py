@@ -4,6 +4,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,19 +12,21 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as stages/__main__.py does, 
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from textguard.faults.campaign import loader_of, profile_ranges
 from textguard.faults.damage import SINGLE_FLIP, Faults
-from textguard.faults.engines import Engine
+from textguard.faults.engines import Engine, ReplayEngine
 from textguard.runtime import pick_device
 from textguard.vision.backbones import build_backbone
-from textguard.vision.datasets import load_split, make_splits, save_splits
+from textguard.vision.datasets import Split, load_split, make_splits, save_splits
 
 SEED = 0
 DETECTOR_LIMIT = 100.0
 
 
-def digits_classifier() -> tuple[nn.Module, Tensor]:
-    """ResNet-18 after two epochs on the demo's data, and test images [360, 3, 32, 32]: masking depends on trained weights."""
+def trained_digits() -> tuple[nn.Module, Split, Split]:
+    """ResNet-18 after two epochs on the demo's data, its training data and its test data, images [360, 3, 32, 32]."""
     with TemporaryDirectory() as folder:
         options = {"image_size": 32, "test_share": 0.2, "split_seed": SEED, "limit_train": 0, "limit_test": 0}
         save_splits(Path(folder), *make_splits("digits", **options))
@@ -37,7 +40,33 @@ def digits_classifier() -> tuple[nn.Module, Tensor]:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return model.eval().to(pick_device()), test.images.to(pick_device())
+    return model.eval().to(pick_device()), train, test
+
+
+def digits_classifier() -> tuple[nn.Module, Tensor]:
+    """The classifier and its test images: masking depends on trained weights."""
+    model, _, test = trained_digits()
+    return model, test.images.to(pick_device())
+
+
+@dataclass(frozen=True)
+class DigitsCampaign:
+    """All that a campaign on the trained classifier needs. limits: of the profiled detector, by layer."""
+
+    model: nn.Module
+    engine: ReplayEngine
+    loader: DataLoader
+    limits: dict[str, float]
+
+
+def digits_campaign(batch_size: int = 256) -> DigitsCampaign:
+    """A campaign on the trained classifier and its test images, with ranges from its training images."""
+    model, train, test = trained_digits()
+    ranges = profile_ranges(model, loader_of(train.images, train.labels, 256))
+    limits = dict(zip(ranges["layer"], ranges["max_abs"], strict=True))
+    return DigitsCampaign(
+        model, ReplayEngine(model, test.images[0], batch_size), loader_of(test.images, test.labels, 256), limits
+    )
 
 
 def random_classifier(backbone: str, image_size: int, images: int) -> tuple[nn.Module, Tensor]:

@@ -10,6 +10,7 @@ from textguard.faults import sampling
 from textguard.faults.campaign import RECORD_COLUMNS, RECORD_TYPES, image_chances, loader_of, run_campaign
 from textguard.faults.damage import FaultModel
 from textguard.faults.engines import make_engine
+from textguard.faults.formats import FP32
 from textguard.faults.plans import draw_plan
 from textguard.faults.sampling import Design, replace_records, rerun_changed, run_design
 from textguard.faults.sites import Site
@@ -188,6 +189,20 @@ def test_a_layer_ends_when_it_is_known_well_enough(small, plan, stop_at):
     assert any(result.injections < 2048 for result in results.values())
 
 
+def test_every_layer_can_have_a_half_width_of_its_own(table):
+    wanted = {site.layer: width for site, width in zip(table.sites, (1e-9, 0.5, 1.0, 100.0), strict=True)}
+    design = design_of(injections=4096)
+    engine = type("Nothing", (), {"number_format": FP32, "sites": table.sites})
+    records = run_design(engine, table.sites, None, table.chances["uniform"], {}, design, image_batch=1, half_widths=wanted)
+    found = summarise(records, {site.layer: 100 for site in table.sites}, BITS)
+    counts = [found[layer].injections for layer in wanted]
+    assert counts == sorted(counts, reverse=True)
+    assert (counts[0], counts[-1]) == (4096, 64)
+    for layer, width in wanted.items():
+        interval = mean_interval(found[layer].delta_loss)
+        assert found[layer].injections == 4096 or (interval.high - interval.low) / 2 <= width
+
+
 def test_layers_that_are_done_get_no_more_while_others_go_on(small):
     counts = {layer: rows.sum() for layer, rows in by_bit(small.run(design_of(injections=1500, stop_at="0.2"))).items()}
     assert len(set(counts.values())) > 1
@@ -212,7 +227,7 @@ class Table:
         self.chances = {"uniform": np.ones(images), "importance": 0.5 + 0.5 * self.doubt / self.doubt.mean()}
 
     def run(self, design, how="uniform"):
-        engine = type("Nothing", (), {"number_format": sampling.draw_plan.__defaults__[1], "sites": self.sites})
+        engine = type("Nothing", (), {"number_format": FP32, "sites": self.sites})
         return run_design(engine, self.sites, None, self.chances[how], {}, design, image_batch=1)
 
     def campaign(self, engine, loader, plan, limits, **options):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -90,14 +90,17 @@ def run_design(
     fault_model: FaultModel = SINGLE_FLIP,
     shard_dir: Path | None = None,
     label: str = "inject",
+    half_widths: Mapping[str, float] | None = None,
 ) -> pd.DataFrame:
     """Inject faults into some sites of an engine's model as designed. Returns their records, by layer and index.
 
-    chances: of the images, as `image_chances` gives them; the rest as for `run_campaign`. A layer's share of each bit under
+    chances: of the images, as `image_chances` gives them; half_widths: layer -> what ends it, in nats, where that is not the
+    same for all; the rest as for `run_campaign`. A layer's share of each bit under
     `neyman` comes from the other layers' pilots: so what a layer's own pilot saw has no say in how often it is looked at
     again, and its injections count without bias. Raises TextguardError.
     """
     bits = design.strata(fault_model, engine)
+    designs = {site.layer: replace(design, stop_at=str(half_widths[site.layer])) if half_widths else design for site in sites}
     most = design.injections_per_layer
     first = min(design.pilot, most) if design.in_rounds else most
     shares = dict.fromkeys((site.layer for site in sites), np.full(bits, 1 / bits) if bits else np.zeros(0))
@@ -126,7 +129,7 @@ def run_design(
         results = summarise(pd.concat(records), neurons, bits)
         if not number and design.plan == "neyman":
             shares = _neyman(results)
-        ends = {layer: _next(results[layer], wanted[layer], design) for layer in wanted}
+        ends = {layer: _next(results[layer], wanted[layer], designs[layer]) for layer in wanted}
         if ends == wanted:
             break
         counts = {layer: _spread(end, shares[layer], counts[layer]) for layer, end in ends.items()}
