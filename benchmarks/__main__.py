@@ -59,8 +59,9 @@ def table(results: dict) -> str:
         f"time ({reach['seconds']:.1f} s; PyTorchFI's scaled from {reach['pytorchfi_timed']:,} of its "
         f"{reach['pytorchfi_injections']:,}).",
         "",
-        f"How often 99 % intervals of DeltaLoss hold, and their mean half-width relative to the truth, in "
-        f"{held['repetitions']:,} campaigns: {held['uniform']:,} injections uniformly, {held['neyman']:,} by plan neyman on images by importance; "
+        "How often 99 % intervals of DeltaLoss hold, and their mean half-width relative to the truth, in "
+        f"{held['repetitions']:,} campaigns: {held['uniform']:,} injections uniformly, {held['neyman']:,} by plan neyman on "
+        "images by importance; "
         "mean +- 2.576 standard errors, Hall's, ours.",
         "",
         "| Layer | CV | Skewness | Uniform: normal | Hall | Ours | Neyman: normal | Hall | Ours |",
