@@ -96,6 +96,16 @@ def test_a_wanted_half_width_is_in_nats_or_a_share(stop_at, delta_loss, expected
     assert design_of(stop_at=stop_at).half_width(delta_loss) == pytest.approx(expected)
 
 
+def test_doubtful_images_are_more_likely_and_no_injection_weighs_more_than_2(tiny, images):
+    even, chances = tiny.chances(), tiny.chances("importance")
+    probability = tiny.engine.observe(images).softmax(dim=1).amax(dim=1).numpy()
+    doubt = (1 - probability) * even
+    assert chances == pytest.approx((even + doubt * even.sum() / doubt.sum()) / 2, abs=1e-4)
+    assert chances.max() > chances[even > 0].min() >= 0.5
+    with pytest.raises(UnknownName, match=r"way to draw images 'best' in params\.yaml inject\.images"):
+        tiny.chances("best")
+
+
 def test_a_uniform_design_is_one_campaign(tiny, capfd):
     found = tiny.run(design_of("uniform", 40, seed=3), how="importance")
     plan = draw_plan(tiny.sites, tiny.chances("importance"), 40, 3)
