@@ -95,9 +95,9 @@ def run_design(
     """Inject faults into some sites of an engine's model as designed. Returns their records, by layer and index.
 
     chances: of the images, as `image_chances` gives them; half_widths: layer -> what ends it, in nats, where that is not the
-    same for all; the rest as for `run_campaign`. A layer's share of each bit under
-    `neyman` comes from the other layers' pilots: so what a layer's own pilot saw has no say in how often it is looked at
-    again, and its injections count without bias. Raises TextguardError.
+    same for all; the rest as for `run_campaign`. A layer's share of each bit under `neyman` comes from the other layers' pilots:
+    so what a layer's own pilot saw has no say in how often it is looked at again, and its injections count without bias.
+    Raises TextguardError.
     """
     bits = design.strata(fault_model, engine)
     designs = {site.layer: replace(design, stop_at=str(half_widths[site.layer])) if half_widths else design for site in sites}
