@@ -1,10 +1,10 @@
 """What it takes to know every layer's DeltaLoss as well as from 4096 uniform injections with PyTorchFI."""
 
-import time
+from typing import Any
 
 import numpy as np
 
-from benchmarks.common import SEED, digits_campaign
+from benchmarks.common import SEED, alternating, digits_campaign
 from textguard.faults.campaign import image_chances, run_campaign
 from textguard.faults.damage import SINGLE_FLIP
 from textguard.faults.engines import make_engine
@@ -17,11 +17,14 @@ from textguard.faults.summary import LayerResult, summarise
 BATCH = 256  # the best for PyTorchFI on this model, see benchmarks/injections.py
 
 
-def measure(injections: int = 4096, seeds: int = 5, subsample: int = 4096, pilot: int = 128) -> dict[str, float]:
+def measure(
+    injections: int = 4096, seeds: int = 5, subsample: int = 4096, pilot: int = 128, rounds: int = 3
+) -> dict[str, float]:
     """Injections and seconds of both, and their ratios.
 
     injections: uniform ones per layer, which set the half-widths to reach: the median over so many seeds, since one campaign's
     is itself uncertain. subsample: how many of all of them PyTorchFI really runs; its seconds are scaled up. pilot: ours.
+    rounds: alternating runs of both, of which the medians count.
     Ours stops a layer as soon as its half-width is reached, with as many injections as those at most. The last layer is
     enumerated: no injections, but seconds. Preparing images and both engines counts for neither.
     """
@@ -43,36 +46,39 @@ def measure(injections: int = 4096, seeds: int = 5, subsample: int = 4096, pilot
     reference = make_engine("pytorchfi", setup.model, loader.dataset[0][0], BATCH)
     # All images in one shard, for both: so few injections would not fill batches otherwise.
     at_once = len(plain)
-    warm_up = few.iloc[:: len(few) // BATCH or 1]
-    run_campaign(reference, loader, warm_up, limits, image_batch=at_once, label="pytorchfi")
-    start = time.perf_counter()
-    run_campaign(reference, loader, few, limits, image_batch=at_once, label="pytorchfi")
-    their_seconds = (time.perf_counter() - start) * len(plan) / len(few)
 
-    start = time.perf_counter()
-    chances = image_chances(engine, loader, "importance")
-    eligible = np.flatnonzero(chances).tolist()
-    known = affordable(engine, len(eligible), SINGLE_FLIP, 1)
-    faults = sum(enumerate_layer(engine, loader, eligible, site, limits[site.layer]).faults.sum() for site in known)
-    sites = [site for site in engine.sites if site not in known]
-    design = Design("neyman", injections, pilot, "never", CONFIDENCE, SEED)
-    records = run_design(engine, sites, loader, chances, limits, design, image_batch=at_once, half_widths=wanted)
-    found = summarise(records, {site.layer: site.neurons for site in sites}, design.strata(SINGLE_FLIP, engine))
-    our_seconds = time.perf_counter() - start
+    def theirs() -> None:
+        run_campaign(reference, loader, few, limits, image_batch=at_once, label="pytorchfi")
+
+    def ours() -> None:
+        chances = image_chances(engine, loader, "importance")
+        eligible = np.flatnonzero(chances).tolist()
+        known = affordable(engine, len(eligible), SINGLE_FLIP, 1)
+        faults = sum(enumerate_layer(engine, loader, eligible, site, limits[site.layer]).faults.sum() for site in known)
+        sites = [site for site in engine.sites if site not in known]
+        design = Design("neyman", injections, pilot, "never", CONFIDENCE, SEED)
+        records = run_design(engine, sites, loader, chances, limits, design, image_batch=at_once, half_widths=wanted)
+        results = summarise(records, {site.layer: site.neurons for site in sites}, design.strata(SINGLE_FLIP, engine))
+        outcome.update(records=records, found=results, faults=int(faults), sampled=len(sites))
+
+    outcome: dict[str, Any] = {}
+    times = alternating({"theirs": theirs, "ours": ours}, rounds)
+    their_seconds, our_seconds = times["theirs"] * len(plan) / len(few), times["ours"]
+    records, found = outcome["records"], outcome["found"]
     return {
         "layers": len(neurons),
-        "sampled": len(sites),
+        "sampled": outcome["sampled"],
         "uniform_per_layer": injections,
         "pytorchfi_injections": len(plan),
         "pytorchfi_timed": len(few),
         "pytorchfi_seconds": their_seconds,
         "injections": len(records),
-        "enumerated": int(faults),
+        "enumerated": outcome["faults"],
         "seconds": our_seconds,
         "reached": sum(_half_width(result) <= wanted[layer] for layer, result in found.items()),
         "most_injections": max(result.injections for result in found.values()),
         # Of the sampled layers alone: the exact one needs none.
-        "times_fewer": injections * len(sites) / len(records),
+        "times_fewer": injections * outcome["sampled"] / len(records),
         "times_faster": their_seconds / our_seconds,
     }
 

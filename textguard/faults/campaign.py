@@ -229,18 +229,18 @@ def measure_pace(
     plan: pd.DataFrame,
     limits: Mapping[str, float],
     *,
-    image_batch: int,
+    images: int = 16,
+    injections: int = 512,
     fault_model: FaultModel = SINGLE_FLIP,
-    injections: int = 1024,
 ) -> float:
     """Roughly how many injections of a plan the engine does per second, from a few of them whose outcomes are thrown away."""
-    chosen = np.unique(plan["image"])[:image_batch]
+    chosen = np.unique(plan["image"])[:images]
     rows = plan[plan["image"].isin(chosen)].drop_duplicates(["layer", "index"])
     rows = rows.iloc[:: max(1, len(rows) // injections)]
-    (part, images, labels), *_ = batches(loader, engine.device, [chosen.tolist()])
+    (part, pictures, labels), *_ = batches(loader, engine.device, [chosen.tolist()])
     for _ in range(2):  # the first time warms up
         start = time.perf_counter()
-        _run_shard(engine, part, images, labels, rows, limits, fault_model)
+        _run_shard(engine, part, pictures, labels, rows, limits, fault_model)
     return len(rows) / (time.perf_counter() - start)
 
 

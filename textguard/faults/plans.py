@@ -12,7 +12,7 @@ from textguard.faults.formats import FP32, Format
 from textguard.faults.sites import Site
 
 PLAN_COLUMNS = ["layer", "index", "image", "neuron", "bit", "weight"]
-TRIES = 8  # images looked at at once
+TRIES = 32  # images looked at at once
 
 
 Count = int | np.ndarray  # of a layer's injections; or of those of each bit

@@ -95,9 +95,9 @@ def run_design(
     """Inject faults into some sites of an engine's model as designed. Returns their records, by layer and index.
 
     chances: of the images, as `image_chances` gives them; half_widths: layer -> what ends it, in nats, where that is not the
-    same for all; the rest as for `run_campaign`. A layer's share of each bit under `neyman` comes from the other layers' pilots:
-    so what a layer's own pilot saw has no say in how often it is looked at again, and its injections count without bias.
-    Raises TextguardError.
+    same for all; the rest as for `run_campaign`. A layer's share of each bit under `neyman` comes from the other layers'
+    pilots: so what a layer's own pilot saw has no say in how often it is looked at again, and its injections count without
+    bias. Raises TextguardError.
     """
     bits = design.strata(fault_model, engine)
     designs = {site.layer: replace(design, stop_at=str(half_widths[site.layer])) if half_widths else design for site in sites}
@@ -106,16 +106,15 @@ def run_design(
     shares = dict.fromkeys((site.layer for site in sites), np.full(bits, 1 / bits) if bits else np.zeros(0))
     wanted = {site.layer: first for site in sites}
     counts: dict[str, Count] = {layer: _spread(first, shares[layer], None) for layer in wanted}
-    neurons = {site.layer: site.neurons for site in sites}
-    records: list[pd.DataFrame] = []
-    number = 0
-    while True:
-        plan = draw_plan(sites, chances, counts, design.seed, fault_model, engine.number_format)
-        if records:
-            plan = _without(plan, pd.concat(records))
+    found: dict[str, list[pd.DataFrame]] = {layer: [] for layer in wanted}
+    going_on, number = list(sites), 0
+    while going_on:
+        plan = draw_plan(going_on, chances, counts, design.seed, fault_model, engine.number_format)
+        if number:
+            plan = _without(plan, pd.concat(part for site in going_on for part in found[site.layer]))
         else:
-            _announce(engine, sites, loader, plan, limits, design, np.count_nonzero(chances), image_batch, fault_model, label)
-        found = run_campaign(
+            _announce(engine, sites, loader, plan, limits, design, np.count_nonzero(chances), fault_model, label)
+        records = run_campaign(
             engine,
             loader,
             plan,
@@ -125,19 +124,21 @@ def run_design(
             shard_dir=shard_dir / f"round-{number}" if shard_dir else None,
             label=f"{label}, round {number + 1}" if design.in_rounds else label,
         )
-        records.append(found)
-        results = summarise(pd.concat(records), neurons, bits)
+        for layer, part in records.groupby("layer", sort=False):
+            found[layer].append(part)
+        results = {
+            site.layer: summarise(pd.concat(found[site.layer]), {site.layer: site.neurons}, bits)[site.layer]
+            for site in going_on
+        }
         if not number and design.plan == "neyman":
             shares = _neyman(results)
-        ends = {layer: _next(results[layer], wanted[layer], designs[layer]) for layer in wanted}
-        if ends == wanted:
-            break
-        counts = {layer: _spread(end, shares[layer], counts[layer]) for layer, end in ends.items()}
-        wanted, number = ends, number + 1
-    order = {site.layer: site.position for site in sites}
-    together = pd.concat(records, ignore_index=True)
-    place = together["layer"].map(order)
-    return together.assign(place=place).sort_values(["place", "index"], kind="stable", ignore_index=True).drop(columns="place")
+        ends = {layer: _next(result, wanted[layer], designs[layer]) for layer, result in results.items()}
+        going_on = [site for site in going_on if ends[site.layer] > wanted[site.layer]]
+        for layer in (site.layer for site in going_on):
+            counts[layer], wanted[layer] = _spread(ends[layer], shares[layer], counts[layer]), ends[layer]
+        number += 1
+    in_order = sorted(sites, key=lambda site: site.position)
+    return pd.concat((pd.concat(found[site.layer]).sort_values("index", kind="stable") for site in in_order), ignore_index=True)
 
 
 def rerun_changed(
@@ -232,12 +233,11 @@ def _announce(
     limits: Mapping[str, float],
     design: Design,
     images: int,
-    image_batch: int,
     fault_model: FaultModel,
     label: str,
 ) -> None:
     """Say what is planned, what it is worth, and how long it may take."""
-    pace = measure_pace(engine, loader, plan, limits, image_batch=image_batch, fault_model=fault_model)
+    pace = measure_pace(engine, loader, plan, limits, fault_model=fault_model)
     most, confidence = design.injections_per_layer, f"{design.confidence:.0%}"
     population = min(site.neurons for site in sites) * images * bits_of(fault_model, engine.number_format)
     half = planned_half_width(population, most, design.confidence)
