@@ -229,8 +229,8 @@ def measure_pace(
     plan: pd.DataFrame,
     limits: Mapping[str, float],
     *,
-    images: int = 16,
-    injections: int = 512,
+    images: int = 8,
+    injections: int = 256,
     fault_model: FaultModel = SINGLE_FLIP,
 ) -> float:
     """Roughly how many injections of a plan the engine does per second, from a few of them whose outcomes are thrown away."""
