@@ -30,6 +30,7 @@ STAGES = {
     "data": "datasets",
     "prompts": "texts",
     "responses": "texts",
+    "estimate": "texts",
     "encoder": None,
     "embeddings": "texts",
     "train": "runs",

@@ -1,31 +1,32 @@
-"""Questions, stored answers, encoders and class embeddings."""
+"""Questions, encoders and class embeddings."""
 
 import json
 from pathlib import Path
 
-import open_clip
 import pytest
 import torch
 
 from conftest import REPOSITORY
-from textguard.artifacts import read_json_lines
-from textguard.errors import InvalidArtifact, InvalidEmbeddings, InvalidParameter, MissingAnswer, UnknownName
+from textguard.errors import InvalidArtifact, InvalidEmbeddings, InvalidParameter, UnknownName
+from textguard.runtime import define_missing_torchvision_operators
 from textguard.text.embeddings import ClassEmbeddings, average_by_class, load_class_embeddings, save_class_embeddings
 from textguard.text.encoders import encode, encoder_width
-from textguard.text.questions import ask
-from textguard.text.responses import answer
+from textguard.text.questions import PLAIN, Question, Wording, with_article
+from textguard.text.questions import ask as ask_about
+
+define_missing_torchvision_operators()
+
+import open_clip  # noqa: E402
 
 CPU = torch.device("cpu")
-CLASSES = {
-    "digits": 10,
-    "fashion_mnist": 10,
-    "cifar10": 10,
-    "stl10": 10,
-}
+
+
+def ask(classes: list[str], templates: list[str], wording: Wording = PLAIN) -> list[Question]:
+    return ask_about(classes, templates, wording, "params.yaml texts.t.questions")
 
 
 def test_questions_fill_in_the_class_with_its_article():
-    questions = ask(["airplane", "ship", "hourglass", "unicorn"], ["What does {a_class} look like?", "A {class}."], "here")
+    questions = ask(["airplane", "ship", "hourglass", "unicorn"], ["What does {a_class} look like?", "A {class}."])
     assert [question.text for question in questions[::2]] == [
         "What does an airplane look like?",
         "What does a ship look like?",
@@ -34,57 +35,80 @@ def test_questions_fill_in_the_class_with_its_article():
     ]
     assert questions[1].text == "A airplane."
     assert len({question.id for question in questions}) == 8
-    assert ask(["ship"], ["A {class}."], "here")[0].id == questions[3].id
+    assert ask(["ship"], ["A {class}."])[0].id == questions[3].id
+
+
+def test_articles_follow_the_sound():
+    for name in (
+        "hourglass",
+        "honest face",
+        "MRI scanner",
+        "FM radio",
+        "SUV",
+        "X-ray",
+        "8-track tape",
+        "11-speed bike",
+        "oboe",
+    ):
+        assert with_article(name) == f"an {name}"
+    for name in (
+        "unicorn",
+        "European bee-eater",
+        "one-piece",
+        "UFO",
+        "ewe",
+        "ukulele",
+        "Eurasian lynx",
+        "1980s car",
+        "Boeing 737",
+    ):
+        assert with_article(name) == f"a {name}"
+
+
+def test_plural_class_names_take_no_article_and_another_verb():
+    template = "What {does} {a_class} look like? {it} {is} shown, appear{s}."
+    plurals = ("trousers", "onion rings", "Oreos", "french fries", "sunglasses")
+    assert [question.text for question in ask(list(plurals), [template])] == [
+        f"What do {name} look like? they are shown, appear." for name in plurals
+    ]
+    singulars = ("bus", "dress", "hourglass", "octopus", "praying mantis", "cactus", "deer", "albatross")
+    assert [question.text for question in ask(list(singulars), [template])] == [
+        f"What does {with_article(name)} look like? it is shown, appears." for name in singulars
+    ]
+
+
+def test_phrases_replace_what_the_rules_get_wrong():
+    wording = Wording("", {"Eiffel Tower": "the Eiffel Tower", "trousers": "a pair of trousers"})
+    asked = ask(["Eiffel Tower", "trousers", "ship"], ["What {does} {a_class} look like? ({class})"], wording)
+    assert [question.text for question in asked] == [
+        "What does the Eiffel Tower look like? (Eiffel Tower)",
+        "What does a pair of trousers look like? (trousers)",
+        "What does a ship look like? (ship)",
+    ]
+    with pytest.raises(UnknownName, match=r"class 'plane' in params\.yaml texts\.t\.phrases; known: ship"):
+        ask(["ship"], ["{class}"], Wording("", {"plane": "a plane"}))
+
+
+def test_a_context_stands_between_commas():
+    food = Wording("a type of food", {})
+    templates = ["Describe {a_class} in words.", "What is {a_class}?", "a photo of {a_class}", "{class} ({a_class})"]
+    assert [question.text for question in ask(["samosa"], templates, food)] == [
+        "Describe a samosa, a type of food, in words.",
+        "What is a samosa, a type of food?",
+        "a photo of a samosa, a type of food",
+        "samosa, a type of food, (a samosa, a type of food,)",
+    ]
 
 
 @pytest.mark.parametrize("template", ["no class", "{other}", "{class", "{class} {}", "{class.__init__}"])
 def test_a_template_must_name_the_class_and_nothing_else(template):
-    with pytest.raises(InvalidParameter, match="here"):
-        ask(["ship"], [template], "here")
+    with pytest.raises(InvalidParameter, match=r"params\.yaml texts\.t\.questions"):
+        ask(["ship"], [template])
 
 
 def test_the_same_question_twice_is_refused():
     with pytest.raises(InvalidParameter, match="twice"):
-        ask(["ship"], ["{class}", "{class}"], "here")
-
-
-@pytest.mark.parametrize("dataset", CLASSES)
-def test_the_shipped_answers_are_complete_and_say_who_wrote_them(dataset):
-    rows = read_json_lines(REPOSITORY / "prompts" / "cache" / f"{dataset}.jsonl", "the repository")
-    samples: dict[str, list[int]] = {}
-    for row in rows:
-        assert row["provider"] == "written for this repository, not by GPT-3"
-        assert len(row["answer"].split()) >= 8
-        samples.setdefault(row["question"], []).append(row["sample"])
-    assert len(samples) == CLASSES[dataset] * 5
-    assert all(found == [0, 1, 2] for found in samples.values())
-    assert len({row["answer"] for row in rows}) == len(rows)
-
-
-def test_replayed_answers_keep_class_order_and_samples(tmp_path):
-    questions = ask(["ship", "truck"], ["What is {a_class}?"], "here")
-    stored = [
-        {"question": question.text, "sample": sample, "answer": f" {question.class_name} {sample} ", "provider": "test"}
-        for sample in (1, 0)
-        for question in questions
-    ]
-    (tmp_path / "cache.jsonl").write_text("".join(json.dumps(row) + "\n" for row in stored))
-    answers = answer("replay", questions, 2, [tmp_path / "cache.jsonl"])
-    assert [(given.class_name, given.answer) for given in answers] == [
-        ("ship", "ship 0"),
-        ("ship", "ship 1"),
-        ("truck", "truck 0"),
-        ("truck", "truck 1"),
-    ]
-    with pytest.raises(MissingAnswer, match=r"class 'ship' has no stored answer 3 of 3 to 'What is a ship\?'"):
-        answer("replay", questions, 3, [tmp_path / "cache.jsonl"])
-
-
-def test_a_template_answers_itself():
-    questions = ask(["zero"], ["a photo of a {class}"], "here")
-    assert [given.answer for given in answer("template", questions, 1, [])] == ["a photo of a zero"]
-    with pytest.raises(UnknownName, match="replay, template"):
-        answer("gpt-3", questions, 1, [])
+        ask(["ship"], ["{class}", "{class}"])
 
 
 def test_minilm_is_loaded_without_a_network_and_knows_what_texts_mean(monkeypatch):

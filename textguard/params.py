@@ -41,17 +41,53 @@ class DatasetParams:
 
 
 @dataclass(frozen=True, config=_strict)
+class LanguageModelParams:
+    """A language model, and how it is asked; see textguard.text.language_models.LanguageModel."""
+
+    endpoint: Literal["responses", "chat.completions", "completions"]
+    # No name and password, no query: both would carry secrets into hashes and files.
+    base_url: Annotated[str, Field(pattern=r"^https?://[^\s/@?#]+(/[^\s@?#]*)?$")]
+    model: Annotated[str, Field(min_length=1)]
+    system: str | None
+    temperature: Annotated[float, Field(ge=0)] | None
+    max_tokens: Count
+    stop: list[Annotated[str, Field(min_length=1)]]
+    seed: Seed | None
+
+
+@dataclass(frozen=True, config=_strict)
 class TextParams:
     """The texts of one data set: D questions per class, and who answers them.
 
-    cache: JSON Lines files with stored answers, relative to the repository's root. samples: answers per question.
+    questions: templates, of which the first `limit_questions` are asked (0: all). context, phrases: see
+    textguard.text.questions.Wording. samples: answers per question. provider, model: see textguard.text.responses. cache:
+    files with stored answers or published descriptions, relative to the repository's root.
     """
 
     dataset: Key
-    provider: str
-    cache: list[str]
-    samples: Count
     questions: Annotated[list[str], Field(min_length=1)]
+    limit_questions: Annotated[int, Field(ge=0)]
+    context: str
+    phrases: dict[str, str]
+    samples: Count
+    provider: str
+    model: LanguageModelParams | None
+    cache: list[str]
+
+
+@dataclass(frozen=True, config=_strict)
+class NetworkParams:
+    """How language models are asked; see textguard.text.language_models.Network.
+
+    Changes no answer, so no stage depends on it: `dvc repro` runs nothing when it changes.
+    """
+
+    concurrency: Annotated[int, Field(ge=1, le=256)]
+    timeout_s: Annotated[float, Field(gt=0)]
+    attempts: Annotated[int, Field(ge=1, le=100)]
+    backoff_s: Annotated[float, Field(ge=0)]
+    max_requests: Annotated[int, Field(ge=0)] | None
+    max_usd: Annotated[float, Field(ge=0)] | None
 
 
 @dataclass(frozen=True, config=_strict)
@@ -137,6 +173,7 @@ class Params:
     encoder: str
     datasets: dict[Key, DatasetParams]
     texts: dict[Key, TextParams]
+    network: NetworkParams
     recipes: dict[Key, RecipeParams]
     runs: dict[Key, RunParams]
     inject: InjectParams
@@ -227,5 +264,6 @@ def _known_keys(schema: dict[str, Any], loc: tuple[int | str, ...]) -> list[str]
     for part in loc:
         patterns = list(node.get("patternProperties", {}).values())
         node = node.get("properties", {}).get(part) or next(iter(patterns), node.get("additionalProperties", {}))
+        node = next((kind for kind in node.get("anyOf", []) if "$ref" in kind), node)  # X | None
         node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]] if "$ref" in node else node
     return sorted(node.get("properties", {}))
