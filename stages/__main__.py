@@ -33,6 +33,7 @@ STAGES = {
     "estimate": "texts",
     "encoder": None,
     "embeddings": "texts",
+    "text_quality": "texts",
     "train": "runs",
     "evaluate": "runs",
     "ranges": "runs",

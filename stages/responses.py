@@ -7,14 +7,18 @@ from textguard.artifacts import read_records, write_json_lines
 from textguard.params import Params
 from textguard.text.cleaning import describe
 from textguard.text.language_models import LanguageModel, Network
-from textguard.text.questions import Question
-from textguard.text.responses import Sources, answer
+from textguard.text.questions import Question, Wording, ask
+from textguard.text.responses import Sources, answer, self_answered
 
 
 def main(params: Params, text: str) -> None:
     folder = Path("prompts") / text
     questions = read_records(folder / "questions.jsonl", "prompts", Question)
-    answers = answer(params.texts[text].provider, questions, sources(params, text))
+    wanted = params.texts[text]
+    answers = answer(wanted.provider, questions, sources(params, text))
+    classes = list(dict.fromkeys(question.class_name for question in questions))
+    wording = Wording(wanted.context, wanted.phrases)
+    answers += self_answered(ask(classes, wanted.templates, wording, f"params.yaml texts.{text}.templates"))
     write_json_lines(folder / "responses.jsonl", [asdict(description) for description in describe(answers)])
 
 

@@ -30,7 +30,7 @@ import yaml
 from conftest import REPOSITORY, environment
 from textguard.artifacts import read_safetensors, write_safetensors
 from textguard.text.cache import StoredAnswer, answer_key, to_line
-from textguard.text.embeddings import ClassEmbeddings, save_class_embeddings
+from textguard.text.embeddings import ClassEmbeddings, EmbeddingOptions, save_class_embeddings
 
 SMOKE = REPOSITORY / "grids" / "smoke" / "params.yaml"
 BASELINE, GUIDED, TEXT = "digits-resnet18-baseline-s0", "digits-resnet18-descriptions-s0", "digits-descriptions"
@@ -158,6 +158,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         code, lines = grid.run(*stage.split())
         assert code == 0, lines
     save_class_embeddings(grid.folder / EMBEDDINGS, embeddings())
+    texts = {"vectors": torch.ones(20, WIDTH), "rows": torch.arange(20)}
+    write_safetensors(grid.folder / f"embeddings/{TEXT}.texts.safetensors", texts)
     return grid.folder
 
 
@@ -181,7 +183,8 @@ def untouched(tmp_path: Path) -> Grid:
 
 def embeddings() -> ClassEmbeddings:
     matrix = torch.nn.functional.normalize(torch.randn(len(DIGITS), WIDTH, generator=torch.Generator().manual_seed(0)))
-    return ClassEmbeddings(matrix, "digits", tuple(DIGITS), "minilm", "0" * 64, WIDTH, 20)
+    options = EmbeddingOptions(unit_before=True, unit_after=True, vectors="encoder", seed=0, template_weight=0.5)
+    return ClassEmbeddings(matrix, "digits", tuple(DIGITS), "minilm", "0" * 64, WIDTH, 20, 0, options)
 
 
 WRONG_VALUES = {
@@ -204,6 +207,8 @@ WRONG_VALUES = {
     "negative limit": ("datasets.digits.limit_train", -5, ["-5", "greater than or equal to 0"]),
     "unknown schedule": ("recipes.plain.schedule", "linear", ['"linear"', "'cosine' or 'step'"]),
     "unknown weights": ("tables.last_layer_weights", "all", ['"all"', "'neurons', 'equal' or 'head_only'"]),
+    "unknown flag": (f"texts.{TEXT}.drop", ["boring"], ['"boring"', "'duplicate'", "'not_english'"]),
+    "weight above 1": (f"texts.{TEXT}.embedding.template_weight", 1.5, ["1.5", "less than or equal to 1"]),
     "no questions": (f"texts.{TEXT}.questions", [], ["at least 1"]),
     "colour without a number": ("figures.colours.baseline", "red", ['"red"', "#"]),
 }
@@ -324,10 +329,22 @@ NAMES = {
         f"responses {TEXT}",
         ["provider 'gpt'", "known: import, openai, replay, template", "texts"],
     ),
+    "vectors": (
+        f"texts.{TEXT}.embedding.vectors",
+        "zeros",
+        f"embeddings {TEXT}",
+        ["vectors 'zeros'", "known: encoder, one_hot"],
+    ),
     "encoder": ("encoder", "word2vec", "encoder", ["encoder 'word2vec'", "known: minilm, open_clip:MODEL:PRETRAINED"]),
     "encoder without a tag": ("encoder", "open_clip:RN50", "encoder", ["'open_clip:RN50'", "open_clip:MODEL:PRETRAINED"]),
     "OpenCLIP model": ("encoder", "open_clip:ViT-Z:openai", "encoder", ["OpenCLIP model 'ViT-Z'", "ViT-B-32"]),
     "OpenCLIP tag": ("encoder", "open_clip:RN50:mine", f"embeddings {TEXT}", ["tag of RN50 'mine'", "known:", "openai"]),
+    "sentence-transformers folder": (
+        "encoder",
+        "sentence_transformers:/none",
+        "encoder",
+        ["/none/modules.json", "No such file"],
+    ),
     "encoder folder": ("encoder", "open_clip:local-dir:/none", "encoder", ["/none/open_clip_config.json", "No such file"]),
     "engine": ("inject.engine", "hooks", f"inject {BASELINE}", ["engine 'hooks'", "known: pytorchfi, replay, whole"]),
     "detector": ("inject.detector", "clamp", f"inject {BASELINE}", ["detector 'clamp'", "known: fixed:X, off, profiled"]),
@@ -507,6 +524,19 @@ def test_a_language_model_that_cannot_be_asked_is_refused(untouched, changes, pa
     says(untouched.fails("check"), "InvalidParameter", f"texts.{TEXT}", "params.yaml", *parts)
 
 
+def test_a_class_that_loses_all_its_texts_is_named(grid):
+    questions = [json.loads(line)["text"] for line in (grid.folder / QUESTIONS).read_text().splitlines()]
+    file = grid.put("answers.jsonl", b"".join(stored(question, "Round.") for question in questions))
+    grid.change(f"texts.{TEXT}.cache", [str(file)])
+    grid.change(f"texts.{TEXT}.drop", ["too_short"])
+    assert grid.run("responses", TEXT)[0] == 0
+    before = grid.files()
+    code, lines = grid.run("embeddings", TEXT)
+    assert code == 1
+    says(lines[-1], "class 'zero' has no text left", f"params.yaml texts.{TEXT}.drop")
+    assert grid.files() == before
+
+
 def test_a_language_model_that_lacks_something_is_named(grid):
     grid.change(f"texts.{TEXT}.provider", "openai")
     says(grid.fails("responses", TEXT), "'openai' needs a language model", "params.yaml texts")
@@ -532,6 +562,7 @@ def test_damaged_questions_are_named_with_the_line(grid, line, parts):
 MISSING = [
     ("prompts", TEXT, "data/digits/classes.json", "data"),
     ("responses", TEXT, QUESTIONS, "prompts"),
+    ("text_quality", TEXT, f"embeddings/{TEXT}.texts.safetensors", "embeddings"),
     ("embeddings", TEXT, f"prompts/{TEXT}/responses.jsonl", "responses"),
     ("train", BASELINE, "data/digits/train.safetensors", "data"),
     ("train", GUIDED, EMBEDDINGS, "embeddings"),
@@ -584,6 +615,13 @@ EMBEDDED = {
 def test_unusable_class_embeddings_are_named(grid, spoil, parts):
     save_class_embeddings(grid.folder / EMBEDDINGS, spoil(embeddings()))
     says(grid.fails("train", GUIDED), "InvalidEmbeddings", EMBEDDINGS, "dvc repro", *parts)
+
+
+def test_texts_that_belong_to_other_class_embeddings_are_refused(grid):
+    name = f"embeddings/{TEXT}.texts.safetensors"
+    for texts in (torch.arange(19), torch.arange(20) + 1):
+        write_safetensors(grid.folder / name, {"vectors": torch.ones(len(texts), WIDTH), "rows": texts})
+        says(grid.fails("text_quality", TEXT), "InvalidArtifact", name, "other texts", "'embeddings'")
 
 
 def test_other_tensors_are_no_class_embeddings(grid):

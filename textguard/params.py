@@ -22,6 +22,7 @@ _strict = ConfigDict(extra="forbid", strict=True)
 Key = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(gt=0)]
+Flag = Literal["duplicate", "too_short", "unnamed", "not_english", "cut", "filtered", "refused"]
 Colour = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")]
 
 
@@ -56,12 +57,24 @@ class LanguageModelParams:
 
 
 @dataclass(frozen=True, config=_strict)
+class EmbeddingParams:
+    """How texts become class embeddings; see textguard.text.embeddings.EmbeddingOptions."""
+
+    unit_before: bool
+    unit_after: bool
+    vectors: str
+    seed: Seed
+    template_weight: Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True, config=_strict)
 class TextParams:
     """The texts of one data set: D questions per class, and who answers them.
 
     questions: templates, of which the first `limit_questions` are asked (0: all). context, phrases: see
     textguard.text.questions.Wording. samples: answers per question. provider, model: see textguard.text.responses. cache:
-    files with stored answers or published descriptions, relative to the repository's root.
+    files with stored answers or published descriptions, relative to the repository's root. templates: texts that stand for
+    themselves, beside the answers. drop: which flags keep a text out of the embeddings; see textguard.text.cleaning.
     """
 
     dataset: Key
@@ -73,6 +86,9 @@ class TextParams:
     provider: str
     model: LanguageModelParams | None
     cache: list[str]
+    templates: list[str]
+    drop: list[Flag]
+    embedding: EmbeddingParams
 
 
 @dataclass(frozen=True, config=_strict)
