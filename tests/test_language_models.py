@@ -532,6 +532,7 @@ def repro(grid: Path) -> tuple[set[str], str]:
 
 
 def test_dvc_pays_once_and_only_for_what_is_new(server, grid):
+    server.reply = lambda request: f"{request} ({SECRET})"
     ran, output = repro(grid)
     assert f"responses@{TEXT}" in ran
     assert "20 of 20 answers stored for 20 requests" in output
@@ -601,7 +602,7 @@ def test_a_stage_that_is_stopped_goes_on_where_it_was(server, grid, stop, code):
 def test_the_stage_ends_in_one_line_and_writes_no_answers_file(server, grid):
     run(["dvc", "repro", f"prompts@{TEXT}"], grid)
     server.fault = lambda request, attempt: lambda h: h.refuse(401, f"wrong key {SECRET}")
-    done = run([sys.executable, "../../stages", "responses", TEXT], grid, check=False)
+    done = run([sys.executable, "../../stages", "responses", TEXT], grid, check=False, OPENAI_LOG="debug")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("LanguageModelError: ")

@@ -367,7 +367,7 @@ def test_published_text_features_are_in_order_and_have_the_norms_and_cosines_tha
         pytest.skip("the published ImageNet text features are not here")
     names = [f"class {number}" for number in range(1000)]
     loaded = {}
-    for name, cosine, norms in (("gpt3.pth", 0.603, (0.999, 1.001)), ("a-photo-of-a.pth", 0.599, (7.8, 9.5))):
+    for name, cosine, norms in (("gpt3.pth", 0.603, (0.999, 1.001)), ("a-photo-of-a.pth", 0.599, (6.5, 11.9))):
         features = torch.load(folder / name, weights_only=True, map_location="cpu").float()
         assert norms[0] <= float(features.norm(dim=1).min()) <= float(features.norm(dim=1).max()) <= norms[1]
         matrix = average_by_class(features, names, names, OPTIONS)
