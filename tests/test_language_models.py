@@ -322,6 +322,16 @@ def test_stored_lines_say_where_an_answer_comes_from_and_can_be_replayed(server,
         answer("replay", questions(4), replace(where, files=[where.log]))
 
 
+def test_a_damaged_answer_is_named_and_asked_for_again(server, tmp_path, capsys):
+    where = sources(server, tmp_path)
+    answer("openai", questions(10), where)
+    content = where.log.read_bytes()
+    where.log.write_bytes(content.replace(b"An answer about What is class 4", b"An answer about Who is class 4."))
+    assert answer("openai", questions(10), where)[4].answer == "An answer about What is class 4? [None]"
+    assert server.attempts.total() == 11
+    assert f"left out: {where.log} line" in capsys.readouterr().err
+
+
 ENDINGS = {
     "cut": ("chat.completions", {"choices": [{"message": {"content": "A thing with"}, "finish_reason": "length"}]}, "length"),
     "cut before the first word": (
@@ -526,6 +536,14 @@ def change(grid: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     (grid / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
 
 
+def ask_questions(grid: Path) -> None:
+    """What stages `data` and `prompts` do, in less time."""
+    (grid / "data" / "digits").mkdir(parents=True)
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    (grid / "data" / "digits" / "classes.json").write_text(json.dumps(names))
+    run([sys.executable, "../../stages", "prompts", TEXT], grid)
+
+
 def repro(grid: Path) -> tuple[set[str], str]:
     done = run(["dvc", "repro", f"responses@{TEXT}"], grid)
     return set(re.findall(r"Running stage '([^']+)'", done.stdout)), done.stdout + done.stderr
@@ -568,7 +586,7 @@ def test_an_experiment_in_a_copy_of_the_repository_does_not_lose_what_it_paid_fo
     ("stop", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 130)], ids=["kill", "terminate"]
 )
 def test_a_stage_that_is_stopped_goes_on_where_it_was(server, grid, stop, code):
-    run(["dvc", "repro", f"prompts@{TEXT}"], grid)
+    ask_questions(grid)
     command = [sys.executable, "../../stages", "responses", TEXT]
     server.reply = lambda request: server.released.clear() or request if server.delivered.total() == 5 else request
     process = subprocess.Popen(command, cwd=grid, env=environment(), stderr=subprocess.PIPE, text=True)
@@ -600,7 +618,7 @@ def test_a_stage_that_is_stopped_goes_on_where_it_was(server, grid, stop, code):
 
 
 def test_the_stage_ends_in_one_line_and_writes_no_answers_file(server, grid):
-    run(["dvc", "repro", f"prompts@{TEXT}"], grid)
+    ask_questions(grid)
     server.fault = lambda request, attempt: lambda h: h.refuse(401, f"wrong key {SECRET}")
     done = run([sys.executable, "../../stages", "responses", TEXT], grid, check=False, OPENAI_LOG="debug")
     assert done.returncode == 1
@@ -612,7 +630,7 @@ def test_the_stage_ends_in_one_line_and_writes_no_answers_file(server, grid):
 
 
 def test_a_dry_run_says_what_it_would_cost(server, grid):
-    run(["dvc", "repro", f"prompts@{TEXT}"], grid)
+    ask_questions(grid)
     command = [sys.executable, "../../stages", "estimate", TEXT]
     assert "20 requests" in run(command, grid).stdout
     assert "no price in" in run(command, grid).stdout

@@ -10,7 +10,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from io import FileIO
 from pathlib import Path
@@ -107,10 +107,11 @@ def _sha256(content: dict[str, Any]) -> str:
 
 
 class AnswerLog:
-    """A file of stored answers to append to, from any number of threads; see `open_log`."""
+    """A file of stored answers to append to, from any number of threads; see `open_log`. appended: how many so far."""
 
     def __init__(self, path: Path, file: FileIO) -> None:
         self.path = path
+        self.appended = 0
         self._file = file
         self._threads = threading.Lock()
 
@@ -124,8 +125,10 @@ class AnswerLog:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(self._file.fileno())
             except OSError as error:
-                self._file.truncate(size)
+                with suppress(OSError):
+                    self._file.truncate(size)
                 raise cannot_write(self.path, error) from error
+            self.appended += 1
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def _stem(word: str) -> str:
 
 
 def is_english(text: str) -> bool:
-    """Whether a language model of character sequences takes the text for English, or is not sure of another language."""
+    """Whether py3langid takes the text for English, or is not sure of another language."""
     language, probability = _identifier().classify(text)
     return language == "en" or probability < SURE
 

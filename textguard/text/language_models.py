@@ -94,8 +94,9 @@ class LanguageModel:
 class Network:
     """How to ask; changes no answer.
 
-    concurrency: requests at a time. timeout_s: for one request. attempts: for one answer. backoff_s: the longest wait before
-    the second attempt, doubled before each further one. max_requests, max_usd: of one run of the stage, None for no limit.
+    concurrency: requests at a time. timeout_s: the longest silence of a server within one request. attempts: for one answer.
+    backoff_s: the longest wait before the second attempt, doubled before each further one. max_requests, max_usd: of one run
+    of the stage, None for no limit.
     """
 
     concurrency: int
@@ -183,7 +184,7 @@ class _Budget:
     """Counts requests and dollars. No request starts that could exceed either, whatever those under way will cost."""
 
     def __init__(self, network: Network, price: Price | None) -> None:
-        self._network, self._price = network, price
+        self._network, self.price = network, price
         self._changed = threading.Condition()
         self._under_way: list[float] = []
         self.requests = self.input_tokens = self.output_tokens = 0
@@ -217,15 +218,11 @@ class _Budget:
                 self._changed.notify_all()
 
     def _cost(self, bill: "_Bill") -> float:
-        return self._price.of(bill.input_tokens, bill.output_tokens) if self._price else 0.0
+        return self.price.of(bill.input_tokens, bill.output_tokens) if self.price else 0.0
 
     def _exceeds(self, most: float) -> bool:
         limit = self._network.max_usd
         return limit is not None and self.usd + sum(self._under_way) + most > limit
-
-    @property
-    def knows_price(self) -> bool:
-        return self._price is not None
 
 
 @dataclass
@@ -257,7 +254,7 @@ class _Asker:
         self._client, self._secret = client, secret
         self._stop = threading.Event()
         self._resume_at = 0.0  # on time.monotonic(): a rate limit holds for all threads
-        self._stored = self._failed_in_a_row = 0
+        self._failed_in_a_row = 0
         self._failures: list[str] = []
 
     def ask_all(self, wanted: Sequence[tuple[str, int]], label: str) -> None:
@@ -287,9 +284,9 @@ class _Asker:
 
     def summary(self, wanted: int) -> str:
         budget = self._budget
-        cost = f", {budget.usd:.4f} USD" if budget.knows_price else ""
+        cost = f", {budget.usd:.4f} USD" if budget.price else ""
         return (
-            f"{self._stored} of {wanted} answers stored for {budget.requests} requests, "
+            f"{self._log.appended} of {wanted} answers stored for {budget.requests} requests, "
             f"{budget.input_tokens} + {budget.output_tokens} tokens{cost}"
         )
 
@@ -313,12 +310,11 @@ class _Asker:
                 if failure.wait_s > LONGEST_WAIT_S:
                     message = f"{self._model.base_url} asks to wait {failure.wait_s:.0f} s ({failure}); run it again then"
                     raise LanguageModelError(message) from None
-                self._resume_at = max(self._resume_at, time.monotonic() + failure.wait_s) if failure.wait_s else self._resume_at
+                self._resume_at = max(self._resume_at, time.monotonic() + failure.wait_s)
                 longest = min(LONGEST_BACKOFF_S, self._network.backoff_s * 2**attempt)
                 self._stop.wait(random.uniform(0, longest))  # jittered, so that the threads do not come back as one
             else:
                 self._log.append(stored)
-                self._stored += 1
                 self._failed_in_a_row = 0
                 return
         self._failures.append(reason)

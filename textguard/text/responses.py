@@ -8,6 +8,7 @@ template  no model: each filled template is its own answer
 
 import json
 import re
+import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 from textguard.artifacts import read_json, reading
 from textguard.errors import InvalidArtifact, InvalidParameter, MissingAnswer, UnknownName
 from textguard.text.answers import Answer
-from textguard.text.cache import Store, StoredAnswer, answer_key, open_log, read_answers
+from textguard.text.cache import Store, answer_key, open_log, read_answers
 from textguard.text.language_models import Estimate, LanguageModel, Network, ask, estimate
 from textguard.text.questions import Question
 
@@ -90,21 +91,11 @@ def _collect(questions: list[Question], sources: Sources, store: Store) -> list[
                 f"class {question.class_name!r} has no stored answer {sample + 1} of {sources.samples} to {question.text!r}"
                 f"{author} in {_names(sources.files)}{damaged}; add it there, or change params.yaml texts"
             )
-        answers.append(_answer(question, stored))
+        given = stored.answer, stored.provider, stored.model, stored.finish_reason
+        answers.append(Answer(question.class_name, question.id, question.text, sample, *given))
+    for problem in store.damaged:
+        print(f"{sources.label}: a stored answer is damaged, and left out: {problem}", file=sys.stderr)
     return answers
-
-
-def _answer(question: Question, stored: StoredAnswer) -> Answer:
-    return Answer(
-        question.class_name,
-        question.id,
-        question.text,
-        stored.sample,
-        stored.answer,
-        stored.provider,
-        stored.model,
-        stored.finish_reason,
-    )
 
 
 def published(questions: list[Question], sources: Sources) -> list[Answer]:
