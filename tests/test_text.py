@@ -314,8 +314,6 @@ def test_one_hot_embeddings_need_the_width(matrix):
     assert torch.equal(control(matrix, "one_hot", 0), torch.eye(10, 24))
     with pytest.raises(InvalidEmbeddings, match="width of 10 or more, the encoder's is 9"):
         control(matrix[:, :9], "one_hot", 0)
-    with pytest.raises(UnknownName, match=r"vectors 'zeros' in params.*; known: encoder, one_hot, random, shuffled"):
-        control(matrix, "zeros", 0)
 
 
 def embeddings(matrix: torch.Tensor, **changes) -> ClassEmbeddings:

@@ -62,7 +62,7 @@ class EmbeddingParams:
 
     unit_before: bool
     unit_after: bool
-    vectors: str
+    vectors: Literal["encoder", "shuffled", "random", "one_hot"]
     seed: Seed
     template_weight: Annotated[float, Field(ge=0, le=1)]
 
@@ -237,6 +237,9 @@ def _check_references(params: Params, path: Path) -> None:
         lookup(params.datasets, "data set", text.dataset, f"{path} texts.{key}.dataset")
         if not key.startswith(f"{text.dataset}-"):
             raise InvalidParameter(f"{path} texts.{key}: the key must be '{text.dataset}-VARIANT'")
+        if text.limit_questions > len(text.questions):
+            given = f"texts.{key}.limit_questions is {text.limit_questions}"
+            raise InvalidParameter(f"{path} {given}, but there are {len(text.questions)} questions")
     for key, run in params.runs.items():
         where = f"{path} runs.{key}"
         lookup(params.datasets, "data set", run.dataset, f"{where}.dataset")

@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from textguard.artifacts import read_safetensors, write_safetensors
-from textguard.errors import InvalidEmbeddings, UnknownName
+from textguard.errors import InvalidEmbeddings
 
 UNIT_TOLERANCE = 1e-4
 
@@ -87,10 +87,8 @@ def control(matrix_ce: Tensor, vectors: str, seed: int) -> Tensor:
     shuffled   the same rows, each at another class's place
     random     unit vectors that mean nothing, drawn so that their mean pairwise cosine is that of the embeddings
     one_hot    class i has the i-th unit vector; needs C <= E
-    matrix_ce: float32 [C, E]. Returns [C, E]. Raises UnknownName, InvalidEmbeddings.
+    matrix_ce: float32 [C, E]. Returns [C, E]. Raises InvalidEmbeddings.
     """
-    if vectors not in CONTROLS:
-        raise UnknownName("vectors", vectors, CONTROLS, "params.yaml texts.*.embedding.vectors")
     return CONTROLS[vectors](matrix_ce, torch.Generator().manual_seed(seed))
 
 
@@ -153,8 +151,9 @@ def _unit(vectors: Tensor, what: str) -> Tensor:
 
 def save_class_embeddings(path: Path, embeddings: ClassEmbeddings) -> None:
     """Write the matrix with class names and provenance to one safetensors file."""
-    described = {name: value for name, value in asdict(replace(embeddings, matrix=None)).items() if name != "matrix"}
-    write_safetensors(path, {"class_embeddings": embeddings.matrix}, {"provenance": json.dumps(described)})
+    described = {name: value for name, value in embeddings.__dict__.items() if name not in ("matrix", "options")}
+    provenance = json.dumps(described | {"options": asdict(embeddings.options)})
+    write_safetensors(path, {"class_embeddings": embeddings.matrix}, {"provenance": provenance})
 
 
 def load_class_embeddings(path: Path, dataset: str, classes: list[str]) -> ClassEmbeddings:

@@ -55,8 +55,11 @@ def encode(encoder: str, texts: list[str], device: "torch.device", batch_size: i
         return _encode_minilm(texts, device, batch_size)
     if encoder.startswith(SENTENCE_TRANSFORMERS):
         folder = Path(encoder.removeprefix(SENTENCE_TRANSFORMERS))
-        _sentence_transformers_width(folder)
-        return _encode_sentence_transformers(folder, texts, device, batch_size)
+        width = _sentence_transformers_width(folder)  # and what its modules are, before any is loaded
+        encoded = _encode_sentence_transformers(folder, texts, device, batch_size)
+        if encoded.vectors.shape[1] != width:
+            raise InvalidArtifact(f"{folder} gives E = {encoded.vectors.shape[1]}, its modules state {width}; change {WHERE}")
+        return encoded
     return _encode_open_clip(*_parse_open_clip(encoder), texts, device, batch_size)
 
 
@@ -117,14 +120,14 @@ def _encode_sentence_transformers(folder: Path, texts: list[str], device: "torch
     transformers.utils.logging.disable_progress_bar()
     try:
         # Without safetensors it would unpickle.
-        loaded = SentenceTransformer(str(folder), model_kwargs={"use_safetensors": True}, local_files_only=True)
+        safely = {"model_kwargs": {"use_safetensors": True}, "local_files_only": True}
+        loaded = SentenceTransformer(str(folder), device=str(device), **safely)
     except Exception as error:  # the libraries pass on whatever their loaders raise
         reason = f"{type(error).__name__}: {error}"
         raise InvalidArtifact(f"{folder} cannot be loaded as an encoder ({reason}); change {WHERE}") from error
     # Whether vectors are normalised before they are averaged is ours to say.
-    model = SentenceTransformer(
-        modules=[module for module in loaded if type(module).__name__ != "Normalize"], device=str(device)
-    )
+    modules = [module for module in loaded if type(module).__name__ != "Normalize"]
+    model = SentenceTransformer(modules=modules, device=str(device))
     texts, shortened = fitting(texts, lambda text: len(loaded.tokenizer(text)["input_ids"]), loaded.max_seq_length)
     vectors = model.encode(texts, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
     return EncodedTexts(vectors.float().cpu(), _sha256_of_weights(loaded), shortened)
