@@ -301,6 +301,7 @@ def test_what_an_endpoint_does_not_take_is_refused(server, endpoint, changes):
     ids=lambda change: next(iter(change)),
 )
 def test_whatever_can_change_an_answer_is_part_of_its_key(server, tmp_path, change):
+    assert "system" not in model(server).request()
     answer("openai", questions(1), sources(server, tmp_path))
     assert estimate_model(questions(1), sources(server, tmp_path)).requests == 0
     assert estimate_model(questions(1), sources(server, tmp_path, **change)).requests == 1
@@ -314,7 +315,7 @@ def test_stored_lines_say_where_an_answer_comes_from_and_can_be_replayed(server,
     for line in stored:
         assert (line.model, line.finish_reason, line.input_tokens, line.output_tokens) == ("small-2-0901", "stop", 11, 7)
         assert line.provider == f"small-2 at {server.url}"
-        assert line.request == asdict(where.model)
+        assert line.request == where.model.request()
         assert datetime.now(UTC) - datetime.fromisoformat(line.time) < timedelta(minutes=5)
     server.shutdown()
     assert answer("replay", questions(3), replace(where, files=[where.log])) == given

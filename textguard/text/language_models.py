@@ -70,6 +70,10 @@ class LanguageModel:
                     f"endpoint {self.endpoint} takes no {name}; set params.yaml texts.*.model.{name} to {empty}"
                 )
 
+    def request(self) -> dict[str, Any]:
+        """What is part of every key: all that is not None, so that a parameter added later leaves older keys as they are."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
     def body(self, question: str, sample: int) -> dict[str, Any]:
         """The request's JSON."""
         seed = None if self.seed is None else self.seed + sample
@@ -327,7 +331,7 @@ class _Asker:
 
     def _request(self, question: str, sample: int) -> StoredAnswer:
         """One attempt. Raises _Passing, LanguageModelError, BudgetExhausted."""
-        request = asdict(self._model)
+        request = self._model.request()
         with self._budget.request(self._model.most_input_tokens(question), self._model.max_tokens) as bill:
             reply = self._send(self._model.body(question, sample), bill)
             bill.input_tokens = bill.input_tokens if reply.input_tokens is None else reply.input_tokens

@@ -11,7 +11,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from textguard.artifacts import read_json, reading
@@ -77,7 +77,7 @@ def _asked(questions: list[Question], sources: Sources) -> Iterator[tuple[Questi
 
 
 def _key(question: Question, sample: int, sources: Sources) -> str:
-    return answer_key(question.text, sample, asdict(sources.model) if sources.model else None)
+    return answer_key(question.text, sample, sources.model.request() if sources.model else None)
 
 
 def _collect(questions: list[Question], sources: Sources, store: Store) -> list[Answer]:
