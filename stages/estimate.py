@@ -13,7 +13,7 @@ from textguard.text.responses import estimate_model
 def main(params: Params, text: str) -> None:
     questions = read_records(Path("prompts") / text / "questions.jsonl", "prompts", Question)
     wanted = estimate_model(questions, sources(params, text))
-    cost = f"no price in {PRICES}" if wanted.most_usd is None else f"at most {wanted.most_usd:.4f} USD"
+    cost = f"no price in {PRICES}" if wanted.most_usd is None else f"about {wanted.most_usd:.4f} USD at most"
     print(
         f"{text}: {wanted.requests} requests, about {wanted.input_tokens} tokens in, "
         f"at most {wanted.most_output_tokens} out, {cost}"

@@ -636,5 +636,6 @@ def test_a_dry_run_says_what_it_would_cost(server, grid):
     assert "20 requests" in run(command, grid).stdout
     assert "no price in" in run(command, grid).stdout
     change(grid, lambda params: params["texts"][TEXT]["model"].update(model="gpt-4.1-mini"))
-    assert re.search(r"20 requests, about \d+ tokens in, at most 800 out, at most 0\.00\d+ USD", run(command, grid).stdout)
+    printed = run(command, grid).stdout
+    assert re.search(r"20 requests, about \d+ tokens in, at most 800 out, about 0\.00\d+ USD at most", printed)
     assert not server.attempts

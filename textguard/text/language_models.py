@@ -132,7 +132,7 @@ def price_of(model: str) -> Price | None:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run would ask for. usd: None where the model's price is not known."""
+    """What a run would ask for. most_usd: None where the model's price is not known."""
 
     requests: int
     input_tokens: int
