@@ -22,9 +22,11 @@ def main(params: Params, text: str) -> None:
     kept = [row for row, said in enumerate(descriptions) if not {"empty", *wanted.drop} & set(said.flags)]
     used = [descriptions[row] for row in kept]
     owners = [said.class_name for said in used]
-    for name in classes:
-        if name not in owners:
-            raise InvalidParameter(f"class {name!r} has no text left; see params.yaml texts.{text}.drop and prompts/{text}")
+    told = set(owners)
+    silent = [name for name in classes if name not in told]
+    if silent:
+        where = f"params.yaml texts.{text}.drop and prompts/{text}"
+        raise InvalidParameter(f"class {silent[0]!r} has no text left (and {len(silent) - 1} more); see {where}")
 
     make_deterministic(0)
     encoded = encode(params.encoder, [said.text for said in used], pick_device())

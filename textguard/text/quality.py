@@ -34,26 +34,28 @@ def assess(
     similarity = cosines(matrix_ce)
     others = similarity - 2 * np.eye(len(classes))
     nearest = others.argmax(axis=1)
-    strays = _strays(vectors_ne, np.array([classes.index(descriptions[row].class_name) for row in rows]), len(classes))
-    stray = dict(zip(rows.tolist(), strays, strict=True))
+    owners = np.array([classes.index(descriptions[row].class_name) for row in rows])
+    unit, means = unit_means(vectors_ne, owners, len(classes))
+    stray = _strays(unit, means, owners)
+    unnamed = np.array(["unnamed" in descriptions[row].flags for row in rows])
+    said_of: dict[str, list[Description]] = {name: [] for name in classes}
+    for said in descriptions:
+        said_of[said.class_name].append(said)
     table = []
-    for index, name in enumerate(classes):
-        mine = [row for row, said in enumerate(descriptions) if said.class_name == name]
-        embedded = [row for row in mine if row in stray]
-        unit = _unit(vectors_ne[[row in embedded for row in rows.tolist()]])
-        flags = {flag: sum(flag in descriptions[row].flags for row in mine) for flag in FLAGS}
+    for index, (name, said) in enumerate(said_of.items()):
+        mine = owners == index
         table.append(
             {
                 "class": name,
-                "answers": len(mine),
-                "embedded": len(embedded),
-                "words": np.mean([len(descriptions[row].text.split()) for row in mine]),
-                "spread": 1 - np.linalg.norm(unit.mean(axis=0)),
+                "answers": len(said),
+                "embedded": mine.sum(),
+                "words": np.mean([len(one.text.split()) for one in said]),
+                "spread": 1 - np.linalg.norm(means[index]),
                 "nearest_wrong": classes[nearest[index]],
                 "cosine": others[index, nearest[index]],
-                "strays": sum(stray[row] for row in embedded),
-                "off_class": sum(stray[row] and "unnamed" in descriptions[row].flags for row in embedded),
-                **flags,
+                "strays": stray[mine].sum(),
+                "off_class": (stray & unnamed)[mine].sum(),
+                **{flag: sum(flag in one.flags for one in said) for flag in FLAGS},
             }
         )
     per_class = pd.DataFrame(table)
@@ -98,15 +100,14 @@ def unit_means(vectors_ne: np.ndarray, owners: np.ndarray, classes: int) -> tupl
     return unit, np.stack([unit[owners == index].mean(axis=0) for index in range(classes)])
 
 
-def _strays(vectors_ne: np.ndarray, owners: np.ndarray, classes: int) -> np.ndarray:
+def _strays(unit_ne: np.ndarray, means_ce: np.ndarray, owners: np.ndarray) -> np.ndarray:
     """Which texts are more similar to another class's mean than to that of their own without them."""
-    unit, means = unit_means(vectors_ne, owners, classes)
-    counts = np.bincount(owners, minlength=classes)[owners][:, None]
-    rest = means[owners] * counts - unit  # zero for a class's only text, which has nothing to stray from
-    own = (unit * rest).sum(axis=1) / np.maximum(np.linalg.norm(rest, axis=1), 1e-12)
-    cosine = unit @ _unit(means).T
+    counts = np.bincount(owners)[owners]
+    rest = means_ce[owners] * counts[:, None] - unit_ne  # zero for a class's only text, which has nothing to stray from
+    own = (unit_ne * rest).sum(axis=1) / np.maximum(np.linalg.norm(rest, axis=1), 1e-12)
+    cosine = unit_ne @ _unit(means_ce).T
     cosine[np.arange(len(owners)), owners] = -np.inf
-    return (counts[:, 0] > 1) & (cosine.max(axis=1) > own)
+    return (counts > 1) & (cosine.max(axis=1) > own)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
