@@ -29,7 +29,8 @@ import yaml
 
 from conftest import REPOSITORY, environment
 from textguard.artifacts import read_safetensors, write_safetensors
-from textguard.text.embeddings import ClassEmbeddings, save_class_embeddings
+from textguard.text.cache import StoredAnswer, answer_key, to_line
+from textguard.text.embeddings import ClassEmbeddings, EmbeddingOptions, save_class_embeddings
 
 SMOKE = REPOSITORY / "grids" / "smoke" / "params.yaml"
 BASELINE, GUIDED, TEXT = "digits-resnet18-baseline-s0", "digits-resnet18-descriptions-s0", "digits-descriptions"
@@ -162,6 +163,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert code == 0, lines
     grid.change(f"runs.{GUIDED}", guided)
     save_class_embeddings(grid.folder / EMBEDDINGS, embeddings())
+    texts = {"vectors": torch.ones(20, WIDTH), "rows": torch.arange(20)}
+    write_safetensors(grid.folder / f"embeddings/{TEXT}.texts.safetensors", texts)
     return grid.folder
 
 
@@ -185,7 +188,8 @@ def untouched(tmp_path: Path) -> Grid:
 
 def embeddings() -> ClassEmbeddings:
     matrix = torch.nn.functional.normalize(torch.randn(len(DIGITS), WIDTH, generator=torch.Generator().manual_seed(0)))
-    return ClassEmbeddings(matrix, "digits", tuple(DIGITS), "minilm", "0" * 64, WIDTH, 20)
+    options = EmbeddingOptions(unit_before=True, unit_after=True, vectors="encoder", seed=0, template_weight=0.5)
+    return ClassEmbeddings(matrix, "digits", tuple(DIGITS), "minilm", "0" * 64, WIDTH, 20, 0, options)
 
 
 WRONG_VALUES = {
@@ -215,6 +219,10 @@ WRONG_VALUES = {
     "negative limit": ("datasets.digits.limit_train", -5, ["-5", "greater than or equal to 0"]),
     "unknown schedule": ("recipes.plain.schedule", "linear", ['"linear"', "'cosine' or 'step'"]),
     "unknown weights": ("statistics.last_layer_weights", "all", ['"all"', "'neurons', 'equal' or 'head_only'"]),
+    "unknown vectors": (f"texts.{TEXT}.embedding.vectors", "zeros", ['"zeros"', "'encoder', 'shuffled', 'random' or 'one"]),
+    "more questions than there are": (f"texts.{TEXT}.limit_questions", 3, ["3", "there are 2 questions"]),
+    "unknown flag": (f"texts.{TEXT}.drop", ["boring"], ['"boring"', "'duplicate'", "'not_english'"]),
+    "weight above 1": (f"texts.{TEXT}.embedding.template_weight", 1.5, ["1.5", "less than or equal to 1"]),
     "no questions": (f"texts.{TEXT}.questions", [], ["at least 1"]),
     "colour without a number": ("figures.colours.baseline", "red", ['"red"', "#"]),
 }
@@ -329,11 +337,22 @@ NAMES = {
         f"train {BASELINE}",
         ["alexnet", "63 to 4096 pixels", "not 32", "datasets.*.image_size"],
     ),
-    "provider": (f"texts.{TEXT}.provider", "gpt", f"responses {TEXT}", ["provider 'gpt'", "known: replay, template", "texts"]),
+    "provider": (
+        f"texts.{TEXT}.provider",
+        "gpt",
+        f"responses {TEXT}",
+        ["provider 'gpt'", "known: import, openai, replay, template", "texts"],
+    ),
     "encoder": ("encoder", "word2vec", "encoder", ["encoder 'word2vec'", "known: minilm, open_clip:MODEL:PRETRAINED"]),
     "encoder without a tag": ("encoder", "open_clip:RN50", "encoder", ["'open_clip:RN50'", "open_clip:MODEL:PRETRAINED"]),
     "OpenCLIP model": ("encoder", "open_clip:ViT-Z:openai", "encoder", ["OpenCLIP model 'ViT-Z'", "ViT-B-32"]),
     "OpenCLIP tag": ("encoder", "open_clip:RN50:mine", f"embeddings {TEXT}", ["tag of RN50 'mine'", "known:", "openai"]),
+    "sentence-transformers folder": (
+        "encoder",
+        "sentence_transformers:/none",
+        "encoder",
+        ["/none/modules.json", "No such file"],
+    ),
     "encoder folder": ("encoder", "open_clip:local-dir:/none", "encoder", ["/none/open_clip_config.json", "No such file"]),
     "engine": ("inject.engine", "hooks", f"inject {BASELINE}", ["engine 'hooks'", "known: pytorchfi, replay, whole"]),
     "detector": ("inject.detector", "clamp", f"inject {BASELINE}", ["detector 'clamp'", "known: fixed:X, off, profiled"]),
@@ -428,38 +447,27 @@ def test_more_samples_than_answers_are_named(grid):
     says(grid.fails("responses", TEXT), "MissingAnswer", "class 'zero'", "of 99", "params.yaml texts")
 
 
-ANSWER = {"question": "What?", "sample": 0, "answer": "This.", "provider": "a test"}
+def stored(question: str, text: str) -> bytes:
+    """A line of a file of stored answers: the first answer of a person to a question."""
+    return to_line(StoredAnswer(answer_key(question, 0, None), question, 0, "a test", None, None, None, None, None, None, text))
+
+
 CACHES = {
-    "damaged line": (json.dumps(ANSWER) + "\n" + '{"question": "Wh', ["is no JSON"]),
-    "no object": (json.dumps(ANSWER) + "\n[1]\n", ["is no JSON object"]),
-    "empty answer": (json.dumps(ANSWER) + "\n" + json.dumps({**ANSWER, "answer": "  "}), ["needs question, answer"]),
-    "no answer": (json.dumps(ANSWER) + '\n{"question": "What?"}\n', ["needs question, answer"]),
-    "list for a question": (
-        json.dumps(ANSWER) + "\n" + json.dumps({**ANSWER, "question": ["What?"]}),
-        ["needs question"],
-    ),
+    "half a line": (lambda line: line[:40], "is no JSON"),
+    "no object": (lambda line: b"[1]\n", "is no stored answer"),
+    "other fields": (lambda line: b'{"question": "What?"}\n', "is no stored answer"),
+    "a changed letter": (lambda line: line.replace(b"Round", b"Found"), "its checksum does not match"),
+    "no text": (lambda line: b"\xff\xfe" + line, "is no JSON"),
 }
 
 
-@pytest.mark.parametrize(
-    ("content", "parts"),
-    CACHES.values(),
-    ids=CACHES,
-)
-def test_a_damaged_answer_is_named_with_file_and_line(grid, content, parts):
-    file = grid.put("answers.jsonl", content)
+@pytest.mark.parametrize(("spoil", "reason"), CACHES.values(), ids=CACHES)
+def test_a_damaged_answer_is_named_with_file_and_line(grid, spoil, reason):
+    questions = [json.loads(line)["text"] for line in (grid.folder / QUESTIONS).read_text().splitlines()]
+    lines = [stored(question, "Round and white.") for question in questions]
+    file = grid.put("answers.jsonl", b"".join([*lines[1:], spoil(lines[0])]))
     grid.change(f"texts.{TEXT}.cache", [str(file)])
-    says(grid.fails("responses", TEXT), "InvalidArtifact", str(file), "line 2", *parts)
-
-
-@pytest.mark.parametrize("answer", [5, None])
-def test_an_answer_that_is_no_text_is_refused(grid, answer):
-    grid.change(f"texts.{TEXT}.questions", ["What does the handwritten digit {class} look like?"])
-    questions = [json.loads(line) for line in (grid.folder / QUESTIONS).read_text().splitlines()]
-    stored = [{**ANSWER, "question": question["text"], "answer": answer} for question in questions]
-    file = grid.put("answers.jsonl", "".join(json.dumps(row) + "\n" for row in stored))
-    grid.change(f"texts.{TEXT}.cache", [str(file)])
-    says(grid.fails("responses", TEXT), "InvalidArtifact", str(file), "line 1")
+    says(grid.fails("responses", TEXT), "MissingAnswer", repr(questions[0]), f"{file} line {len(lines)} ({reason})")
 
 
 def test_a_missing_answers_file_is_named_with_the_parameter(grid):
@@ -468,13 +476,80 @@ def test_a_missing_answers_file_is_named_with_the_parameter(grid):
 
 
 def test_an_answer_with_a_line_separator_can_be_read_again(grid):
-    questions = [json.loads(line) for line in (grid.folder / QUESTIONS).read_text().splitlines()]
-    stored = [{**ANSWER, "question": question["text"], "answer": "One.\u2028Two."} for question in questions]
-    file = grid.put("answers.jsonl", "".join(json.dumps(row) + "\n" for row in stored))
+    questions = [json.loads(line)["text"] for line in (grid.folder / QUESTIONS).read_text().splitlines()]
+    file = grid.put("answers.jsonl", b"".join(stored(question, "One.\u2028Two.") for question in questions))
     grid.change(f"texts.{TEXT}.cache", [str(file)])
     grid.change("encoder", "nobody")
     assert grid.run("responses", TEXT)[0] == 0
     says(grid.fails("embeddings", TEXT), "encoder 'nobody'")
+
+
+PUBLISHED = {
+    "no JSON": ("{", ["cannot be read", "JSONDecodeError"]),
+    "a list": ("[]", ["must be a JSON object"]),
+    "no lists": ('{"zero": "round"}', ["'zero' a list of sentences"]),
+    "missing classes": (
+        '{"Zero": ["Round."]}',
+        ["9 of 10 classes have fewer than 1 sent", "'one' (0)", "texts.*.samples"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "parts"), PUBLISHED.values(), ids=PUBLISHED)
+def test_published_descriptions_that_are_none_are_named(grid, content, parts):
+    grid.change(f"texts.{TEXT}.provider", "import")
+    grid.change(f"texts.{TEXT}.questions", ["A published description of the digit {class}."])
+    assert grid.run("prompts", TEXT)[0] == 0
+    file = grid.put("published.json", content)
+    grid.change(f"texts.{TEXT}.cache", [str(file)])
+    says(grid.fails("responses", TEXT), str(file), *parts)
+
+
+LANGUAGE_MODEL = {
+    "endpoint": "responses",
+    "base_url": "http://127.0.0.1:9/v1",
+    "model": "m",
+    "system": None,
+    "temperature": None,
+    "max_tokens": 10,
+    "stop": [],
+    "seed": None,
+}
+MODELS = {
+    "endpoint": ({"endpoint": "chat"}, ["model.endpoint", '"chat"', "'chat.completions'"]),
+    "password in the URL": ({"base_url": "https://me:secret@host/v1"}, ["model.base_url"]),
+    "key in the URL": ({"base_url": "https://host/v1?key=secret"}, ["model.base_url"]),
+    "no limit": ({"max_tokens": 0}, ["model.max_tokens", "greater than 0"]),
+    "one stop": ({"stop": "x"}, ["model.stop", "valid array"]),
+    "empty stop": ({"stop": [""]}, ["model.stop", "at least 1"]),
+    "unknown key": ({"top_p": 1.0}, ["unknown key", "model.top_p", "known: base_url, endpoint"]),
+}
+
+
+@pytest.mark.parametrize(("changes", "parts"), MODELS.values(), ids=MODELS)
+def test_a_language_model_that_cannot_be_asked_is_refused(untouched, changes, parts):
+    untouched.change(f"texts.{TEXT}.model", LANGUAGE_MODEL | changes)
+    says(untouched.fails("check"), "InvalidParameter", f"texts.{TEXT}", "params.yaml", *parts)
+
+
+def test_a_class_that_loses_all_its_texts_is_named(grid):
+    questions = [json.loads(line)["text"] for line in (grid.folder / QUESTIONS).read_text().splitlines()]
+    file = grid.put("answers.jsonl", b"".join(stored(question, "Round.") for question in questions))
+    grid.change(f"texts.{TEXT}.cache", [str(file)])
+    grid.change(f"texts.{TEXT}.drop", ["too_short"])
+    assert grid.run("responses", TEXT)[0] == 0
+    before = grid.files()
+    code, lines = grid.run("embeddings", TEXT)
+    assert code == 1
+    says(lines[-1], "class 'zero' has no text left", f"params.yaml texts.{TEXT}.drop")
+    assert grid.files() == before
+
+
+def test_a_language_model_that_lacks_something_is_named(grid):
+    grid.change(f"texts.{TEXT}.provider", "openai")
+    says(grid.fails("responses", TEXT), "'openai' needs a language model", "params.yaml texts")
+    grid.change(f"texts.{TEXT}.model", {**LANGUAGE_MODEL, "seed": 1})
+    says(grid.fails("responses", TEXT), "responses takes no seed", "params.yaml texts")
 
 
 DAMAGED_LINES = {
@@ -495,6 +570,7 @@ def test_damaged_questions_are_named_with_the_line(grid, line, parts):
 MISSING = [
     ("prompts", TEXT, "data/digits/classes.json", "data"),
     ("responses", TEXT, QUESTIONS, "prompts"),
+    ("text_quality", TEXT, f"embeddings/{TEXT}.texts.safetensors", "embeddings"),
     ("embeddings", TEXT, f"prompts/{TEXT}/responses.jsonl", "responses"),
     ("train", BASELINE, "data/digits/train.safetensors", "data"),
     ("train", GUIDED, EMBEDDINGS, "embeddings"),
@@ -552,6 +628,13 @@ EMBEDDED = {
 def test_unusable_class_embeddings_are_named(grid, spoil, parts):
     save_class_embeddings(grid.folder / EMBEDDINGS, spoil(embeddings()))
     says(grid.fails("train", GUIDED), "InvalidEmbeddings", EMBEDDINGS, "dvc repro", *parts)
+
+
+def test_texts_that_belong_to_other_class_embeddings_are_refused(grid):
+    name = f"embeddings/{TEXT}.texts.safetensors"
+    for texts in (torch.arange(19), torch.arange(20) + 1):
+        write_safetensors(grid.folder / name, {"vectors": torch.ones(len(texts), WIDTH), "rows": texts})
+        says(grid.fails("text_quality", TEXT), "InvalidArtifact", name, "other texts", "'embeddings'")
 
 
 def test_other_tensors_are_no_class_embeddings(grid):

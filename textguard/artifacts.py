@@ -227,6 +227,25 @@ def fingerprint(**inputs: Any) -> str:
 
 
 @contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file `path`, alone among all processes; wait for whoever holds it. Raises CannotWrite."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"{what}: another process is at work on it; waiting for it to end", file=sys.stderr, flush=True)
+            lock.acquire()
+    except OSError as error:
+        raise cannot_write(path.parent, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
 def work_dir(stage: str, key: str, mark: str) -> Iterator[Path]:
     """A folder that outlives an interruption, for the partial results of inputs with fingerprint `mark` and today's code.
 
@@ -242,17 +261,7 @@ def work_dir(stage: str, key: str, mark: str) -> Iterator[Path]:
             time.sleep(0.1)
         yield folder
         return
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(home / "lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            print(f"{stage} {key}: another process is at work on it; waiting for it to end", file=sys.stderr, flush=True)
-            lock.acquire()
-    except OSError as error:
-        raise cannot_write(home, error) from error
-    with lock:
+    with locked(home / "lock", f"{stage} {key}"):
         for other in home.iterdir():
             if other.is_dir() and other != folder:
                 shutil.rmtree(other)

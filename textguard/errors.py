@@ -3,6 +3,12 @@
 from collections.abc import Iterable
 
 
+def printable(text: str, limit: int = 200) -> str:
+    """Foreign text for a message: one line, no control characters (which a terminal may obey), at most `limit` long."""
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
 class TextguardError(Exception):
     """Base of every error that is shown as one line, without a traceback."""
 
@@ -23,6 +29,14 @@ class UnknownName(TextguardError):
 
 class MissingAnswer(TextguardError):
     """A class has no stored answer for one of its questions."""
+
+
+class LanguageModelError(TextguardError):
+    """A language model, or the server that it runs on, did not answer."""
+
+
+class BudgetExhausted(LanguageModelError):
+    """The next request could cost more than the budget allows."""
 
 
 class InvalidEmbeddings(TextguardError):

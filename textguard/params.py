@@ -22,6 +22,7 @@ _strict = ConfigDict(extra="forbid", strict=True)
 Key = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(gt=0)]
+Flag = Literal["duplicate", "too_short", "unnamed", "not_english", "cut", "filtered", "refused"]
 Colour = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")]
 Checked = TypeVar("Checked")
 
@@ -42,17 +43,68 @@ class DatasetParams:
 
 
 @dataclass(frozen=True, config=_strict)
+class LanguageModelParams:
+    """A language model, and how it is asked; see textguard.text.language_models.LanguageModel."""
+
+    endpoint: Literal["responses", "chat.completions", "completions"]
+    # No name and password, no query: both would carry secrets into hashes and files.
+    base_url: Annotated[str, Field(pattern=r"^https?://[^\s/@?#]+(/[^\s@?#]*)?$")]
+    model: Annotated[str, Field(min_length=1)]
+    system: str | None
+    temperature: Annotated[float, Field(ge=0)] | None
+    max_tokens: Count
+    stop: list[Annotated[str, Field(min_length=1)]]
+    seed: Seed | None
+
+
+@dataclass(frozen=True, config=_strict)
+class EmbeddingParams:
+    """How texts become class embeddings; see textguard.text.embeddings.EmbeddingOptions."""
+
+    unit_before: bool
+    unit_after: bool
+    vectors: Literal["encoder", "shuffled", "random", "one_hot"]
+    seed: Seed
+    template_weight: Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True, config=_strict)
 class TextParams:
     """The texts of one data set: D questions per class, and who answers them.
 
-    cache: JSON Lines files with stored answers, relative to the repository's root. samples: answers per question.
+    questions: templates, of which the first `limit_questions` are asked (0: all). context, phrases: see
+    textguard.text.questions.Wording. samples: answers per question. provider, model: see textguard.text.responses. cache:
+    files with stored answers or published descriptions, relative to the repository's root. templates: texts that stand for
+    themselves, beside the answers. drop: which flags keep a text out of the embeddings; see textguard.text.cleaning.
     """
 
     dataset: Key
-    provider: str
-    cache: list[str]
-    samples: Count
     questions: Annotated[list[str], Field(min_length=1)]
+    limit_questions: Annotated[int, Field(ge=0)]
+    context: str
+    phrases: dict[str, str]
+    samples: Count
+    provider: str
+    model: LanguageModelParams | None
+    cache: list[str]
+    templates: list[str]
+    drop: list[Flag]
+    embedding: EmbeddingParams
+
+
+@dataclass(frozen=True, config=_strict)
+class NetworkParams:
+    """How language models are asked; see textguard.text.language_models.Network.
+
+    Changes no answer, so no stage depends on it: `dvc repro` runs nothing when it changes.
+    """
+
+    concurrency: Annotated[int, Field(ge=1, le=256)]
+    timeout_s: Annotated[float, Field(gt=0)]
+    attempts: Annotated[int, Field(ge=1, le=100)]
+    backoff_s: Annotated[float, Field(ge=0)]
+    max_requests: Annotated[int, Field(ge=0)] | None
+    max_usd: Annotated[float, Field(ge=0)] | None
 
 
 @dataclass(frozen=True, config=_strict)
@@ -180,6 +232,7 @@ class Params:
     encoder: str
     datasets: dict[Key, DatasetParams]
     texts: dict[Key, TextParams]
+    network: NetworkParams
     recipes: dict[Key, RecipeParams]
     runs: dict[Key, RunParams]
     inject: InjectParams
@@ -245,6 +298,9 @@ def _check_references(params: Params, path: Path) -> None:
         lookup(params.datasets, "data set", text.dataset, f"{path} texts.{key}.dataset")
         if not key.startswith(f"{text.dataset}-"):
             raise InvalidParameter(f"{path} texts.{key}: the key must be '{text.dataset}-VARIANT'")
+        if text.limit_questions > len(text.questions):
+            given = f"texts.{key}.limit_questions is {text.limit_questions}"
+            raise InvalidParameter(f"{path} {given}, but there are {len(text.questions)} questions")
     for key, run in params.runs.items():
         where = f"{path} runs.{key}"
         lookup(params.datasets, "data set", run.dataset, f"{where}.dataset")
@@ -288,5 +344,6 @@ def _known_keys(schema: dict[str, Any], loc: tuple[int | str, ...]) -> list[str]
     for part in loc:
         patterns = list(node.get("patternProperties", {}).values())
         node = node.get("properties", {}).get(part) or next(iter(patterns), node.get("additionalProperties", {}))
+        node = next((kind for kind in node.get("anyOf", []) if "$ref" in kind), node)  # X | None
         node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]] if "$ref" in node else node
     return sorted(node.get("properties", {}))

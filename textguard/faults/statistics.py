@@ -81,8 +81,10 @@ def sample_mean(strata: Sequence[np.ndarray], shares: Sequence[float], worst: Se
     mean, one = larger.mean(keepdims=True), slice(at, at + 1)
     before = _moments(strata[at] - means[one], np.zeros(1, dtype=int), sizes[one], means[one], parts[one])
     after = _moments(larger - mean, np.zeros(1, dtype=int), sizes[one] + 1, mean, parts[one])
-    unseen = tuple(new - old for new, old in zip(after, before, strict=True))
-    return Sample(*moments, int(sizes.sum()), unseen if shifts[at] > 0 else (0.0, 0.0, 0.0))
+    unseen = tuple(new - old for new, old in zip(after, before, strict=True)) if shifts[at] > 0 else (0.0, 0.0, 0.0)
+    if not everything.any() and not np.any(worst):  # nothing has happened, and nobody knows what could
+        unseen = (0.0, math.nan, math.nan)
+    return Sample(*moments, int(sizes.sum()), unseen)
 
 
 def _moments(

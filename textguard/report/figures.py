@@ -1,20 +1,17 @@
 """Figures as PNG and SVG, with the numbers behind each as CSV. Same input, same bytes."""
 
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 
 import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from textguard.artifacts import write_bytes, write_csv
 from textguard.params import FiguresParams
+from textguard.report.drawing import STYLE, save_figure
 from textguard.report.results import BASELINE, Result, load_ranges, load_threshold_curve
 
-STYLE = Path(__file__).with_name("textguard.mplstyle")
 MARKERS = "osD^vPX*"
 
 
@@ -30,7 +27,7 @@ def write_figures(results: Sequence[Result], params: FiguresParams, folder: Path
             for kind, draw in FIGURES.items()
         ]
         for name, figure, numbers in drawn:
-            _save(figure, numbers, folder / name, params.dpi)
+            save_figure(figure, numbers, folder / name, params.dpi)
 
 
 Pens = dict[str, dict]  # run key -> keyword arguments for matplotlib
@@ -130,13 +127,3 @@ def _finish(figure: Figure, axes: Sequence[Axes], layers: Sequence[str], note: s
     axes[-1].set_xlim(-0.6, len(layers) - 0.4)
     axes[0].legend(ncols=4)
     figure.supxlabel(note, fontsize=7)
-
-
-def _save(figure: Figure, numbers: pd.DataFrame, stem: Path, dpi: int) -> None:
-    FigureCanvasAgg(figure)
-    # Dates and version strings in the files would change their bytes from run to run.
-    for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-        buffer = BytesIO()
-        figure.savefig(buffer, format=suffix, dpi=dpi, metadata=metadata)
-        write_bytes(stem.with_name(f"{stem.name}.{suffix}"), buffer.getvalue())
-    write_csv(stem.with_name(f"{stem.name}.csv"), numbers)

@@ -1,7 +1,8 @@
 """Class embeddings: the mean direction of what was said about each class, and the file that carries it to the classifier."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -14,8 +15,27 @@ UNIT_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
+class EmbeddingOptions:
+    """How texts become class embeddings.
+
+    unit_before, unit_after: normalise each text's vector before, and each class's mean after averaging. vectors: `encoder`,
+    or what it is compared with, see `control`; seed: of those that are drawn. template_weight: of all templates in a class's
+    mean, where there are templates beside descriptions.
+    """
+
+    unit_before: bool
+    unit_after: bool
+    vectors: str
+    seed: int
+    template_weight: float
+
+
+@dataclass(frozen=True)
 class ClassEmbeddings:
-    """matrix: float32 [C, E], rows of length 1, in label order. The rest says where it comes from; width is E."""
+    """matrix: float32 [C, E] in label order, rows of length 1 if options.unit_after. The rest says where it comes from.
+
+    width: E. texts: how many were averaged. shortened: how many of them were longer than the encoder's context.
+    """
 
     matrix: Tensor
     dataset: str
@@ -24,23 +44,100 @@ class ClassEmbeddings:
     weights_sha256: str
     width: int
     texts: int
+    shortened: int
+    options: EmbeddingOptions
 
 
-def average_by_class(vectors: Tensor, owners: list[str], classes: list[str]) -> Tensor:
-    """Normalise each text's vector, average per class, normalise the mean.
+def average_by_class(
+    vectors: Tensor, owners: list[str], classes: list[str], options: EmbeddingOptions, templates: list[bool] | None = None
+) -> Tensor:
+    """Average the texts of each class, normalised before and after as the options say.
 
-    vectors: float32 [N, E]; owners: the class of each of the N texts. Returns [C, E], rows of length 1, in the order of
-    `classes`. Raises InvalidEmbeddings for NaN, for zero vectors, and for a class without a text.
+    vectors: float32 [N, E]; owners: the class of each of the N texts; templates: which of them share options.template_weight,
+    the others share the rest; None: all count the same. Returns [C, E] in the order of `classes`. Raises InvalidEmbeddings
+    for NaN, for zero vectors, and for a class without a text.
     """
     unit = _unit(vectors, "text")
+    scaled = unit if options.unit_before else vectors
     means = []
     for name in classes:
         rows = [row for row, owner in enumerate(owners) if owner == name]  # D texts
         if not rows:
             raise InvalidEmbeddings(f"class {name!r} has no text")
-        unit_de = unit[rows]
-        means.append(unit_de.mean(dim=0))
-    return _unit(torch.stack(means), "class mean")
+        if templates is None:
+            means.append(scaled[rows].mean(dim=0))
+        else:
+            means.append(_ensemble(scaled[rows], torch.tensor([templates[row] for row in rows]), options.template_weight, name))
+    matrix_ce = torch.stack(means)
+    unit_ce = _unit(matrix_ce, "class mean")
+    return unit_ce if options.unit_after else matrix_ce
+
+
+def _ensemble(vectors_de: Tensor, is_template: Tensor, template_weight: float, name: str) -> Tensor:
+    if is_template.all() or not is_template.any():
+        raise InvalidEmbeddings(f"class {name!r} has no {'description' if is_template.any() else 'template'}")
+    descriptions_e, templates_e = vectors_de[~is_template].mean(dim=0), vectors_de[is_template].mean(dim=0)
+    return (1 - template_weight) * descriptions_e + template_weight * templates_e
+
+
+def control(matrix_ce: Tensor, vectors: str, seed: int) -> Tensor:
+    """What class embeddings are compared with, to ask whether it is the meaning of the text that helps.
+
+    encoder    the embeddings themselves
+    shuffled   the same rows, each at another class's place
+    random     unit vectors that mean nothing, drawn so that their mean pairwise cosine is that of the embeddings
+    one_hot    class i has the i-th unit vector; needs C <= E
+    matrix_ce: float32 [C, E]. Returns [C, E]. Raises InvalidEmbeddings.
+    """
+    return CONTROLS[vectors](matrix_ce, torch.Generator().manual_seed(seed))
+
+
+def _shuffled(matrix_ce: Tensor, generator: torch.Generator) -> Tensor:
+    places = torch.arange(len(matrix_ce))
+    order = places
+    while (order == places).any():  # a permutation that moves every row: e draws on average
+        order = torch.randperm(len(matrix_ce), generator=generator)
+    return matrix_ce[order]
+
+
+def _random(matrix_ce: Tensor, generator: torch.Generator) -> Tensor:
+    wanted = mean_cosine(matrix_ce)
+    classes, width = matrix_ce.shape
+    if width < 2:
+        raise InvalidEmbeddings(f"random vectors need a width of 2 or more, not {width}")
+    common_e = _unit(torch.randn(1, width, generator=generator, dtype=torch.float64), "random")
+    drawn_ce = torch.randn(classes, width, generator=generator, dtype=torch.float64)
+    own_ce = _unit(drawn_ce - drawn_ce @ common_e.T * common_e, "random")
+    # With a common part of length a, two rows have the cosine a^2 + (1 - a^2) * the cosine of their own parts.
+    drawn = mean_cosine(own_ce)
+    share = (wanted - drawn) / (1 - drawn)
+    if share < 0:
+        raise InvalidEmbeddings(f"no random vectors were found whose mean cosine is {wanted:.3f}; try another embedding.seed")
+    return (share**0.5 * common_e + (1 - share) ** 0.5 * own_ce).float()
+
+
+def _one_hot(matrix_ce: Tensor, generator: torch.Generator) -> Tensor:
+    classes, width = matrix_ce.shape
+    if classes > width:
+        raise InvalidEmbeddings(
+            f"one-hot vectors need a width of {classes} or more, the encoder's is {width}; change params.yaml encoder"
+        )
+    return torch.eye(classes, width)
+
+
+CONTROLS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "encoder": lambda matrix_ce, generator: matrix_ce,
+    "shuffled": _shuffled,
+    "random": _random,
+    "one_hot": _one_hot,
+}
+
+
+def mean_cosine(matrix_ce: Tensor) -> float:
+    """The mean cosine over all pairs of different rows of [C, E]."""
+    classes = len(matrix_ce)
+    unit_ce = _unit(matrix_ce.double(), "class")
+    return float((unit_ce.sum(dim=0).square().sum() - classes) / (classes * (classes - 1)))
 
 
 def _unit(vectors: Tensor, what: str) -> Tensor:
@@ -54,21 +151,23 @@ def _unit(vectors: Tensor, what: str) -> Tensor:
 
 def save_class_embeddings(path: Path, embeddings: ClassEmbeddings) -> None:
     """Write the matrix with class names and provenance to one safetensors file."""
-    described = {name: value for name, value in embeddings.__dict__.items() if name != "matrix"}
-    write_safetensors(path, {"class_embeddings": embeddings.matrix}, {"provenance": json.dumps(described)})
+    described = {name: value for name, value in embeddings.__dict__.items() if name not in ("matrix", "options")}
+    provenance = json.dumps(described | {"options": asdict(embeddings.options)})
+    write_safetensors(path, {"class_embeddings": embeddings.matrix}, {"provenance": provenance})
 
 
 def load_class_embeddings(path: Path, dataset: str, classes: list[str]) -> ClassEmbeddings:
     """Read embeddings made for this data set and these classes, in this order.
 
     Raises InvalidArtifact for a damaged file, InvalidEmbeddings for one of another data set, another class order, a wrong
-    shape, NaN, or rows that are not of length 1.
+    shape, NaN, zero rows, or rows that are not of length 1 where they should be.
     """
     tensors, metadata = read_safetensors(path, "embeddings")
     try:
         matrix = tensors["class_embeddings"]
         described = json.loads(metadata["provenance"])
-        found = ClassEmbeddings(matrix, **{**described, "classes": tuple(described["classes"])})
+        options = EmbeddingOptions(**described["options"])
+        found = ClassEmbeddings(matrix, **{**described, "classes": tuple(described["classes"]), "options": options})
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise InvalidEmbeddings(f"{path} holds no class embeddings; stage 'embeddings' writes it") from error
     remedy = "delete it and run 'dvc repro'"
@@ -83,6 +182,7 @@ def load_class_embeddings(path: Path, dataset: str, classes: list[str]) -> Class
         raise InvalidEmbeddings(f"{path} has shape {list(matrix.shape)} {matrix.dtype}, expected {expected}; {remedy}")
     if not torch.isfinite(matrix).all():
         raise InvalidEmbeddings(f"{path} holds NaN or infinity; {remedy}")
-    if ((matrix.norm(dim=1) - 1).abs() > UNIT_TOLERANCE).any():
+    length = matrix.norm(dim=1)
+    if (length < UNIT_TOLERANCE).any() or (options.unit_after and ((length - 1).abs() > UNIT_TOLERANCE).any()):
         raise InvalidEmbeddings(f"{path} has rows that are zero or not of length 1; {remedy}")
     return found

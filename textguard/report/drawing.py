@@ -1,0 +1,23 @@
+"""What all figures share: their style, and files whose bytes depend on nothing but the numbers."""
+
+from io import BytesIO
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from textguard.artifacts import write_bytes, write_csv
+
+STYLE = Path(__file__).with_name("textguard.mplstyle")
+
+
+def save_figure(figure: Figure, numbers: pd.DataFrame, stem: Path, dpi: int) -> None:
+    """Write STEM.png, STEM.svg, and the numbers behind them as STEM.csv."""
+    FigureCanvasAgg(figure)
+    # Dates and version strings in the files would change their bytes from run to run.
+    for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+        buffer = BytesIO()
+        figure.savefig(buffer, format=suffix, dpi=dpi, metadata=metadata)
+        write_bytes(stem.with_name(f"{stem.name}.{suffix}"), buffer.getvalue())
+    write_csv(stem.with_name(f"{stem.name}.csv"), numbers)

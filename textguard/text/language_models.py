@@ -1,0 +1,491 @@
+"""Asking a language model over a network that fails: every answer is stored as soon as it is here, and paid for once.
+
+Works with any server that speaks one of OpenAI's three protocols. The key comes from OPENAI_API_KEY in the environment and goes
+nowhere but to the server.
+"""
+
+import difflib
+import json
+import operator
+import os
+import random
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from textguard.errors import BudgetExhausted, InvalidParameter, LanguageModelError, printable
+from textguard.text.cache import AnswerLog, StoredAnswer, answer_key
+
+if TYPE_CHECKING:
+    import openai
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+PRICES = Path(__file__).with_name("prices.yaml")
+OPENAI_HOST = "https://api.openai.com/"
+LONGEST_BACKOFF_S = 60.0
+LONGEST_WAIT_S = 300.0  # a server that asks for more is asked again by the next run, not by this one
+FAILURES_IN_A_ROW = 10  # questions given up without an answer in between: the server is down
+PASSING = (408, 409, 425, 429)  # and 5xx: may succeed when repeated
+MESSAGE_TOKENS = 20  # around each message: role and separators, a generous guess
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """Whom to ask, and how: together with question and sample this is an answer's key.
+
+    endpoint: responses, chat.completions or completions, below base_url. system: the system prompt, or None. temperature: None
+    leaves it to the server. max_tokens: an answer is cut there. stop: where an answer ends. seed: of sample 0, the next one's
+    is one more; None sends none. Raises InvalidParameter for what the endpoint does not take.
+    """
+
+    endpoint: str
+    base_url: str
+    model: str
+    system: str | None
+    temperature: float | None
+    max_tokens: int
+    stop: list[str]
+    seed: int | None
+
+    def __post_init__(self) -> None:
+        refused = {
+            "responses": {"stop": bool(self.stop), "seed": self.seed is not None},
+            "completions": {"system": self.system is not None},
+        }
+        for name, is_set in refused.get(self.endpoint, {}).items():
+            if is_set:
+                empty = "[]" if name == "stop" else "null"
+                raise InvalidParameter(
+                    f"endpoint {self.endpoint} takes no {name}; set params.yaml texts.*.model.{name} to {empty}"
+                )
+
+    def request(self) -> dict[str, Any]:
+        """What is part of every key: all that is not None, so that a parameter added later leaves older keys as they are."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def body(self, question: str, sample: int) -> dict[str, Any]:
+        """The request's JSON."""
+        seed = None if self.seed is None else self.seed + sample
+        body = {"model": self.model, "temperature": self.temperature, "stop": self.stop, "seed": seed}
+        if self.endpoint == "responses":
+            body |= {"instructions": self.system, "input": question, "max_output_tokens": self.max_tokens}
+        elif self.endpoint == "completions":
+            body |= {"prompt": question, "max_tokens": self.max_tokens}
+        else:
+            said = [("system", self.system), ("user", question)]
+            # OpenAI's newer models refuse the old name of this limit, other servers ignore the new one.
+            limit = "max_completion_tokens" if self.base_url.startswith(OPENAI_HOST) else "max_tokens"
+            body |= {"messages": [{"role": role, "content": text} for role, text in said if text], limit: self.max_tokens}
+        return {name: value for name, value in body.items() if value not in (None, [])}
+
+    def most_input_tokens(self, question: str) -> int:
+        """No tokenizer needs more: each token covers at least one byte."""
+        return len((self.system or "").encode()) + len(question.encode()) + 2 * MESSAGE_TOKENS
+
+
+@dataclass(frozen=True)
+class Network:
+    """How to ask; changes no answer.
+
+    concurrency: requests at a time. timeout_s: the longest silence of a server within one request. attempts: for one answer.
+    backoff_s: the longest wait before the second attempt, doubled before each further one. max_requests, max_usd: of one run
+    of the stage, None for no limit.
+    """
+
+    concurrency: int
+    timeout_s: float
+    attempts: int
+    backoff_s: float
+    max_requests: int | None
+    max_usd: float | None
+
+
+@dataclass(frozen=True)
+class Price:
+    """US dollars per token."""
+
+    input: float
+    output: float
+
+    def of(self, input_tokens: int, output_tokens: int) -> float:
+        """The price of one request, in US dollars."""
+        return input_tokens * self.input + output_tokens * self.output
+
+
+def price_of(model: str) -> Price | None:
+    """The price of a model or of the model that this is a dated version of; None for one that prices.yaml does not list."""
+    listed = yaml.safe_load(PRICES.read_text())["models"]
+    price = listed.get(model) or listed.get(re.sub(r"-\d{4}-\d{2}-\d{2}$", "", model))
+    return Price(price["input"] / 1e6, price["output"] / 1e6) if price else None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run would ask for. most_usd: None where the model's price is not known."""
+
+    requests: int
+    input_tokens: int
+    most_output_tokens: int
+    most_usd: float | None
+
+
+def estimate(model: LanguageModel, wanted: Sequence[tuple[str, int]]) -> Estimate:
+    """Estimate a run without asking: four characters per input token, answers as long as allowed, nothing repeated."""
+    characters = sum(len(model.system or "") + len(question) for question, _ in wanted)
+    given, taken = round(characters / 4) + MESSAGE_TOKENS * len(wanted), model.max_tokens * len(wanted)
+    price = price_of(model.model)
+    return Estimate(len(wanted), given, taken, price and price.of(given, taken))
+
+
+def ask(model: LanguageModel, network: Network, wanted: Sequence[tuple[str, int]], log: AnswerLog, label: str) -> None:
+    """Ask for every (question, sample) and store each answer in `log` the moment it arrives.
+
+    Transport errors, HTTP 408, 409, 425, 429 and 5xx, bodies that are no answer and empty answers are asked for again. An
+    answer that was refused, filtered or cut was given and paid for: it is stored, and its finish_reason says so.
+    Raises LanguageModelError when the server refuses (401, 403, 404, other 4xx) or keeps failing, BudgetExhausted, CannotWrite,
+    InvalidParameter. Whatever was answered until then is stored.
+    """
+    import openai
+
+    secret = _secret()
+    price = price_of(model.model)
+    if network.max_usd is not None and price is None:
+        raise InvalidParameter(
+            f"network.max_usd is {network.max_usd}, but {PRICES} has no price for model {model.model!r}; "
+            "add it there, or set params.yaml network.max_usd to null"
+        )
+    # The client's own retries would ask, and pay, behind the budget's back.
+    client = openai.OpenAI(api_key=secret, base_url=model.base_url, timeout=network.timeout_s, max_retries=0)
+    with client:
+        asker = _Asker(model, network, log, client, secret, _Budget(network, price))
+        try:
+            asker.ask_all(wanted, label)
+        finally:
+            print(f"{label}: {asker.summary(len(wanted))}", file=sys.stderr, flush=True)
+
+
+def _secret() -> str:
+    secret = os.environ.get(KEY_VARIABLE, "").strip()
+    if not secret:
+        raise InvalidParameter(f"{KEY_VARIABLE} is not set in the environment; servers that ask for no key take any word")
+    if not secret.isascii() or not secret.isprintable() or " " in secret:
+        raise InvalidParameter(f"{KEY_VARIABLE} in the environment holds blanks or characters that no key has")
+    return secret
+
+
+class _Budget:
+    """Counts requests and dollars. No request starts that could exceed either, whatever those under way will cost."""
+
+    def __init__(self, network: Network, price: Price | None) -> None:
+        self._network, self.price = network, price
+        self._changed = threading.Condition()
+        self._under_way: list[float] = []
+        self.requests = self.input_tokens = self.output_tokens = 0
+        self.usd = 0.0
+
+    @contextmanager
+    def request(self, input_tokens: int, output_tokens: int) -> Iterator["_Bill"]:
+        """Reserve what a request can cost at most, and settle it afterwards. Raises BudgetExhausted."""
+        bill = _Bill(input_tokens, output_tokens)
+        most = self._cost(bill)
+        remedy = "all answers are stored; raise it in params.yaml, or run it again, to go on"
+        with self._changed:
+            while self._exceeds(most) and self._under_way:
+                self._changed.wait()
+            if self._exceeds(most):
+                raise BudgetExhausted(
+                    f"network.max_usd = {self._network.max_usd} is used up ({self.usd:.4f} USD spent); {remedy}"
+                )
+            if self._network.max_requests is not None and self.requests >= self._network.max_requests:
+                raise BudgetExhausted(f"network.max_requests = {self._network.max_requests} is used up; {remedy}")
+            self.requests += 1
+            self._under_way.append(most)
+        try:
+            yield bill
+        finally:
+            with self._changed:
+                self._under_way.remove(most)
+                self.input_tokens += bill.input_tokens
+                self.output_tokens += bill.output_tokens
+                self.usd += self._cost(bill)
+                self._changed.notify_all()
+
+    def _cost(self, bill: "_Bill") -> float:
+        return self.price.of(bill.input_tokens, bill.output_tokens) if self.price else 0.0
+
+    def _exceeds(self, most: float) -> bool:
+        limit = self._network.max_usd
+        return limit is not None and self.usd + sum(self._under_way) + most > limit
+
+
+@dataclass
+class _Bill:
+    """The tokens of one request: the most it can need until its answer, or its failure, says otherwise."""
+
+    input_tokens: int
+    output_tokens: int
+
+    def is_free(self) -> None:
+        self.input_tokens = self.output_tokens = 0
+
+
+class _Passing(Exception):
+    """An attempt failed in a way that another one may not. wait_s: how long the server asks to wait."""
+
+    def __init__(self, reason: str, wait_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.wait_s = wait_s
+
+
+class _Asker:
+    """The threads' common state."""
+
+    def __init__(
+        self, model: LanguageModel, network: Network, log: AnswerLog, client: "openai.OpenAI", secret: str, budget: _Budget
+    ) -> None:
+        self._model, self._network, self._log, self._budget = model, network, log, budget
+        self._client, self._secret = client, secret
+        self._stop = threading.Event()
+        self._resume_at = 0.0  # on time.monotonic(): a rate limit holds for all threads
+        self._failed_in_a_row = 0
+        self._failures: list[str] = []
+
+    def ask_all(self, wanted: Sequence[tuple[str, int]], label: str) -> None:
+        from textguard.runtime import progress
+
+        with (
+            ThreadPoolExecutor(self._network.concurrency) as threads,
+            progress(total=len(wanted), label=label, unit="answers") as bar,
+        ):
+            futures = [threads.submit(self._answer, question, sample) for question, sample in wanted]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    bar.set_postfix_str(f"{self._budget.requests} requests", refresh=False)
+                    bar.update()
+            except BaseException as error:
+                self._stop.set()
+                threads.shutdown(wait=False, cancel_futures=True)
+                if isinstance(error, KeyboardInterrupt):
+                    print(f"{label}: waiting for the answers that are under way", file=sys.stderr, flush=True)
+                raise
+        if self._failures:
+            raise LanguageModelError(
+                f"{len(self._failures)} of {len(wanted)} answers did not come in {self._network.attempts} attempts each "
+                f"(the first: {self._failures[0]}); the others are stored in {self._log.path}; run it again to ask for the rest"
+            )
+
+    def summary(self, wanted: int) -> str:
+        budget = self._budget
+        cost = f", {budget.usd:.4f} USD" if budget.price else ""
+        return (
+            f"{self._log.appended} of {wanted} answers stored for {budget.requests} requests, "
+            f"{budget.input_tokens} + {budget.output_tokens} tokens{cost}"
+        )
+
+    def _answer(self, question: str, sample: int) -> None:
+        try:
+            self._attempt(question, sample)
+        except BaseException:
+            self._stop.set()  # here, not when the main thread sees it: the other threads would go on asking until then
+            raise
+
+    def _attempt(self, question: str, sample: int) -> None:
+        """One answer, with all the attempts that it takes."""
+        for attempt in range(self._network.attempts):
+            self._stop.wait(max(0.0, self._resume_at - time.monotonic()))
+            if self._stop.is_set():
+                return
+            try:
+                stored = self._request(question, sample)
+            except _Passing as failure:
+                reason = f"{question!r}: {failure}"
+                if failure.wait_s > LONGEST_WAIT_S:
+                    message = f"{self._model.base_url} asks to wait {failure.wait_s:.0f} s ({failure}); run it again then"
+                    raise LanguageModelError(message) from None
+                self._resume_at = max(self._resume_at, time.monotonic() + failure.wait_s)
+                longest = min(LONGEST_BACKOFF_S, self._network.backoff_s * 2**attempt)
+                self._stop.wait(random.uniform(0, longest))  # jittered, so that the threads do not come back as one
+            else:
+                self._log.append(stored)
+                self._failed_in_a_row = 0
+                return
+        self._failures.append(reason)
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= FAILURES_IN_A_ROW:
+            raise LanguageModelError(
+                f"{self._model.base_url} failed {FAILURES_IN_A_ROW} questions in a row, {self._network.attempts} attempts each "
+                f"(the last: {reason}); run it again to go on"
+            )
+
+    def _request(self, question: str, sample: int) -> StoredAnswer:
+        """One attempt. Raises _Passing, LanguageModelError, BudgetExhausted."""
+        request = self._model.request()
+        with self._budget.request(self._model.most_input_tokens(question), self._model.max_tokens) as bill:
+            reply = self._send(self._model.body(question, sample), bill)
+            bill.input_tokens = bill.input_tokens if reply.input_tokens is None else reply.input_tokens
+            bill.output_tokens = bill.output_tokens if reply.output_tokens is None else reply.output_tokens
+        if not reply.text.strip() and reply.finish_reason == "stop":
+            raise _Passing("the answer is empty")
+        return StoredAnswer(
+            key=answer_key(question, sample, request),
+            question=question,
+            sample=sample,
+            provider=f"{self._model.model} at {self._model.base_url}",
+            request=request,
+            model=reply.model,
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            input_tokens=reply.input_tokens,
+            output_tokens=reply.output_tokens,
+            finish_reason=reply.finish_reason,
+            answer=reply.text,
+        )
+
+    def _send(self, body: dict[str, Any], bill: _Bill) -> "_Reply":
+        import openai
+
+        # Errors are told in words here and raised below, outside the handlers: the client's exceptions hold the request, and
+        # with it the key, and must not hang on to ours.
+        try:
+            create = operator.attrgetter(self._model.endpoint)(self._client).with_raw_response.create
+            content = create(**body).content
+        except openai.APIStatusError as error:
+            bill.is_free()
+            if error.code == "content_filter":  # some servers filter with a status, others with a finish reason
+                return _Reply("", self._model.model, "content_filter", None, None)
+            failure = self._refused(error)
+        except openai.APIConnectionError as error:
+            # Whether the server answered, and bills, nobody knows: the reservation stands.
+            cause = error.__cause__ or error
+            failure = _Passing(self._words(f"{type(cause).__name__}: {cause}"))
+        else:
+            try:
+                return self._read(content)
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                failure = _Passing(self._words(f"the answer cannot be read ({type(error).__name__}: {error})"))
+        raise failure
+
+    def _read(self, content: bytes) -> "_Reply":
+        reply = READERS[self._model.endpoint](json.loads(content.decode()))
+        reply.text.encode()  # JSON can smuggle in halves of a surrogate pair, which no file takes
+        return _Reply(
+            reply.text.replace(self._secret, f"[{KEY_VARIABLE}]"),
+            self._words(reply.model),
+            self._words(reply.finish_reason),
+            reply.input_tokens,
+            reply.output_tokens,
+        )
+
+    def _refused(self, error: "openai.APIStatusError") -> Exception:
+        """What a status other than 2xx means: _Passing, or LanguageModelError."""
+        status, code = error.status_code, str(error.code or "")
+        message = error.body.get("message") if isinstance(error.body, dict) else None
+        said = self._words(f"{status}: {message or error.message}")
+        url = self._model.base_url
+        if status == 429 and code == "insufficient_quota":
+            return LanguageModelError(f"the account at {url} has no credit left ({said}); nothing more was asked")
+        if status in PASSING or status >= 500:
+            return _Passing(said, _wait_s(error.response.headers))
+        if status in (401, 403):
+            return LanguageModelError(f"{url} does not accept the key ({said}); change {KEY_VARIABLE} in the environment")
+        if status == 404:
+            return LanguageModelError(f"{self._not_found()} ({said}); change params.yaml texts.*.model")
+        return LanguageModelError(f"{url} refuses the request ({said}); change params.yaml texts.*.model")
+
+    def _not_found(self) -> str:
+        """Which models to use instead: those that the server lists, the most similar ones first."""
+        import openai
+
+        wanted, url = self._model.model, self._model.base_url
+        try:
+            offered = [self._words(model.id) for model in self._client.models.list()]
+        except (openai.OpenAIError, ValueError, LookupError, TypeError, AttributeError):
+            return f"{url} has no model {wanted!r} or no endpoint {self._model.endpoint!r}, and does not list its models"
+        if wanted in offered:
+            return f"{url} has the model {wanted!r}, but no endpoint {self._model.endpoint!r} for it"
+        alike = difflib.get_close_matches(wanted, offered, n=5, cutoff=0.0)
+        names = list(dict.fromkeys([*alike, *offered]))[:10]
+        return f"{url} has no model {wanted!r} (any more); it offers {', '.join(names) or 'none'}"
+
+    def _words(self, text: str) -> str:
+        """What a server says, fit to be shown: it may repeat the key."""
+        return printable(text.replace(self._secret, f"[{KEY_VARIABLE}]"))
+
+
+def _wait_s(headers: Mapping[str, str]) -> float:
+    """The seconds that a Retry-After header asks for, as a number or as a date; 0 without one that can be read."""
+    try:
+        if "retry-after-ms" in headers:
+            return max(0.0, float(headers["retry-after-ms"]) / 1000)
+        wanted = headers.get("retry-after", "0")
+        if wanted.replace(".", "", 1).isdecimal():
+            return float(wanted)
+        return max(0.0, (parsedate_to_datetime(wanted) - datetime.now(UTC)).total_seconds())
+    except (TypeError, ValueError):
+        return 0.0
+
+
+@dataclass(frozen=True)
+class _Reply:
+    text: str
+    model: str
+    finish_reason: str
+    input_tokens: int | None
+    output_tokens: int | None
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a text is {value!r}"[:80])
+    return value
+
+
+def _tokens(reply: Mapping[str, Any], name: str) -> int | None:
+    count = (reply.get("usage") or {}).get(name)
+    return count if isinstance(count, int) and count >= 0 else None
+
+
+def _read_chat(reply: dict[str, Any]) -> _Reply:
+    choice = reply["choices"][0]
+    text, refusal = choice["message"].get("content"), choice["message"].get("refusal")
+    finished = "refusal" if refusal else _text(choice.get("finish_reason") or "stop")
+    answer = _text(refusal or text or "")
+    return _Reply(answer, _text(reply["model"]), finished, _tokens(reply, "prompt_tokens"), _tokens(reply, "completion_tokens"))
+
+
+def _read_completion(reply: dict[str, Any]) -> _Reply:
+    choice = reply["choices"][0]
+    finished = _text(choice.get("finish_reason") or "stop")
+    tokens = _tokens(reply, "prompt_tokens"), _tokens(reply, "completion_tokens")
+    return _Reply(_text(choice["text"]), _text(reply["model"]), finished, *tokens)
+
+
+def _read_response(reply: dict[str, Any]) -> _Reply:
+    parts = [part for item in reply["output"] if item["type"] == "message" for part in item["content"]]
+    refusals = [_text(part["refusal"]) for part in parts if part["type"] == "refusal"]
+    texts = refusals or [_text(part["text"]) for part in parts if part["type"] == "output_text"]
+    reason = (reply.get("incomplete_details") or {}).get("reason") or "stop"
+    if reply.get("status") not in ("completed", "incomplete"):
+        raise ValueError(f"status {reply.get('status')}")
+    finished = "refusal" if refusals else {"max_output_tokens": "length"}.get(reason, _text(reason))
+    return _Reply(
+        "".join(texts), _text(reply["model"]), finished, _tokens(reply, "input_tokens"), _tokens(reply, "output_tokens")
+    )
+
+
+READERS: dict[str, Callable[[dict[str, Any]], _Reply]] = {
+    "responses": _read_response,
+    "chat.completions": _read_chat,
+    "completions": _read_completion,
+}
