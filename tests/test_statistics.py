@@ -422,7 +422,7 @@ def test_sequentially_stopped_intervals_hold():
             stopped += 1
             assert (interval.high - interval.low) / 2 <= 0.5 * interval.value
     assert held / REPETITIONS >= ENOUGH
-    assert stopped / REPETITIONS > 0.5
+    assert stopped / REPETITIONS > 0.4
 
 
 def as_result(values):
@@ -440,18 +440,13 @@ def test_improvements_intervals_hold():
     # A bootstrap mean is a product with how often each injection was drawn: which `draw_pairs` draws alike for every sample.
     generator = np.random.Generator(np.random.Philox(key=0))
 
-    def times(size):
-        rows = generator.integers(0, size, (resamples, size)) + size * np.arange(resamples)[:, None]
-        return np.bincount(rows.reshape(-1), minlength=resamples * size).reshape(resamples, size) / size
-
-    together = times(count)
+    rows = generator.integers(0, count, (resamples, count)) + count * np.arange(resamples)[:, None]
+    together = np.bincount(rows.reshape(-1), minlength=resamples * count).reshape(resamples, count) / count
     pairs = []
     for population in (values, guided):
         drawn = population[chosen]
-        worst = 2 * drawn.max(axis=1)
-        with_worst = times(count + 1)
-        plain = together @ drawn.T
-        unseen = with_worst[:, :count] @ drawn.T + with_worst[:, count:] * worst
+        plain, unseen_times = together @ drawn.T, generator.binomial(count + 1, 1 / (count + 1), resamples)[:, None]
+        unseen = (plain * (count + 1 - unseen_times) + unseen_times * 2 * drawn.max(axis=1)) / (count + 1)
         pairs.append([Draws(*parts, count) for parts in zip(drawn.mean(axis=1), plain.T, unseen.T, strict=True)])
     for place in range(3):
         real = draw_pairs([as_result(values[chosen[place]])], [as_result(guided[chosen[place]])], resamples, 0)
