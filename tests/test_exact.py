@@ -220,7 +220,7 @@ def test_sampled_campaigns_agree_with_all_faults_and_have_no_bias(plan, images, 
             together = average([getattr(result, name) for result in results])
             assert abs(together.value - value) < 3.3 * math.sqrt(together.variance)
             limits = mean_interval(together, 0.999)
-            assert limits.low <= value <= limits.high < 4 * value  # an interval that says something
+            assert limits.low <= value <= limits.high < 5 * value  # an interval that says something
         masked = np.mean([result.masked / result.injections for result in results])
         assert images == "importance" or plan == "neyman" or masked == pytest.approx(truth.masked / truth.injections, abs=0.02)
 
