@@ -4,8 +4,9 @@ from pathlib import Path
 
 from textguard.params import Params
 from textguard.report.figures import write_figures
-from textguard.report.results import load_result
+from textguard.report.results import load_cells, load_result
 
 
 def main(params: Params) -> None:
-    write_figures([load_result(key, run) for key, run in params.runs.items()], params.figures, Path("plots") / "figures")
+    results = [load_result(key, run) for key, run in params.runs.items()]
+    write_figures(results, load_cells(params.runs), params.figures, Path("plots") / "figures")

@@ -14,9 +14,11 @@ from textguard.errors import InvalidArtifact, InvalidParameter
 from textguard.faults.statistics import Estimate, exact, sample_mean
 from textguard.faults.summary import LayerResult, Totals
 from textguard.params import FiguresParams, RunParams, StatisticsParams
-from textguard.report.figures import write_figures
+from textguard.report.breakdown import describe_layer, sums_by_bit
+from textguard.report.figures import PER_BACKBONE, write_figures
 from textguard.report.improvement import across, draw_pairs, improvement, verdict, weigh
 from textguard.report.results import load_cells, load_result, load_run, write_results
+from textguard.report.run_figures import crossings
 from textguard.report.tables import Table, as_latex, as_markdown, make_tables, write_table
 
 COLOURS = {"baseline": "#d55e00", "random": "#7f7f7f", "template": "#56b4e9", "descriptions": "#0072b2"}
@@ -346,15 +348,51 @@ def test_the_same_records_give_the_same_bytes(runs):
 def test_figures_come_with_their_numbers_and_the_same_bytes_each_time(runs, tmp_path):
     results = [load_result(key, run) for key, run in runs.items()]
     for folder in ("a", "b"):
-        write_figures(results, FiguresParams(COLOURS, 60), tmp_path / folder)
+        write_figures(results, load_cells(runs), FiguresParams(COLOURS, 60), tmp_path / folder)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert len(files) == 2 * 3 * 3
+    assert len(files) == 4 * (2 * len(PER_BACKBONE) + 2)
     assert files == sorted(path.name for path in (tmp_path / "b").iterdir())
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     numbers = pd.read_csv(tmp_path / "a" / "delta_loss-d-resnet18.csv")
     assert numbers.groupby("variant").size().to_dict() == {"baseline": 2, "template": 3, "descriptions": 3}
     assert (tmp_path / "a" / "value_ranges-d-resnet18.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_layer_is_broken_down_by_bit_and_by_outcome(runs):
+    conv, last = load_run("d-resnet18-baseline-s0")["layers"]
+    assert conv["outcomes"] == {"masked": 0.0, "benign": 0.9, "sdc": 0.1, "nonfinite": 0.0}
+    assert last["outcomes"] == {"masked": 0.05, "benign": 0.75, "sdc": 0.2, "nonfinite": 0.0}
+    assert sum(conv["by_bit"]["n"]) == INJECTIONS
+    pooled = np.nansum(np.array(conv["by_bit"]["n"]) * np.array(conv["by_bit"]["delta_loss"], float)) / INJECTIONS
+    assert pooled == pytest.approx(value(conv["delta_loss"]), rel=1e-4)
+    assert last["by_bit"] == {"n": [100] * 32, "delta_loss": [3.0] * 32, "sdc": [0.2] * 32}
+
+
+def test_bits_that_were_hit_more_often_count_no_more():
+    columns = ["index", "bit", "weight", "masked", "golden_loss", "faulty_loss", "mismatch"]
+    rows = [(0, 0, 1.0, True, 0.0, 0.0, False), (1, 1, 0.5, False, 0.0, 2.0, True), (2, 1, 1.5, False, 0.0, math.inf, False)]
+    sums = sums_by_bit(pd.DataFrame(rows, columns=columns), 3)
+    drawn = describe_layer(sums, strata=0)
+    assert drawn["outcomes"] == pytest.approx({"masked": 1 / 3, "benign": 0, "sdc": 0.5 / 3, "nonfinite": 1.5 / 3}, abs=1e-6)
+    assert drawn["by_bit"] == {"n": [1, 2, 0], "delta_loss": [0.0, 2.0, None], "sdc": [0.0, 1.0, None]}
+    by_bit = describe_layer(sums.iloc[:2], strata=2)["outcomes"]
+    assert by_bit == {"masked": 0.5, "benign": 0.0, "sdc": 0.125, "nonfinite": 0.375}
+
+
+def test_convergence_ends_at_the_sampled_layers_mean(runs):
+    run = load_run("d-resnet18-baseline-s0")
+    assert [point["injections_per_layer"] for point in run["convergence"]] == [64, 128, 200]
+    last = {name: run["convergence"][-1][name] for name in ("value", "low", "high", "n")}
+    assert last == {name: run["layers"][0]["delta_loss"][name] for name in last}
+
+
+def test_the_crossing_is_where_the_text_guided_model_is_ahead_for_good():
+    at = np.array([0.0, 1.0, 2.0, 3.0])
+    baseline = np.array([10.0, 8.0, 6.0, 4.0])
+    assert crossings(at, baseline, np.array([9.0, 9.0, 5.0, 5.0])) == [(2.5, 5.0)]
+    for never in (baseline, baseline + 1, baseline - 1, np.array([9.0, 8.0, 6.0, 4.0])):
+        assert crossings(at, baseline, never) == []
 
 
 def test_damaged_metrics_are_named(runs):

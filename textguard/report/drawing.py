@@ -10,13 +10,18 @@ from matplotlib.figure import Figure
 from textguard.artifacts import write_bytes, write_csv
 
 STYLE = Path(__file__).with_name("textguard.mplstyle")
+NOTE_SIZE = 7
 
 
 def save_figure(figure: Figure, numbers: pd.DataFrame, stem: Path, dpi: int) -> None:
-    """Write STEM.png, STEM.svg, and the numbers behind them as STEM.csv."""
+    """Write STEM.png, STEM.svg, STEM.pdf, and the numbers behind them as STEM.csv."""
     FigureCanvasAgg(figure)
     # Dates and version strings in the files would change their bytes from run to run.
-    for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+    for suffix, metadata in (
+        ("png", {"Software": None}),
+        ("svg", {"Date": None, "Creator": None}),
+        ("pdf", {"CreationDate": None, "Creator": None, "Producer": None}),
+    ):
         buffer = BytesIO()
         figure.savefig(buffer, format=suffix, dpi=dpi, metadata=metadata)
         write_bytes(stem.with_name(f"{stem.name}.{suffix}"), buffer.getvalue())

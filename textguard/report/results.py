@@ -26,6 +26,7 @@ from textguard.faults.statistics import (
 )
 from textguard.faults.summary import LayerResult, Totals, summarise, summarise_totals
 from textguard.params import RunParams, StatisticsParams
+from textguard.report.breakdown import convergence, describe_layer, sums_by_bit, sums_of_totals
 from textguard.report.improvement import Draws, Improvement, across, draw_pairs, improvement, verdict, weigh
 
 RUNS_DIR = Path("metrics") / "runs"
@@ -55,11 +56,14 @@ PLAN_KEYS = (
 class Campaign:
     """One run's faults. detectors: name -> its layers' results, in order of execution; the first is the one that counts.
 
-    stored: campaign.json, as the stage inject wrote it.
+    stored: campaign.json, as the stage inject wrote it. records, totals: of the first detector, as `summarise` and
+    `summarise_totals` take them.
     """
 
     detectors: dict[str, list[LayerResult]]
     stored: dict[str, Any]
+    records: pd.DataFrame
+    totals: list[Totals]
 
     @property
     def layers(self) -> list[LayerResult]:
@@ -90,7 +94,7 @@ def load_campaign(key: str, run: RunParams, statistics: StatisticsParams) -> Cam
         if missing:
             raise InvalidArtifact(f"{file}: layer {missing[0]!r} has no records; run 'dvc repro': stage 'inject' writes them")
         detectors[name] = [found[layer] for layer in neurons]
-    return Campaign(detectors, stored)
+    return Campaign(detectors, stored, records, next(iter(totals.values())))
 
 
 def _replace(records: pd.DataFrame, changed: pd.DataFrame) -> pd.DataFrame:
@@ -150,6 +154,8 @@ def _describe(key: str, run: RunParams, campaign: Campaign, statistics: Statisti
     weights = last_layer_weights(run, layers, statistics.last_layer_weights)
     exposures = [_exposure(layer, statistics) for layer in stored["layers"]]
     failures = stored["bits"] * statistics.fit_per_bit
+    sums = {layer: sums_by_bit(part, stored["bits"]) for layer, part in campaign.records.groupby("layer", sort=False)}
+    sums |= {layer.layer: sums_of_totals(layer) for layer in campaign.totals}
     described = [
         {
             "layer": layer.layer.removeprefix("backbone."),
@@ -160,6 +166,7 @@ def _describe(key: str, run: RunParams, campaign: Campaign, statistics: Statisti
             "sdc": _with(rate_interval(layer.sdc, confidence), _blocks(layer.sdc_strata, layer.shares, np.nan)),
             "nonfinite": rate_interval(layer.broken, confidence).as_json(),
             "fit": _bounded(rate_interval(layer.sdc, confidence).times(exposure * failures)),
+            **describe_layer(sums[layer.layer], stored["strata"]),
         }
         for layer, site, exposure in zip(layers, stored["layers"], exposures, strict=True)
     ]
@@ -191,6 +198,7 @@ def _describe(key: str, run: RunParams, campaign: Campaign, statistics: Statisti
             "fit": _bounded(network_fit.times(sum(exposures) * failures)),
         },
         "last_layer": _headline(layers, weights, confidence),
+        "convergence": _convergence(campaign, statistics),
         "layers": described,
         "detectors": {
             name: {
@@ -205,6 +213,14 @@ def _describe(key: str, run: RunParams, campaign: Campaign, statistics: Statisti
         "settings": stored["settings"],
         "statistics": asdict(statistics),
     }
+
+
+def _convergence(campaign: Campaign, statistics: StatisticsParams) -> list[dict[str, Any]]:
+    """How DeltaLoss settled; nothing where injections were planned by what the first of them did."""
+    if campaign.stored["strata"] or campaign.stored["settings"]["stop_at"] != "never":
+        return []
+    neurons = {layer.layer: layer.neurons for layer in campaign.layers}
+    return convergence(campaign.records, neurons, statistics.nonfinite, statistics.confidence)
 
 
 def _headline(layers: Sequence[LayerResult], weights: Sequence[float], confidence: float) -> dict[str, Any]:
@@ -400,21 +416,29 @@ def read_estimate(stored: Mapping[str, Any]) -> Estimate:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a run. name: without the prefix that the text-guided classifier puts before its backbone's layers."""
+    """One layer of a run. name: without the prefix that the text-guided classifier puts before its backbone's layers.
+
+    outcomes, by_bit: see textguard.report.breakdown.describe_layer.
+    """
 
     name: str
     exact: bool
+    injections: int
     delta_loss: Estimate
+    outcomes: dict[str, float]
+    by_bit: dict[str, list]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What figures show of one run. Rates are shares, 0 to 1."""
+    """What figures show of one run. Rates are shares, 0 to 1. overall: DeltaLoss, nats."""
 
     key: str
     run: RunParams
     top1: Estimate
+    overall: Estimate
     layers: list[Layer]
+    convergence: list[dict[str, Any]]
 
 
 def load_result(key: str, run: RunParams) -> Result:
@@ -423,9 +447,18 @@ def load_result(key: str, run: RunParams) -> Result:
     stored = read_json(file, "results")
     with reading(file, "results"):
         layers = [
-            Layer(layer["layer"], layer["method"] == "exact", read_estimate(layer["delta_loss"])) for layer in stored["layers"]
+            Layer(
+                layer["layer"],
+                layer["method"] == "exact",
+                int(layer["injections"]),
+                read_estimate(layer["delta_loss"]),
+                {name: float(share) for name, share in layer["outcomes"].items()},
+                {name: list(numbers) for name, numbers in layer["by_bit"].items()},
+            )
+            for layer in stored["layers"]
         ]
-        return Result(key, run, read_estimate(stored["top1"]), layers)
+        top1, overall = read_estimate(stored["top1"]), read_estimate(stored["overall"]["delta_loss"])
+        return Result(key, run, top1, overall, layers, list(stored["convergence"]))
 
 
 def load_cells(runs: Mapping[str, RunParams]) -> list[dict[str, Any]]:

@@ -1,0 +1,81 @@
+"""What lies behind the means of a campaign: bits, outcomes, and how an estimate settles as injections come in."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from textguard.faults.statistics import average, mean_interval
+from textguard.faults.summary import Totals, summarise
+
+FIRST_POINT = 64  # injections per layer at which convergence is shown first; then twice as many, and so on
+
+
+def sums_by_bit(records: pd.DataFrame, bits: int) -> pd.DataFrame:
+    """Of one layer's injections, by the bit that was hit: n, and weighted sums.
+
+    Returns one row per bit with n, weight, masked, mismatches (finite loss), nonfinite, delta_loss (over finite losses). An
+    injection with several damaged bits counts at the first.
+    """
+    injections = records.drop_duplicates("index")
+    weight = injections["weight"].to_numpy(float)
+    loss = np.abs(injections["faulty_loss"].to_numpy(float) - injections["golden_loss"].to_numpy(float))
+    finite = np.isfinite(loss)
+    columns = {
+        "n": np.ones(len(injections)),
+        "weight": weight,
+        "masked": weight * injections["masked"].to_numpy(bool),
+        "mismatches": weight * (injections["mismatch"].to_numpy(bool) & finite),
+        "nonfinite": weight * ~finite,
+        "delta_loss": weight * np.where(finite, loss, 0.0),
+    }
+    bit = injections["bit"].to_numpy()
+    return pd.DataFrame({name: np.bincount(bit, column, minlength=bits) for name, column in columns.items()})
+
+
+def sums_of_totals(totals: Totals) -> pd.DataFrame:
+    """The same of a layer all of whose faults are known."""
+    known = {name: getattr(totals, name) for name in ("masked", "mismatches", "nonfinite", "delta_loss")}
+    return pd.DataFrame({"n": totals.faults, "weight": totals.faults, **known})
+
+
+def describe_layer(sums: pd.DataFrame, strata: int) -> dict[str, Any]:
+    """One layer's outcomes and bits, from sums by bit. strata: as in campaign.json, 0 where bits were drawn at random.
+
+    Returns outcomes (shares of all injections: masked, left no trace; benign, same class; sdc, another class; nonfinite, a NaN
+    or infinite loss) and by_bit (lists over bits, lowest first: n; mean delta_loss of finite losses, nats; sdc, the share of
+    changed classes or non-finite losses; null where a bit was never hit).
+    """
+    counts = sums[["masked", "mismatches", "nonfinite"]]
+    if strata:  # each bit is one stratum, of the same share
+        masked, sdc, nonfinite = counts.div(sums["weight"], axis=0).mean()
+    else:
+        masked, sdc, nonfinite = counts.sum() / sums["weight"].sum()
+    with np.errstate(invalid="ignore"):
+        delta_loss = sums["delta_loss"] / (sums["weight"] - sums["nonfinite"])
+        bad = (sums["mismatches"] + sums["nonfinite"]) / sums["weight"]
+    shares = {"masked": masked, "benign": 1 - masked - sdc - nonfinite, "sdc": sdc, "nonfinite": nonfinite}
+    return {
+        "outcomes": {name: round(max(0.0, float(share)), 6) for name, share in shares.items()},
+        "by_bit": {"n": sums["n"].astype(int).tolist(), "delta_loss": _short(delta_loss), "sdc": _short(bad)},
+    }
+
+
+def convergence(records: pd.DataFrame, neurons: Mapping[str, int], nonfinite: str, confidence: float) -> list[dict[str, Any]]:
+    """The mean DeltaLoss of the sampled layers after the first 64, 128, ... injections into each.
+
+    records: with bits drawn at random. nonfinite: see `summarise`. Returns one entry per number of injections.
+    """
+    most = int(records["index"].max()) + 1 if len(records) else 0
+    counts = [FIRST_POINT << power for power in range(32) if FIRST_POINT << power < most] + [most] * bool(most)
+    points = []
+    for count in counts:
+        layers = summarise(records[records["index"] < count], dict(neurons), 0, nonfinite).values()
+        estimate = mean_interval(average([layer.delta_loss for layer in layers]), confidence)
+        points.append({"injections_per_layer": count, **estimate.as_json()})
+    return points
+
+
+def _short(values: pd.Series) -> list[float | None]:
+    return [float(f"{value:.6g}") if np.isfinite(value) else None for value in values]

@@ -1,0 +1,84 @@
+"""Figures of whole classifiers, of one backbone on one data set."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
+
+from textguard.report.cells import Cell, trainings
+from textguard.report.drawing import NOTE_SIZE
+from textguard.report.results import BASELINE, load_threshold_curve
+
+
+def draw_accuracy(cells: Sequence[Cell], title: str) -> tuple[Figure, pd.DataFrame]:
+    """Accuracy against the least Top2Diff that a prediction must have to count as right."""
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    tables, curves = [], {}
+    for cell in cells:
+        own = [load_threshold_curve(result.key) for result in cell.results]
+        tables += [curve.assign(run=result.key, variant=cell.variant) for curve, result in zip(own, cell.results, strict=True)]
+        thresholds = own[0]["threshold_percent"].to_numpy(float)
+        accuracies = np.array([curve["accuracy_percent"] for curve in own])
+        curves[cell.variant] = accuracies.mean(axis=0)
+        axes.plot(thresholds, curves[cell.variant], color=cell.colour, linewidth=1.4, label=cell.variant)
+        if len(own) > 1:
+            axes.fill_between(
+                thresholds, accuracies.min(axis=0), accuracies.max(axis=0), color=cell.colour, alpha=0.2, linewidth=0
+            )
+    for cell in cells:
+        if cell.variant != BASELINE and BASELINE in curves:
+            for at, accuracy in crossings(thresholds, curves[BASELINE], curves[cell.variant]):
+                axes.plot(at, accuracy, marker="o", markersize=6, markerfacecolor="none", color=cell.colour)
+                axes.annotate(f"{at:.0f} %", (at, accuracy), xytext=(4, 5), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="Top2Diff threshold (%): predictions below it count as wrong", ylabel="top-1 accuracy (%)")
+    axes.set_title(f"{title}: accuracy against Top2Diff")
+    axes.legend()
+    band = "; bands: lowest to highest" if any(len(cell.results) > 1 for cell in cells) else ""
+    images = cells[0].results[0].top1.n
+    note = f"n = {images:,} test images, {trainings(cells)} per line{band}; circles: ahead of the baseline from there"
+    figure.supxlabel(note, fontsize=NOTE_SIZE)
+    return figure, pd.concat(tables, ignore_index=True)
+
+
+def crossings(thresholds: np.ndarray, baseline: np.ndarray, guided: np.ndarray) -> list[tuple[float, float]]:
+    """Where a guided curve rises above the baseline's for good: threshold and accuracy, interpolated; at most one."""
+    ahead = guided - baseline
+    below = np.flatnonzero(ahead < 0)
+    if not len(below) or below[-1] + 1 == len(ahead) or not (ahead > 0).any():
+        return []
+    last = below[-1]
+    share = ahead[last] / (ahead[last] - ahead[last + 1])
+    at = thresholds[last] + share * (thresholds[last + 1] - thresholds[last])
+    return [(float(at), float(guided[last] + share * (guided[last + 1] - guided[last])))]
+
+
+def draw_convergence(cells: Sequence[Cell], title: str) -> tuple[Figure, pd.DataFrame]:
+    """The mean DeltaLoss of the sampled layers and its interval, after fewer injections; of one training per variant."""
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    tables = []
+    for cell in cells:
+        points = pd.DataFrame(cell.results[0].convergence)
+        if points.empty:
+            continue
+        count, low = points["injections_per_layer"], points["low"].clip(lower=points["value"] / 1000)
+        axes.plot(count, points["value"], color=cell.colour, marker="o", linewidth=1.2, label=cell.variant)
+        axes.fill_between(count, low, points["high"], color=cell.colour, alpha=0.2, linewidth=0)
+        tables.append(points.assign(run=cell.results[0].key, variant=cell.variant))
+    axes.set(xlabel="injections per layer", ylabel="DeltaLoss, mean of sampled layers (nats)", yscale="log")
+    axes.set_title(f"{title}: convergence")
+    if tables:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(set(pd.concat(tables)["injections_per_layer"])))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.legend()
+        note = "one training each; bands: interval over injections; layers whose faults were all tried are left out"
+    else:
+        axes.text(0.5, 0.5, "no layer was sampled at random", ha="center", transform=axes.transAxes)
+        note = "faults planned by bit, or by what the first ones did, do not tell what fewer would have told"
+    figure.supxlabel(note, fontsize=NOTE_SIZE)
+    columns = ["injections_per_layer", "value", "low", "high", "n", "run", "variant"]
+    return figure, pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
