@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Every stage is a process of its own: without byte code each would compile its packages again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup repro gate test lint format grids smoke bench lock clean
+.PHONY: help setup repro gate report test lint format grids smoke bench lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
@@ -31,7 +31,8 @@ repro: setup  ## run the pipeline of the default grid, then say where tables and
 	@echo
 	@cat metrics/tables/table1.md
 	@echo "tables:  metrics/tables/   (Markdown, CSV, LaTeX)"
-	@echo "figures: plots/figures/    (PNG, SVG, CSV)"
+	@echo "figures: plots/figures/    (PNG, SVG, PDF, CSV)"
+	@echo "page:    plots/report.html (make report opens it)"
 	@echo "numbers: metrics/summary.json, metrics/results/ (every run, with intervals), metrics/records/ (every injection)"
 
 gate: setup  ## compare metrics/results with those of BASE (make gate BASE=origin/main; default HEAD), fail where they got worse
@@ -39,6 +40,18 @@ gate: setup  ## compare metrics/results with those of BASE (make gate BASE=origi
 	@rm -rf .work/gate && mkdir -p .work/gate
 	@git archive '$(BASE)' metrics/results | tar -x -C .work/gate
 	@python -m textguard.report.gate .work/gate/metrics/results metrics/results
+
+report: setup  ## open plots/report.html; with BASE=origin/main a page that sets both revisions side by side
+ifeq ($(origin BASE),command line)
+	@git cat-file -e '$(BASE):metrics/results' 2>/dev/null || { echo "$(BASE) holds no metrics/results; name a revision that does: make report BASE=origin/main" >&2; exit 2; }
+	@rm -rf .work/report && mkdir -p .work/report
+	@git archive '$(BASE)' metrics/results | tar -x -C .work/report
+	@python -m textguard.report.page .work/report/metrics/results '$(BASE)' .work/report/report.html
+	@echo .work/report/report.html && { python -m webbrowser -t "file://$(CURDIR)/.work/report/report.html" > /dev/null || true; }
+else
+	@test -f plots/report.html || { echo "plots/report.html does not exist; run 'make repro'" >&2; exit 2; }
+	@echo plots/report.html && { python -m webbrowser -t "file://$(CURDIR)/plots/report.html" > /dev/null || true; }
+endif
 
 test: setup  ## run the tests
 	python -m pytest

@@ -41,6 +41,7 @@ STAGES = {
     "results": None,
     "tables": None,
     "figures": None,
+    "report": None,
 }
 
 

@@ -25,6 +25,7 @@ import argparse
 import math
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Annotated, NoReturn
@@ -313,6 +314,12 @@ def holm(p_values: np.ndarray) -> np.ndarray:
 
 def judge(comparisons: list[Comparison], significance: float) -> tuple[str, int]:
     """The table of all comparisons with their verdicts as Markdown, and how many are worse."""
+    table, failed = verdict_table(comparisons, significance)
+    return as_markdown(replace(table, caption=f"**{table.caption}**")), failed
+
+
+def verdict_table(comparisons: list[Comparison], significance: float) -> tuple[Table, int]:
+    """The same as a table of texts."""
     p = np.array([comparison.p for comparison in comparisons])
     worse_by = np.array([comparison.worse_by for comparison in comparisons])
     tested = ~np.isnan(p)
@@ -336,10 +343,10 @@ def judge(comparisons: list[Comparison], significance: float) -> tuple[str, int]
     result = f"FAIL: {failed} worse" if failed else "PASS: none worse"
     left = f", {verdicts.count('not comparable')} not comparable" if "not comparable" in verdicts else ""
     caption = (
-        f"**{result} by more than the tolerance and significantly so; {tested.sum()} comparisons{left}; "
-        f"one-sided, Holm's correction, family-wise significance {significance:g}.**"
+        f"{result} by more than the tolerance and significantly so; {tested.sum()} comparisons{left}; "
+        f"one-sided, Holm's correction, family-wise significance {significance:g}."
     )
-    return as_markdown(Table("gate", caption, HEADERS, rows)), failed
+    return Table("gate", caption, HEADERS, rows), failed
 
 
 def _verdict(comparison: Comparison, significant: bool) -> str:

@@ -137,7 +137,7 @@ def write_table(table: Table, folder: Path) -> None:
 
 def as_markdown(table: Table) -> str:
     """The table as GitHub Markdown, its caption below."""
-    lines = [table.headers, ["---"] * len(table.headers), *_cells(table, _show_plain, _escape_markdown)]
+    lines = [table.headers, ["---"] * len(table.headers), *_cells(table, show_estimate, _escape_markdown)]
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"{body}\n\n{table.caption}\n"
 
@@ -170,15 +170,18 @@ def as_latex(table: Table) -> str:
 
 
 def _cells(table: Table, show: Callable[[Estimate], str], escape: Callable[[str], str]) -> list[list[str]]:
-    def cell(value: Any) -> str:
-        if isinstance(value, Estimate):
-            return show(value)
-        return f"{value:+.2f}" if isinstance(value, float) else escape(str(value))
-
-    return [[cell(value) for value in row] for row in table.rows]
+    return [[show_cell(value, show, escape) for value in row] for row in table.rows]
 
 
-def _show_plain(estimate: Estimate) -> str:
+def show_cell(value: Any, show: Callable[[Estimate], str] | None = None, escape: Callable[[str], str] = str) -> str:
+    """One value of a table as text; an Estimate with its interval."""
+    if isinstance(value, Estimate):
+        return (show or show_estimate)(value)
+    return f"{value:+.2f}" if isinstance(value, float) else escape(str(value))
+
+
+def show_estimate(estimate: Estimate) -> str:
+    """An estimate with three digits and its interval in brackets, or `(exact)`."""
     if not math.isfinite(estimate.value):
         return f"< {_digits(estimate.high)}" if math.isfinite(estimate.high) else "undefined"
     if estimate.low == estimate.high:
@@ -199,7 +202,7 @@ def _digits(number: float) -> str:
 
 
 def _show_latex(estimate: Estimate) -> str:
-    return _show_plain(estimate).replace("[", "{[}").replace("]", "{]}")
+    return show_estimate(estimate).replace("[", "{[}").replace("]", "{]}")
 
 
 def _escape_markdown(text: str) -> str:

@@ -1,0 +1,257 @@
+"""The page of results: what it holds, what it must not let through, and how it behaves in a real browser."""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from conftest import REPOSITORY, run
+from textguard.artifacts import read_json_lines, write_csv, write_json_lines
+from textguard.errors import InvalidArtifact
+from textguard.params import load_params
+from textguard.report.page import Revision, main, read_revision, write_page
+
+SMOKE = REPOSITORY / "grids" / "smoke"
+TEXT = "digits-descriptions"
+ATTACK = "<script>alert(1)</script>"
+REVISION = Revision("abc1234", "2026-01-31", changed=True)
+
+
+class Elements(HTMLParser):
+    """Every start tag of a page, with its attributes; and all text outside scripts and styles."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.inside = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        self.inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.inside not in ("script", "style"):
+            self.text += data
+
+    def attributes(self, name: str) -> list[str]:
+        return [attributes[name] or "" for _, attributes in self.found if name in attributes]
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory) -> Path:
+    """The smoke grid's results as they are in git, and its texts."""
+    folder = tmp_path_factory.mktemp("grid")
+    for name in ("metrics", "plots"):
+        shutil.copytree(SMOKE / name, folder / name)
+    params = yaml.safe_load((SMOKE / "params.yaml").read_text())
+    (folder / "params.yaml").write_text(yaml.safe_dump({**params, "root": str(REPOSITORY)}, sort_keys=False))
+    for stage, key in (("data", "digits"), ("prompts", TEXT), ("responses", TEXT)):
+        run([sys.executable, str(REPOSITORY / "stages"), stage, key], folder)
+    return folder
+
+
+@pytest.fixture
+def here(grid, tmp_path, monkeypatch) -> Path:
+    """A copy of it, to be changed, as the current folder."""
+    folder = Path(shutil.copytree(grid, tmp_path / "grid"))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def page(name: str = "page.html") -> Elements:
+    write_page(Path(name), load_params(), REVISION)
+    return Elements(Path(name).read_text())
+
+
+def test_the_page_holds_every_run_table_and_figure_and_needs_nothing_else(here):
+    elements = page()
+    params = load_params()
+    for key in params.runs:
+        assert f"run-{key}" in elements.attributes("id")
+    drawn = list(Path("plots").rglob("*.png"))
+    assert len(elements.attributes("src")) == len(drawn) > 10
+    assert all(source.startswith("data:image/png;base64,") for source in elements.attributes("src"))
+    links = [link for link in elements.attributes("href") if link != "data:,"]
+    assert all(link[0] == "#" and link[1:] in elements.attributes("id") for link in links)
+    ids = elements.attributes("id")
+    assert len(ids) == len(set(ids))
+    assert "abc1234 of 2026-01-31, with changes" in elements.text
+    assert "written for this repository, not by GPT-3" in elements.text
+    assert Path("page.html").stat().st_size < 5e6
+
+
+def test_the_same_results_make_the_same_bytes(here):
+    page("a.html"), page("b.html")
+    assert Path("a.html").read_bytes() == Path("b.html").read_bytes()
+
+
+def test_what_comes_from_outside_stays_text(here):
+    answers = Path("prompts") / TEXT / "responses.jsonl"
+    rows = read_json_lines(answers, "responses")
+    write_json_lines(
+        answers,
+        [{**row, "class_name": ATTACK, "text": f'"><img src=x onerror=alert(2)> {ATTACK}', "model": ATTACK} for row in rows],
+    )
+    classes = Path("metrics/texts") / f"{TEXT}.csv"
+    table = pd.read_csv(classes)
+    write_csv(classes, table.assign(**{"class": ATTACK, "nearest_wrong": "{{ 7 * 7 }}"}))
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["texts"][TEXT]["questions"][0] = f"{{class}} {ATTACK}"
+    Path("params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    elements = page()
+    assert [tag for tag, _ in elements.found].count("script") == 1
+    assert elements.attributes("onerror") == []
+    assert elements.text.count(ATTACK) > 10
+    assert "{{ 7 * 7 }}" in elements.text
+
+
+def test_what_is_missing_is_named(here, capsys):
+    next(Path("plots/figures").glob("bits-*.png")).unlink()
+    page()  # a figure that is not drawn for a backbone is not on the page
+    (Path("plots/texts") / TEXT / "projection.png").unlink()
+    with pytest.raises(InvalidArtifact, match=r"projection\.png does not exist; run 'dvc repro'"):
+        page()
+    assert main(["nowhere"]) == 2
+    assert main([str(here / "metrics" / "texts"), "base", "page.html"]) == 2
+    assert "holds no run's metrics" in capsys.readouterr().err
+
+
+def test_two_revisions_stand_side_by_side(here):
+    shutil.copytree("metrics/results", "base")
+    file = next(Path("metrics/results").glob("*baseline*"))
+    stored = json.loads(file.read_text())
+    stored["top1"]["value"] = 0.123
+    file.write_text(json.dumps(stored))
+    assert main(["base", "v1.0", "page.html"]) == 0
+    text = Elements(Path("page.html").read_text()).text
+    assert "Beside v1.0" in text
+    assert re.search(r"PASS|FAIL", text)
+    assert "12.3" in text
+
+
+def test_outside_git_there_is_no_revision(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(read_revision()) == "not in git"
+    run(["git", "init", "-q"], tmp_path)
+    assert str(read_revision()) == "not in git"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    """Headless Chromium without a network, or a skipped test."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    from selenium.webdriver.chrome.options import Options
+    from selenium.webdriver.chrome.service import Service
+
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("no browser: install chromium and chromium-driver to run this test")
+    options = Options()
+    options.binary_location = chromium
+    for argument in (
+        *("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"),
+        *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"),
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with webdriver.Chrome(options=options, service=Service(driver)) as started:
+        yield started
+
+
+def show(browser, width: int, path: Path) -> None:
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(path.resolve().as_uri())
+
+
+@pytest.fixture(params=[390, 1280])
+def opened(request, here, browser):
+    """The page, shown at a phone's and at a desk's width."""
+    page()
+    show(browser, request.param, Path("page.html"))
+    yield browser
+    assert browser.get_log("browser") == []
+
+
+def test_nothing_is_wider_than_the_window(opened):
+    assert opened.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_links_lead_to_what_they_name_and_open_it(opened):
+    for link in opened.find_elements("css selector", "nav a"):
+        opened.execute_script("arguments[0].click()", link)
+        target = link.get_attribute("href").partition("#")[2]
+        assert opened.execute_script("return document.querySelector(location.hash) !== null"), target
+    opened.execute_script("location.hash = document.querySelector('details table').id")
+    opened.execute_async_script("addEventListener('hashchange', arguments[0]); setTimeout(arguments[0], 200)")
+    assert opened.execute_script("return document.querySelector('details:has(table)').open")
+
+
+def test_tables_sort_by_number_and_filter_by_text(opened):
+    opened.execute_script("for (const part of document.querySelectorAll('details')) part.open = true")
+    table = opened.find_element("css selector", "table.sortable")
+    column = "return [...arguments[0].tBodies[0].rows].filter(row => !row.hidden).map(row => row.cells[%d].textContent)"
+    header = table.find_elements("css selector", "th")[2]
+    assert header.text.startswith("Neurons")
+    button = header.find_element("css selector", "button")
+    for order, expected in (("ascending", sorted), ("descending", lambda numbers: sorted(numbers, reverse=True))):
+        opened.execute_script("arguments[0].click()", button)
+        numbers = [int(text) for text in opened.execute_script(column % 2, table)]
+        assert header.get_attribute("aria-sort") == order
+        assert numbers == expected(numbers)
+        assert len(set(numbers)) > 3
+    field = opened.find_element("css selector", f"input[data-filters='{table.get_attribute('id')}']")
+    field.send_keys("layer4")
+    left = opened.execute_script(column % 0, table)
+    assert left
+    assert all("layer4" in name for name in left)
+
+
+def test_the_theme_can_be_switched(opened):
+    ground = "return getComputedStyle(document.body).backgroundColor"
+    before = opened.execute_script(ground)
+    button = opened.find_element("id", "theme")
+    button.click()
+    assert opened.execute_script(ground) != before
+    button.click()
+    assert opened.execute_script(ground) == before
+
+
+def test_the_same_page_looks_the_same(opened):
+    first = opened.get_screenshot_as_png()
+    opened.refresh()
+    assert opened.get_screenshot_as_png() == first
+    opened.find_element("id", "theme").click()
+    assert opened.get_screenshot_as_png() != first
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_serious(opened, theme):
+    axe = pytest.importorskip("axe_core_python.selenium")
+    opened.execute_script("document.documentElement.dataset.theme = arguments[0]", theme)
+    opened.execute_script("for (const part of document.querySelectorAll('details')) part.open = true")
+    found = axe.Axe().run(opened)["violations"]
+    assert [(v["id"], v["nodes"][0]["html"][:200]) for v in found if v["impact"] in ("serious", "critical")] == []
+
+
+def test_a_class_called_like_a_script_does_not_run(here, browser):
+    answers = Path("prompts") / TEXT / "responses.jsonl"
+    write_json_lines(answers, [{**row, "class_name": ATTACK, "text": ATTACK} for row in read_json_lines(answers, "responses")])
+    page()
+    show(browser, 1280, Path("page.html"))
+    assert ATTACK in browser.page_source.replace("&lt;", "<").replace("&gt;", ">")
+    assert browser.execute_script("return document.scripts.length") == 1
+    assert browser.get_log("browser") == []

@@ -1,0 +1,53 @@
+"use strict";
+
+// The theme: the reader's system decides, until the button does.
+const root = document.documentElement;
+const theme = document.getElementById("theme");
+const dark = () => (root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);
+const name = () => { theme.textContent = dark() ? "Light theme" : "Dark theme"; };
+theme.hidden = false;
+theme.addEventListener("click", () => { root.dataset.theme = dark() ? "light" : "dark"; name(); });
+name();
+
+// Tables that sort by a column's button: by data-value where a cell has one, else by its text.
+for (const button of document.querySelectorAll("table.sortable th button")) {
+  const header = button.parentElement;
+  const body = header.closest("table").tBodies[0];
+  button.addEventListener("click", () => {
+    const up = header.getAttribute("aria-sort") !== "ascending";
+    for (const other of header.parentElement.children) other.removeAttribute("aria-sort");
+    header.setAttribute("aria-sort", up ? "ascending" : "descending");
+    const key = (row) => row.cells[header.cellIndex].dataset.value ?? row.cells[header.cellIndex].textContent;
+    const compare = (a, b) => {
+      const [x, y] = [Number(key(a)), Number(key(b))];
+      const order = Number.isNaN(x) || Number.isNaN(y) ? key(a).localeCompare(key(b)) : x - y;
+      return up ? order : -order;
+    };
+    body.append(...[...body.rows].sort(compare));
+  });
+}
+
+// Fields that leave only the rows that hold what is typed.
+for (const field of document.querySelectorAll("input[data-filters]")) {
+  const rows = document.getElementById(field.dataset.filters).tBodies[0].rows;
+  const count = field.closest("p").querySelector("output");
+  field.addEventListener("input", () => {
+    const wanted = field.value.trim().toLowerCase();
+    let shown = 0;
+    for (const row of rows) {
+      row.hidden = !row.textContent.toLowerCase().includes(wanted);
+      shown += !row.hidden;
+    }
+    count.textContent = `${shown} of ${rows.length}`;
+  });
+  field.closest("p").hidden = false;
+}
+
+// A link into a closed part opens it.
+const open = () => {
+  const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  for (let part = target; part; part = part.parentElement) if (part.tagName === "DETAILS") part.open = true;
+  if (target) target.scrollIntoView();
+};
+addEventListener("hashchange", open);
+open();

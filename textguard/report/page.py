@@ -1,0 +1,360 @@
+"""One page that shows a grid's results: a single HTML file that needs no network and no server.
+
+Class names, answers of language models and parameters come from outside. Every value goes through the template's escaping, and
+pictures are data: nothing that was read can become markup or a script.
+"""
+
+import base64
+import math
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from textguard import __version__
+from textguard.artifacts import read_csv, read_json, read_json_lines, write_text
+from textguard.errors import InvalidArtifact, TextguardError
+from textguard.faults.statistics import Estimate
+from textguard.params import Params, load_params
+from textguard.report.gate import compare_all, read_runs, verdict_table
+from textguard.report.results import BASELINE, RESULTS_DIR, load_cells, load_run, read_estimate
+from textguard.report.tables import PROPOSED, Table, make_tables, show_cell, show_estimate
+
+HERE = Path(__file__).parent
+TABLES = {
+    "table1": "Table 1: backbones",
+    "table2": "Table 2: data sets",
+    "table3": "Table 3: what the head starts from",
+    "detectors": "Range detectors",
+    "resilience": "Resilience of every run",
+}
+# Stem of a figure's file -> what it shows, in the order of the page.
+FIGURES = {
+    "delta_loss": "DeltaLoss per layer",
+    "outcomes": "What became of the faults",
+    "bits": "DeltaLoss by layer and bit",
+    "value_ranges": "Neuron values per layer",
+    "range_effect": "Value range and damage",
+    "accuracy_by_top2diff": "Accuracy against Top2Diff",
+    "convergence": "Convergence of the estimate",
+}
+MOST_CLASSES = 20  # whose texts are shown
+PARTS = [
+    ("headline", "What came out"),
+    ("run", "What was run"),
+    ("tables", "Tables"),
+    ("figures", "Figures"),
+    ("runs", "Every run"),
+    ("texts", "Texts"),
+    ("repeat", "How to repeat this"),
+    ("not-run", "What was not run"),
+]
+VERDICTS = {"better": "better", "worse": "worse"}
+
+
+@dataclass(frozen=True)
+class Revision:
+    """The code that the page was made with: a commit in short, its date, and whether files differ from it."""
+
+    commit: str
+    date: str
+    changed: bool
+
+    def __str__(self) -> str:
+        return f"{self.commit} of {self.date}{', with changes' if self.changed else ''}" if self.commit else "not in git"
+
+
+def read_revision() -> Revision:
+    """What git says of the current folder; an empty revision where it says nothing."""
+    commit = _git("log", "-1", "--format=%h %cs").split()
+    if not commit:
+        return Revision("", "", False)
+    # What stages write is no change of what they were made with.
+    return Revision(*commit, changed=bool(_git("status", "--porcelain", "--", "*.py", "*.yaml", "*.lock", ":!*dvc.lock")))
+
+
+def _git(*arguments: str) -> str:
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def main(arguments: list[str]) -> int:
+    """Write the grid's page beside another state of it: the folder of that state's results, its name, the page's file."""
+    if len(arguments) != 3:
+        print("usage: python -m textguard.report.page BASE_RESULTS NAME PAGE", file=sys.stderr)
+        return 2
+    try:
+        base, name, page = Path(arguments[0]), arguments[1], Path(arguments[2])
+        params = load_params()
+        compared = compare_all(read_runs(base), read_runs(RESULTS_DIR), params.gate)
+        table, _ = verdict_table(compared, params.gate.significance)
+        write_page(page, params, read_revision(), (name, table))
+    except TextguardError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write_page(path: Path, params: Params, revision: Revision, compared: tuple[str, Table] | None = None) -> None:
+    """Write the page of the grid in the current folder. Raises InvalidArtifact.
+
+    compared: the name of another state of the grid, and the gate's table of both.
+    """
+    cells, runs = load_cells(params.runs), {key: load_run(key) for key in params.runs}
+    grid = "default" if params.root == "." else Path.cwd().name
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False)
+    template = environment.from_string((HERE / "page.html").read_text())
+    content = template.render(
+        title=f"textguard: {grid} grid",
+        version=__version__,
+        style=Markup((HERE / "page.css").read_text()),
+        script=Markup((HERE / "page.js").read_text()),
+        parts=PARTS if compared is None else [PARTS[0], ("compared", "Compared"), *PARTS[1:]],
+        headline=[_headline(cell) for cell in cells if cell["variant"] == PROPOSED] or [_headline(cell) for cell in cells],
+        remarks=_remarks(cells, runs),
+        headline_figures=[
+            _picture(Path("plots/figures") / name, title)
+            for name, title in (("improvement", "Improvement over the baseline"), ("tradeoff", "Accuracy and resilience"))
+            if (Path("plots/figures") / f"{name}.png").exists()
+        ],
+        compared={"label": compared[0], "table": _table(compared[1], f"{compared[0]} and now")} if compared else None,
+        facts=_facts(params, runs, grid, revision),
+        tables=[
+            _table(table, TABLES.get(table.name, table.name)) for table in make_tables(cells, runs, params.tables.main_dataset)
+        ],
+        figures=_figures(runs),
+        runs=[_run(key, run, params) for key, run in runs.items()],
+        texts=[_text(key, params) for key in params.texts],
+        commands=_commands(grid, revision),
+        parameters=_parameters(params),
+        not_run=_not_run(runs),
+    )
+    write_text(path, content)
+
+
+def _headline(cell: Mapping[str, Any]) -> dict[str, str]:
+    verdict = cell["verdict"]
+    return {
+        "place": f"{cell['backbone']} on {cell['dataset']}",
+        **{name: show_estimate(read_estimate(cell[name])) for name in ("last_layer", "overall")},
+        **{name: show_estimate(read_estimate(cell[name]).times(100)) for name in ("top1", "top1_baseline")},
+        "variant": cell["variant"],
+        "verdict": verdict["overall"],
+        "last_verdict": verdict["last_layer"],
+        "kind": VERDICTS.get(verdict["overall"], ""),
+        "last_kind": VERDICTS.get(verdict["last_layer"], ""),
+    }
+
+
+def _remarks(cells: Sequence[Mapping[str, Any]], runs: Mapping[str, dict[str, Any]]) -> list[str]:
+    confidence = ", ".join(dict.fromkeys(f"{100 * run['confidence']:g} %" for run in runs.values()))
+    remarks = [
+        f"Brackets are intervals of confidence {confidence}; “exact” means that every fault was tried. "
+        "A verdict is “better” or “worse” only where the interval leaves 1 out."
+    ]
+    if any(len(cell["seeds"]) == 1 for cell in cells):
+        remarks.append(
+            "Rows with one training say nothing about the spread between trainings, which is in none of their intervals."
+        )
+    changed = [
+        f"{cell['backbone']} on {cell['dataset']} with {cell['variant']}"
+        for cell in cells
+        if len({read_estimate(found["overall"]).value > 1 for found in cell["detectors"].values()}) > 1
+    ]
+    if changed:
+        remarks.append(
+            "The range detector decides whether the mean over all layers got better or worse for "
+            f"{'; '.join(changed)}: see the table of range detectors."
+        )
+    return remarks
+
+
+def _facts(params: Params, runs: Mapping[str, dict[str, Any]], grid: str, revision: Revision) -> list[tuple[str, str]]:
+    inject, faults = params.inject, params.inject.faults
+    sampled = sum(run["plan"]["injections"] for run in runs.values())
+    enumerated = sum(run["plan"]["enumerated"] for run in runs.values())
+    plans = ", ".join(dict.fromkeys(run["plan"]["plan"] for run in runs.values()))
+    return [
+        ("Grid", f"{grid}: {len(runs)} trainings of {', '.join(dict.fromkeys(run['backbone'] for run in runs.values()))}"),
+        ("Data", ", ".join(dict.fromkeys(run["dataset"] for run in runs.values()))),
+        ("Code", str(revision)),
+        ("Device", "; ".join(dict.fromkeys(run["settings"]["device"] for run in runs.values()))),
+        ("Faults", f"{faults.operation}, {faults.bits} bit(s) in {faults.values} {faults.target}(s), {inject.format}"),
+        ("Campaigns", f"plan {plans}, seed {inject.seed}: {sampled:,} injections, and {enumerated:,} faults enumerated"),
+        ("Detectors", ", ".join(dict.fromkeys([inject.detector, *inject.compare_detectors]))),
+        ("Text encoder", params.encoder),
+    ]
+
+
+def _table(table: Table, label: str) -> dict[str, Any]:
+    """A table as the template takes it: cells with a text, a number to sort by, and a kind (class) where it is a verdict."""
+    rows = [
+        [
+            {
+                "text": show_cell(value),
+                "value": _number(value.value if isinstance(value, Estimate) else value),
+                "kind": VERDICTS.get(value, "") if isinstance(value, str) else "",
+            }
+            for value in row
+        ]
+        for row in table.rows
+    ]
+    return {"id": _id(table.name), "label": label, "caption": table.caption, "headers": table.headers, "rows": rows}
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _figures(runs: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    groups = []
+    for dataset, backbone in dict.fromkeys((run["dataset"], run["backbone"]) for run in runs.values()):
+        stem = f"{dataset}-{backbone}"
+        pictures = [
+            _picture(Path("plots/figures") / f"{name}-{stem}", f"{title}, {backbone} on {dataset}")
+            for name, title in FIGURES.items()
+            if (Path("plots/figures") / f"{name}-{stem}.png").exists()
+        ]
+        groups.append({"id": _id(f"figures-{stem}"), "title": f"{backbone} on {dataset}", "pictures": pictures})
+    return groups
+
+
+def _picture(stem: Path, title: str) -> dict[str, Any]:
+    """A PNG as the template takes it, small enough for sharp print. Raises InvalidArtifact."""
+    file = stem.with_name(f"{stem.name}.png")
+    if not file.exists():
+        raise InvalidArtifact(f"{file} does not exist; run 'dvc repro', which draws it")
+    content = file.read_bytes()
+    width, height = struct.unpack(">II", content[16:24])
+    source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    numbers = str(stem.with_name(f"{stem.name}.csv"))
+    size = {"width": round(width / 1.5), "height": round(height / 1.5)}
+    return {"id": _id(str(stem)), "source": source, "title": title, "caption": f"{title}.", "numbers": numbers, **size}
+
+
+def _run(key: str, run: Mapping[str, Any], params: Params) -> dict[str, Any]:
+    overall, last = run["overall"], run["last_layer"]
+    facts = [
+        ("Parameters", f"{run['parameters']:,}"),
+        ("Multiply-adds per image", f"{run['multiply_adds']:,}"),
+        ("Top2Diff", show_estimate(read_estimate(run["top2diff"]))),
+        ("DeltaLoss, last layer", f"{show_estimate(read_estimate(last['delta_loss']))} nats"),
+        ("DeltaLoss by neurons", f"{show_estimate(read_estimate(overall['delta_loss_by_neurons']))} nats"),
+        ("FIT", show_estimate(read_estimate(overall["fit"]))),
+        ("Images", f"{run['plan']['eligible_images']:,} predicted right without faults"),
+        ("Recipe, seed", f"{params.runs[key].recipe}, {run['seed']}"),
+        ("Fingerprint", run["settings"]["inputs"]),
+    ]
+    return {
+        "key": key,
+        "top1": show_estimate(read_estimate(run["top1"]).times(100)),
+        "overall": show_estimate(read_estimate(overall["delta_loss"])),
+        "sdc": show_estimate(read_estimate(overall["sdc"]).times(100)),
+        "facts": facts,
+        "layers": _table(_layers(key, run), f"Layers of {key}"),
+        "command": f"dvc repro inject@{key}",
+    }
+
+
+def _layers(key: str, run: Mapping[str, Any]) -> Table:
+    guided = run["variant"] != BASELINE
+    headers = ["Layer", "Kind", "Neurons", "Faults", "DeltaLoss (nats)", "SDC (%)", "Masked (%)"]
+    rows = []
+    for layer in run["layers"]:
+        row = [layer["layer"], layer["kind"], layer["neurons"], layer["injections"], read_estimate(layer["delta_loss"])]
+        row += [read_estimate(layer["sdc"]).times(100), round(100 * layer["outcomes"]["masked"], 1)]
+        if guided:
+            better = layer.get("improvement")
+            row.append(read_estimate(better) if better else "no such layer")
+        rows.append(row)
+    return Table(f"layers-{key}", "In order of execution.", headers + ["Improvement (x)"] * guided, rows)
+
+
+def _text(key: str, params: Params) -> dict[str, Any]:
+    text, path = params.texts[key], Path("prompts") / key / "responses.jsonl"
+    answers = read_json_lines(path, "responses")
+    quality = read_json(Path("metrics/texts") / f"{key}.json", "text_quality")
+    columns = ["class", "answers", "embedded", "words", "spread", "nearest_wrong", "cosine"]
+    classes = read_csv(Path("metrics/texts") / f"{key}.csv", "text_quality", columns[:1], ["answers", "spread", "cosine"])
+    said: dict[str, list[str]] = {}
+    for answer in answers:
+        said.setdefault(answer["class_name"], []).append(answer["text"])
+    providers = dict.fromkeys(" ".join(filter(None, (answer["provider"], answer["model"]))) for answer in answers)
+    pictures = Path("plots/texts") / key
+    return {
+        "key": key,
+        "facts": [
+            ("Answered by", "; ".join(providers)),
+            ("Questions", " / ".join(text.questions[: text.limit_questions or None])),
+            (
+                "Texts",
+                f"{quality['answers']:,}, of which {quality['embedded']:,} were embedded, for {quality['classes']:,} classes",
+            ),
+            ("Mean cosine of two classes", f"{quality['mean_pairwise_cosine']:.3f}"),
+            ("Encoder", str(quality["encoder"])),
+        ],
+        "pictures": [
+            _picture(pictures / name, f"{title}, {key}")
+            for name, title in (("similarity", "Similarity of classes"), ("projection", "Texts and class means"))
+        ],
+        "classes": _table(_classes(key, classes[[name for name in columns if name in classes]]), f"Classes of {key}"),
+        "said": list(said.items())[:MOST_CLASSES],
+        "said_note": f"{min(len(said), MOST_CLASSES)} of {len(said)} classes",
+    }
+
+
+def _classes(key: str, classes: pd.DataFrame) -> Table:
+    rows = [[_short(value) for value in row] for row in classes.itertuples(index=False)]
+    note = "Spread: mean cosine distance of a text to its class's mean; cosine: to the nearest wrong class."
+    return Table(f"classes-{key}", note, [name.replace("_", " ") for name in classes.columns], rows)
+
+
+def _short(value: Any) -> Any:
+    return round(float(value), 3) if isinstance(value, float) else (value if isinstance(value, str) else int(value))
+
+
+def _commands(grid: str, revision: Revision) -> str:
+    lines = ["make setup && . .venv/bin/activate"]
+    if revision.commit:
+        lines.insert(
+            0, f"git checkout {revision.commit}" + ("   # and the changes that were not committed" if revision.changed else "")
+        )
+    where = [] if grid == "default" else [f"cd grids/{grid}"]
+    return "\n".join([*lines, *where, "dvc repro dvc.yaml"])
+
+
+def _parameters(params: Params) -> str:
+    """What the results depend on, as params.yaml has it."""
+    sections = asdict(params)
+    del sections["network"], sections["gate"]
+    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
+
+
+def _not_run(runs: Mapping[str, dict[str, Any]]) -> list[str]:
+    lines = [
+        "Whatever the tables call “not run”: this grid does not hold it, or its data, weights or devices were not at hand.",
+    ]
+    for key, run in runs.items():
+        lines += [f"{key}: {layer} was skipped: {reason}" for layer, reason in run["skipped"].items()]
+    if all(run["variant"] == BASELINE for run in runs.values()):
+        lines.append("No text-guided classifier.")
+    return lines
+
+
+def _id(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "-", name)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
