@@ -1,6 +1,6 @@
 """Train one classifier of the grid."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pandas as pd
@@ -11,9 +11,10 @@ from textguard.errors import InvalidArtifact
 from textguard.params import Params, RunParams
 from textguard.runtime import make_deterministic, pick_device
 from textguard.text.embeddings import load_class_embeddings
-from textguard.vision.classifiers import ClassifierSpec, build_classifier, save_classifier
+from textguard.vision.checkpoints import read_checkpoint, read_text_features
+from textguard.vision.classifiers import ClassifierSpec, build_classifier, fill, save_classifier
 from textguard.vision.datasets import load_split
-from textguard.vision.training import train
+from textguard.vision.training import Epoch, train
 
 HEAD_MAKERS = {"baseline": "data", "random": "encoder"}
 
@@ -23,8 +24,19 @@ def main(params: Params, key: str) -> None:
     recipe = params.recipes[run.recipe]
     folder = Path("data") / run.dataset
     split = load_split(folder, "train")
-    width, class_embeddings = load_head(run, split.classes)
+    state = read_checkpoint(run.checkpoint, run.backbone) if run.checkpoint else {}
+    width, class_embeddings = head_of(state, run) if state else load_head(run, split.classes)
     spec = ClassifierSpec(run.dataset, run.backbone, run.variant, split.images.shape[-1], width, tuple(split.classes))
+    model_file, curve_file = Path("models") / f"{key}.safetensors", Path("metrics") / "runs" / key / "training.csv"
+    if state:
+        model = build_classifier(spec)
+        try:
+            fill(model, state)
+        except InvalidArtifact as error:
+            raise InvalidArtifact(f"{run.checkpoint} {error}; name another in params.yaml runs.{key}.checkpoint") from error
+        save_classifier(model_file, model, spec, {"checkpoint": str(run.checkpoint)})
+        write_csv(curve_file, pd.DataFrame(columns=[field.name for field in fields(Epoch)]))
+        return
 
     device = pick_device()
     make_deterministic(run.seed)
@@ -45,8 +57,17 @@ def main(params: Params, key: str) -> None:
             checkpoint=work / "checkpoint.safetensors",
             label=f"train {key}",
         )
-        save_classifier(Path("models") / f"{key}.safetensors", model, spec, {"inputs": mark})
-        write_csv(Path("metrics") / "runs" / key / "training.csv", pd.DataFrame(asdict(epoch) for epoch in history))
+        save_classifier(model_file, model, spec, {"inputs": mark})
+        write_csv(curve_file, pd.DataFrame(asdict(epoch) for epoch in history))
+
+
+def head_of(state: dict[str, Tensor], run: RunParams) -> tuple[int, None]:
+    """Width E of the head among stored weights, 0 for a baseline. Raises InvalidArtifact."""
+    if run.variant == "baseline":
+        return 0, None
+    if "head.weight" not in state or state["head.weight"].ndim != 2:
+        raise InvalidArtifact(f"{run.checkpoint} holds no text-guided classifier: 'head.weight' is missing or no matrix")
+    return state["head.weight"].shape[1], None
 
 
 def load_head(run: RunParams, classes: list[str]) -> tuple[int, Tensor | None]:
@@ -54,6 +75,9 @@ def load_head(run: RunParams, classes: list[str]) -> tuple[int, Tensor | None]:
     path = Path(run.head_from)
     if run.variant == "baseline":
         return 0, None
+    if path.suffix == ".pth":
+        features = read_text_features(path, len(classes))
+        return features.shape[1], features
     if run.variant == "random":
         stated = read_json(path, "encoder")
         with reading(path, "encoder"):

@@ -129,7 +129,11 @@ class RecipeParams:
 
 @dataclass(frozen=True, config=_strict)
 class RunParams:
-    """One classifier of the grid. `head_from` is the file that its last layer starts from (see `head_source`)."""
+    """One classifier of the grid.
+
+    head_from: the file that its last layer starts from (see `head_source`). checkpoint: null to train; or whose weights it
+    gets, see textguard.vision.checkpoints.
+    """
 
     dataset: Key
     backbone: str
@@ -137,6 +141,7 @@ class RunParams:
     recipe: str
     seed: Seed
     head_from: str
+    checkpoint: str | None
 
 
 @dataclass(frozen=True, config=_strict)
@@ -298,7 +303,15 @@ def lookup(entries: dict[str, Any], kind: str, name: str, where: str) -> Any:
 
 
 def head_source(run: RunParams) -> str:
-    """The file a run's last layer starts from: the class list, the encoder's width, or the class embeddings of its texts."""
+    """The file a run's last layer starts from, so that DVC knows of it.
+
+    That of its checkpoint, where it has one of its own; else the class list (baseline), the encoder's width (random), published
+    features (any file that ends in .pth), or the class embeddings of its texts.
+    """
+    if run.checkpoint and run.checkpoint != "torchvision":
+        return run.checkpoint.removeprefix("published:")
+    if run.variant != "baseline" and run.head_from.endswith(".pth"):
+        return run.head_from
     if run.variant == "baseline":
         return f"data/{run.dataset}/classes.json"
     if run.variant == "random":
@@ -318,8 +331,11 @@ def _check_references(params: Params, path: Path) -> None:
         where = f"{path} runs.{key}"
         lookup(params.datasets, "data set", run.dataset, f"{where}.dataset")
         lookup(params.recipes, "recipe", run.recipe, f"{where}.recipe")
+        if run.checkpoint == "torchvision" and (run.variant, params.datasets[run.dataset].source) != ("baseline", "imagenet"):
+            raise InvalidParameter(f"{where}.checkpoint is torchvision: its weights are for baselines on source imagenet alone")
         told = [name.removeprefix(f"{text.dataset}-") for name, text in params.texts.items() if text.dataset == run.dataset]
-        lookup(dict.fromkeys(["baseline", "random", *told]), "variant", run.variant, f"{where}.variant")
+        if not run.head_from.endswith(".pth"):
+            lookup(dict.fromkeys(["baseline", "random", *told]), "variant", run.variant, f"{where}.variant")
         lookup(params.figures.colours, "variant", run.variant, f"{where}.variant; colours are in figures.colours")
         if run.head_from != head_source(run):
             raise InvalidParameter(

@@ -58,6 +58,17 @@ def build_classifier(spec: ClassifierSpec, class_embeddings: Tensor | None = Non
     return TextGuidedClassifier(backbone, len(spec.classes), spec.width, class_embeddings)
 
 
+def fill(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load weights into a model, all of them and no others. Raises InvalidArtifact with the differences."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if wrong:
+        shown = "; ".join(f"{name} is {found.get(name, 'missing')}, not {wanted.get(name, 'wanted')}" for name in wrong[:3])
+        raise InvalidArtifact(f"does not fit the classifier in {len(wrong)} of {len(wanted | found)} places: {shown}")
+    model.load_state_dict(state)
+
+
 def save_classifier(path: Path, model: nn.Module, spec: ClassifierSpec, provenance: dict[str, str]) -> None:
     """Write weights and spec to one safetensors file."""
     described = {**spec.__dict__, "classes": list(spec.classes)}
@@ -73,14 +84,6 @@ def load_classifier(path: Path) -> tuple[nn.Module, ClassifierSpec]:
         described = json.loads(metadata["spec"])
         spec = ClassifierSpec(**{**described, "classes": tuple(described["classes"])})
     model = build_classifier(spec)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     with reading(path, "train"):
-        if wrong:
-            raise InvalidArtifact(
-                f"does not fit {spec.backbone} ({spec.variant}): {wrong[0]} is {found.get(wrong[0], 'missing')}, "
-                f"expected {expected.get(wrong[0], 'nothing')} ({len(wrong)} such differences)"
-            )
-    model.load_state_dict(tensors)
+        fill(model, tensors)
     return model.eval(), spec
