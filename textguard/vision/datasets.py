@@ -206,7 +206,7 @@ def _stl10(root: Path) -> Content:
 
 FASHION_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 FASHION_CLASSES = [
-    "t-shirt",
+    "t-shirt or top",
     "pair of trousers",
     "pullover",
     "dress",

@@ -18,7 +18,7 @@ from textguard.vision.datasets import PackedSplit, Split
 
 import_torchvision()
 from torchvision.transforms import InterpolationMode, v2  # noqa: E402 (as import_torchvision imports it)
-from torchvision.transforms.v2 import functional as F  # noqa: E402, N812
+from torchvision.transforms.v2 import functional as F  # noqa: E402
 
 PREPARED_BYTES = 2**28  # resized images of a split that are kept in memory, at most
 SMALL = 64  # pixels a side, up to which packed images are prepared faster than processes could send them
@@ -151,7 +151,7 @@ def augmentation(recipe: ImageRecipe, mean: Sequence[float], std: Sequence[float
 
 
 def _timm_policy(recipe: ImageRecipe, mean: Sequence[float]) -> Callable:
-    """timm's augmentation of this name, with the settings that timm's own pipeline gives it."""
+    """Timm's augmentation of this name, with the settings that timm's own pipeline gives it."""
     from PIL import Image
     from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 
