@@ -100,7 +100,7 @@ def load_split(folder: Path, split: str, root: Path | None) -> Split:
             table = pq.read_table(path)
             metadata = {name.decode(): text.decode() for name, text in table.schema.metadata.items()}
             images = table.to_pandas()
-            labels = torch.from_numpy(images["label"].to_numpy(dtype=np.int64))
+            labels = torch.tensor(images["label"].to_numpy(), dtype=torch.int64)
         described = (labels, *(json.loads(metadata[name]) for name in ("classes", "mean", "std")))
         if isinstance(images, Tensor):
             return PackedSplit(images, *described)
@@ -438,10 +438,13 @@ def index_files(files: Files, root: Path, *, checksum: bool, corrupt_share: floa
     """
     look, processes = partial(_look, root, checksum), max(1, loading_processes())
     found = []
-    with progress(total=len(files.paths), label=label, unit="img") as bar, ProcessPoolExecutor(processes) as pool:
-        for result in pool.map(look, files.paths, chunksize=64):
-            found.append(result)
-            bar.update(1)
+    with ProcessPoolExecutor(processes) as pool:
+        results = pool.map(look, files.paths, chunksize=64)
+        # Behind the start of the processes, which would copy the locks of the bar's thread.
+        with progress(total=len(files.paths), label=label, unit="img") as bar:
+            for result in results:
+                found.append(result)
+                bar.update(1)
     table = pd.DataFrame(found, columns=["width", "height", "bytes", "sha256", "problem"])
     table.insert(0, "path", files.paths)
     table.insert(1, "label", files.labels)

@@ -140,10 +140,11 @@ def augmentation(recipe: ImageRecipe, mean: Sequence[float], std: Sequence[float
         steps.append(v2.RandomCrop(size, padding=recipe.crop_padding) if padded else v2.CenterCrop(size))
     if recipe.flip:
         steps.append(v2.RandomHorizontalFlip(recipe.flip))
-    if recipe.auto_augment == "trivial_augment_wide":
-        steps.append(v2.TrivialAugmentWide(interpolation=how))
-    elif recipe.auto_augment != "none":
-        steps += [v2.ToPILImage(), _timm_policy(recipe, mean), v2.PILToTensor()]
+    if recipe.auto_augment != "none":
+        # Through PIL: on tensors, torchvision rotates and shears without bicubic interpolation, and timm does nothing.
+        trivial = recipe.auto_augment == "trivial_augment_wide"
+        policy = v2.TrivialAugmentWide(interpolation=how) if trivial else _timm_policy(recipe, mean)
+        steps += [v2.ToPILImage(), policy, v2.PILToTensor()]
     steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
     if recipe.random_erasing:
         steps.append(v2.RandomErasing(recipe.random_erasing))
