@@ -1,4 +1,4 @@
-"""Data sets, classifiers, training, evaluation."""
+"""Classifiers, training, evaluation."""
 
 import copy
 import itertools
@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from textguard.artifacts import read_classes
-from textguard.errors import InvalidArtifact, InvalidParameter, UnknownName
+from textguard.errors import InvalidArtifact, InvalidParameter
 from textguard.faults.campaign import top2diff
 from textguard.vision.backbones import BACKBONES
 from textguard.vision.classifiers import (
@@ -23,11 +22,8 @@ from textguard.vision.classifiers import (
     load_classifier,
     save_classifier,
 )
-from textguard.vision.datasets import load_split, make_splits, save_splits
 from textguard.vision.evaluation import accuracy_by_threshold, measure_cost, predict
 from textguard.vision.training import learning_rate_at, train
-
-DIGITS = {"image_size": 32, "test_share": 0.2, "split_seed": 0, "limit_train": 0, "limit_test": 0}
 
 
 @dataclass(frozen=True)
@@ -44,47 +40,10 @@ class TestRecipe:
     step_gamma: float = 0.5
 
 
-def test_digits_are_split_by_class_once_and_for_all():
-    train_split, test_split = make_splits("digits", **DIGITS)
-    assert (len(train_split.labels), len(test_split.labels)) == (1437, 360)
-    assert train_split.images.shape == (1437, 3, 32, 32)
-    assert train_split.images.dtype == torch.uint8
-    assert int(train_split.images.max()) == 255
-    shares = [torch.bincount(split.labels) / len(split.labels) for split in (train_split, test_split)]
-    torch.testing.assert_close(*shares, atol=0.003, rtol=0)
-    again, _ = make_splits("digits", **DIGITS)
-    assert torch.equal(again.images, train_split.images)
-    other, _ = make_splits("digits", **{**DIGITS, "split_seed": 1})
-    assert not torch.equal(other.labels, train_split.labels)
-
-
-def test_limits_keep_the_classes_balanced():
-    train_split, test_split = make_splits("digits", **{**DIGITS, "limit_train": 100, "limit_test": 50})
-    assert torch.bincount(train_split.labels).tolist() == pytest.approx([10] * 10, abs=1)
-    assert len(test_split.labels) == 50
-    with pytest.raises(InvalidParameter, match="digits cannot be split"):
-        make_splits("digits", **{**DIGITS, "limit_test": 5})
-    with pytest.raises(UnknownName, match="digits"):
-        make_splits("mnist", **DIGITS)
-
-
-def test_splits_survive_the_disk_and_are_normalised_by_the_training_set(tmp_path):
-    save_splits(tmp_path, *make_splits("digits", **DIGITS))
-    split = load_split(tmp_path, "train")
-    assert read_classes(tmp_path / "classes.json") == split.classes
-    assert split.classes[3] == "three"
-    assert float(split.images.mean()) == pytest.approx(0, abs=1e-4)
-    assert float(split.images.std()) == pytest.approx(1, abs=1e-3)
-    assert len(load_split(tmp_path, "test").labels) == 360
-    (tmp_path / "classes.json").write_text('["only one"]')
-    with pytest.raises(InvalidArtifact, match="at least two"):
-        read_classes(tmp_path / "classes.json")
-
-
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vgg16_bn", "alexnet"])
 def test_backbones_take_their_smallest_image(name):
     size = BACKBONES[name].smallest
-    spec = ClassifierSpec("d", name, "baseline", size, 0, ("a", "b", "c"))
+    spec = ClassifierSpec("d", name, "baseline", size, size, "bilinear", 0, ("a", "b", "c"))
     assert build_classifier(spec).eval()(torch.zeros(2, 3, size, size)).shape == (2, 3)
     with pytest.raises(InvalidParameter, match=f"images of {size} to \\d+ pixels"):
         build_classifier(replace(spec, image_size=size - 1))
@@ -117,7 +76,7 @@ def test_a_random_head_is_the_default_initialisation():
 
 
 def test_classifiers_survive_the_disk(tmp_path):
-    spec = ClassifierSpec("d", "resnet18", "descriptions", 32, 6, ("a", "b"))
+    spec = ClassifierSpec("d", "resnet18", "descriptions", 32, 32, "bilinear", 6, ("a", "b"))
     model = build_classifier(spec, F.normalize(torch.randn(2, 6), dim=1)).eval()
     save_classifier(tmp_path / "m.safetensors", model, spec, {})
     loaded, found = load_classifier(tmp_path / "m.safetensors")
@@ -225,7 +184,10 @@ def test_the_papers_extra_parameters_come_out(backbone, extra):
     with torch.device("meta"):
         sizes = [
             sum(
-                p.numel() for p in build_classifier(ClassifierSpec("imagenet", backbone, "x", 224, width, classes)).parameters()
+                p.numel()
+                for p in build_classifier(
+                    ClassifierSpec("imagenet", backbone, "x", 224, 256, "bilinear", width, classes)
+                ).parameters()
             )
             for width in (0, 512)
         ]
