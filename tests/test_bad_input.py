@@ -66,6 +66,7 @@ class Grid:
         """Replace a file; models are links to other grids' and must not be written to in place."""
         file = self.folder / name
         file.unlink(missing_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
         return file
 
@@ -329,7 +330,7 @@ NAMES = {
         "datasets.digits.source",
         "mnist",
         "data digits",
-        ["data set 'mnist'", "known: cifar10", "digits", "datasets.*.source"],
+        ["data set 'mnist'", "known: cifar10", "datasets.*.source"],
     ),
     "backbone": (
         f"runs.{BASELINE}.backbone",

@@ -181,14 +181,10 @@ def test_parameters_and_multiply_adds_are_counted():
 @pytest.mark.parametrize(("backbone", "extra"), [("resnet18", 0.26), ("resnet50", -0.49), ("mobilenet_v2", -0.11)])
 def test_the_papers_extra_parameters_come_out(backbone, extra):
     classes = tuple(str(i) for i in range(1000))
+    spec = ClassifierSpec("imagenet", backbone, "x", 224, 256, "bilinear", 0, classes)
     with torch.device("meta"):
         sizes = [
-            sum(
-                p.numel()
-                for p in build_classifier(
-                    ClassifierSpec("imagenet", backbone, "x", 224, 256, "bilinear", width, classes)
-                ).parameters()
-            )
+            sum(parameter.numel() for parameter in build_classifier(replace(spec, width=width)).parameters())
             for width in (0, 512)
         ]
     assert round((sizes[1] - sizes[0]) / 1e6, 2) == extra

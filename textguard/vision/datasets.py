@@ -25,10 +25,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from textguard.artifacts import locked, read_json, read_safetensors, reading, write_json, write_parquet, write_safetensors
-from textguard.errors import InvalidArtifact, InvalidParameter, UnknownName, UnreadableImage, printable
+from textguard.errors import InvalidArtifact, InvalidParameter, TextguardError, UnknownName, UnreadableImage, printable
 from textguard.runtime import announce, import_torchvision, loading_processes, progress
 
 SPLITS = ("train", "test")
+DOWNLOADS = Path("data") / "downloads"
 PACKED, INDEX = "images.safetensors", "index.parquet"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -124,7 +125,7 @@ def data_root(source: str, folder: str | None, repository: Path) -> Path | None:
         return Path(shared).expanduser() / source
     if SOURCES[source].files == "local":
         raise InvalidParameter(f"data set {source!r} cannot be downloaded; {WHERE}; it must hold {SOURCES[source].layout}")
-    return repository / "data" / "downloads" / source
+    return repository / DOWNLOADS / source
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,9 @@ class Pictures:
     def keep(self, rows: np.ndarray) -> "Pictures":
         return Pictures(self.images[rows], self.labels[rows])
 
+    def check(self, classes: int) -> None:
+        _check_labels(self.labels, len(self.images), classes)
+
 
 @dataclass(frozen=True)
 class Files:
@@ -147,6 +151,14 @@ class Files:
 
     def keep(self, rows: np.ndarray) -> "Files":
         return Files([self.paths[row] for row in rows], self.labels[rows])
+
+    def check(self, classes: int) -> None:
+        _check_labels(self.labels, len(self.paths), classes)
+
+
+def _check_labels(labels: np.ndarray, images: int, classes: int) -> None:
+    if not len(labels) == images > 0 or not 0 <= labels.min() <= labels.max() < classes:
+        raise ValueError(f"{images} images, {len(labels)} labels, {classes} classes: they do not belong together")
 
 
 @dataclass(frozen=True)
@@ -345,12 +357,16 @@ def read_source(source: str, root: Path | None) -> Content:
     """
     known = SOURCES[source]
     if root and not root.is_dir():
-        if root.parts[-3:] != ("data", "downloads", source):
+        if known.files == "local" or root.parts[-3:] != (*DOWNLOADS.parts, source):
             raise InvalidParameter(f"data set {source!r}: {root} is no folder; {WHERE}; it must hold {known.layout}")
         _download(source, known.files, root)
     try:
         content = known.read(root)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        for part in content.parts.values():
+            part.check(len(content.classes))
+    except TextguardError:
+        raise
+    except Exception as error:  # of torchvision and of whatever unpacks the files
         raise InvalidArtifact(f"{root} is no {source} ({error}); it must hold {known.layout}, complete") from error
     if len(set(content.classes)) < max(2, len(content.classes)) or not all(content.classes):
         twice = sorted({name for name in content.classes if content.classes.count(name) > 1})
@@ -427,6 +443,7 @@ def save_splits(
         else:
             tensors = {"images": part.images, "labels": torch.from_numpy(part.labels)}
             write_safetensors(folder / name / PACKED, tensors, described)
+        (folder / name / (PACKED if isinstance(part, Files) else INDEX)).unlink(missing_ok=True)
     write_json(folder / "classes.json", content.classes)
 
 
