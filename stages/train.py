@@ -12,8 +12,9 @@ from textguard.params import Params, RunParams
 from textguard.runtime import make_deterministic, pick_device
 from textguard.text.embeddings import load_class_embeddings
 from textguard.vision.classifiers import ClassifierSpec, build_classifier, save_classifier
-from textguard.vision.datasets import load_split
+from textguard.vision.datasets import data_root, load_split, split_file
 from textguard.vision.training import train
+from textguard.vision.transforms import evaluation_view, image_loader
 
 HEAD_MAKERS = {"baseline": "data", "random": "encoder"}
 
@@ -22,9 +23,13 @@ def main(params: Params, key: str) -> None:
     run = params.runs[key]
     recipe = params.recipes[run.recipe]
     folder = Path("data") / run.dataset
-    split = load_split(folder, "train")
+    dataset = params.datasets[run.dataset]
+    split = load_split(folder, "train", data_root(dataset.source, dataset.folder, Path(params.root)))
+    prepared = recipe.image_size, recipe.resize_size, recipe.interpolation
+    view = evaluation_view(split, *prepared)
+    images, labels = next(iter(image_loader(view, len(view))))
     width, class_embeddings = load_head(run, split.classes)
-    spec = ClassifierSpec(run.dataset, run.backbone, run.variant, split.images.shape[-1], width, tuple(split.classes))
+    spec = ClassifierSpec(run.dataset, run.backbone, run.variant, *prepared, width, tuple(split.classes))
 
     device = pick_device()
     make_deterministic(run.seed)
@@ -32,14 +37,14 @@ def main(params: Params, key: str) -> None:
     mark = fingerprint(
         run=run,
         recipe=recipe,
-        data=sha256_of_file(folder / "train.safetensors", "data"),
+        data=sha256_of_file(split_file(folder, "train"), "data"),
         head=sha256_of_file(Path(run.head_from), HEAD_MAKERS.get(run.variant, "embeddings")),
     )
     with work_dir("train", key, mark) as work:
         history = train(
             model,
-            split.images.to(device),
-            split.labels.to(device),
+            images.to(device),
+            labels.to(device),
             recipe,
             seed=run.seed,
             checkpoint=work / "checkpoint.safetensors",

@@ -344,7 +344,7 @@ NAMES = {
         f"runs.{BASELINE}.backbone",
         "alexnet",
         f"train {BASELINE}",
-        ["alexnet", "63 to 4096 pixels", "not 32", "datasets.*.image_size"],
+        ["alexnet", "63 to 4096 pixels", "not 32", "recipes.*.image_size"],
     ),
     "provider": (
         f"texts.{TEXT}.provider",

@@ -117,7 +117,8 @@ class RecipeParams:
     """How a classifier is trained.
 
     learning_rate: at `batch_size`, linearly warmed up over warmup_epochs, then lowered along half a cosine (`cosine`), or
-    multiplied by step_gamma every step_epochs (`step`).
+    multiplied by step_gamma every step_epochs (`step`). image_size, resize_size (pixels), interpolation: see
+    textguard.vision.transforms.evaluation_view.
     """
 
     epochs: Count
@@ -129,6 +130,9 @@ class RecipeParams:
     schedule: Literal["cosine", "step"]
     step_epochs: Count
     step_gamma: Annotated[float, Field(gt=0, le=1)]
+    image_size: Annotated[int, Field(ge=8, le=4096)]
+    resize_size: Annotated[int, Field(ge=8, le=4096)]
+    interpolation: Literal["bilinear", "bicubic"]
 
 
 @dataclass(frozen=True, config=_strict)
