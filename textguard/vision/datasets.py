@@ -130,7 +130,7 @@ def data_root(source: str, folder: str | None, repository: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class Part:
-    """Images and their labels, int64 [N]. images: pixels, uint8 [N, 1 or 3, H, W], or files below the data set's root, str [N]."""
+    """Images and labels, int64 [N]. images: pixels, uint8 [N, 1 or 3, H, W], or paths below the data set's root, str [N]."""
 
     images: Tensor | np.ndarray
     labels: np.ndarray
