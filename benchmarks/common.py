@@ -14,29 +14,32 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from textguard.faults.campaign import loader_of, profile_ranges
+from textguard.faults.campaign import profile_ranges
 from textguard.faults.damage import SINGLE_FLIP, Faults
 from textguard.faults.engines import Engine, ReplayEngine
 from textguard.runtime import pick_device
 from textguard.vision.backbones import build_backbone
-from textguard.vision.datasets import Split, load_split, make_splits, save_splits
+from textguard.vision.datasets import load_split, make_splits, read_source, save_splits
+from textguard.vision.transforms import EvaluationView, evaluation_view, image_loader
 
 SEED = 0
 DETECTOR_LIMIT = 100.0
 
 
-def trained_digits() -> tuple[nn.Module, Split, Split]:
-    """ResNet-18 after two epochs on the demo's data, its training data and its test data, images [360, 3, 32, 32]."""
+def trained_digits() -> tuple[nn.Module, EvaluationView, EvaluationView]:
+    """ResNet-18 after two epochs on the demo's data, its training data and its test data: 360 images of 32 x 32 pixels."""
+    content = read_source("digits", None)
+    splits = make_splits(content, "digits", test_share=0.2, split_seed=SEED, limit_train=0, limit_test=0)
     with TemporaryDirectory() as folder:
-        options = {"image_size": 32, "test_share": 0.2, "split_seed": SEED, "limit_train": 0, "limit_test": 0}
-        save_splits(Path(folder), *make_splits("digits", **options))
-        train, test = (load_split(Path(folder), split) for split in ("train", "test"))
+        save_splits(Path(folder), content, splits, None, source="digits", checksum=False, corrupt_share=0.0)
+        train, test = (evaluation_view(load_split(Path(folder), split, None), 32, 32, "bilinear") for split in splits)
     torch.manual_seed(SEED)
     model = build_backbone("resnet18", 10, 32).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for _ in range(2):
-        for rows in torch.randperm(len(train.images)).split(64):
-            loss = nn.functional.cross_entropy(model(train.images[rows]), train.labels[rows])
+        order = torch.randperm(len(train))
+        for images, labels in image_loader(train, batches=order.split(64)):
+            loss = nn.functional.cross_entropy(model(images), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -46,7 +49,7 @@ def trained_digits() -> tuple[nn.Module, Split, Split]:
 def digits_classifier() -> tuple[nn.Module, Tensor]:
     """The classifier and its test images: masking depends on trained weights."""
     model, _, test = trained_digits()
-    return model, test.images.to(pick_device())
+    return model, next(iter(image_loader(test, len(test))))[0].to(pick_device())
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,9 @@ class DigitsCampaign:
 def digits_campaign(batch_size: int = 256) -> DigitsCampaign:
     """A campaign on the trained classifier and its test images, with ranges from its training images."""
     model, train, test = trained_digits()
-    ranges = profile_ranges(model, loader_of(train.images, train.labels, 256))
+    ranges = profile_ranges(model, image_loader(train, 256))
     limits = dict(zip(ranges["layer"], ranges["max_abs"], strict=True))
-    return DigitsCampaign(
-        model, ReplayEngine(model, test.images[0], batch_size), loader_of(test.images, test.labels, 256), limits
-    )
+    return DigitsCampaign(model, ReplayEngine(model, test[0][0], batch_size), image_loader(test, 256), limits)
 
 
 def random_classifier(backbone: str, image_size: int, images: int) -> tuple[nn.Module, Tensor]:

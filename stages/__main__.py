@@ -95,4 +95,5 @@ def _processes() -> int:
     return int(wanted)
 
 
-sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":  # not in processes that read images, where the system starts them afresh
+    sys.exit(main(sys.argv[1:]))

@@ -1,12 +1,22 @@
-"""Read one data set, split it, store both splits and the class names."""
+"""Read one data set, split it, store both splits, as pixels or as an index of files, and the class names."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 from textguard.params import Params
-from textguard.vision.datasets import make_splits, save_splits
+from textguard.vision.datasets import data_root, make_splits, read_source, save_splits
 
 
-def main(params: Params, dataset: str) -> None:
-    train, test = make_splits(**asdict(params.datasets[dataset]))
-    save_splits(Path("data") / dataset, train, test)
+def main(params: Params, key: str) -> None:
+    dataset = params.datasets[key]
+    root = data_root(dataset.source, dataset.folder, Path(params.root))
+    content = read_source(dataset.source, root)
+    splits = make_splits(
+        content,
+        dataset.source,
+        test_share=dataset.test_share,
+        split_seed=dataset.split_seed,
+        limit_train=dataset.limit_train,
+        limit_test=dataset.limit_test,
+    )
+    options = {"source": dataset.source, "checksum": dataset.checksum, "corrupt_share": dataset.corrupt_share}
+    save_splits(Path("data") / key, content, splits, root, **options)

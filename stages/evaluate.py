@@ -7,8 +7,9 @@ from textguard.faults.statistics import mean_estimate, rate_estimate
 from textguard.params import Params
 from textguard.runtime import describe_device, pick_device
 from textguard.vision.classifiers import load_classifier
-from textguard.vision.datasets import load_split
+from textguard.vision.datasets import data_root, load_split
 from textguard.vision.evaluation import accuracy_by_threshold, measure_cost, predict
+from textguard.vision.transforms import evaluation_view, image_loader
 
 BATCH_SIZE = 256
 
@@ -16,10 +17,12 @@ BATCH_SIZE = 256
 def main(params: Params, key: str) -> None:
     run = params.runs[key]
     device = pick_device()
-    model, _ = load_classifier(Path("models") / f"{key}.safetensors")
+    model, spec = load_classifier(Path("models") / f"{key}.safetensors")
     model.to(device)
-    split = load_split(Path("data") / run.dataset, "test")
-    images, labels = split.images.to(device), split.labels.to(device)
+    dataset = params.datasets[run.dataset]
+    split = load_split(Path("data") / run.dataset, "test", data_root(dataset.source, dataset.folder, Path(params.root)))
+    view = evaluation_view(split, spec.image_size, spec.resize_size, spec.interpolation)
+    images, labels = (tensor.to(device) for tensor in next(iter(image_loader(view, len(view)))))
     predictions = predict(model, images, labels, BATCH_SIZE)
     cost = measure_cost(model, images[0])
     correct = int((predictions["prediction"] == predictions["label"]).sum())

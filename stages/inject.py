@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from textguard.artifacts import fingerprint, read_csv, read_json, sha256_of_file, work_dir, write_json, write_parquet
-from textguard.faults.campaign import image_chances, loader_of, no_records
+from textguard.faults.campaign import image_chances, no_records
 from textguard.faults.damage import FaultModel, weight_limits
 from textguard.faults.detectors import detector_limits
 from textguard.faults.engines import make_engine
@@ -21,25 +21,28 @@ from textguard.faults.summary import Totals, summarise, summarise_totals
 from textguard.params import Params
 from textguard.runtime import describe_device, join_processes, pick_device
 from textguard.vision.classifiers import load_classifier
-from textguard.vision.datasets import load_split
+from textguard.vision.datasets import data_root, load_split, split_file
+from textguard.vision.transforms import evaluation_view, image_loader
 
 
 def main(params: Params, key: str) -> None:
     run, inject = params.runs[key], params.inject
+    dataset = params.datasets[run.dataset]
     out, records_out = Path("metrics") / "runs" / key, Path("metrics") / "records" / key
     model_file, ranges_file, bounds_file = Path("models") / f"{key}.safetensors", out / "ranges.csv", out / "activations.csv"
     data_folder = Path("data") / run.dataset
 
     number_format = parse_format(inject.format)
     fault_model = FaultModel(**asdict(inject.faults))
-    split = load_split(data_folder, "test")
-    loader = loader_of(split.images, split.labels, inject.batch_size)
     ranges = read_csv(ranges_file, "ranges", ["layer"], ["max_abs"])
     bounds = read_csv(bounds_file, "ranges", ["activation"], ["low", "high"])
     profiled = dict(zip(ranges["layer"], ranges["max_abs"], strict=True))
 
-    model, _ = load_classifier(model_file)
-    image = split.images[0].to(pick_device())
+    model, spec = load_classifier(model_file)
+    split = load_split(data_folder, "test", data_root(dataset.source, dataset.folder, Path(params.root)))
+    view = evaluation_view(split, spec.image_size, spec.resize_size, spec.interpolation)
+    loader = image_loader(view, inject.batch_size)
+    image = view[0][0].to(pick_device())
     model = protect(
         model.to(image.device),
         image,
@@ -69,7 +72,7 @@ def main(params: Params, key: str) -> None:
     mark = fingerprint(
         inject=inject,
         model=sha256_of_file(model_file, "train"),
-        data=sha256_of_file(data_folder / "test.safetensors", "data"),
+        data=sha256_of_file(split_file(data_folder, "test"), "data"),
         ranges=sha256_of_file(ranges_file, "ranges"),
         bounds=sha256_of_file(bounds_file, "ranges"),
     )

@@ -3,20 +3,23 @@
 from pathlib import Path
 
 from textguard.artifacts import write_csv
-from textguard.faults.campaign import loader_of, profile_activations, profile_ranges
+from textguard.faults.campaign import profile_activations, profile_ranges
 from textguard.params import Params
 from textguard.runtime import pick_device
 from textguard.vision.classifiers import load_classifier
-from textguard.vision.datasets import load_split
+from textguard.vision.datasets import data_root, load_split
+from textguard.vision.transforms import evaluation_view, image_loader
 
 BATCH_SIZE = 256
 
 
 def main(params: Params, key: str) -> None:
-    model, _ = load_classifier(Path("models") / f"{key}.safetensors")
+    run = params.runs[key]
+    dataset = params.datasets[run.dataset]
+    model, spec = load_classifier(Path("models") / f"{key}.safetensors")
     model.to(pick_device())
-    split = load_split(Path("data") / params.runs[key].dataset, "train")
-    loader = loader_of(split.images, split.labels, BATCH_SIZE)
+    split = load_split(Path("data") / run.dataset, "train", data_root(dataset.source, dataset.folder, Path(params.root)))
+    loader = image_loader(evaluation_view(split, spec.image_size, spec.resize_size, spec.interpolation), BATCH_SIZE)
     ranges, bounds = profile_ranges(model, loader, params.inject.kinds), profile_activations(model, loader)
-    write_csv(Path("metrics") / "runs" / key / "ranges.csv", ranges.assign(images=len(split.images)))
+    write_csv(Path("metrics") / "runs" / key / "ranges.csv", ranges.assign(images=len(split)))
     write_csv(Path("metrics") / "runs" / key / "activations.csv", bounds)

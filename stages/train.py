@@ -13,8 +13,9 @@ from textguard.runtime import make_deterministic, pick_device
 from textguard.text.embeddings import load_class_embeddings
 from textguard.vision.checkpoints import read_checkpoint, read_text_features
 from textguard.vision.classifiers import ClassifierSpec, build_classifier, fill, save_classifier
-from textguard.vision.datasets import load_split
+from textguard.vision.datasets import data_root, load_split, split_file
 from textguard.vision.training import Epoch, train
+from textguard.vision.transforms import evaluation_view, image_loader
 
 HEAD_MAKERS = {"baseline": "data", "random": "encoder"}
 
@@ -23,10 +24,12 @@ def main(params: Params, key: str) -> None:
     run = params.runs[key]
     recipe = params.recipes[run.recipe]
     folder = Path("data") / run.dataset
-    split = load_split(folder, "train")
+    dataset = params.datasets[run.dataset]
+    split = load_split(folder, "train", data_root(dataset.source, dataset.folder, Path(params.root)))
     state = read_checkpoint(run.checkpoint, run.backbone) if run.checkpoint else {}
     width, class_embeddings = head_of(state, run) if state else load_head(run, split.classes)
-    spec = ClassifierSpec(run.dataset, run.backbone, run.variant, split.images.shape[-1], width, tuple(split.classes))
+    prepared = recipe.image_size, recipe.resize_size, recipe.interpolation
+    spec = ClassifierSpec(run.dataset, run.backbone, run.variant, *prepared, width, tuple(split.classes))
     model_file, curve_file = Path("models") / f"{key}.safetensors", Path("metrics") / "runs" / key / "training.csv"
     if state:
         model = build_classifier(spec)
@@ -38,20 +41,22 @@ def main(params: Params, key: str) -> None:
         write_csv(curve_file, pd.DataFrame(columns=[field.name for field in fields(Epoch)]))
         return
 
+    view = evaluation_view(split, *prepared)
+    images, labels = next(iter(image_loader(view, len(view))))
     device = pick_device()
     make_deterministic(run.seed)
     model = build_classifier(spec, class_embeddings).to(device)
     mark = fingerprint(
         run=run,
         recipe=recipe,
-        data=sha256_of_file(folder / "train.safetensors", "data"),
+        data=sha256_of_file(split_file(folder, "train"), "data"),
         head=sha256_of_file(Path(run.head_from), HEAD_MAKERS.get(run.variant, "embeddings")),
     )
     with work_dir("train", key, mark) as work:
         history = train(
             model,
-            split.images.to(device),
-            split.labels.to(device),
+            images.to(device),
+            labels.to(device),
             recipe,
             seed=run.seed,
             checkpoint=work / "checkpoint.safetensors",

@@ -37,7 +37,7 @@ BASELINE, GUIDED, TEXT = "digits-resnet18-baseline-s0", "digits-resnet18-descrip
 MODEL, RUN, RECORDS = f"models/{BASELINE}.safetensors", f"metrics/runs/{BASELINE}", f"metrics/records/{BASELINE}"
 EMBEDDINGS, QUESTIONS = f"embeddings/{TEXT}.safetensors", f"prompts/{TEXT}/questions.jsonl"
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-OUTPUTS = ("data/digits/train.safetensors", "data/digits/test.safetensors", "data/digits/classes.json")
+OUTPUTS = ("data/digits/train/images.safetensors", "data/digits/test/images.safetensors", "data/digits/classes.json")
 WIDTH = 16
 REMOVED = object()
 # In bytes, less than the training images: the first file that stage `data` writes is cut off halfway.
@@ -66,6 +66,7 @@ class Grid:
         """Replace a file; models are links to other grids' and must not be written to in place."""
         file = self.folder / name
         file.unlink(missing_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
         return file
 
@@ -216,6 +217,7 @@ WRONG_VALUES = {
     "unknown operation": ("inject.faults.operation", "set", ['"set"', "'flip', 'stuck_at_0' or 'stuck_at_1'"]),
     "no bits": ("inject.faults.bits", 0, ["0", "greater than 0"]),
     "share of 1": ("datasets.digits.test_share", 1.0, ["1.0", "less than 1"]),
+    "share of all": ("datasets.digits.corrupt_share", 1.0, ["1.0", "less than 1"]),
     "negative limit": ("datasets.digits.limit_train", -5, ["-5", "greater than or equal to 0"]),
     "unknown schedule": ("recipes.plain.schedule", "linear", ['"linear"', "'cosine' or 'step'"]),
     "unknown weights": ("statistics.last_layer_weights", "all", ['"all"', "'neurons', 'equal' or 'head_only'"]),
@@ -239,7 +241,7 @@ def test_a_wrong_value_is_named_with_its_place_and_what_is_allowed(untouched, pl
     [
         ("colour", ["encoder", "figures", "texts"]),
         ("inject.bits", ["batch_size", "detector", "engine", "seed"]),
-        pytest.param("datasets.digits.colour", ["image_size", "source"]),
+        pytest.param("datasets.digits.colour", ["limit_test", "source"]),
         pytest.param(f"runs.{BASELINE}.depth", ["backbone", "variant"]),
     ],
 )
@@ -324,18 +326,25 @@ def test_a_wrong_command_line_is_answered_with_the_right_one(untouched, argument
 
 
 NAMES = {
-    "source": ("datasets.digits.source", "mnist", "data digits", ["data set 'mnist'", "known: digits", "datasets.*.source"]),
+    "source": (
+        "datasets.digits.source",
+        "mnist",
+        "data digits",
+        ["data set 'mnist'", "known: cifar10", "datasets.*.source"],
+    ),
     "backbone": (
         f"runs.{BASELINE}.backbone",
         "lenet",
         f"train {BASELINE}",
         ["backbone 'lenet'", "known: alexnet, focalnet_s,", "vgg19_bn", "runs.*.backbone"],
     ),
+    "data that is nowhere": ("datasets.digits.folder", "nowhere", "data digits", ["nowhere is no folder", "datasets.*.folder"]),
+    "data that nobody can download": ("datasets.digits.source", "imagenet", "data digits", ["datasets.*.folder", "train/WNID"]),
     "small images": (
         f"runs.{BASELINE}.backbone",
         "alexnet",
         f"train {BASELINE}",
-        ["alexnet", "63 to 4096 pixels", "not 32", "datasets.*.image_size"],
+        ["alexnet", "63 to 4096 pixels", "not 32", "recipes.*.image_size"],
     ),
     "provider": (
         f"texts.{TEXT}.provider",
@@ -379,11 +388,6 @@ NAMES = {
 def test_what_a_stage_does_not_know_is_named_with_what_it_knows(grid, place, value, stage, parts):
     grid.change(place, value)
     says(grid.fails(*stage.split()), "params.yaml", *parts)
-
-
-def test_images_that_no_memory_holds_are_refused(grid):
-    grid.change("datasets.digits.image_size", 10**9)
-    says(grid.fails("data", "digits"), "InvalidParameter", "image_size", "params.yaml")
 
 
 def test_an_encoder_folder_without_a_width_is_refused(grid):
@@ -572,10 +576,10 @@ MISSING = [
     ("responses", TEXT, QUESTIONS, "prompts"),
     ("text_quality", TEXT, f"embeddings/{TEXT}.texts.safetensors", "embeddings"),
     ("embeddings", TEXT, f"prompts/{TEXT}/responses.jsonl", "responses"),
-    ("train", BASELINE, "data/digits/train.safetensors", "data"),
+    ("train", BASELINE, "data/digits/train/images.safetensors", "data"),
     ("train", GUIDED, EMBEDDINGS, "embeddings"),
     ("evaluate", BASELINE, MODEL, "train"),
-    ("evaluate", BASELINE, "data/digits/test.safetensors", "data"),
+    ("evaluate", BASELINE, "data/digits/test/images.safetensors", "data"),
     ("ranges", BASELINE, MODEL, "train"),
     ("inject", BASELINE, f"{RUN}/ranges.csv", "ranges"),
     ("inject", BASELINE, f"{RUN}/activations.csv", "ranges"),
@@ -672,9 +676,9 @@ def test_other_tensors_are_no_classifier(grid):
 
 @pytest.mark.parametrize("name", ["train", "test"])
 def test_truncated_images_are_named(grid, name):
-    grid.cut(f"data/digits/{name}.safetensors")
+    grid.cut(f"data/digits/{name}/images.safetensors")
     line = grid.fails({"train": "ranges", "test": "evaluate"}[name], BASELINE)
-    says(line, "InvalidArtifact", f"data/digits/{name}.safetensors", "cannot be read", "'data'")
+    says(line, "InvalidArtifact", f"data/digits/{name}/images.safetensors", "cannot be read", "'data'")
 
 
 @pytest.mark.parametrize("content", ["[]", '["zero"]', '["zero", 1]', '{"zero": 0}', '["zero", "one"'])
@@ -850,15 +854,16 @@ def obey_permissions() -> None:
 
 
 def put_older(grid: Grid) -> None:
-    """Leave other files where stage `data` writes."""
+    """Leave other files where stage `data` writes, all of the digits this time."""
+    grid.change("datasets.digits.limit_train", 0)
     for name in OUTPUTS:
         grid.put(name, f"an older {name}")
 
 
 def assert_only_older(grid: Grid) -> None:
     """The files of put_older are as they were, and nothing lies beside them."""
-    folder = (grid.folder / OUTPUTS[0]).parent
-    found = {str(path.relative_to(grid.folder)): path.read_text() for path in folder.iterdir()}
+    files = [path for path in (grid.folder / "data" / "digits").rglob("*") if path.is_file()]
+    found = {str(path.relative_to(grid.folder)): path.read_text() for path in files}
     assert found == {name: f"an older {name}" for name in OUTPUTS}
 
 
@@ -887,7 +892,7 @@ def test_a_read_only_folder_leaves_the_older_files(grid):
 @pytest.fixture
 def small_disk(grid: Grid) -> Iterator[None]:
     """A file system of a few kilobytes where stage `data` writes."""
-    folder = (grid.folder / OUTPUTS[0]).parent
+    folder = grid.folder / "data" / "digits"
     command = ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "tmpfs", str(folder)]
     if os.geteuid() or not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a file system")

@@ -53,7 +53,7 @@ def test_published_checkpoints_load_whole(tmp_path, make, prefix):
 
 def test_a_file_of_this_project_is_a_checkpoint_too(tmp_path):
     model, path = guided(), tmp_path / "model.safetensors"
-    spec = ClassifierSpec("digits", "resnet18", "descriptions", 32, WIDTH, tuple("abcdefghij"))
+    spec = ClassifierSpec("digits", "resnet18", "descriptions", 32, 32, "bilinear", WIDTH, tuple("abcdefghij"))
     save_classifier(path, model, spec, {})
     assert read_checkpoint(str(path), "resnet18").keys() == model.state_dict().keys()
     write_safetensors(path, model.state_dict())

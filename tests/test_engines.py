@@ -145,7 +145,7 @@ def backbone(name, size):
         model = NarrowVGG()
     else:
         variant, width = ("baseline", 0) if name == "mobilenet_v2" else ("random", 16)
-        model = build_classifier(ClassifierSpec("none", name, variant, size, width, tuple("abcde")))
+        model = build_classifier(ClassifierSpec("none", name, variant, size, size, "bilinear", width, tuple("abcde")))
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         with torch.no_grad():  # without statistics of its own, hardly a fault would reach a deep network's logits
             for module in model.modules():

@@ -1,4 +1,4 @@
-"""Data sets, classifiers, training, evaluation."""
+"""Classifiers, training, evaluation."""
 
 import copy
 import itertools
@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from textguard.artifacts import read_classes
-from textguard.errors import InvalidArtifact, InvalidParameter, UnknownName
+from textguard.errors import InvalidArtifact, InvalidParameter
 from textguard.faults.campaign import top2diff
 from textguard.vision.classifiers import (
     ClassifierSpec,
@@ -22,11 +21,8 @@ from textguard.vision.classifiers import (
     load_classifier,
     save_classifier,
 )
-from textguard.vision.datasets import load_split, make_splits, save_splits
 from textguard.vision.evaluation import accuracy_by_threshold, measure_cost, predict
 from textguard.vision.training import learning_rate_at, train
-
-DIGITS = {"image_size": 32, "test_share": 0.2, "split_seed": 0, "limit_train": 0, "limit_test": 0}
 
 
 @dataclass(frozen=True)
@@ -41,43 +37,6 @@ class TestRecipe:
     schedule: str = "cosine"
     step_epochs: int = 1
     step_gamma: float = 0.5
-
-
-def test_digits_are_split_by_class_once_and_for_all():
-    train_split, test_split = make_splits("digits", **DIGITS)
-    assert (len(train_split.labels), len(test_split.labels)) == (1437, 360)
-    assert train_split.images.shape == (1437, 3, 32, 32)
-    assert train_split.images.dtype == torch.uint8
-    assert int(train_split.images.max()) == 255
-    shares = [torch.bincount(split.labels) / len(split.labels) for split in (train_split, test_split)]
-    torch.testing.assert_close(*shares, atol=0.003, rtol=0)
-    again, _ = make_splits("digits", **DIGITS)
-    assert torch.equal(again.images, train_split.images)
-    other, _ = make_splits("digits", **{**DIGITS, "split_seed": 1})
-    assert not torch.equal(other.labels, train_split.labels)
-
-
-def test_limits_keep_the_classes_balanced():
-    train_split, test_split = make_splits("digits", **{**DIGITS, "limit_train": 100, "limit_test": 50})
-    assert torch.bincount(train_split.labels).tolist() == pytest.approx([10] * 10, abs=1)
-    assert len(test_split.labels) == 50
-    with pytest.raises(InvalidParameter, match="digits cannot be split"):
-        make_splits("digits", **{**DIGITS, "limit_test": 5})
-    with pytest.raises(UnknownName, match="digits"):
-        make_splits("mnist", **DIGITS)
-
-
-def test_splits_survive_the_disk_and_are_normalised_by_the_training_set(tmp_path):
-    save_splits(tmp_path, *make_splits("digits", **DIGITS))
-    split = load_split(tmp_path, "train")
-    assert read_classes(tmp_path / "classes.json") == split.classes
-    assert split.classes[3] == "three"
-    assert float(split.images.mean()) == pytest.approx(0, abs=1e-4)
-    assert float(split.images.std()) == pytest.approx(1, abs=1e-3)
-    assert len(load_split(tmp_path, "test").labels) == 360
-    (tmp_path / "classes.json").write_text('["only one"]')
-    with pytest.raises(InvalidArtifact, match="at least two"):
-        read_classes(tmp_path / "classes.json")
 
 
 def test_the_text_guided_head_is_the_published_one():
@@ -107,7 +66,7 @@ def test_a_random_head_is_the_default_initialisation():
 
 
 def test_classifiers_survive_the_disk(tmp_path):
-    spec = ClassifierSpec("d", "resnet18", "descriptions", 32, 6, ("a", "b"))
+    spec = ClassifierSpec("d", "resnet18", "descriptions", 32, 32, "bilinear", 6, ("a", "b"))
     model = build_classifier(spec, F.normalize(torch.randn(2, 6), dim=1)).eval()
     save_classifier(tmp_path / "m.safetensors", model, spec, {})
     loaded, found = load_classifier(tmp_path / "m.safetensors")
@@ -207,16 +166,3 @@ def test_parameters_and_multiply_adds_are_counted():
     cost = measure_cost(model, torch.zeros(3, 4, 4))
     assert cost.parameters == 8 * 27 + 8 + 1280 + 10
     assert cost.multiply_adds == 16 * 8 * 27 + 1280
-
-
-@pytest.mark.parametrize(("backbone", "extra"), [("resnet18", 0.26), ("resnet50", -0.49), ("mobilenet_v2", -0.11)])
-def test_the_papers_extra_parameters_come_out(backbone, extra):
-    classes = tuple(str(i) for i in range(1000))
-    with torch.device("meta"):
-        sizes = [
-            sum(
-                p.numel() for p in build_classifier(ClassifierSpec("imagenet", backbone, "x", 224, width, classes)).parameters()
-            )
-            for width in (0, 512)
-        ]
-    assert round((sizes[1] - sizes[0]) / 1e6, 2) == extra

@@ -47,6 +47,14 @@ class InvalidArtifact(TextguardError):
     """A file that is missing, damaged, or not what its reader expects."""
 
 
+class UnreadableImage(InvalidArtifact):
+    """A file of a data set that was an image when its index was made, and is not any more."""
+
+    def __init__(self, message: str) -> None:
+        # What a DataLoader's process raises comes back with its whole traceback in the message; its last line is ours.
+        super().__init__(message.strip().rpartition("\n")[2].removeprefix(f"{__name__}.{type(self).__name__}: "))
+
+
 class CannotWrite(TextguardError):
     """The file system refused a write (read-only, full, no permission)."""
 

@@ -32,15 +32,19 @@ Checked = TypeVar("Checked")
 class DatasetParams:
     """How one data set is read and split.
 
-    image_size: pixels a side. limit_train, limit_test: images kept of each split, stratified; 0 keeps all.
+    source, folder: see textguard.vision.datasets.data_root. test_share, split_seed: for sources that come without a split.
+    limit_train, limit_test: images kept of each split, stratified; 0 keeps all. checksum: the SHA-256 of every file that is
+    left where it is. corrupt_share: of such files, that may be unreadable.
     """
 
     source: str
-    image_size: Annotated[int, Field(ge=8, le=4096)]
+    folder: Annotated[str, Field(min_length=1)] | None
     test_share: Annotated[float, Field(gt=0, lt=1)]
     split_seed: Seed
     limit_train: Annotated[int, Field(ge=0)]
     limit_test: Annotated[int, Field(ge=0)]
+    checksum: bool
+    corrupt_share: Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, config=_strict)
@@ -113,7 +117,8 @@ class RecipeParams:
     """How a classifier is trained.
 
     learning_rate: at `batch_size`, linearly warmed up over warmup_epochs, then lowered along half a cosine (`cosine`), or
-    multiplied by step_gamma every step_epochs (`step`).
+    multiplied by step_gamma every step_epochs (`step`). image_size, resize_size (pixels), interpolation: see
+    textguard.vision.transforms.evaluation_view.
     """
 
     epochs: Count
@@ -125,6 +130,9 @@ class RecipeParams:
     schedule: Literal["cosine", "step"]
     step_epochs: Count
     step_gamma: Annotated[float, Field(gt=0, le=1)]
+    image_size: Annotated[int, Field(ge=8, le=4096)]
+    resize_size: Annotated[int, Field(ge=8, le=4096)]
+    interpolation: Literal["bilinear", "bicubic"]
 
 
 @dataclass(frozen=True, config=_strict)

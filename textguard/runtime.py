@@ -2,6 +2,7 @@
 
 TEXTGUARD_DEVICE    cpu, cuda, cuda:1, mps; default: cuda where there is one (each process its own), else cpu
 TEXTGUARD_PROCESSES processes that share a campaign; default 1 (see stages/__main__.py)
+TEXTGUARD_WORKERS   processes that read images; default: one per core but one, 0 for small images that lie in memory
 TEXTGUARD_PROGRESS  seconds between two progress lines when there is no terminal; default 10
 """
 
@@ -77,6 +78,18 @@ def join_processes() -> tuple[int, int]:
     if count > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
     return int(os.environ.get("RANK", "0")) if count > 1 else 0, count
+
+
+def loading_processes() -> int:
+    """How many processes read images: TEXTGUARD_WORKERS, else one per core but one, shared with this machine's other ranks.
+
+    Raises InvalidParameter.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = os.environ.get("TEXTGUARD_WORKERS", str(max(0, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)))
+    if not wanted.isdecimal() or int(wanted) > 1024:
+        raise InvalidParameter(f"TEXTGUARD_WORKERS={wanted!r} in the environment; it must be a number from 0 to 1024")
+    return int(wanted)
 
 
 def wait_for_all() -> None:

@@ -85,6 +85,6 @@ def build_backbone(name: str, outputs: int, image_size: int) -> nn.Module:
     if not backbone.smallest <= image_size <= backbone.largest:
         raise InvalidParameter(
             f"{name} takes images of {backbone.smallest} to {backbone.largest} pixels a side, not {image_size}; "
-            "change params.yaml datasets.*.image_size"
+            "change params.yaml recipes.*.image_size"
         )
     return backbone.build(num_classes=outputs)

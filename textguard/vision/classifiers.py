@@ -40,12 +40,17 @@ class TextGuidedClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class ClassifierSpec:
-    """What it takes to build a classifier. width: E of the text-guided head; 0 for a baseline."""
+    """What it takes to build a classifier and to prepare its images. width: E of the text-guided head; 0 for a baseline.
+
+    image_size, resize_size, interpolation: see textguard.vision.transforms.evaluation_view.
+    """
 
     dataset: str
     backbone: str
     variant: str
     image_size: int
+    resize_size: int
+    interpolation: str
     width: int
     classes: tuple[str, ...]
 
