@@ -110,10 +110,17 @@ def _contradictions(published: Sequence[Published]) -> list[Finding]:
     for row in published:
         for column, (first, number) in contradictions_of(row, published).items():
             difference = number - row.numbers[column]
-            whole = ", by a whole number" if difference == int(difference) else ""
-            again = ": two trainings of one method" if row.source == first.source else ""
+            remark = DIFFERS
+            if row.source == first.source:
+                steps = [
+                    abs(row.numbers[column] - other.numbers[column])
+                    for other in published
+                    if other.place == row.place and other is not row
+                ]
+                remark += f": two trainings of one method; the smallest difference from it in {row.table} is {min(steps)}"
+            elif difference == int(difference):
+                remark += ", by a whole number"
             what = f"{row.backbone} on {row.dataset}, {QUANTITIES[column]}"
-            remark = DIFFERS + whole + again
             findings.append(Finding(what, first.place, number, row.place, row.numbers[column], difference, remark))
     return findings
 
