@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch import nn
 
+from conftest import REPOSITORY
 from textguard.faults.statistics import Estimate
 from textguard.report.published import CLAIMS_FILE, Finding, Published, audit, load_published
 from textguard.report.tables import Table, as_latex, as_markdown, make_tables, write_table
