@@ -95,33 +95,28 @@ def audit(published: Sequence[Published]) -> list[Finding]:
     ]
 
 
-def contradictions_of(row: Published, published: Sequence[Published]) -> dict[str, tuple[Published, Decimal]]:
-    """Column -> the first other row about the same, where it prints another number, and that number."""
+def differences(row: Published, published: Sequence[Published]) -> tuple[Published, list[str]]:
+    """The first row about the same, and the columns in which the two print different numbers."""
     first = next(other for other in published if other.subject == row.subject)
-    return {
-        column: (first, first.numbers[column])
-        for column, number in row.numbers.items()
-        if column in first.numbers and first.numbers[column] != number
-    }
+    shared = first.numbers.keys() & row.numbers.keys()
+    return first, [column for column in row.numbers if column in shared and first.numbers[column] != row.numbers[column]]
 
 
 def _contradictions(published: Sequence[Published]) -> list[Finding]:
     findings = []
     for row in published:
-        for column, (first, number) in contradictions_of(row, published).items():
-            difference = number - row.numbers[column]
+        first, columns = differences(row, published)
+        for column in columns:
+            said, found = first.numbers[column], row.numbers[column]
             remark = DIFFERS
             if row.source == first.source:
-                steps = [
-                    abs(row.numbers[column] - other.numbers[column])
-                    for other in published
-                    if other.place == row.place and other is not row
-                ]
-                remark += f": two trainings of one method; the smallest difference from it in {row.table} is {min(steps)}"
-            elif difference == int(difference):
+                others = [other.numbers[column] for other in published if other.place == row.place and other is not row]
+                step = min(abs(found - other) for other in others)
+                remark += f": two trainings of one method; the smallest difference from it in {row.table} is {step}"
+            elif said % 1 == found % 1:
                 remark += ", by a whole number"
             what = f"{row.backbone} on {row.dataset}, {QUANTITIES[column]}"
-            findings.append(Finding(what, first.place, number, row.place, row.numbers[column], difference, remark))
+            findings.append(Finding(what, first.place, said, row.place, found, said - found, remark))
     return findings
 
 

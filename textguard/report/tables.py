@@ -11,7 +11,7 @@ import pandas as pd
 
 from textguard.artifacts import write_csv, write_text
 from textguard.faults.statistics import Estimate
-from textguard.report.published import Finding, Published, audit, contradictions_of, load_published
+from textguard.report.published import Finding, Published, audit, differences, load_published
 from textguard.report.results import read_estimate
 
 PROPOSED = "descriptions"
@@ -196,7 +196,7 @@ def _beside(
         others = [
             other
             for other in published
-            if other.source != row.source and other.subject == row.subject and contradictions_of(other, published)
+            if other.source != row.source and other.subject == row.subject and differences(other, published)[1]
         ]
         rows += [*found, theirs(row), *map(theirs, others)]
     return rows
