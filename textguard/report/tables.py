@@ -21,9 +21,8 @@ INITIALISATIONS = {"random": "random", "template": "text, one template", PROPOSE
 Cell = dict[str, Any]
 Fields = Mapping[str, Any]
 Columns = dict[str, Callable[[Cell], Any]]  # header -> its value in a row
-Compared = dict[
-    str, tuple[Callable[[Cell], Any], Callable[[Published], Any]]
-]  # header -> its value in ours, in a published row
+# Header -> its value in a row of ours, and in a published one.
+Compared = dict[str, tuple[Callable[[Cell], Any], Callable[[Published], Any]]]
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,7 @@ def make_tables(
     )
     published = load_published()
     main = [cell for cell in proposed if cell["dataset"] == main_dataset]
+    ablated = _ablated(cells)
     varied = [{**cell, **found, "detector": name} for cell in cells for name, found in cell["detectors"].items()]
 
     def compared(name: str, what: str, columns: Compared, *choice: Any) -> Table:
@@ -77,9 +77,11 @@ def make_tables(
 
     only_main = {main_dataset: sources[main_dataset]}
     return [
-        compared("table1", "Backbones.", TABLE1, "paper Table 1", "backbone", main, only_main),
-        compared("table2", "Data sets.", TABLE2, "paper Table 2", "dataset", proposed, sources),
-        compared("table3", "What the head starts from.", TABLE3, "paper Table 3", "variant", _ablated(cells), sources),
+        compared("table1", "Backbones, baseline against text-guided.", TABLE1, "paper Table 1", "backbone", main, only_main),
+        compared("table2", "Data sets, baseline against text-guided.", TABLE2, "paper Table 2", "dataset", proposed, sources),
+        compared(
+            "table3", "Starts of the head, each against the baseline.", TABLE3, "paper Table 3", "variant", ablated, sources
+        ),
         _table("detectors", f"The same faults under each range detector. DeltaLoss in nats. {note}", DETECTORS, varied),
         _table("resilience", f"Every run. {per_run}", RESILIENCE, list(runs.values())),
         _audit_table(audit(published)),
