@@ -3,11 +3,9 @@
 from pathlib import Path
 
 from textguard.params import Params
-from textguard.report.results import load_cells, load_run
-from textguard.report.tables import make_tables, write_table
+from textguard.report.tables import tables_of, write_table
 
 
 def main(params: Params) -> None:
-    cells, runs = load_cells(params.runs), {key: load_run(key) for key in params.runs}
-    for table in make_tables(cells, runs, params.tables.main_dataset):
+    for table in tables_of(params):
         write_table(table, Path("metrics") / "tables")

@@ -1,6 +1,5 @@
-"""Results, tables and figures from stored records."""
+"""Results and figures from stored records."""
 
-import csv
 import json
 import math
 from pathlib import Path
@@ -19,7 +18,6 @@ from textguard.report.figures import PER_BACKBONE, write_figures
 from textguard.report.improvement import across, draw_pairs, improvement, verdict, weigh
 from textguard.report.results import load_cells, load_result, load_run, write_results
 from textguard.report.run_figures import crossings
-from textguard.report.tables import Table, as_latex, as_markdown, make_tables, write_table
 
 COLOURS = {"baseline": "#d55e00", "random": "#7f7f7f", "template": "#56b4e9", "descriptions": "#0072b2"}
 STATISTICS = StatisticsParams(0.99, 300, "goldeneye", "neurons", 2e-5, "neurons")
@@ -265,65 +263,6 @@ def test_seeds_of_a_cell_share_a_row(runs, tmp_path):
     assert value(top1) == pytest.approx((0.97 + 0.91 + 0.92) / 3)
     assert top1["low"] < 0.8
     assert cells[1]["overall"]["low"] < value(cells[1]["overall"]) < cells[1]["overall"]["high"]
-
-
-def tables(runs: dict[str, RunParams], dataset: str = "d") -> dict[str, Table]:
-    made = make_tables(load_cells(runs), {key: load_run(key) for key in runs}, dataset)
-    return {table.name: table for table in made}
-
-
-def test_tables_hold_the_rows_that_were_run(runs):
-    made = tables(runs)
-    assert [row[0] for row in made["table1"].rows] == ["resnet18"]
-    assert made["table1"].rows[0][3] == pytest.approx(0.25)
-    assert tables(runs, "e")["table1"].rows == []
-    assert [row[:2] for row in made["table2"].rows] == [["d", "resnet18"]]
-    assert [row[1] for row in made["table3"].rows] == ["text, one template", "text, class descriptions"]
-    assert [row[2:4] for row in made["detectors"].rows] == [
-        [variant, detector] for variant in ("template", "descriptions") for detector in ("profiled", "off")
-    ]
-    assert [row[0] for row in made["resilience"].rows] == list(runs)
-
-
-def test_tables_are_written_in_three_formats(runs, tmp_path):
-    write_table(tables(runs)["table1"], tmp_path)
-    markdown = (tmp_path / "table1.md").read_text()
-    assert "| resnet18 | 97.0 [88.9, 99.2] | 97.0 [88.9, 99.2] | +0.25 |" in markdown
-    assert "| better |" in markdown
-    with (tmp_path / "table1.csv").open() as file:
-        (row,) = csv.DictReader(file)
-    assert float(row["Improvement in Reliability, Overall (x)"]) > 1
-    assert row["Acc. Ours (%) n"] == "100"
-    latex = (tmp_path / "table1.tex").read_text()
-    assert r"Acc. Ours (\%)" in latex
-    assert latex.count(r"\begin{") == latex.count(r"\end{") == 2
-
-
-@pytest.mark.parametrize(
-    ("estimate", "shown"),
-    [
-        (Estimate(1268.4, 908.6, 1769.98, 9), "1,268 [909, 1,770]"),
-        (Estimate(0.0312, 0.0306, 0.0383, 9), "0.0312 [0.0306, 0.0383]"),
-        (Estimate(5e-5, 0.0, 0.001, 9), "5.0e-05 [0, 0.00100]"),
-        (Estimate(99.96, 99.0, 100.0, 9), "100 [99.0, 100]"),
-        (Estimate(2.5, 2.5, 2.5, 9), "2.50 (exact)"),
-        (Estimate(2.5, 0.0, math.inf, 9), "2.50 [0, unbounded]"),
-        (Estimate(math.nan, 0.0, 0.25, 9), "< 0.250"),
-        (Estimate(math.nan, math.nan, math.nan, 0), "undefined"),
-    ],
-)
-def test_numbers_show_three_digits(estimate, shown):
-    assert f"| {shown} |" in as_markdown(Table("t", "c", ["x"], [[estimate]]))
-
-
-def test_empty_tables_and_odd_texts_are_written_safely(tmp_path):
-    table = Table("odd", "100 % of a_b", ["name", "x"], [["<b>|`a_1`\\", Estimate(math.nan, math.nan, math.nan, 0)]])
-    assert r"&lt;b>\|\`a\_1\`\\" in as_markdown(table)
-    assert "undefined" in as_markdown(table)
-    assert r"a\_1" in as_latex(table)
-    assert r"100 \% of a\_b" in as_latex(table)
-    write_table(Table("empty", "none", ["a", "b"], []), tmp_path)
-    assert (tmp_path / "empty.csv").read_text() == "a,b\n"
 
 
 def test_the_summary_has_a_few_short_columns_per_variant(runs):

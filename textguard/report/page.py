@@ -27,7 +27,7 @@ from textguard.faults.statistics import Estimate
 from textguard.params import Params, load_params
 from textguard.report.gate import compare_all, read_runs, verdict_table
 from textguard.report.results import BASELINE, RESULTS_DIR, load_cells, load_run, read_estimate
-from textguard.report.tables import PROPOSED, Table, make_tables, show_cell, show_estimate
+from textguard.report.tables import PROPOSED, Table, show_cell, show_estimate, tables_of
 
 HERE = Path(__file__).parent
 TABLES = {
@@ -36,6 +36,8 @@ TABLES = {
     "table3": "Table 3: what the head starts from",
     "detectors": "Range detectors",
     "resilience": "Resilience of every run",
+    "audit": "What is published, against itself",
+    "recipes": "Recipes",
 }
 # Stem of a figure's file -> what it shows, in the order of the page.
 FIGURES = {
@@ -130,9 +132,7 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
         ],
         compared={"label": compared[0], "table": _table(compared[1], f"{compared[0]} and now")} if compared else None,
         facts=_facts(params, runs, grid, revision),
-        tables=[
-            _table(table, TABLES.get(table.name, table.name)) for table in make_tables(cells, runs, params.tables.main_dataset)
-        ],
+        tables=[_table(table, TABLES.get(table.name, table.name)) for table in tables_of(params)],
         figures=_figures(runs),
         runs=[_run(key, run, params) for key, run in runs.items()],
         texts=[_text(key, params) for key in params.texts],

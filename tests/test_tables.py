@@ -1,0 +1,340 @@
+"""Tables of ours beside published ones, the audit of what is published, and recipes as a table."""
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from decimal import Decimal
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from conftest import REPOSITORY
+from textguard.faults.statistics import Estimate
+from textguard.report.published import CLAIMS_FILE, Finding, Published, audit, load_published
+from textguard.report.tables import Table, as_latex, as_markdown, make_tables, write_table
+from textguard.vision.backbones import BACKBONES
+
+NOT_RUN = "not run"
+
+
+def estimate(value: float, spread: float = 0.1) -> dict[str, float]:
+    """As metrics/cells.json and metrics/results/ hold an Estimate."""
+    return {"value": value, "low": value - spread, "high": value + spread, "n": 360}
+
+
+def cell(dataset: str, backbone: str, variant: str = "descriptions") -> dict[str, Any]:
+    """One of metrics/cells.json."""
+    detector = {name: estimate(1) for name in ("overall_baseline", "overall_guided", "overall", "last_layer")}
+    detector |= {name: estimate(0) for name in ("nonfinite_baseline", "nonfinite_guided")}
+    return {
+        **{"dataset": dataset, "backbone": backbone, "variant": variant, "seeds": [0], "parameters": 250_000},
+        **{"multiply_adds": -1_500_000, "top1_baseline": estimate(0.967, 0.02), "top1": estimate(0.964, 0.02)},
+        **{"last_layer": estimate(2.5, 0), "overall": estimate(1.1, 0.2), "top2diff": estimate(-0.01)},
+        **{"verdict": {"last_layer": "better", "overall": "not separable at 99%"}},
+        **{"detectors": {"profiled": detector, "off": detector}},
+    }
+
+
+def run(key: str) -> dict[str, Any]:
+    """One of metrics/results/."""
+    overall = {name: estimate(0.1) for name in ("delta_loss", "delta_loss_by_neurons", "mismatch", "sdc", "nonfinite", "fit")}
+    return {"run": key, "confidence": 0.99, "overall": overall, "last_layer": {"delta_loss": estimate(1)}}
+
+
+VARIANTS = ("random", "template", "descriptions")
+CELLS = [cell("digits", "resnet18", variant) for variant in VARIANTS] + [cell("digits", "mobilenet_v2")]
+RUNS = {key: run(key) for key in ("a", "b")}
+
+
+def tables(
+    cells: Sequence[dict], main: str = "digits", sources: dict[str, str] | None = None, **recipes: Any
+) -> dict[str, Table]:
+    sources = sources or {main: main}
+    made = make_tables(cells, RUNS, main, sources, recipes.get("recipes", {}), recipes.get("library", {}))
+    return {table.name: table for table in made}
+
+
+def column(table: Table, header: str) -> list[Any]:
+    return [row[table.headers.index(header)] for row in table.rows]
+
+
+def places(table: Table) -> list[tuple[str, str, str]]:
+    return list(zip(*(column(table, header) for header in ("Dataset", "Backbone", "Source")), strict=True))
+
+
+def test_the_demo_shows_published_numbers_of_the_backbones_that_it_runs():
+    made = tables(CELLS)
+    assert places(made["table1"]) == [
+        ("digits", "resnet18", "this grid"),
+        ("imagenet", "resnet18", "paper"),
+        ("digits", "mobilenet_v2", "this grid"),
+        ("imagenet", "mobilenet_v2", "paper"),
+    ]
+    assert column(made["table1"], "Improvement in Reliability, Last Layer (x)")[1::2] == [Decimal("2.87"), Decimal("3.92")]
+    assert places(made["table2"]) == [("digits", backbone, "this grid") for backbone in ("resnet18", "mobilenet_v2")]
+    assert [source for _, _, source in places(made["table3"])] == ["this grid"] * 3 + ["paper"] * 3
+    assert column(made["table3"], "Projection Initialization")[:3] == column(made["table3"], "Projection Initialization")[3:]
+
+
+def test_a_grid_on_imagenet_shows_all_published_backbones_and_which_were_not_run():
+    cells = [cell("in1k", "resnet50"), cell("in1k", "focalnet_t")]
+    table = tables([*cells, cell("in1k", "convnext_tiny")], "in1k", {"in1k": "imagenet"})["table1"]
+    sources = [source for _, _, source in places(table)]
+    assert {source: sources.count(source) for source in sources} == {"this grid": 3, NOT_RUN: 12, "paper": 14, "README": 4}
+    assert places(table)[0] == ("in1k", "convnext_tiny", "this grid")  # which is not in the paper
+    at = places(table).index(("in1k", "focalnet_t", "this grid"))
+    assert places(table)[at + 1 : at + 4] == [
+        ("imagenet", "focalnet_t", "paper"),
+        ("imagenet", "focalnet_t", "README"),
+        ("imagenet", "focalnet_s", NOT_RUN),
+    ]
+    overall = column(table, "Improvement in Reliability, Overall (x)")
+    assert isinstance(overall[at], Estimate)
+    assert overall[at + 1 : at + 4] == [Decimal("2.61"), Decimal("1.61"), None]
+
+
+def test_a_grid_with_a_data_set_of_table_2_shows_all_of_it():
+    sources = {"cifar10": "cifar10", "digits": "digits"}
+    table = tables([cell("cifar10", "resnet50"), cell("digits", "resnet50")], "cifar10", sources)
+    assert places(table["table2"])[:5] == [
+        ("digits", "resnet50", "this grid"),
+        ("cifar10", "resnet50", "this grid"),
+        ("cifar10", "resnet50", "paper"),
+        ("cifar10", "focalnet_t", NOT_RUN),
+        ("cifar10", "focalnet_t", "paper"),
+    ]
+    assert len(table["table2"].rows) == 1 + 2 * 8
+
+
+def test_an_ablation_on_imagenet_stands_row_by_row_beside_the_papers():
+    cells = [cell("imagenet", "resnet50", variant) for variant in VARIANTS]
+    table = tables(cells, "imagenet")["table3"]
+    assert column(table, "Source") == ["this grid", "paper"] * 3
+    starts = column(table, "Projection Initialization")
+    assert starts[::2] == starts[1::2] == ["random", "text, one template", "text, class descriptions"]
+
+
+@pytest.mark.parametrize("name", ["table1", "table2", "table3"])
+def test_last_layer_and_network_have_a_verdict_each(name):
+    table = tables([cell("digits", "resnet18"), cell("digits", "resnet18", "random")])[name]
+    ours = table.headers.index("Source"), "this grid"
+    (row, *_) = (row for row in table.rows if row[ours[0]] == ours[1])
+    assert [row[table.headers.index(f"{part} Verdict")] for part in ("Last Layer", "Overall")] == [
+        "better",
+        "not separable at 99%",
+    ]
+
+
+def test_other_tables_hold_every_variant_detector_and_run():
+    made = tables(CELLS)
+    assert [row[1:4] for row in made["detectors"].rows] == [
+        [part["backbone"], part["variant"], detector] for part in CELLS for detector in ("profiled", "off")
+    ]
+    assert column(made["resilience"], "Run") == list(RUNS)
+    assert tables([])["table1"].rows == tables([])["table3"].rows == []
+
+
+def test_tables_are_written_in_three_formats(tmp_path):
+    write_table(tables(CELLS)["table1"], tmp_path)
+    markdown = (tmp_path / "table1.md").read_text()
+    assert (
+        "| digits | resnet18 | this grid | 96.7 [94.7, 98.7] | 96.4 [94.4, 98.4] | +0.25 | -1.50 | 2.50 (exact) | better |"
+        in markdown
+    )
+    assert "| imagenet | resnet18 | paper | 69.60 | 69.68 | 0.26 | 0.26 | 2.87 | - | 1.91 | - | 3.07 | - |" in markdown
+    with (tmp_path / "table1.csv").open() as file:
+        ours, theirs, *_ = csv.DictReader(file)
+    assert float(ours["Improvement in Reliability, Overall (x)"]) > 1
+    assert (ours["Acc. Ours (%) n"], ours["Trainings"]) == ("360", "1")
+    assert (theirs["Acc. Baseline (%)"], theirs["Acc. Baseline (%) n"], theirs["Trainings"]) == ("69.60", "", "")
+    latex = (tmp_path / "table1.tex").read_text()
+    assert r"Acc. Ours (\%)" in latex
+    assert latex.count(r"\begin{") == latex.count(r"\end{") == 2
+
+
+def test_every_estimate_keeps_its_four_columns_together_whatever_the_first_row_holds(tmp_path):
+    table = tables([cell("imagenet", "focalnet_s")], "imagenet")["table1"]
+    assert table.rows[0][table.headers.index("Source")] == NOT_RUN
+    write_table(table, tmp_path)
+    header = next(csv.reader((tmp_path / "table1.csv").open()))
+    at = header.index("Acc. Ours (%)")
+    assert header[at + 1 : at + 4] == [f"Acc. Ours (%) {part}" for part in ("low", "high", "n")]
+
+
+@pytest.mark.parametrize(
+    ("estimate", "shown"),
+    [
+        (Estimate(1268.4, 908.6, 1769.98, 9), "1,268 [909, 1,770]"),
+        (Estimate(0.0312, 0.0306, 0.0383, 9), "0.0312 [0.0306, 0.0383]"),
+        (Estimate(5e-5, 0.0, 0.001, 9), "5.0e-05 [0, 0.00100]"),
+        (Estimate(99.96, 99.0, 100.0, 9), "100 [99.0, 100]"),
+        (Estimate(2.5, 2.5, 2.5, 9), "2.50 (exact)"),
+        (Estimate(2.5, 0.0, math.inf, 9), "2.50 [0, unbounded]"),
+        (Estimate(math.nan, 0.0, 0.25, 9), "< 0.250"),
+        (Estimate(math.nan, math.nan, math.nan, 0), "undefined"),
+    ],
+)
+def test_numbers_show_three_digits(estimate, shown):
+    assert f"| {shown} |" in as_markdown(Table("t", "c", ["x"], [[estimate]]))
+
+
+def test_empty_tables_and_odd_texts_are_written_safely(tmp_path):
+    table = Table("odd", "100 % of a_b", ["name", "x"], [["<b>|`a_1`\\", Estimate(math.nan, math.nan, math.nan, 0)]])
+    assert r"&lt;b>\|\`a\_1\`\\" in as_markdown(table)
+    assert "undefined" in as_markdown(table)
+    assert r"a\_1" in as_latex(table)
+    assert r"100 \% of a\_b" in as_latex(table)
+    write_table(Table("empty", "none", ["a", "b"], []), tmp_path)
+    assert (tmp_path / "empty.csv").read_text() == "a,b\n"
+
+
+def finding(what: str, where: str, other: str = "", published: Sequence[Published] = ()) -> Finding:
+    found = [
+        finding
+        for finding in audit(published or load_published())
+        if what in finding.what and where == finding.where and other in finding.other
+    ]
+    (only,) = found
+    return only
+
+
+def test_published_tables_are_whole():
+    rows = load_published()
+    sizes = {place: sum(row.place == place for row in rows) for place in dict.fromkeys(row.place for row in rows)}
+    assert sizes == {
+        "paper Table 1": 14,
+        "paper Table 2": 8,
+        "paper Table 3": 3,
+        "README ImageNet": 14,
+        "README Other Datasets": 8,
+    }
+    assert {row.backbone for row in rows} == set(BACKBONES)
+    for row in rows:
+        numbers = {name: number for name, number in row.numbers.items() if name not in ("parameters", "multiply_adds")}
+        assert set(numbers) == (
+            {"last_layer", "overall"} if row.table == "Table 3" else set(rows[0].numbers) - {"parameters", "multiply_adds"}
+        )
+        assert all(number > 1 for number in numbers.values()), row
+
+
+def test_paper_and_readme_contradict_each_other_on_four_backbones_by_whole_numbers():
+    found = [finding for finding in audit(load_published()) if finding.other == "README ImageNet"]
+    said = {(part.what.split(" on ")[0], part.what.split(", ")[-1]): (str(part.said), str(part.found)) for part in found}
+    assert said == {
+        ("maxvit_t", "last layer (x)"): ("3.38", "2.38"),
+        ("maxvit_t", "overall (x)"): ("2.63", "1.63"),
+        ("swin_v2_s", "last layer (x)"): ("3.51", "2.51"),
+        ("swin_v2_s", "overall (x)"): ("2.60", "1.60"),
+        ("focalnet_t", "last layer (x)"): ("3.87", "1.87"),
+        ("focalnet_t", "overall (x)"): ("2.61", "1.61"),
+        ("focalnet_s", "last layer (x)"): ("4.73", "2.73"),
+        ("focalnet_s", "overall (x)"): ("3.50", "1.50"),
+    }
+    assert {part.remark for part in found} == {"differs, by a whole number"}
+
+
+@pytest.mark.parametrize(
+    ("what", "where", "said", "found", "agrees"),
+    [
+        ("resnet50 on imagenet, improvement, last layer", "paper Table 1", "4.48", "6.09", False),
+        ("resnet50 on imagenet, improvement, overall", "paper Table 1", "2.96", "3.93", False),
+        ("mean of 14 backbones: improvement, last layer", "paper, abstract", "5.5", "5.481", True),
+        ("largest of 14 backbones: improvement, last layer", "paper, abstract", "14", "14.430", True),
+        ("mean of 14 backbones: improvement, last layer", "README, abstract", "5.5", "5.053", False),
+        ("mean of 14 backbones: change of top-1", "paper, abstract", "-0.3", "-0.329", True),
+        ("mean of 14 backbones: change of top-1", "paper, section 1", "-0.32", "-0.329", False),
+        ("smallest of 14 backbones: change of top-1", "paper, section 6", "-1.77", "-1.800", False),
+        ("largest of 14 backbones: change of top-1", "paper, section 6", "0.52", "0.850", False),
+        ("mean of 14 backbones: improvement in Top2Diff", "paper, section 6", "2.50", "2.849", False),
+        ("mean of 14 backbones: additional parameters", "paper, section 6", "0.18", "-0.339", False),
+        ("resnet152: improvement, last layer", "paper, section 6", "4.01", "4.008", True),
+        ("resnet152: improvement, overall", "paper, section 6", "2.61", "2.604", False),
+        ("vgg19_bn: improvement, last layer", "paper, section 6", "13.68", "13.860", False),
+        ("vgg19_bn: improvement, overall", "paper, section 6", "9.16", "9.155", True),
+        ("interval of 4,096 injections", "paper, section 5.2", "0.23", "2.012", False),
+        ("injections into all models", "paper, section 5.2", "4.3", "8.544", True),
+    ],
+)
+def test_the_audit_sets_claims_against_their_tables(what, where, said, found, agrees):
+    part = finding(what, where)
+    assert (str(part.said), str(part.found)) == (said, found)
+    assert part.remark.startswith("agrees" if agrees else "differs")
+    assert float(part.difference) == pytest.approx(float(said) - float(found), abs=0.0011)
+
+
+def test_the_audit_computes_what_it_says():
+    """Another number in a table, another finding."""
+    rows = load_published()
+    alexnet = rows[0]
+    changed = [replace(alexnet, numbers={**alexnet.numbers, "last_layer": alexnet.numbers["last_layer"] + 14}), *rows[1:]]
+    part = finding("mean of 14 backbones: improvement, last layer", "paper, abstract", published=changed)
+    assert (str(part.found), part.remark) == ("6.481", "differs")
+    assert finding("alexnet on imagenet", "paper Table 1", "README", changed).difference == 14
+
+
+def test_the_readme_quotes_the_audit():
+    text = " ".join((REPOSITORY / "README.md").read_text().split())
+    readme_mean = finding("mean of 14 backbones: improvement, last layer", "README, abstract")
+    trainings = finding("resnet50 on imagenet, improvement, last layer", "paper Table 1")
+    interval = finding("interval of 4,096", "paper, section 5.2")
+    parameters = finding("additional parameters", "paper, section 6")
+    for quoted in (
+        f"is {readme_mean.found:.2f}, not {readme_mean.said}",
+        f"{trainings.said} times in Table 1 and {trainings.found} in Table 3",
+        f"({-trainings.difference}) than descriptions do from one template ({trainings.remark.split()[-1]})",
+        f"+-{interval.found:.2f} points at 99 %, not {interval.said}, which takes {interval.remark.split()[3]}",
+        f"down by {-parameters.found:.2f} M on average, not up by {parameters.said} M",
+    ):
+        assert quoted in text
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size"),
+    [
+        *((name, 64) for name in ("alexnet", "resnet18", "resnet34", "resnet50", "mobilenet_v2", "swin_v2_t", "focalnet_t")),
+        ("vgg16_bn", 32),
+    ],
+)
+def test_hooks_reach_as_many_layers_as_the_audit_counts(backbone, size):
+    fired = set()
+    network = BACKBONES[backbone].build(num_classes=10).eval()
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(lambda *_, name=name: fired.add(name))
+    with torch.no_grad():
+        network(torch.zeros(1, 3, size, size))
+    assert len(fired) == yaml.safe_load(CLAIMS_FILE.read_text())["hooked_layers"][backbone]
+
+
+def test_recipes_show_what_was_overridden_and_leave_out_what_has_no_effect():
+    library = {
+        "epochs": 90,
+        "optimizer": "sgd",
+        "momentum": 0.9,
+        "betas": [0.9, 0.999],
+        "weight_decay": 4e-05,
+        "norm_weight_decay": None,
+        "mixup": 0.0,
+        "ema": False,
+    }
+    fields = {**library, "epochs": 4}
+    recipes = {"resnet": fields, "swin_v2": {**fields, "optimizer": "adamw", "mixup": 0.8, "ema": True, "a_b": "x_%"}}
+    table = tables(CELLS, recipes=recipes, library={"resnet": library, "swin_v2": library})["recipes"]
+    assert table.headers == ["Field", "resnet", "swin_v2"]
+    assert {name: row for name, *row in table.rows} == {
+        "epochs": ["4 (library: 90)", "4 (library: 90)"],
+        "optimizer": ["sgd", "adamw (library: sgd)"],
+        "momentum": ["0.9", None],
+        "betas": [None, "0.9, 0.999"],
+        "weight_decay": ["0.00004", "0.00004"],
+        "norm_weight_decay": ["as weight_decay", "as weight_decay"],
+        "mixup": ["off", "0.8 (library: off)"],
+        "ema": ["no", "yes (library: no)"],
+        "a_b": [None, "x_%"],
+    }
+    assert r"| a\_b | - | x\_% |" in as_markdown(table)
+    assert r"a\_b & - & x\_\%" in as_latex(table)
