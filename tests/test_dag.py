@@ -11,12 +11,15 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import grimp
 import pytest
 import yaml
 from filelock import FileLock
+from moto.server import ThreadedMotoServer
 
 from conftest import REPOSITORY, environment, run
 
@@ -191,6 +194,35 @@ def test_a_campaign_killed_with_dvc_goes_on_from_its_shards(checkout, finished):
     assert stages("inject") <= ran
     assert "going on after" in output
     assert results(checkout) == results(finished)
+
+
+@pytest.fixture
+def s3(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A server on loopback that speaks S3. Yields the environment that leads to it, with credentials that are none."""
+    (tmp_path / "aws").touch()
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    urllib.request.urlopen(urllib.request.Request(f"{url}/results", method="PUT")).close()
+    nobodys = {"AWS_CONFIG_FILE": str(tmp_path / "aws"), "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "aws")}
+    keys = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing", "AWS_DEFAULT_REGION": "us-east-1"}
+    yield {"AWS_ENDPOINT_URL": url, "NO_PROXY": host, **nobodys, **keys}
+    server.stop()
+
+
+def test_a_clone_that_pulls_from_s3_has_every_result_and_runs_nothing(checkout, finished, s3, tmp_path):
+    run(["dvc", "remote", "add", "--default", "store", "s3://results/textguard"], checkout)
+    run(["git", "add", "--all"], checkout)
+    run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--message", "results"], checkout)
+    run(["dvc", "push", "dvc.yaml"], checkout / GRID, **s3)
+
+    clone = tmp_path / "clone"
+    run(["git", "clone", "--quiet", str(checkout), str(clone)], tmp_path)
+    assert not list((clone / GRID).rglob("*.safetensors"))
+    run(["dvc", "pull", "dvc.yaml"], clone / GRID, **s3)
+    assert results(clone) == results(finished)
+    assert repro(clone)[0] == set()
 
 
 def test_each_stage_depends_on_exactly_the_modules_that_it_uses():

@@ -14,13 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 import yaml
 from pydantic import TypeAdapter
 
 from conftest import REPOSITORY, run
-from textguard.params import GateParams, load_gate_params
+from textguard.artifacts import write_json, write_parquet
+from textguard.faults.campaign import image_chances, loader_of, profile_ranges, run_campaign, top2diff
+from textguard.faults.engines import ReplayEngine
+from textguard.faults.exact import enumerate_layer
+from textguard.faults.plans import draw_plan
+from textguard.params import GateParams, RunParams, StatisticsParams, load_gate_params
 from textguard.report.gate import Run, compare_all, holm, judge, main, read_runs, sign_flip_p
+from textguard.report.results import PLAN_KEYS, RESULTS_DIR, write_results
 
 Z = 2.5758293035489004
 TOLERANCES = GateParams(1.0, 10.0, 10.0, 10.0, 0.01)
@@ -387,6 +395,73 @@ def test_a_layer_that_suffers_twice_as_much_fails(gate, seed):
 
 def as_run(content: Metrics) -> Any:
     return TypeAdapter(Run).validate_json(json.dumps(content))
+
+
+# Real campaigns on a trained network, through the files that the stages write
+
+INJECTED = 2048  # per layer; of 512 into conv1, a doubled range changes 13: too few to judge by
+
+
+class Campaigns:
+    """Campaigns on one network, each as the stages `inject`, `evaluate` and `results` leave it in the current folder."""
+
+    def __init__(self, network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
+        self.loader = loader_of(images, labels, 200)
+        self.engine = ReplayEngine(network, images[0], 256)
+        self.chances = image_chances(self.engine, self.loader)
+        ranges = profile_ranges(network, self.loader)
+        self.limits = dict(zip(ranges["layer"], ranges["max_abs"], strict=True))
+        with torch.no_grad():
+            logits = network(images)
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        columns = {"label": labels, "prediction": logits.argmax(dim=1), "loss": loss, "top2diff": top2diff(logits)}
+        self.predictions = pd.DataFrame({name: column.numpy() for name, column in columns.items()})
+        self.runs: dict[str, RunParams] = {}
+
+    def add(self, name: str, seed: int, widened: str = "") -> None:
+        """Inject by the plan of a seed: faults into each layer but the last, which is exact; one layer's range doubled."""
+        *sites, last = self.engine.sites
+        limits = {layer: limit * (1 + (layer == widened)) for layer, limit in self.limits.items()}
+        plan = draw_plan(sites, self.chances, INJECTED, seed)
+        records = run_campaign(self.engine, self.loader, plan, limits, image_batch=200)
+        eligible = np.flatnonzero(self.chances).tolist()
+        totals = enumerate_layer(self.engine, self.loader, eligible, last, limits[last.layer])
+        out, records_out = Path("metrics/runs") / name, Path("metrics/records") / name
+        write_parquet(records_out / "injections.parquet", records)
+        write_parquet(records_out / "detectors.parquet", records.iloc[:0].assign(detector=""))
+        write_parquet(records_out / "predictions.parquet", self.predictions)
+        write_json(out / "evaluation.json", {"parameters": 1, "multiply_adds": 1})
+        layers = [{key: getattr(site, key) for key in ("layer", "kind", "neurons", "multiply_adds")} for site in (*sites, last)]
+        campaign = {"layers": layers, "bits": 32, "strata": 0, "eligible_images": len(eligible), "detectors": ["profiled"]}
+        settings = dict.fromkeys(PLAN_KEYS, "the same") | {"seed": seed, "detector": "profiled"}
+        known = {"exact": {"profiled": [totals.as_json()]}, "skipped": {}, "settings": settings}
+        write_json(out / "campaign.json", campaign | known)
+        self.runs[name] = RunParams("digits", "network", "baseline", "plain", 0, "x", None)
+
+    def judge(self, base: str, new: str) -> tuple[str, int]:
+        """What the gate says."""
+        runs = (read_runs(RESULTS_DIR / f"{name}.json") for name in (base, new))
+        return judge(compare_all(*runs, TOLERANCES), TOLERANCES.significance)
+
+
+def test_real_campaigns_differ_by_their_seeds_and_pass_and_a_doubled_range_fails(network, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    campaigns = Campaigns(network, *data)
+    for seed in range(101):
+        campaigns.add(f"seed-{seed}", seed)
+    for layer in campaigns.limits:
+        campaigns.add(layer, 0, widened=layer)
+    write_results(campaigns.runs, StatisticsParams(0.99, 200, "goldeneye", "neurons", 2e-5, "neurons"))
+
+    pairs = [campaigns.judge(f"seed-{seed}", f"seed-{seed + 1}") for seed in range(100)]
+    assert all("unpaired" in row(report, "DeltaLoss, overall") for report, _ in pairs)
+    assert sum(worse > 0 for _, worse in pairs) <= 1
+    for layer in campaigns.limits:
+        report, worse = campaigns.judge("seed-0", layer)
+        assert worse > 0, report
+        assert row(report, f"DeltaLoss, {layer}")[-1] == "worse"
+        report, worse = campaigns.judge(layer, "seed-0")
+        assert worse == 0, report
 
 
 # The command line

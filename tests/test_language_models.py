@@ -545,8 +545,8 @@ def ask_questions(grid: Path) -> None:
     run([sys.executable, "../../stages", "prompts", TEXT], grid)
 
 
-def repro(grid: Path) -> tuple[set[str], str]:
-    done = run(["dvc", "repro", f"responses@{TEXT}"], grid)
+def repro(grid: Path, stage: str = "responses") -> tuple[set[str], str]:
+    done = run(["dvc", "repro", "--verbose", f"{stage}@{TEXT}"], grid)
     return set(re.findall(r"Running stage '([^']+)'", done.stdout)), done.stdout + done.stderr
 
 
@@ -569,7 +569,15 @@ def test_dvc_pays_once_and_only_for_what_is_new(server, grid):
     assert set(server.delivered.values()) == {1}
     change(grid, lambda params: params["network"].update(max_usd=3.0))
     assert repro(grid)[0] == set()
+
+    # Every answer repeats the key: it is in no answer, embedding, figure, metric, log, cache or DVC file of the run.
+    ran, output = repro(grid, "text_quality")
+    assert {f"embeddings@{TEXT}", f"text_quality@{TEXT}"} <= ran
+    assert (grid / "prompts" / TEXT / "responses.jsonl").read_text().count("[OPENAI_API_KEY]") >= 20
+    places = (".dvc/cache", "prompts/live", "grids/smoke/dvc.lock", f"grids/smoke/metrics/texts/{TEXT}.csv")
+    assert all((grid.parent.parent / place).exists() for place in places)
     assert leaks(grid.parent.parent) == []
+    assert SECRET not in output
 
 
 def test_an_experiment_in_a_copy_of_the_repository_does_not_lose_what_it_paid_for(server, grid):

@@ -103,9 +103,9 @@ def runs(tmp_path, monkeypatch) -> dict[str, RunParams]:
     runs = {}
     for seed, variant in enumerate(("baseline", "template", "descriptions")):
         key = f"d-resnet18-{variant}-s0"
-        runs[key] = RunParams("d", "resnet18", variant, "r", 0, "x")
+        runs[key] = RunParams("d", "resnet18", variant, "r", 0, "x", None)
         store(key, runs[key], BASELINE_LAYERS if variant == "baseline" else GUIDED_LAYERS, 97, seed)
-    runs["e-alexnet-baseline-s0"] = RunParams("e", "alexnet", "baseline", "r", 0, "x")
+    runs["e-alexnet-baseline-s0"] = RunParams("e", "alexnet", "baseline", "r", 0, "x", None)
     store("e-alexnet-baseline-s0", runs["e-alexnet-baseline-s0"], {"conv1": (100, 0.2), "fc": (10, 1.0)}, 50)
     write_results(runs, STATISTICS)
     return runs
@@ -254,7 +254,7 @@ def test_seeds_of_a_cell_share_a_row(runs, tmp_path):
     for seed in (1, 2):
         for variant, layers in (("baseline", BASELINE_LAYERS), ("descriptions", GUIDED_LAYERS)):
             key = f"d-resnet18-{variant}-s{seed}"
-            runs[key] = RunParams("d", "resnet18", variant, "r", seed, "x")
+            runs[key] = RunParams("d", "resnet18", variant, "r", seed, "x", None)
             store(key, runs[key], layers, 90 + seed, 10 + seed)
     write_results(runs, STATISTICS)
     cells = load_cells(runs)

@@ -1,11 +1,14 @@
 """Numbers and figures that say how good class embeddings are."""
 
+import itertools
 import json
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 from textguard.report.text_figures import draw_projection, draw_similarity
 from textguard.text.answers import Description
@@ -98,6 +101,28 @@ def test_figures_hold_any_number_of_classes_and_their_numbers(tmp_path, count):
     draw_similarity(unit @ unit.T, names, "title", tmp_path / "similarity", 60)
     draw_projection(points, np.arange(count), centres, names, shown, "title", tmp_path / "projection", 60)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == written
+
+
+@pytest.mark.parametrize(("count", "spread", "named"), [(10, 1.0, 10), (10, 0.1, 10), (1000, 1.0, 20)])
+def test_names_in_a_projection_hide_neither_each_other_nor_class_means(tmp_path, monkeypatch, count, spread, named):
+    figures = []
+    monkeypatch.setattr("textguard.report.text_figures.save_figure", lambda figure, *_: figures.append(figure))
+    draw = np.random.default_rng(0)
+    means = draw.standard_normal((count, 2)) * spread
+    texts = draw.standard_normal((count, 2))
+    names = [f"class {number}" for number in range(count)]
+    draw_projection(texts, np.arange(count), means, names, 0.5, "title", tmp_path / "projection", 60)
+    (figure,) = figures
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the lines
+    assert named <= len(boxes) <= 40
+    assert {text.get_text() for text in axes.texts} <= set(names)
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    centres = axes.transData.transform(means)
+    assert not any(box.contains(*centre) for box in boxes for centre in centres)
+    assert all(axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max) for box in boxes)
+    assert (f"{len(boxes)} classes are named" in figure.get_supxlabel()) == (len(boxes) < count)
 
 
 def test_class_names_are_drawn_and_not_obeyed(tmp_path):

@@ -2,8 +2,8 @@
 
 Both campaigns share their plan as far as their layers correspond, so injections are resampled in pairs. As everywhere, limits
 allow for what was not seen: the upper limit is that of a numerator with one more injection, which does twice the worst seen,
-the lower that of such a denominator. Without this, on DeltaLoss as skewed as ours, an interval for 99 % covers the truth in 89
-to 96 % of campaigns; with it in 98 to 99.6 %. tests/test_statistics.py holds it to 97.5 %.
+the lower that of such a denominator. tests/test_statistics.py holds intervals for 99 % to covering the truth in 97.5 % of
+campaigns, on DeltaLoss as skewed as ours; without the unseen injection they do not.
 """
 
 import math

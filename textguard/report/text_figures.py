@@ -10,11 +10,15 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from textguard.report.drawing import STYLE, save_figure
 
-MOST_LABELS = 40  # class names that an axis holds
+MOST_LABELS = 40  # class names that a figure or an axis holds
+LABEL_DISTANCES = (6, 14, 24, 36)  # of a name from its point, in points
+LABEL_DIRECTIONS = (45, 0, 90, 135, 180, 225, 270, 315)  # in degrees
 AS_IS = {"parse_math": False}
 
 
@@ -46,24 +50,68 @@ def draw_projection(
     stem: Path,
     dpi: int,
 ) -> None:
-    """Texts [N, 2] and class means [C, 2] on the two principal axes, which show a share `shown` of the variance."""
+    """Texts [N, 2] and class means [C, 2] on the two principal axes, which show a share `shown` of the variance.
+
+    Where names would hide one another, the classes farthest from the middle are named, and how many are is said.
+    """
     with matplotlib.rc_context(fname=STYLE):
         figure = Figure(figsize=(5.6, 4.6), layout="constrained")
         axes = figure.add_subplot()
         colours = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(classes)))
         axes.scatter(*texts_n2.T, s=10, color=colours[owners_n], alpha=0.7, linewidths=0)
         axes.scatter(*means_c2.T, s=36, color=colours, edgecolors="black", linewidths=0.6)
-        if len(classes) <= MOST_LABELS:
-            for (x, y), name in zip(means_c2, classes, strict=True):
-                axes.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7, **AS_IS)
         axes.set(xlabel="first principal component", ylabel="second principal component")
         axes.set_title(title, **AS_IS)
         note = f"{len(texts_n2)} texts (small), {len(classes)} class means (large); {100 * shown:.0f} % of the variance"
-        figure.supxlabel(note, fontsize=7)
+        caption = figure.supxlabel(note, fontsize=7)
+        named = _name_points(axes, means_c2, classes)
+        if named < len(classes):
+            caption.set_text(f"{note}; {named} classes are named")
         points = np.vstack([texts_n2, means_c2]).round(6)
         kinds = ["text"] * len(texts_n2) + ["class mean"] * len(classes)
         names = [classes[owner] for owner in owners_n] + list(classes)
         save_figure(figure, pd.DataFrame({"kind": kinds, "class": names, "x": points[:, 0], "y": points[:, 1]}), stem, dpi)
+
+
+def _name_points(axes: Axes, points_n2: np.ndarray, names: Sequence[str]) -> int:
+    """Write names beside points [N, 2], from the outside in, each at the nearest place that hides no name and no point.
+
+    A name that is not next to its point has a line to it. Returns how many found a place; MOST_LABELS at most.
+    """
+    figure = axes.figure
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()  # which lays it out: from here on, points have their places
+    pixels, frame = figure.dpi / 72, axes.bbox
+    centres = axes.transData.transform(points_n2) / pixels
+    places = [(far, np.radians(angle)) for far in LABEL_DISTANCES for angle in LABEL_DIRECTIONS]
+    taken: list[Bbox] = []
+    outermost = np.argsort(-np.linalg.norm(points_n2 - points_n2.mean(axis=0), axis=1), kind="stable")
+    for index in outermost[: 2 * MOST_LABELS]:  # further in, there is hardly a place, and looking for it takes time
+        text = axes.annotate(
+            names[index],
+            points_n2[index],
+            xytext=(0, 0),
+            textcoords="offset points",
+            fontsize=7,
+            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "#555555", "shrinkA": 0, "shrinkB": 3},
+            **AS_IS,
+        )
+        text.set_in_layout(False)
+        size = text.get_window_extent(renderer).size / pixels + 1
+        for far, angle in places if len(taken) < MOST_LABELS else ():
+            direction = np.array([np.cos(angle), np.sin(angle)]).round(9)
+            corner = direction * far + (np.sign(direction) - 1) / 2 * size
+            box = Bbox.from_bounds(*(centres[index] + corner), *size)
+            inside = (frame.min <= box.min * pixels).all() and (box.max * pixels <= frame.max).all()
+            covers = ((centres >= box.min - 3) & (centres <= box.max + 3)).all(axis=1).any()
+            if inside and not covers and not any(box.overlaps(other) for other in taken):
+                text.set_position(corner)
+                text.arrow_patch.set_visible(far > LABEL_DISTANCES[0])
+                taken.append(box)
+                break
+        else:
+            text.remove()
+    return len(taken)
 
 
 def _label(axes: Axes, classes: Sequence[str]) -> None:
