@@ -37,7 +37,7 @@ class TestRecipe:
     warmup_epochs: int = 1
     schedule: str = "cosine"
     step_epochs: int = 1
-    step_gamma: float = 0.5
+    gamma: float = 0.5
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vgg16_bn", "alexnet"])
