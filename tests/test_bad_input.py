@@ -145,9 +145,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "root": str(REPOSITORY),
         "datasets.digits.limit_train": 60,
         "datasets.digits.limit_test": 40,
-        "recipes.plain.epochs": 1,
-        "recipes.plain.warmup_epochs": 0,
-        "recipes.plain.batch_size": 20,
+        "recipes.resnet.epochs": 1,
+        "recipes.resnet.warmup_epochs": 0,
+        "recipes.resnet.batch_size": 20,
         "inject.injections_per_layer": 4,
         "inject.image_batch": 2,
     }
@@ -194,10 +194,10 @@ def embeddings() -> ClassEmbeddings:
 
 
 WRONG_VALUES = {
-    "text for an integer": ("recipes.plain.epochs", "1", ['"1"', "valid integer"]),
-    "fraction for an integer": ("recipes.plain.batch_size", 0.5, ["0.5", "valid integer"]),
+    "text for an integer": ("recipes.resnet.epochs", "1", ['"1"', "valid integer"]),
+    "fraction for an integer": ("recipes.resnet.batch_size", 0.5, ["0.5", "valid integer"]),
     "true for an integer": ("inject.seed", True, ["true", "valid integer"]),
-    "text for a number": ("recipes.plain.learning_rate", "fast", ['"fast"', "valid number"]),
+    "text for a number": ("recipes.resnet.learning_rate", "fast", ['"fast"', "valid number"]),
     "number for a text": ("encoder", 7, ["7", "valid string"]),
     "nothing for a section": ("inject", None, ["null", "object"]),
     "a list for a section": ("datasets", [], ["[]", "object"]),
@@ -219,7 +219,7 @@ WRONG_VALUES = {
     "share of 1": ("datasets.digits.test_share", 1.0, ["1.0", "less than 1"]),
     "share of all": ("datasets.digits.corrupt_share", 1.0, ["1.0", "less than 1"]),
     "negative limit": ("datasets.digits.limit_train", -5, ["-5", "greater than or equal to 0"]),
-    "unknown schedule": ("recipes.plain.schedule", "linear", ['"linear"', "'cosine' or 'step'"]),
+    "unknown schedule": ("recipes.resnet.schedule", "linear", ['"linear"', "'step', 'cosine' or 'exponential'"]),
     "unknown weights": ("statistics.last_layer_weights", "all", ['"all"', "'neurons', 'equal' or 'head_only'"]),
     "unknown vectors": (f"texts.{TEXT}.embedding.vectors", "zeros", ['"zeros"', "'encoder', 'shuffled', 'random' or 'one"]),
     "more questions than there are": (f"texts.{TEXT}.limit_questions", 3, ["3", "there are 2 questions"]),
@@ -243,6 +243,7 @@ def test_a_wrong_value_is_named_with_its_place_and_what_is_allowed(untouched, pl
         ("inject.bits", ["batch_size", "detector", "engine", "seed"]),
         pytest.param("datasets.digits.colour", ["limit_test", "source"]),
         pytest.param(f"runs.{BASELINE}.depth", ["backbone", "variant"]),
+        pytest.param("recipes.resnet.epoch", ["epochs", "learning_rate", "random_erasing"]),
     ],
 )
 def test_an_unknown_key_is_named_with_the_known_ones(untouched, place, known):
@@ -250,21 +251,22 @@ def test_an_unknown_key_is_named_with_the_known_ones(untouched, place, known):
     says(untouched.fails("check"), f"unknown key {place!r}", "params.yaml", *known)
 
 
-@pytest.mark.parametrize("place", ["encoder", "tables", "inject.seed", "recipes.plain.epochs", f"runs.{BASELINE}.recipe"])
+@pytest.mark.parametrize("place", ["encoder", "tables", "inject.seed", f"runs.{BASELINE}.recipe"])
 def test_a_missing_key_is_named(untouched, place):
     untouched.change(place, REMOVED)
     says(untouched.fails("check"), f"key {place!r} is missing", "params.yaml")
 
 
 def test_a_misspelt_key_is_named(untouched):
-    untouched.change("recipes.plain.epochs", REMOVED)
-    untouched.change("recipes.plain.epoch", 1)
-    says(untouched.fails("check"), "'recipes.plain.epoch'")
+    untouched.change("inject.seed", REMOVED)
+    untouched.change("inject.sed", 1)
+    says(untouched.fails("check"), "'inject.sed'")
 
 
 REFERENCES = {
     "variant": (f"runs.{BASELINE}.variant", "photos", ["variant 'photos'", "known: baseline, descriptions, random"]),
-    "recipe": (f"runs.{BASELINE}.recipe", "long", ["recipe 'long'", "known: plain"]),
+    "recipe of the library": ("recipes.long", {}, ["recipe 'long'", "known:", "mobilenet, resnet"]),
+    "recipe of a run": (f"runs.{BASELINE}.recipe", "long", ["recipe 'long'", "known: resnet"]),
     "data set of a run": (f"runs.{BASELINE}.dataset", "svhn", ["data set 'svhn'", "known: digits"]),
     "data set of texts": (f"texts.{TEXT}.dataset", "svhn", ["data set 'svhn'", "known: digits"]),
     "data set of a table": ("tables.main_dataset", "svhn", ["data set 'svhn'", "known: digits"]),
@@ -397,12 +399,12 @@ def test_an_encoder_folder_without_a_width_is_refused(grid):
 
 
 def test_more_warmup_than_epochs_is_refused(grid):
-    grid.change("recipes.plain.warmup_epochs", 1)
-    says(grid.fails("train", BASELINE), "warmup_epochs must be below epochs", "params.yaml recipes")
+    grid.change("recipes.resnet.warmup_epochs", 1)
+    says(grid.fails("train", BASELINE), "params.yaml recipes.resnet.warmup_epochs is 1", "below epochs, 1")
 
 
 def test_a_diverging_training_says_when_and_what_to_lower(grid):
-    grid.change("recipes.plain.learning_rate", 1e30)
+    grid.change("recipes.resnet.learning_rate", 1e30)
     before = grid.files()
     code, lines = grid.run("train", BASELINE)
     assert code == 1

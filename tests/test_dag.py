@@ -28,7 +28,14 @@ RUNS = ("digits-resnet18-baseline-s0", "digits-resnet18-descriptions-s0")
 BASELINE, GUIDED = RUNS
 TEXT = "digits-descriptions"
 # They read, check, write and report; they do not compute. dvc.yaml says why they are no dependencies.
-PLUMBING = {"textguard", "textguard.errors", "textguard.params", "textguard.artifacts", "textguard.runtime"}
+PLUMBING = {
+    "textguard",
+    "textguard.errors",
+    "textguard.params",
+    "textguard.artifacts",
+    "textguard.runtime",
+    "textguard.vision.recipe",
+}
 
 
 def stages(*names: str) -> set[str]:
@@ -71,9 +78,9 @@ def results(checkout: Path) -> dict[str, bytes]:
 def finished(make_checkout):
     """A checkout with the smoke grid run once, to be copied, not changed."""
     checkout = make_checkout()
-    recipe = yaml.safe_load((checkout / GRID / "params.yaml").read_text())["recipes"]["plain"]
-    change(checkout, "recipes.other", recipe)
-    change(checkout, f"runs.{GUIDED}.recipe", "other")
+    recipe = yaml.safe_load((checkout / GRID / "params.yaml").read_text())["recipes"]["resnet"]
+    change(checkout, "recipes.mobilenet", recipe)
+    change(checkout, f"runs.{GUIDED}.recipe", "mobilenet")
     ran, _ = repro(checkout)
     assert ran == ALL
     return checkout
@@ -113,7 +120,7 @@ def test_a_question_retrains_all_but_the_baseline(checkout):
 
 
 def test_a_recipes_learning_rate_retrains_the_runs_that_use_it(checkout):
-    change(checkout, "recipes.other.learning_rate", 0.02)
+    change(checkout, "recipes.mobilenet.learning_rate", 0.02)
     behind = {name for name in BEHIND_TRAINING if BASELINE not in name}
     assert repro(checkout)[0] == behind | {f"train@{GUIDED}"}
 

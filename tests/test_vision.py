@@ -36,7 +36,7 @@ class TestRecipe:
     warmup_epochs: int = 1
     schedule: str = "cosine"
     step_epochs: int = 1
-    step_gamma: float = 0.5
+    gamma: float = 0.5
 
 
 def test_the_text_guided_head_is_the_published_one():

@@ -1,6 +1,7 @@
 """params.yaml as typed, frozen dataclasses: one per stage, every key required, unknown keys refused.
 
-There are no defaults in the code: a value that is not in params.yaml could change a result without DVC noticing.
+There are no defaults in the code: a value that is not in params.yaml could change a result without DVC noticing. A recipe's
+fields are in its file of textguard/vision/recipes, which DVC watches as well; params.yaml overrides them.
 """
 
 import json
@@ -14,6 +15,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from textguard.errors import InvalidParameter, UnknownName
+from textguard.vision.recipe import Recipe, library_fields
 
 PARAMS_FILE = Path("params.yaml")
 UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
@@ -110,29 +112,6 @@ class NetworkParams:
     backoff_s: Annotated[float, Field(ge=0)]
     max_requests: Annotated[int, Field(ge=0)] | None
     max_usd: Annotated[float, Field(ge=0)] | None
-
-
-@dataclass(frozen=True, config=_strict)
-class RecipeParams:
-    """How a classifier is trained.
-
-    learning_rate: at `batch_size`, linearly warmed up over warmup_epochs, then lowered along half a cosine (`cosine`), or
-    multiplied by step_gamma every step_epochs (`step`). image_size, resize_size (pixels), interpolation: see
-    textguard.vision.transforms.evaluation_view.
-    """
-
-    epochs: Count
-    batch_size: Annotated[int, Field(ge=2)]
-    learning_rate: Annotated[float, Field(gt=0)]
-    momentum: Annotated[float, Field(ge=0, lt=1)]
-    weight_decay: Annotated[float, Field(ge=0)]
-    warmup_epochs: Annotated[int, Field(ge=0)]
-    schedule: Literal["cosine", "step"]
-    step_epochs: Count
-    step_gamma: Annotated[float, Field(gt=0, le=1)]
-    image_size: Annotated[int, Field(ge=8, le=4096)]
-    resize_size: Annotated[int, Field(ge=8, le=4096)]
-    interpolation: Literal["bilinear", "bicubic"]
 
 
 @dataclass(frozen=True, config=_strict)
@@ -240,14 +219,14 @@ class GateParams:
 
 @dataclass(frozen=True, config=_strict)
 class Params:
-    """The whole params.yaml of one grid."""
+    """The whole params.yaml of one grid. recipes: the library's, with the file's overrides."""
 
     root: str
     encoder: str
     datasets: dict[Key, DatasetParams]
     texts: dict[Key, TextParams]
     network: NetworkParams
-    recipes: dict[Key, RecipeParams]
+    recipes: dict[Key, Recipe]
     runs: dict[Key, RunParams]
     inject: InjectParams
     statistics: StatisticsParams
@@ -270,7 +249,7 @@ _Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
     """Read and check a grid's params.yaml. Raises InvalidParameter or UnknownName, in one line."""
-    params = _check(_read(path), Params, path)
+    params = _check(_with_library_recipes(_read(path), path), Params, path)
     _check_references(params, path)
     return params
 
@@ -292,6 +271,17 @@ def _read(path: Path) -> Any:
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise InvalidParameter(f"{path} cannot be read as YAML: {error}") from error
+
+
+def _with_library_recipes(content: Any, path: Path) -> Any:
+    """A file's content whose recipes have all fields: the library's, but for those that the file overrides."""
+    if not isinstance(content, dict) or not isinstance(content.get("recipes"), dict):
+        return content  # refused by the checks that follow
+    recipes = {
+        name: library_fields(name, f"{path} recipes.{name}") | overrides if isinstance(overrides, dict) else overrides
+        for name, overrides in content["recipes"].items()
+    }
+    return content | {"recipes": recipes}
 
 
 def _check(content: Any, kind: type[Checked], path: Path, *section: str) -> Checked:
@@ -328,6 +318,10 @@ def head_source(run: RunParams) -> str:
 
 
 def _check_references(params: Params, path: Path) -> None:
+    for key, recipe in params.recipes.items():
+        if recipe.warmup_epochs >= recipe.epochs:
+            given = f"recipes.{key}.warmup_epochs is {recipe.warmup_epochs}"
+            raise InvalidParameter(f"{path} {given}; it must be below epochs, {recipe.epochs}")
     for key, text in params.texts.items():
         lookup(params.datasets, "data set", text.dataset, f"{path} texts.{key}.dataset")
         if not key.startswith(f"{text.dataset}-"):

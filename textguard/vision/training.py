@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +15,7 @@ from torch.nn import functional as F
 from textguard.artifacts import read_safetensors, write_safetensors
 from textguard.errors import InvalidArtifact, InvalidParameter
 from textguard.runtime import progress
-
-
-class Recipe(Protocol):
-    """The training parameters read here; their meaning is documented at textguard.params.RecipeParams."""
-
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    momentum: float
-    weight_decay: float
-    warmup_epochs: int
-    schedule: str
-    step_epochs: int
-    step_gamma: float
+from textguard.vision.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -51,7 +37,7 @@ def learning_rate_at(step: int, steps_per_epoch: int, recipe: Recipe) -> float:
     if step < warmup:
         return recipe.learning_rate * (step + 1) / warmup
     if recipe.schedule == "step":
-        return recipe.learning_rate * recipe.step_gamma ** (step // steps_per_epoch // recipe.step_epochs)
+        return recipe.learning_rate * recipe.gamma ** (step // steps_per_epoch // recipe.step_epochs)
     total = recipe.epochs * steps_per_epoch
     return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 

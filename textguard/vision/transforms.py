@@ -56,6 +56,7 @@ class EvaluationView(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
+        indices = [int(index) for index in indices]  # of a list, range, array or tensor
         if self.prepared is not None:
             images = self._normalise(self.prepared[indices])
         elif isinstance(self.split, PackedSplit):
