@@ -21,11 +21,11 @@ class Backbone:
     largest: int = 4096
 
 
-def _timm(name: str) -> Callable[..., nn.Module]:
+def _timm(name: str, **settings: float) -> Callable[..., nn.Module]:
     def build(num_classes: int) -> nn.Module:
         import timm  # only where it is used: importing it takes seconds
 
-        return timm.create_model(name, num_classes=num_classes)
+        return timm.create_model(name, num_classes=num_classes, **settings)
 
     return build
 
@@ -43,8 +43,8 @@ BACKBONES = {
     "maxvit_t": Backbone(models.maxvit_t, 224, 224),
     "swin_v2_t": Backbone(models.swin_v2_t, 32),
     "swin_v2_s": Backbone(models.swin_v2_s, 32),
-    "focalnet_t": Backbone(_timm("focalnet_tiny_srf"), 32),
-    "focalnet_s": Backbone(_timm("focalnet_small_srf"), 32),
+    "focalnet_t": Backbone(_timm("focalnet_tiny_srf", drop_path_rate=0.2), 32),
+    "focalnet_s": Backbone(_timm("focalnet_small_srf", drop_path_rate=0.3), 32),
 }
 
 
