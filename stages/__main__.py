@@ -1,15 +1,17 @@
 """Run one stage: python stages NAME [KEY], in the folder of a grid's params.yaml.
 
-TEXTGUARD_PROCESSES=N in the environment shares a campaign among N processes of this machine; for several machines start it with
-`torchrun ... stages/__main__.py inject KEY` on each, in the same shared folder. Neither changes a result or a hash.
+TEXTGUARD_PROCESSES=N in the environment shares training, evaluation and campaigns among N processes of this machine; for
+several machines start `torchrun ... stages/__main__.py NAME KEY` on each, in the same shared folder. Neither changes a hash.
 Whatever goes wrong for a reason that a user can mend is shown as one line, with exit code 1; 130 after an interruption.
 """
 
 import importlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 # The checkout that holds this file comes first, so that `dvc exp run` in a temporary copy runs the copy's code.
@@ -24,7 +26,7 @@ from textguard.errors import InvalidParameter, TextguardError  # noqa: E402
 from textguard.params import load_params, lookup  # noqa: E402
 
 # Stage -> the section of params.yaml that its KEY is looked up in; None where it takes no key.
-SHARED = ("inject",)  # stages that several processes can work on
+SHARED = ("train", "evaluate", "inject")  # stages that several processes can work on
 STAGES = {
     "check": None,
     "data": "datasets",
@@ -59,32 +61,74 @@ def main(arguments: list[str]) -> int:
         for key in keys:
             lookup(getattr(params, section), "key", key, f"the command line; params.yaml {section}")
         if stage in SHARED and "RANK" not in os.environ and (processes := _processes()) > 1:
-            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", __file__]
-            threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
-            return subprocess.run([sys.executable, *torchrun, *arguments], env=threads | os.environ, check=False).returncode
+            return _share(processes, arguments)
         if stage != "check":
             importlib.import_module(f"stages.{stage}").main(params, *keys)
     except TextguardError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return _complain(f"{type(error).__name__}: {error}")
     except OSError as error:
         if error.filename is None:
             raise
         error = cannot_write(Path(error.filename), error)
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return _complain(f"{type(error).__name__}: {error}")
     except (MemoryError, RuntimeError) as error:
         # torch has a class of its own for GPUs, and for CPUs only these words.
         said = f"{type(error).__name__} {error}"
         if not isinstance(error, MemoryError) and "OutOfMemoryError" not in said and "can't allocate memory" not in said:
+            _let_the_first_speak()
             raise
         reason = str(error).partition("\n")[0] or "none left"
-        print(f"OutOfMemory: {reason}; lower the batch sizes in params.yaml, or free memory", file=sys.stderr)
-        return 1
+        return _complain(f"OutOfMemory: {reason}; lower the batch sizes in params.yaml, or free memory")
     except KeyboardInterrupt:
-        print(f"{' '.join(arguments)}: interrupted; run it again to go on from the last checkpoint", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{' '.join(arguments)}: interrupted; run it again to go on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+def _complain(line: str) -> int:
+    _let_the_first_speak()
+    print(line, file=sys.stderr)
+    return 1
+
+
+def _let_the_first_speak() -> None:
+    """What ends one process mostly ends all: where it ends the first, the others are stopped before they say the same."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)
+
+
+def _share(processes: int, arguments: list[str]) -> int:
+    """Run the stage in several processes of this machine. Returns the exit code of the first that fails, else 0.
+
+    As torchrun does, but without its report on how a process ended, which would hide the one line that says why.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    group |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    members = [
+        subprocess.Popen(
+            [sys.executable, __file__, *arguments],
+            env=threads | os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(processes)
+    ]
+    try:
+        while True:
+            codes = [member.poll() for member in members]
+            if any(codes) or None not in codes:
+                return next((code for code in codes if code), 0)
+            time.sleep(0.05)
+    except KeyboardInterrupt:
+        for member in members:
+            member.terminate()
+        return members[0].wait()
+    finally:
+        for member in members:
+            member.kill()
+            member.wait()
 
 
 def _processes() -> int:

@@ -5,11 +5,11 @@ from pathlib import Path
 from textguard.artifacts import write_csv, write_json, write_parquet
 from textguard.faults.statistics import mean_estimate, rate_estimate
 from textguard.params import Params
-from textguard.runtime import describe_device, pick_device
+from textguard.runtime import describe_device, join_processes, pick_device
 from textguard.vision.classifiers import load_classifier
 from textguard.vision.datasets import data_root, load_split
 from textguard.vision.evaluation import accuracy_by_threshold, measure_cost, predict
-from textguard.vision.transforms import evaluation_view, image_loader
+from textguard.vision.transforms import evaluation_view
 
 BATCH_SIZE = 256
 
@@ -22,9 +22,10 @@ def main(params: Params, key: str) -> None:
     dataset = params.datasets[run.dataset]
     split = load_split(Path("data") / run.dataset, "test", data_root(dataset.source, dataset.folder, Path(params.root)))
     view = evaluation_view(split, spec.image_size, spec.resize_size, spec.interpolation)
-    images, labels = (tensor.to(device) for tensor in next(iter(image_loader(view, len(view)))))
-    predictions = predict(model, images, labels, BATCH_SIZE)
-    cost = measure_cost(model, images[0])
+    predictions = predict(model, view, BATCH_SIZE, f"evaluate {key}")
+    if join_processes(device)[0]:
+        return
+    cost = measure_cost(model, view[0][0].to(device))
     correct = int((predictions["prediction"] == predictions["label"]).sum())
     write_parquet(Path("metrics") / "records" / key / "predictions.parquet", predictions)
     write_csv(Path("metrics") / "runs" / key / "thresholds.csv", accuracy_by_threshold(predictions))

@@ -1,11 +1,15 @@
-"""Train one classifier of the grid."""
+"""Train one classifier of the grid, or take its weights from elsewhere."""
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import pandas as pd
-from torch import Tensor
+from torch import Tensor, nn
 
+from stages.rehearsal import rehearse
 from textguard.artifacts import fingerprint, read_json, reading, sha256_of_file, work_dir, write_csv
 from textguard.errors import InvalidArtifact
 from textguard.params import Params, RunParams
@@ -15,7 +19,7 @@ from textguard.vision.checkpoints import read_checkpoint, read_text_features
 from textguard.vision.classifiers import ClassifierSpec, build_classifier, fill, save_classifier
 from textguard.vision.datasets import data_root, load_split, split_file
 from textguard.vision.training import Epoch, train
-from textguard.vision.transforms import evaluation_view, image_loader
+from textguard.vision.transforms import training_view
 
 HEAD_MAKERS = {"baseline": "data", "random": "encoder"}
 
@@ -23,56 +27,83 @@ HEAD_MAKERS = {"baseline": "data", "random": "encoder"}
 def main(params: Params, key: str) -> None:
     run = params.runs[key]
     recipe = params.recipes[run.recipe]
-    folder = Path("data") / run.dataset
-    dataset = params.datasets[run.dataset]
+    folder, dataset = Path("data") / run.dataset, params.datasets[run.dataset]
     split = load_split(folder, "train", data_root(dataset.source, dataset.folder, Path(params.root)))
-    state = read_checkpoint(run.checkpoint, run.backbone) if run.checkpoint else {}
-    width, class_embeddings = head_of(state, run) if state else load_head(run, split.classes)
     prepared = recipe.image_size, recipe.resize_size, recipe.interpolation
-    spec = ClassifierSpec(run.dataset, run.backbone, run.variant, *prepared, width, tuple(split.classes))
-    model_file, curve_file = Path("models") / f"{key}.safetensors", Path("metrics") / "runs" / key / "training.csv"
-    if state:
-        model = build_classifier(spec)
-        try:
-            fill(model, state)
-        except InvalidArtifact as error:
-            raise InvalidArtifact(f"{run.checkpoint} {error}; name another in params.yaml runs.{key}.checkpoint") from error
-        save_classifier(model_file, model, spec, {"checkpoint": str(run.checkpoint)})
-        write_csv(curve_file, pd.DataFrame(columns=[field.name for field in fields(Epoch)]))
+    if run.checkpoint:
+        state = read_checkpoint(run.checkpoint, run.backbone)
+        spec = ClassifierSpec(run.dataset, run.backbone, run.variant, *prepared, head_width(state, run), tuple(split.classes))
+        save(key, import_weights(spec, state, run.checkpoint), spec, {"checkpoint": run.checkpoint}, [])
         return
 
-    view = evaluation_view(split, *prepared)
-    images, labels = next(iter(image_loader(view, len(view))))
+    width, class_embeddings = load_head(run, split.classes)
+    spec = ClassifierSpec(run.dataset, run.backbone, run.variant, *prepared, width, tuple(split.classes))
     device = pick_device()
     make_deterministic(run.seed)
-    model = build_classifier(spec, class_embeddings).to(device)
+    model = build_classifier(spec, class_embeddings, recipe.drop_path).to(device)
+    view = training_view(split, recipe, run.seed)
     mark = fingerprint(
         run=run,
         recipe=recipe,
         data=sha256_of_file(split_file(folder, "train"), "data"),
         head=sha256_of_file(Path(run.head_from), HEAD_MAKERS.get(run.variant, "embeddings")),
     )
+    label, first = f"train {key}", os.environ.get("RANK", "0") == "0"
     with work_dir("train", key, mark) as work:
-        history = train(
-            model,
-            images.to(device),
-            labels.to(device),
-            recipe,
-            seed=run.seed,
-            checkpoint=work / "checkpoint.safetensors",
-            label=f"train {key}",
-        )
-        save_classifier(model_file, model, spec, {"inputs": mark})
-        write_csv(curve_file, pd.DataFrame(asdict(epoch) for epoch in history))
+        if first and not any(work.glob("checkpoint-*")):
+            rehearse(model, view, recipe, params.inject)
+        with live_curve(key, first) as report:
+            history = train(model, view, len(split.classes), recipe, seed=run.seed, work=work, label=label, report=report)
+        if first:
+            save(key, model, spec, {"inputs": mark}, history)
 
 
-def head_of(state: dict[str, Tensor], run: RunParams) -> tuple[int, None]:
+def save(key: str, model: nn.Module, spec: ClassifierSpec, provenance: dict[str, str], history: list[Epoch]) -> None:
+    """Write models/KEY.safetensors and the curve of the training, which is empty where there was none."""
+    save_classifier(Path("models") / f"{key}.safetensors", model, spec, provenance)
+    columns = [column.name for column in fields(Epoch)]
+    curve = pd.DataFrame([asdict(epoch) for epoch in history], columns=columns)
+    write_csv(Path("metrics") / "runs" / key / "training.csv", curve)
+
+
+@contextmanager
+def live_curve(key: str, first: bool) -> Iterator[Callable[[Epoch], None]]:
+    """Show each epoch as it ends, in metrics/live/KEY, as DVCLive does: DVC's extension for VS Code draws it.
+
+    It is told all epochs of a training that goes on, so that no point is missing or there twice.
+    """
+    if not first:
+        yield lambda epoch: None
+        return
+    from dvclive import Live  # only where it is used: importing it takes most of a second
+
+    with Live(str(Path("metrics") / "live" / key), save_dvc_exp=False, dvcyaml=None) as live:
+
+        def report(epoch: Epoch) -> None:
+            for name in ("loss", "accuracy", "learning_rate"):
+                live.log_metric(name, getattr(epoch, name))
+            live.next_step()
+
+        yield report
+
+
+def import_weights(spec: ClassifierSpec, state: dict[str, Tensor], checkpoint: str) -> nn.Module:
+    """The classifier of `spec` with these weights. Raises InvalidArtifact where they do not fit."""
+    model = build_classifier(spec)
+    try:
+        fill(model, state)
+    except InvalidArtifact as error:
+        raise InvalidArtifact(f"{checkpoint} {error}; name another in params.yaml runs.*.checkpoint") from error
+    return model
+
+
+def head_width(state: dict[str, Tensor], run: RunParams) -> int:
     """Width E of the head among stored weights, 0 for a baseline. Raises InvalidArtifact."""
     if run.variant == "baseline":
-        return 0, None
+        return 0
     if "head.weight" not in state or state["head.weight"].ndim != 2:
         raise InvalidArtifact(f"{run.checkpoint} holds no text-guided classifier: 'head.weight' is missing or no matrix")
-    return state["head.weight"].shape[1], None
+    return state["head.weight"].shape[1]
 
 
 def load_head(run: RunParams, classes: list[str]) -> tuple[int, Tensor | None]:

@@ -173,8 +173,8 @@ def forget(checkout: Path, stage: str) -> None:
 
 def test_a_training_killed_with_dvc_goes_on_from_its_checkpoint(checkout, finished):
     forget(checkout, "train")
-    kill_when(checkout, "train/*/*/checkpoint.safetensors")
-    assert list((checkout / GRID / ".work").glob("train/*/*/checkpoint.safetensors"))
+    kill_when(checkout, "train/*/*/checkpoint-*.safetensors")
+    assert list((checkout / GRID / ".work").glob("train/*/*/checkpoint-*.safetensors"))
     ran, output = repro(checkout)
     assert stages("train") <= ran
     assert "going on after epoch" in output
@@ -234,6 +234,7 @@ def test_a_clone_that_pulls_from_s3_has_every_result_and_runs_nothing(checkout, 
 
 def test_each_stage_depends_on_exactly_the_modules_that_it_uses():
     graph = grimp.build_graph("textguard", "stages", cache_dir=None)
+    graph.remove_module("stages.rehearsal")  # it changes no result
     for name, stage in yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"].items():
         deps = [dep.removeprefix("${root}/") for dep in stage.get("do", stage)["deps"]]
         listed = {

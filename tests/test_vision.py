@@ -1,9 +1,7 @@
 """Classifiers, training, evaluation."""
 
-import copy
-import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from textguard.errors import InvalidArtifact, InvalidParameter
+from textguard.errors import InvalidArtifact
 from textguard.faults.campaign import top2diff
 from textguard.vision.classifiers import (
     ClassifierSpec,
@@ -22,21 +20,6 @@ from textguard.vision.classifiers import (
     save_classifier,
 )
 from textguard.vision.evaluation import accuracy_by_threshold, measure_cost, predict
-from textguard.vision.training import learning_rate_at, train
-
-
-@dataclass(frozen=True)
-class TestRecipe:
-    __test__ = False
-    epochs: int = 4
-    batch_size: int = 8
-    learning_rate: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 1e-3
-    warmup_epochs: int = 1
-    schedule: str = "cosine"
-    step_epochs: int = 1
-    gamma: float = 0.5
 
 
 def test_the_text_guided_head_is_the_published_one():
@@ -77,74 +60,6 @@ def test_classifiers_survive_the_disk(tmp_path):
     save_classifier(tmp_path / "m.safetensors", model, replace(spec, width=7), {})
     with pytest.raises(InvalidArtifact, match="does not fit the classifier in 3 of 124 places"):
         load_classifier(tmp_path / "m.safetensors")
-
-
-def test_learning_rates_warm_up_and_fall():
-    cosine = [learning_rate_at(step, 10, TestRecipe()) for step in range(40)]
-    assert cosine[:10] == pytest.approx([0.01 * (i + 1) for i in range(10)])
-    assert cosine[10] == pytest.approx(0.1)
-    assert cosine[25] == pytest.approx(0.05)
-    assert all(a >= b for a, b in itertools.pairwise(cosine[10:]))
-    step = TestRecipe(schedule="step", warmup_epochs=0, step_epochs=2)
-    assert [learning_rate_at(i, 10, step) for i in (0, 19, 20, 39)] == pytest.approx([0.1, 0.1, 0.05, 0.05])
-
-
-def small_task() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Dropout(0.2),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(4, 2),
-    )
-    labels = torch.arange(33) % 2
-    images = torch.randn(33, 3, 6, 6) + labels[:, None, None, None]
-    return model, images, labels
-
-
-def test_training_learns_and_an_interrupted_one_ends_with_the_same_bits(tmp_path):
-    model, images, labels = small_task()
-    history = train(model, images, labels, TestRecipe(), seed=5, checkpoint=tmp_path / "a.safetensors", label="a")
-    assert [epoch.epoch for epoch in history] == [1, 2, 3, 4]
-    assert history[-1].loss < history[0].loss
-
-    class Killed(Exception):
-        pass
-
-    def kill(epoch: int) -> None:
-        if epoch == 2:
-            raise Killed
-
-    interrupted, _, _ = small_task()
-    with pytest.raises(Killed):
-        train(
-            interrupted,
-            images,
-            labels,
-            TestRecipe(),
-            seed=5,
-            checkpoint=tmp_path / "b.safetensors",
-            label="b",
-            after_epoch=kill,
-        )
-    torch.rand(17)  # whatever else used the global generator in between
-    resumed = copy.deepcopy(small_task()[0])
-    again = train(resumed, images, labels, TestRecipe(), seed=5, checkpoint=tmp_path / "b.safetensors", label="b")
-    assert again == history
-    expected = model.state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.state_dict().items())
-
-
-def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
-    model, images, labels = small_task()
-    with pytest.raises(InvalidParameter, match=r"epoch 1, step 1; lower params\.yaml recipes"):
-        train(model, images * float("nan"), labels, TestRecipe(), seed=0, checkpoint=tmp_path / "c.safetensors", label="c")
-    assert not (tmp_path / "c.safetensors").exists()
-    with pytest.raises(InvalidParameter, match="warmup_epochs"):
-        train(model, images, labels, TestRecipe(epochs=1), seed=0, checkpoint=tmp_path / "c.safetensors", label="c")
 
 
 def test_predictions_and_thresholds(resnet, images):

@@ -3,6 +3,9 @@
 TEXTGUARD_DEVICE    cpu, cuda, cuda:1, mps; default: cuda where there is one (each process its own), else cpu
 TEXTGUARD_PROCESSES processes that share a campaign; default 1 (see stages/__main__.py)
 TEXTGUARD_WORKERS   processes that read images; default: one per core but one, 0 for small images that lie in memory
+TEXTGUARD_CHECKPOINT     seconds between two checkpoints within an epoch; default 600
+TEXTGUARD_CHANNELS_LAST  1 trains with another memory layout, which is faster for convolutions on many processors; default 0
+TEXTGUARD_COMPILE        1 trains with torch.compile; default 0
 TEXTGUARD_PROGRESS  seconds between two progress lines when there is no terminal; default 10
 """
 
@@ -72,11 +75,17 @@ def pick_device() -> torch.device:
     return device
 
 
-def join_processes() -> tuple[int, int]:
-    """This process's number and how many there are, as `torchrun` says in the environment; they join one gloo group."""
+def join_processes(device: torch.device | None = None) -> tuple[int, int]:
+    """This process's number and how many there are, as `torchrun` says in the environment; they join one group.
+
+    device: where they exchange tensors: by NCCL on CUDA, else by gloo.
+    """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
+        on_cuda = device is not None and device.type == "cuda"
+        if on_cuda:
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if on_cuda else "gloo")
     return int(os.environ.get("RANK", "0")) if count > 1 else 0, count
 
 
@@ -86,9 +95,15 @@ def loading_processes() -> int:
     Raises InvalidParameter.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = os.environ.get("TEXTGUARD_WORKERS", str(max(0, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)))
-    if not wanted.isdecimal() or int(wanted) > 1024:
-        raise InvalidParameter(f"TEXTGUARD_WORKERS={wanted!r} in the environment; it must be a number from 0 to 1024")
+    return environment_number("TEXTGUARD_WORKERS", max(0, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1), 1024)
+
+
+def environment_number(name: str, default: int, most: int | None = None) -> int:
+    """A number of 0 or more from the environment. Raises InvalidParameter."""
+    wanted = os.environ.get(name, str(default))
+    if not wanted.isdecimal() or (most is not None and int(wanted) > most):
+        allowed = "a number of 0 or more" if most is None else f"a number from 0 to {most}"
+        raise InvalidParameter(f"{name}={wanted!r} in the environment; it must be {allowed}")
     return int(wanted)
 
 
@@ -111,15 +126,16 @@ def make_deterministic(seed: int) -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def progress(*, total: int, label: str, unit: str) -> tqdm:
+def progress(*, total: int, label: str, unit: str, shown: bool = True) -> tqdm:
     """A progress bar with rate and ETA on a terminal, one line every few seconds elsewhere. Call its update(n).
 
     Raises InvalidParameter for a bad TEXTGUARD_PROGRESS.
     """
+    options = {"total": total, "desc": label, "unit": unit, "disable": not shown}
     if sys.stderr.isatty():
-        return tqdm(total=total, desc=label, unit=unit)
+        return tqdm(**options)
     seconds = _interval()
-    return tqdm(total=total, desc=label, unit=unit, mininterval=seconds, maxinterval=seconds, ascii=True, ncols=100)
+    return tqdm(**options, mininterval=seconds, maxinterval=seconds, ascii=True, ncols=100)
 
 
 def announce(line: str) -> None:

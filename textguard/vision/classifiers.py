@@ -55,11 +55,14 @@ class ClassifierSpec:
     classes: tuple[str, ...]
 
 
-def build_classifier(spec: ClassifierSpec, class_embeddings: Tensor | None = None) -> nn.Module:
-    """Build the network of `spec`, weights drawn from torch's global generator. Raises UnknownName, InvalidParameter."""
+def build_classifier(spec: ClassifierSpec, class_embeddings: Tensor | None = None, drop_path: float | None = None) -> nn.Module:
+    """Build the network of `spec`, weights drawn from torch's global generator.
+
+    class_embeddings: see TextGuidedClassifier; drop_path: see `build_backbone`. Raises UnknownName, InvalidParameter.
+    """
     if not spec.width:
-        return build_backbone(spec.backbone, len(spec.classes), spec.image_size)
-    backbone = build_backbone(spec.backbone, spec.width, spec.image_size)
+        return build_backbone(spec.backbone, len(spec.classes), spec.image_size, drop_path)
+    backbone = build_backbone(spec.backbone, spec.width, spec.image_size, drop_path)
     return TextGuidedClassifier(backbone, len(spec.classes), spec.width, class_embeddings)
 
 

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from textguard.runtime import join_processes, progress
+from textguard.vision.transforms import EvaluationView, image_loader
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -18,21 +21,37 @@ class Cost:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> pd.DataFrame:
-    """Predict every image. images: float32 [N, 3, S, S]; labels: int64 [N].
+def predict(model: nn.Module, view: EvaluationView, batch_size: int, label: str = "evaluate") -> pd.DataFrame:
+    """Predict every image of a view, on the model's device; with WORLD_SIZE in the environment, each process its part.
 
-    Returns one row per image: image (position), label, prediction, loss (cross entropy), top2diff (0 to 1).
+    Returns, in every process, one row per image: image (position), label, prediction, loss (cross entropy, nats), top2diff
+    (0 to 1).
     """
     model.eval()
-    logits = torch.cat([model(batch) for batch in images.split(batch_size)])
-    first, second = logits.softmax(dim=1).topk(2, dim=1).values.unbind(dim=1)
+    device = next(model.parameters()).device
+    rank, processes = join_processes(device)
+    rows = torch.arange(rank, len(view), processes)
+    found = torch.zeros(len(view), 3, dtype=torch.float64, device=device)  # others' rows stay 0, and are added up
+    with progress(total=len(rows), label=label, unit="img", shown=rank == 0) as bar:
+        batches = rows.split(batch_size)
+        for part, (images, labels) in zip(
+            batches, image_loader(view, batches=[part.tolist() for part in batches]), strict=True
+        ):
+            logits = model(images.to(device))
+            first, second = logits.softmax(dim=1).topk(2, dim=1).values.unbind(dim=1)
+            loss = F.cross_entropy(logits, labels.to(device), reduction="none")
+            found[part] = torch.stack([logits.argmax(dim=1), loss, first - second], dim=1).double()
+            bar.update(len(part))
+    if processes > 1:
+        torch.distributed.all_reduce(found)
+    prediction, loss, top2diff = found.cpu().unbind(dim=1)
     return pd.DataFrame(
         {
-            "image": range(len(images)),
-            "label": labels.cpu(),
-            "prediction": logits.argmax(dim=1).cpu(),
-            "loss": F.cross_entropy(logits, labels, reduction="none").cpu(),
-            "top2diff": (first - second).cpu(),
+            "image": range(len(view)),
+            "label": view.split.labels,
+            "prediction": prediction.long(),
+            "loss": loss.float(),
+            "top2diff": top2diff.float(),
         }
     )
 

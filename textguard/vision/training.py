@@ -1,26 +1,35 @@
-"""The one training loop. It can be interrupted at any moment and goes on from the last finished epoch with the same result."""
+"""The one training loop, on one device or many. It can be killed at any moment and goes on from its last checkpoint."""
 
 import hashlib
 import json
 import math
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from textguard.artifacts import read_safetensors, write_safetensors
 from textguard.errors import InvalidArtifact, InvalidParameter
-from textguard.runtime import progress
+from textguard.runtime import announce, environment_number, join_processes, progress
+from textguard.vision.mixing import mix
+from textguard.vision.optimisation import Ema, learning_rate_at, make_optimizer
+from textguard.vision.order import epoch_order, steps_per_epoch
 from textguard.vision.recipe import Recipe
+from textguard.vision.transforms import TrainingView, image_loader
+
+CHECKPOINTS = 2  # that are kept: where the last one is damaged, training goes on from the one before
+AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch's curve point. loss: mean training cross entropy; learning_rate: at its last step."""
+    """One epoch's curve point. loss: mean training loss; accuracy: on augmented images; learning_rate: at its last step."""
 
     epoch: int
     loss: float
@@ -28,108 +37,211 @@ class Epoch:
     learning_rate: float
 
 
-def learning_rate_at(step: int, steps_per_epoch: int, recipe: Recipe) -> float:
-    """The learning rate of optimiser step `step` (from 0).
+@dataclass
+class Position:
+    """How far a training has come. step: optimiser steps done. loss, hits, seen: sums over the images of the epoch so far."""
 
-    Linear warm-up from 1 / (warm-up steps) of the full rate, then half a cosine down to 0, or a factor every step_epochs.
-    """
-    warmup = recipe.warmup_epochs * steps_per_epoch
-    if step < warmup:
-        return recipe.learning_rate * (step + 1) / warmup
-    if recipe.schedule == "step":
-        return recipe.learning_rate * recipe.gamma ** (step // steps_per_epoch // recipe.step_epochs)
-    total = recipe.epochs * steps_per_epoch
-    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    step: int = 0
+    loss: float = 0.0
+    hits: int = 0
+    seen: int = 0
+    history: list[Epoch] = field(default_factory=list)
 
 
 def train(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    view: TrainingView,
+    classes: int,
     recipe: Recipe,
     *,
     seed: int,
-    checkpoint: Path,
+    work: Path,
     label: str,
-    after_epoch: Callable[[int], None] = lambda epoch: None,
+    report: Callable[[Epoch], None] = lambda epoch: None,
+    after_step: Callable[[int], None] = lambda step: None,
 ) -> list[Epoch]:
-    """Train `model` in place with SGD and cross entropy.
+    """Train `model`, which lies on the device to use, in place: at the end it holds the average, where the recipe wants one.
 
-    images: float32 [N, 3, S, S]; labels: int64 [N]; both on the model's device.
-    After every epoch all state goes to `checkpoint` (safetensors); where that file exists, training goes on from it. The order
-    of the images and the dropout of an epoch depend on (seed, epoch) alone. Returns one Epoch each. Raises InvalidParameter
-    when the loss is no longer finite.
+    view: images by (index, visit), see `training_view`; their labels are below `classes`. With WORLD_SIZE in the environment
+    (torchrun) each process trains on its part of every batch; gradients are averaged, BatchNorm's statistics are of the part,
+    but with sync_batch_norm on GPUs.
+    Checkpoints go to the folder `work`, after every epoch and every TEXTGUARD_CHECKPOINT seconds; where it holds some, training
+    goes on from the last one, with the same result. report: called with every epoch, those before an interruption included;
+    after_step: with the number of steps done, once it is safe to be killed.
+    Returns one Epoch each. Raises InvalidParameter, also when the loss is no longer finite.
     """
-    if recipe.warmup_epochs >= recipe.epochs:
-        raise InvalidParameter(
-            f"{label}: warmup_epochs must be below epochs, not {recipe.warmup_epochs} of {recipe.epochs}; "
-            "change params.yaml recipes"
-        )
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-    )
-    batch_size = min(recipe.batch_size, len(images))
-    # BatchNorm cannot be trained on a batch of one image: such a rest is left out of its epoch.
-    steps_per_epoch = len(images) // batch_size + (len(images) % batch_size > 1)
-    history = _resume(checkpoint, model, optimizer)
-    if history:
-        print(f"{label}: going on after epoch {len(history)} of {recipe.epochs}", file=sys.stderr, flush=True)
-    with progress(total=recipe.epochs * len(images), label=label, unit="img") as bar:
-        bar.update(len(history) * len(images))
-        for epoch in range(len(history), recipe.epochs):
-            epoch_seed = _derive_seed(seed, epoch)
-            torch.manual_seed(epoch_seed)
-            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(epoch_seed))
+    device = next(model.parameters()).device
+    rank, processes = join_processes(device)
+    images = len(view)
+    batch_size = min(recipe.batch_size, images)
+    if batch_size % processes:
+        raise InvalidParameter(f"{label}: batches of {batch_size} images cannot be shared by {processes} processes alike")
+    steps = steps_per_epoch(images, recipe)
+    if recipe.sync_batch_norm and processes > 1:
+        if device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        elif rank == 0:
+            announce(f"{label}: sync_batch_norm works on GPUs alone; BatchNorm's statistics are of each process's images")
+    layout = torch.channels_last if environment_number("TEXTGUARD_CHANNELS_LAST", 0, 1) else torch.contiguous_format
+    model.to(memory_format=layout)
+    optimizer = make_optimizer(model, recipe)
+    average = Ema(model, recipe) if recipe.ema else None
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
+    position = _resume(work, model, optimizer, average, scaler, label) or Position()
+    if position.step and rank == 0:
+        announce(f"{label}: going on after epoch {position.step // steps} of {recipe.epochs}, step {position.step % steps}")
+    runner = torch.compile(model) if environment_number("TEXTGUARD_COMPILE", 0, 1) else model
+    if processes > 1:
+        torch.distributed.barrier()  # nobody writes a checkpoint before all have read the last one
+        runner = DistributedDataParallel(runner, device_ids=[device.index] if device.type == "cuda" else None)
+    every, saved = environment_number("TEXTGUARD_CHECKPOINT", 600), time.monotonic()
+
+    def save() -> None:
+        if rank == 0:
+            _save(work, model, optimizer, average, scaler, position)
+
+    for epoch in position.history:
+        report(epoch)
+    with progress(total=recipe.epochs * steps * batch_size, label=label, unit="img", shown=rank == 0) as bar:
+        bar.update(position.step * batch_size)
+        while position.step < recipe.epochs * steps:
+            number, first = divmod(position.step, steps)
+            looks = epoch_order(images, recipe, seed, number)[first:]
             model.train()
-            loss_sum, hits, seen, rate = 0.0, 0, 0, 0.0
-            for step, rows in enumerate(order.split(batch_size)[:steps_per_epoch]):
-                rate = learning_rate_at(epoch * steps_per_epoch + step, steps_per_epoch, recipe)
+            for pictures, labels in image_loader(
+                view, batches=_parts(looks, rank, processes), pin_memory=device.type == "cuda"
+            ):
+                step, rate = position.step, learning_rate_at(position.step, steps, recipe)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                batch, targets = images[rows], labels[rows]
-                logits = model(batch)
-                loss = F.cross_entropy(logits, targets)
-                if not torch.isfinite(loss):
-                    raise InvalidParameter(
-                        f"{label}: the loss is {loss.item()} in epoch {epoch + 1}, step {step + 1}; "
-                        "lower params.yaml recipes.*.learning_rate or raise warmup_epochs"
-                    )
+                # What is drawn in a step depends on it alone, and so not on where training went on.
+                drawn = hashlib.sha256(f"textguard step {seed} {step}".encode()).digest()
+                on_device = [part.to(device, non_blocking=True) for part in (pictures, labels)]
+                mixed, mixed_targets = mix(*on_device, classes, recipe, np.random.default_rng(list(drawn)))
+                batch, targets = mixed[1:], mixed_targets[1:]  # the first is there to be mixed with the second
+                torch.manual_seed(int.from_bytes(drawn[:7]) + rank)
+                with torch.autocast(device.type, AUTOCAST.get(recipe.precision), enabled=recipe.precision != "fp32"):
+                    logits = runner(batch.contiguous(memory_format=layout))
+                    loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
+                hits = (logits.detach().argmax(dim=1) == targets.argmax(dim=1)).sum()
+                sums = torch.stack([loss.detach().double() * len(batch), hits.double()])
+                if processes > 1:
+                    torch.distributed.all_reduce(sums)
+                batch_loss, batch_hits = sums.tolist()
+                if not math.isfinite(batch_loss):
+                    _stop(label, batch_loss / batch_size, number, step % steps, rate, work, rank)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                loss_sum += loss.item() * len(rows)
-                hits += int((logits.argmax(dim=1) == targets).sum())
-                seen += len(rows)
-                bar.update(len(rows))
-            history.append(Epoch(epoch + 1, loss_sum / seen, hits / seen, rate))
-            _save(checkpoint, model, optimizer, history)
-            after_epoch(epoch + 1)
-    return history
+                scaler.scale(loss).backward()
+                if recipe.clip_norm:
+                    scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+                scaler.step(optimizer)
+                scaler.update()
+                if average:
+                    average.after_step(model, step, steps)
+                position.step += 1
+                position.loss, position.hits = position.loss + batch_loss, position.hits + int(batch_hits)
+                position.seen += batch_size
+                bar.set_postfix_str(f"loss {position.loss / position.seen:.3g}", refresh=False)
+                bar.update(batch_size)
+                if position.step % steps and time.monotonic() - saved >= every:
+                    save()
+                    saved = time.monotonic()
+                after_step(position.step)
+            position.history.append(Epoch(number + 1, position.loss / position.seen, position.hits / position.seen, rate))
+            position.loss, position.hits, position.seen = 0.0, 0, 0
+            save()
+            saved = time.monotonic()
+            report(position.history[-1])
+    if average:
+        model.load_state_dict(average.module.state_dict())
+    return position.history
 
 
-def _derive_seed(seed: int, epoch: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"textguard epoch {seed} {epoch}".encode()).digest()[:7])
+def _parts(looks: Tensor, rank: int, processes: int) -> Iterator[list[list[int]]]:
+    """This process's part of each batch [steps, B, 2], and before it the image that its first one is mixed with."""
+    size = looks.shape[1] // processes
+    for batch in looks:
+        part = torch.arange(rank * size - 1, (rank + 1) * size)
+        yield batch[part].tolist()
 
 
-def _save(checkpoint: Path, model: nn.Module, optimizer: torch.optim.SGD, history: list[Epoch]) -> None:
+def _stop(label: str, loss: float, epoch: int, step: int, rate: float, work: Path, rank: int) -> None:
+    """Raise InvalidParameter, in the first process; the others end in silence."""
+    if rank:
+        raise SystemExit(1)
+    kept = _checkpoints(work)
+    last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+    raise InvalidParameter(
+        f"{label}: the loss is {loss} in epoch {epoch + 1}, step {step + 1}, at learning rate {rate:.3g}; {last}; "
+        "lower params.yaml recipes.*.learning_rate or raise warmup_epochs"
+    )
+
+
+def _checkpoints(work: Path) -> list[Path]:
+    return sorted(work.glob("checkpoint-*.safetensors"))
+
+
+def _save(
+    work: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: Ema | None,
+    scaler: torch.amp.GradScaler,
+    position: Position,
+) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        momentum = optimizer.state[parameter].get("momentum_buffer")
-        if momentum is not None:
-            tensors[f"momentum.{name}"] = momentum
-    write_safetensors(checkpoint, tensors, {"history": json.dumps([epoch.__dict__ for epoch in history])})
+    if average:
+        tensors |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
+    for number, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items() if value is not None}
+    described = {"position": json.dumps(asdict(position)), "scaler": json.dumps(scaler.state_dict())}
+    write_safetensors(work / f"checkpoint-{position.step:09d}.safetensors", tensors, described)
+    for old in _checkpoints(work)[:-CHECKPOINTS]:
+        old.unlink()
 
 
-def _resume(checkpoint: Path, model: nn.Module, optimizer: torch.optim.SGD) -> list[Epoch]:
-    """Load the checkpoint's state, if there is one. Raises InvalidArtifact when it is damaged."""
-    if not checkpoint.exists():
-        return []
-    tensors, metadata = read_safetensors(checkpoint, "train")
-    try:
-        model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
-        for name, parameter in model.named_parameters():
-            if f"momentum.{name}" in tensors:
-                optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum.{name}"].to(parameter.device)
-        return [Epoch(**epoch) for epoch in json.loads(metadata["history"])]
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise InvalidArtifact(f"{checkpoint} does not fit this training; delete it to start again") from error
+def _resume(
+    work: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: Ema | None,
+    scaler: torch.amp.GradScaler,
+    label: str,
+) -> Position | None:
+    """Load the last checkpoint that can be read, if there is one."""
+    for path in reversed(_checkpoints(work)):
+        try:
+            tensors, metadata = read_safetensors(path, "train")
+            position = Position(**json.loads(metadata["position"]))
+            position.history = [Epoch(**epoch) for epoch in position.history]
+            _load(tensors, json.loads(metadata["scaler"]), model, optimizer, average, scaler)
+        except (InvalidArtifact, KeyError, TypeError, ValueError, RuntimeError) as error:
+            announce(f"{label}: {path} cannot be read ({str(error)[:100]}); going back to the checkpoint before")
+            path.unlink(missing_ok=True)
+            continue
+        return position
+    return None
+
+
+def _load(
+    tensors: dict[str, Tensor],
+    scaler_state: dict,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: Ema | None,
+    scaler: torch.amp.GradScaler,
+) -> None:
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+    model.load_state_dict(part("model."))
+    if average:
+        average.load_state_dict(part("average."))
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in part("optimizer.").items():
+        number, _, key = name.partition(".")
+        state.setdefault(int(number), {})[key] = tensor
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    if scaler_state:
+        scaler.load_state_dict(scaler_state)

@@ -1,0 +1,55 @@
+"""One small batch through everything that will be done with a classifier, before hours go into its training.
+
+It changes no result, and so no stage depends on it or on what it imports.
+"""
+
+import copy
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from torch import nn
+
+from textguard.params import InjectParams
+from textguard.vision.recipe import Recipe
+from textguard.vision.transforms import TrainingView
+
+IMAGES = 2
+
+
+def rehearse(model: nn.Module, view: TrainingView, recipe: Recipe, inject: InjectParams) -> None:
+    """Train, predict and inject on a copy of the model. Raises what would be raised later; draws from no generator."""
+    # Imported when it is called, so that a checkpoint is not of this code: see textguard.artifacts.work_dir.
+    from textguard.faults.campaign import loader_of, measure_pace
+    from textguard.faults.damage import FaultModel
+    from textguard.faults.engines import make_engine
+    from textguard.faults.formats import parse_format
+    from textguard.faults.plans import draw_plan
+    from textguard.vision.optimisation import make_optimizer
+
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        images, labels = (torch.stack(part) for part in zip(*[_pair(view[(i, 0)]) for i in range(IMAGES)], strict=True))
+        tried = copy.deepcopy(model).train()
+        optimizer = make_optimizer(tried, recipe)
+        nn.functional.cross_entropy(tried(images.to(device)), labels.to(device)).backward()
+        optimizer.step()
+        tried.eval()
+        fault_model, number_format = FaultModel(**asdict(inject.faults)), parse_format(inject.format)
+        engine = make_engine(
+            inject.engine,
+            tried,
+            images[0].to(device),
+            IMAGES,
+            kinds=inject.kinds,
+            number_format=number_format,
+            profiled=dict.fromkeys((name for name, _ in tried.named_modules()), 1.0),
+            target=fault_model.target,
+        )
+        limits = {site.layer: np.inf for site in engine.sites}
+        plan = draw_plan([engine.sites[0], engine.sites[-1]], np.full(IMAGES, 1 / IMAGES), 1, 0, fault_model, number_format)
+        measure_pace(engine, loader_of(images, labels, IMAGES), plan, limits, fault_model=fault_model)
+
+
+def _pair(sample: tuple[torch.Tensor, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    return sample[0], torch.tensor(sample[1])

@@ -1,0 +1,372 @@
+"""The training loop: it learns, goes on after an interruption to the same bits, and shares its work among processes."""
+
+import copy
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from conftest import REPOSITORY, TinyMobileNet, TinyResNet, TinyTransformer, environment, run
+from stages.rehearsal import rehearse
+from textguard.artifacts import read_safetensors
+from textguard.errors import InvalidParameter, UnknownName, UnsupportedModel
+from textguard.faults.campaign import top2diff
+from textguard.params import load_params
+from textguard.vision.datasets import PackedSplit
+from textguard.vision.evaluation import predict
+from textguard.vision.order import epoch_order
+from textguard.vision.recipe import Recipe, load_recipe
+from textguard.vision.training import Epoch, train
+from textguard.vision.transforms import TrainingView, evaluation_view, training_view
+
+CLASSES = 4
+STEPS = 5  # of an epoch over the 40 images
+PLAIN = {
+    **{"epochs": 2, "batch_size": 8, "base_batch_size": 8, "learning_rate": 0.05, "warmup_epochs": 0, "schedule": "cosine"},
+    **{"image_size": 16, "resize_size": 16, "crop": "none", "flip": 0.0, "auto_augment": "none", "random_erasing": 0.0},
+}
+EVERYTHING = {
+    **{"optimizer": "adamw", "learning_rate": 0.01, "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "clip_norm": 1.0},
+    **{"ema": True, "ema_decay": 0.9, "ema_steps": 2, "warmup_epochs": 1, "repeated_augmentation": 2, "norm_weight_decay": 0.0},
+    **{"crop": "padded", "crop_padding": 2, "flip": 0.5, "auto_augment": "trivial_augment_wide", "random_erasing": 0.2},
+}
+
+
+def recipe(**changes: object) -> Recipe:
+    return load_recipe("resnet", PLAIN | changes)
+
+
+def split(images: int = 40) -> PackedSplit:
+    """Images whose brightness says which class they are of."""
+    labels = torch.arange(images) % CLASSES
+    noise = torch.randint(0, 60, (images, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    pixels = (noise + 60 * labels.view(-1, 1, 1, 1)).to(torch.uint8)
+    return PackedSplit(pixels, labels, list("abcd"), [0.5] * 3, [0.25] * 3)
+
+
+def view_of(used: Recipe) -> TrainingView:
+    return training_view(split(), used, seed=3)
+
+
+def network(kind: type[nn.Module] = TinyResNet) -> nn.Module:
+    torch.manual_seed(1)
+    return kind(CLASSES)
+
+
+def trained(used: Recipe, work: Path, kind: type[nn.Module] = TinyResNet, **options: object) -> tuple[nn.Module, list[Epoch]]:
+    model = network(kind)
+    return model, train(model, view_of(used), CLASSES, used, seed=3, work=work, label="t", **options)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+
+def test_it_learns_and_says_how(tmp_path):
+    seen = []
+    model, history = trained(recipe(epochs=15), tmp_path, report=seen.append)
+    assert seen == history
+    assert [epoch.epoch for epoch in history] == list(range(1, 16))
+    assert history[-1].loss < history[0].loss / 2
+    assert history[-1].accuracy > 0.75
+    assert history[0].learning_rate == 0.05
+    assert 0 < history[-1].learning_rate < 0.01
+    model.eval()
+    images = torch.stack([image for image, _ in evaluation_view(split(), 16, 16, "bilinear")])
+    assert (model(images).argmax(dim=1) == split().labels).float().mean() > 0.75
+
+
+def test_a_step_is_what_the_recipe_says(tmp_path):
+    """One epoch, beside the same written out with torch alone."""
+    used = recipe(epochs=1, label_smoothing=0.1, clip_norm=0.5, weight_decay=0.01, norm_weight_decay=0.0)
+    model, history = trained(used, tmp_path)
+    other = network().train()
+    norms = [p for module in other.modules() if isinstance(module, nn.BatchNorm2d) for p in module.parameters()]
+    rest = [p for p in other.parameters() if all(p is not norm for norm in norms)]
+    biases = {id(p) for name, p in other.named_parameters() if name.endswith("bias")}
+    groups = [
+        {"params": [p for p in norms if id(p) not in biases], "weight_decay": 0.0},
+        {"params": rest + [p for p in norms if id(p) in biases], "weight_decay": 0.01},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.05, momentum=used.momentum)
+    view, losses = view_of(used), []
+    for looks in epoch_order(40, used, 3, 0):
+        images, labels = zip(*(view[tuple(look)] for look in looks.tolist()), strict=True)
+        loss = F.cross_entropy(other(torch.stack(images)), torch.tensor(labels), label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(other.parameters(), 0.5)
+        optimizer.step()
+        losses.append(loss.item())
+    assert history[0].loss == pytest.approx(np.mean(losses), rel=1e-5)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[name], rtol=1e-3, atol=1e-4)
+
+
+class Killed(BaseException):
+    """What ends a training between two steps."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({}, TinyResNet),
+        (EVERYTHING, TinyMobileNet),  # which has dropout
+        ({"precision": "bf16", "ema": True, "ema_steps": 3}, TinyResNet),
+        ({"precision": "fp16", "momentum": 0.0}, TinyTransformer),
+    ],
+    ids=["plain", "everything", "bf16", "fp16"],
+)
+@pytest.mark.parametrize("stops", [(1,), (5,), (7,), (3, 4, 9, 10)])
+def test_wherever_it_is_killed_it_ends_with_the_same_bits(tmp_path, monkeypatch, changes, kind, stops):
+    monkeypatch.setenv("TEXTGUARD_CHECKPOINT", "0")
+    used = recipe(**changes)
+    expected, history = trained(used, tmp_path / "whole", kind)
+    for stop in stops:
+
+        def kill(step: int, stop: int = stop) -> None:
+            if step == stop:
+                raise Killed
+
+        torch.manual_seed(stop)  # what is left of the killed process does not matter
+        with pytest.raises(Killed):
+            trained(used, tmp_path / "killed", kind, after_step=kill)
+    seen = []
+    model, found = trained(used, tmp_path / "killed", kind, report=seen.append)
+    assert found == seen == history
+    assert same(model, expected)
+
+
+def test_between_two_checkpoints_no_more_than_their_distance_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setenv("TEXTGUARD_CHECKPOINT", "3600")
+    steps = []
+
+    def kill(step: int) -> None:
+        steps.append(step)
+        if step == STEPS + 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        trained(recipe(), tmp_path, after_step=kill)
+    trained(recipe(), tmp_path, after_step=steps.append)
+    assert steps == [*range(1, STEPS + 4), *range(STEPS + 1, 2 * STEPS + 1)]
+
+
+def test_a_damaged_checkpoint_costs_the_steps_behind_the_one_before(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TEXTGUARD_CHECKPOINT", "0")
+    expected, _ = trained(recipe(), tmp_path / "whole")
+    assert len(list((tmp_path / "whole").iterdir())) == 2
+
+    def kill(step: int) -> None:
+        if step == 7:
+            raise Killed
+
+    with pytest.raises(Killed):
+        trained(recipe(), tmp_path / "killed", after_step=kill)
+    last = max((tmp_path / "killed").iterdir())
+    last.write_bytes(last.read_bytes()[:-100])
+    capsys.readouterr()
+    model, _ = trained(recipe(), tmp_path / "killed")
+    said = capsys.readouterr().err
+    assert f"{last} cannot be read" in said
+    assert "going on after epoch 1 of 2, step 1" in said
+    assert same(model, expected)
+    # With none left, it starts again.
+    for path in (tmp_path / "killed").iterdir():
+        path.write_bytes(b"")
+    assert same(trained(recipe(), tmp_path / "killed")[0], expected)
+
+
+def test_the_average_is_what_remains(tmp_path):
+    """It takes (1 - 0.99) * 8 * 1 / 2 of the model after every step, and all of it after the first."""
+    used = recipe(ema=True, ema_decay=0.99, ema_steps=1)
+    average: dict[str, Tensor] = {}
+    model = network()
+
+    def follow(_: int) -> None:
+        for name, value in model.state_dict().items():
+            old = average.get(name, value)
+            average[name] = old + (value - old) * 0.04 if value.is_floating_point() else value.clone()
+
+    plain = replace(used, ema=False)
+    train(model, view_of(used), CLASSES, plain, seed=3, work=tmp_path / "plain", label="t", after_step=follow)
+    averaged, _ = trained(used, tmp_path / "average")
+    assert not same(averaged, model)
+    for name, value in averaged.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, average[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_rate_and_checkpoint(tmp_path):
+    used = recipe(learning_rate=0.05)
+    trained(replace(used, epochs=1), tmp_path)
+    (kept,) = tmp_path.iterdir()
+    model = network()
+    view = view_of(used)
+    broken = copy.deepcopy(view)
+    broken.plain.prepared = None
+    broken.plain.split.mean = [math.nan] * 3
+    message = rf"t: the loss is nan in epoch 2, step 1, at learning rate .*; the last good checkpoint is {kept}; lower params"
+    with pytest.raises(InvalidParameter, match=message):
+        train(model, broken, CLASSES, used, seed=3, work=tmp_path, label="t")
+    with pytest.raises(InvalidParameter, match=r"in epoch 1, step 1, .* there is no checkpoint yet"):
+        train(network(), broken, CLASSES, used, seed=3, work=tmp_path / "new", label="t")
+
+
+def test_reading_processes_and_memory_layout_change_nothing(tmp_path, monkeypatch):
+    used = recipe(**EVERYTHING)
+    expected, history = trained(used, tmp_path / "0")
+    monkeypatch.setenv("TEXTGUARD_WORKERS", "2")
+    model, found = trained(used, tmp_path / "2")
+    assert same(model, expected)
+    assert found == history
+    monkeypatch.delenv("TEXTGUARD_WORKERS")
+    monkeypatch.setenv("TEXTGUARD_CHANNELS_LAST", "1")
+    plain = recipe(epochs=1)
+    _, found = trained(plain, tmp_path / "last")
+    monkeypatch.delenv("TEXTGUARD_CHANNELS_LAST")
+    assert found[0].loss == pytest.approx(trained(plain, tmp_path / "first")[1][0].loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["TEXTGUARD_CHECKPOINT", "TEXTGUARD_CHANNELS_LAST", "TEXTGUARD_COMPILE"])
+@pytest.mark.parametrize("value", ["-1", "2.5", "yes"])
+def test_a_bad_setting_is_named(tmp_path, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidParameter, match=f"{name}='{value}' in the environment"):
+        trained(recipe(), tmp_path)
+
+
+PROCESS = """
+import json, os, sys
+sys.path[:0] = [{repository!r}, {tests!r}]
+from pathlib import Path
+import torch
+from conftest import TinyTransformer
+from test_training import network, recipe, split, view_of
+from textguard.artifacts import write_safetensors
+from textguard.vision.evaluation import predict
+from textguard.vision.training import train
+from textguard.vision.transforms import evaluation_view
+folder, changes, stop = Path({folder!r}), json.loads({changes!r}), int(os.environ.get("STOP", "0"))
+used, model = recipe(**changes), network(TinyTransformer)
+def after_step(step):
+    if step == stop:
+        torch.distributed.barrier()
+        os._exit(9)
+history = train(model, view_of(used), 4, used, seed=3, work=folder / "work", label="t", after_step=after_step)
+rank = os.environ["RANK"]
+curve = json.dumps([epoch.__dict__ for epoch in history])
+write_safetensors(folder / f"model-{{rank}}.safetensors", model.state_dict(), {{"history": curve}})
+predict(model, evaluation_view(split(37), 16, 16, "bilinear"), 5).to_parquet(folder / f"predictions-{{rank}}.parquet")
+"""
+
+
+def launch(folder: Path, processes: int, changes: dict, **more: str) -> subprocess.CompletedProcess:
+    folder.mkdir(exist_ok=True)
+    (folder / "work").mkdir(exist_ok=True)
+    script = folder / "process.py"
+    settings = {"repository": str(REPOSITORY), "tests": str(Path(__file__).parent), "folder": str(folder)}
+    script.write_text(PROCESS.format(**settings, changes=json.dumps(changes)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script)]
+    known = {
+        name: value for name, value in environment(OMP_NUM_THREADS="1", **more).items() if name not in ("RANK", "WORLD_SIZE")
+    }
+    return subprocess.run(command, cwd=folder, env=known, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_two_processes_train_and_predict_what_one_does(tmp_path):
+    """With a network without BatchNorm and dropout, whose images mix across the border between the processes' parts."""
+    changes = {"mixup": 0.8, "cutmix": 1.0, "optimizer": "adamw", "learning_rate": 0.01, "clip_norm": 1.0}
+    expected, history = trained(recipe(**changes), tmp_path, TinyTransformer)
+    stopped = launch(tmp_path / "two", 2, changes, STOP="7", TEXTGUARD_CHECKPOINT="0")
+    assert stopped.returncode != 0
+    assert (tmp_path / "two" / "work" / "checkpoint-000000006.safetensors").exists()
+    done = launch(tmp_path / "two", 2, changes)
+    assert done.returncode == 0, done.stderr
+    assert "going on after epoch 1 of 2" in done.stderr
+    for rank in (0, 1):
+        tensors, metadata = read_safetensors(tmp_path / "two" / f"model-{rank}.safetensors", "")
+        for name, value in expected.state_dict().items():
+            torch.testing.assert_close(tensors[name], value, rtol=1e-3, atol=1e-4)
+        for epoch, other in zip(json.loads(metadata["history"]), history, strict=True):
+            assert epoch == pytest.approx(other.__dict__, rel=1e-3)
+    model = network(TinyTransformer)
+    model.load_state_dict(tensors)
+    alone = predict(model, evaluation_view(split(37), 16, 16, "bilinear"), 5)
+    for rank in (0, 1):
+        together = pd.read_parquet(tmp_path / "two" / f"predictions-{rank}.parquet")
+        pd.testing.assert_frame_equal(together, alone, check_exact=False, rtol=1e-5)
+        assert together["image"].tolist() == list(range(37))
+
+
+def test_predictions_are_the_networks_own(resnet):
+    view = evaluation_view(split(12), 16, 16, "bilinear")
+    images = torch.stack([image for image, _ in view])
+    with torch.inference_mode():
+        logits = resnet(images)
+    predictions = predict(resnet, view, 5)
+    assert predictions["label"].tolist() == split(12).labels.tolist()
+    assert predictions["prediction"].tolist() == logits.argmax(dim=1).tolist()
+    expected = F.cross_entropy(logits, split(12).labels, reduction="none")
+    np.testing.assert_allclose(predictions["loss"], expected, rtol=1e-4)
+    np.testing.assert_allclose(predictions["top2diff"], top2diff(logits), rtol=1e-4, atol=1e-6)
+
+
+RUN = "digits-resnet18-baseline-s0"
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory) -> Path:
+    """The smoke grid with its data set, nothing trained."""
+    folder = tmp_path_factory.mktemp("grid")
+    shutil.copy(REPOSITORY / "grids" / "smoke" / "params.yaml", folder / "params.yaml")
+    run([sys.executable, str(REPOSITORY / "stages"), "data", "digits"], folder)
+    return folder
+
+
+def test_a_mistake_of_all_processes_is_said_once(grid):
+    done = run([sys.executable, str(REPOSITORY / "stages"), "train", RUN], grid, check=False, TEXTGUARD_PROCESSES="3")
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"InvalidParameter: train {RUN}: batches of 50 images cannot be shared by 3 processes alike"
+
+
+def test_processes_share_training_and_evaluation_of_a_stage(grid):
+    for stage in ("train", "evaluate"):
+        done = run([sys.executable, str(REPOSITORY / "stages"), stage, RUN], grid, TEXTGUARD_PROCESSES="2")
+        assert "Traceback" not in done.stderr
+    assert len(pd.read_csv(grid / "metrics" / "runs" / RUN / "training.csv")) == 2
+    assert len(pd.read_csv(grid / "metrics" / "live" / RUN / "plots" / "metrics" / "loss.tsv", sep="\t")) == 2
+    table = pd.read_parquet(grid / "metrics" / "records" / RUN / "predictions.parquet")
+    assert len(table) == 60
+    assert not os.listdir(grid / ".work" / "train" / RUN) or os.listdir(grid / ".work" / "train" / RUN) == ["lock"]
+
+
+def test_a_rehearsal_leaves_no_trace_and_finds_what_would_come_later():
+    inject = load_params(REPOSITORY / "grids" / "smoke" / "params.yaml").inject
+    used, model = recipe(), network()
+    before, state = copy.deepcopy(model), torch.get_rng_state()
+    rehearse(model, view_of(used), used, inject)
+    assert same(model, before)
+    assert model.training == before.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(UnknownName, match="format 'fp7'"):
+        rehearse(model, view_of(used), used, replace(inject, format="fp7"))
+    with pytest.raises(UnsupportedModel, match="no"):
+        rehearse(
+            nn.Sequential(nn.AvgPool2d(16), nn.Conv2d(3, 4, 1), nn.Flatten()),
+            view_of(used),
+            used,
+            replace(inject, kinds=["Conv3d"]),
+        )
