@@ -305,10 +305,6 @@ def head_source(run: RunParams) -> str:
 
 
 def _check_references(params: Params, path: Path) -> None:
-    for key, recipe in params.recipes.items():
-        if recipe.warmup_epochs >= recipe.epochs:
-            given = f"recipes.{key}.warmup_epochs is {recipe.warmup_epochs}"
-            raise InvalidParameter(f"{path} {given}; it must be below epochs, {recipe.epochs}")
     for key, text in params.texts.items():
         lookup(params.datasets, "data set", text.dataset, f"{path} texts.{key}.dataset")
         if not key.startswith(f"{text.dataset}-"):
@@ -342,6 +338,8 @@ def _one_line(error: ValidationError, kind: type, path: Path, section: tuple[str
         message = f"key {place!r} is missing in {path}"
     elif first["type"] == "float_type" and _is_number(first["input"]):
         message = f"{place} is {first['input']} in {path}, which YAML takes for a text; write 0.001 or 1.0e-3, not 1e-3"
+    elif first["type"] == "value_error":  # of a dataclass's own check, which names the key
+        message = f"{place}.{first['ctx']['error']}, in {path}"
     else:
         message = f"{place} is {json.dumps(first['input'])[:60]} in {path}: {first['msg']}"
     return message + (f" (and {len(more)} more)" if more else "")

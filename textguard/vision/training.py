@@ -46,11 +46,6 @@ def train(
     of the images and the dropout of an epoch depend on (seed, epoch) alone. Returns one Epoch each. Raises InvalidParameter
     when the loss is no longer finite.
     """
-    if recipe.warmup_epochs >= recipe.epochs:
-        raise InvalidParameter(
-            f"{label}: warmup_epochs must be below epochs, not {recipe.warmup_epochs} of {recipe.epochs}; "
-            "change params.yaml recipes"
-        )
     optimizer = torch.optim.SGD(
         model.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
     )
