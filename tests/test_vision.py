@@ -25,7 +25,6 @@ from textguard.vision.evaluation import accuracy_by_threshold, measure_cost, pre
 from textguard.vision.recipe import load_recipe
 from textguard.vision.training import train
 
-
 RECIPE = load_recipe(
     "resnet",
     {"epochs": 4, "batch_size": 8, "base_batch_size": 8, "warmup_epochs": 1, "schedule": "cosine", "schedule_per": "step"},
