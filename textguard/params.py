@@ -315,7 +315,7 @@ def _check_references(params: Params, path: Path) -> None:
     for key, run in params.runs.items():
         where = f"{path} runs.{key}"
         lookup(params.datasets, "data set", run.dataset, f"{where}.dataset")
-        lookup(params.recipes, "recipe", run.recipe, f"{where}.recipe")
+        lookup(params.recipes, "recipe", run.recipe, f"{where}.recipe; one of the library needs NAME: {{}} under recipes")
         told = [name.removeprefix(f"{text.dataset}-") for name, text in params.texts.items() if text.dataset == run.dataset]
         lookup(dict.fromkeys(["baseline", "random", *told]), "variant", run.variant, f"{where}.variant")
         lookup(params.figures.colours, "variant", run.variant, f"{where}.variant; colours are in figures.colours")
