@@ -677,9 +677,9 @@ def test_other_tensors_are_no_classifier(grid):
 
 @pytest.mark.parametrize("name", ["train", "test"])
 def test_truncated_images_are_named(grid, name):
-    grid.cut(f"data/digits/{name}.safetensors")
+    grid.cut(f"data/digits/{name}/images.safetensors")
     line = grid.fails({"train": "ranges", "test": "evaluate"}[name], BASELINE)
-    says(line, "InvalidArtifact", f"data/digits/{name}.safetensors", "cannot be read", "'data'")
+    says(line, "InvalidArtifact", f"data/digits/{name}/images.safetensors", "cannot be read", "'data'")
 
 
 @pytest.mark.parametrize("content", ["[]", '["zero"]', '["zero", 1]', '{"zero": 0}', '["zero", "one"'])

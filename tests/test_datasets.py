@@ -4,6 +4,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import importlib
 import json
 import pickle
 import shutil
@@ -14,10 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
+from conftest import REPOSITORY
 from textguard.artifacts import read_classes
 from textguard.errors import InvalidArtifact, InvalidParameter, UnknownName, UnreadableImage
+from textguard.params import load_params
 from textguard.runtime import import_torchvision
 from textguard.vision.datasets import (
     SOURCES,
@@ -404,3 +408,28 @@ def test_an_index_without_its_files_says_where_they_are_looked_for(tmp_path):
     split_file(tmp_path / "data", "test").write_bytes(b"PAR1")
     with pytest.raises(InvalidArtifact, match="stage 'data' writes it"):
         load_split(tmp_path / "data", "test", tmp_path / "raw")
+
+
+def test_stages_read_photos_the_same_with_any_number_of_processes(tmp_path, monkeypatch):
+    write_folders(tmp_path / "photos", {"train": 8, "val": 6})
+    params = yaml.safe_load((REPOSITORY / "grids" / "smoke" / "params.yaml").read_text())
+    params["root"] = str(REPOSITORY)
+    params["datasets"]["digits"] |= {"source": "folder", "limit_train": 0, "limit_test": 0, "checksum": True}
+    params["recipes"]["resnet"] |= {"batch_size": 8, "image_size": 16, "resize_size": 18}
+    params["inject"] |= {"injections_per_layer": 2, "image_batch": 4}
+    monkeypatch.setenv("TEXTGUARD_DATA", str(tmp_path))
+    (tmp_path / "folder").symlink_to(tmp_path / "photos")
+    key = "digits-resnet18-baseline-s0"
+    for workers in ("0", "2"):
+        monkeypatch.setenv("TEXTGUARD_WORKERS", workers)
+        home = tmp_path / workers
+        home.mkdir()
+        monkeypatch.chdir(home)
+        (home / "params.yaml").write_text(yaml.safe_dump(params))
+        loaded = load_params()
+        importlib.import_module("stages.data").main(loaded, "digits")
+        for stage in ("train", "evaluate", "ranges", "inject"):
+            importlib.import_module(f"stages.{stage}").main(loaded, key)
+    files = [{path.name: path.read_bytes() for path in (tmp_path / n / "metrics").rglob("*.*")} for n in ("0", "2")]
+    assert len(files[0]) == 10
+    assert files[0] == files[1]

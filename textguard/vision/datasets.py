@@ -129,43 +129,23 @@ def data_root(source: str, folder: str | None, repository: Path) -> Path | None:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Images as pixels: uint8 [N, 1 or 3, H, W], labels int64 [N]."""
+class Part:
+    """Images and labels, int64 [N]. images: pixels, uint8 [N, 1 or 3, H, W], or paths below the data set's root, str [N]."""
 
-    images: Tensor
+    images: Tensor | np.ndarray
     labels: np.ndarray
 
-    def keep(self, rows: np.ndarray) -> "Pictures":
-        return Pictures(self.images[rows], self.labels[rows])
-
-    def check(self, classes: int) -> None:
-        _check_labels(self.labels, len(self.images), classes)
-
-
-@dataclass(frozen=True)
-class Files:
-    """Images as files: their paths below the data set's root, labels int64 [N]."""
-
-    paths: list[str]
-    labels: np.ndarray
-
-    def keep(self, rows: np.ndarray) -> "Files":
-        return Files([self.paths[row] for row in rows], self.labels[rows])
-
-    def check(self, classes: int) -> None:
-        _check_labels(self.labels, len(self.paths), classes)
-
-
-def _check_labels(labels: np.ndarray, images: int, classes: int) -> None:
-    if not len(labels) == images > 0 or not 0 <= labels.min() <= labels.max() < classes:
-        raise ValueError(f"{images} images, {len(labels)} labels, {classes} classes: they do not belong together")
+    @property
+    def packed(self) -> bool:
+        """Whether the pixels are at hand."""
+        return isinstance(self.images, Tensor)
 
 
 @dataclass(frozen=True)
 class Content:
     """A data set as it comes. parts: `train` and `test`, or `all`. mean, std: published ones; None: of the training images."""
 
-    parts: dict[str, Pictures | Files]
+    parts: dict[str, Part]
     classes: list[str]
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
@@ -178,11 +158,11 @@ def _digits(root: Path | None) -> Content:
     digits = load_digits()
     grey = (torch.from_numpy(digits.images)[:, None] * (255 / 16)).round().to(torch.uint8)
     classes = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-    return Content({"all": Pictures(grey, digits.target.astype(np.int64))}, classes)
+    return Content({"all": Part(grey, digits.target.astype(np.int64))}, classes)
 
 
 def _torchvision(name: str, root: Path) -> dict[str, Dataset]:
-    """Both splits of one of torchvision's data sets. It compares the MD5 of every file before it opens one."""
+    """Both splits of one of torchvision's data sets."""
     import_torchvision()
     from torchvision import datasets
 
@@ -200,7 +180,7 @@ def _cifar(name: str, root: Path) -> Content:
     }[name]
     splits = _torchvision(name, root)
     parts = {
-        split: Pictures(torch.from_numpy(found.data).permute(0, 3, 1, 2), np.array(found.targets, np.int64))
+        split: Part(torch.from_numpy(found.data).permute(0, 3, 1, 2), np.array(found.targets, np.int64))
         for split, found in splits.items()
     }
     return Content(parts, [spoken(folder) for folder in splits["train"].classes], mean, std)
@@ -210,7 +190,7 @@ def _stl10(root: Path) -> Content:
     """96 x 96 pixels, 5,000 labelled for training and 8,000 for testing (Coates, Ng and Lee, AISTATS 2011)."""
     splits = _torchvision("STL10", root)
     parts = {
-        split: Pictures(torch.from_numpy(np.ascontiguousarray(found.data)), found.labels.astype(np.int64))
+        split: Part(torch.from_numpy(np.ascontiguousarray(found.data)), found.labels.astype(np.int64))
         for split, found in splits.items()
     }
     return Content(parts, splits["train"].classes, (0.4469, 0.4400, 0.4068), (0.2184, 0.2157, 0.2182))
@@ -244,7 +224,7 @@ def _fashion_mnist(root: Path) -> Content:
                 with gzip.open(raw / f"{name}.gz") as packed, (there / name).open("wb") as file:
                     shutil.copyfileobj(packed, file)
         splits = _torchvision("FashionMNIST", Path(folder))
-        parts = {split: Pictures(found.data[:, None].clone(), found.targets.numpy()) for split, found in splits.items()}
+        parts = {split: Part(found.data[:, None].clone(), found.targets.numpy()) for split, found in splits.items()}
     return Content(parts, FASHION_CLASSES)
 
 
@@ -256,7 +236,8 @@ def _food101(root: Path) -> Content:
     parts = {}
     for split, photos in listed.items():
         paths = [f"food-101/images/{photo}.jpg" for folder in folders for photo in photos[folder]]
-        parts[split] = Files(paths, np.repeat(np.arange(len(folders)), [len(photos[folder]) for folder in folders]))
+        labels = np.repeat(np.arange(len(folders)), [len(photos[folder]) for folder in folders])
+        parts[split] = Part(np.array(paths, object), labels)
     classes = [spoken(folder) for folder in folders]
     return Content(parts, classes, (0.5507, 0.4451, 0.3405), (0.2282, 0.2395, 0.2373))
 
@@ -306,7 +287,7 @@ def _class_folders(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _image_folder(root: Path, part: str, folders: list[str]) -> Files:
+def _image_folder(root: Path, part: str, folders: list[str]) -> Part:
     """The images of root/part/CLASS, for the class folders that there are to be. Raises InvalidArtifact for others."""
     import_torchvision()
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
@@ -322,7 +303,7 @@ def _image_folder(root: Path, part: str, folders: list[str]) -> Files:
     labels = {folder: label for label, folder in enumerate(folders)}
     samples = make_dataset(where, labels, IMG_EXTENSIONS)
     paths = [Path(path).relative_to(root).as_posix() for path, _ in samples]
-    return Files(paths, np.array([label for _, label in samples], np.int64))
+    return Part(np.array(paths, object), np.array([label for _, label in samples], np.int64))
 
 
 @dataclass(frozen=True)
@@ -362,8 +343,13 @@ def read_source(source: str, root: Path | None) -> Content:
         _download(source, known.files, root)
     try:
         content = known.read(root)
-        for part in content.parts.values():
-            part.check(len(content.classes))
+        for name, part in content.parts.items():
+            if not len(part.images) == len(part.labels) > 0 or not 0 <= part.labels.min() <= part.labels.max() < len(
+                content.classes
+            ):
+                raise ValueError(
+                    f"{name}: {len(part.images)} images, {len(part.labels)} labels of {len(content.classes)} classes"
+                )
     except TextguardError:
         raise
     except Exception as error:  # of torchvision and of whatever unpacks the files
@@ -394,7 +380,7 @@ def _download(source: str, name: str, root: Path) -> None:
 
 def make_splits(
     content: Content, source: str, *, test_share: float, split_seed: int, limit_train: int, limit_test: int
-) -> dict[str, Pictures | Files]:
+) -> dict[str, Part]:
     """Training and test images: as they come, or drawn from the whole, stratified by class.
 
     limit_train, limit_test: keep that many images of each split, stratified; 0 keeps all. Raises InvalidParameter for a split
@@ -402,24 +388,28 @@ def make_splits(
     """
     from sklearn.model_selection import train_test_split
 
-    def choose(part: Pictures | Files, count: int | float) -> tuple[np.ndarray, np.ndarray]:
-        rows = np.arange(len(part.labels))
+    def choose(labels: np.ndarray, rows: np.ndarray, count: int | float) -> tuple[np.ndarray, np.ndarray]:
         try:
-            return tuple(train_test_split(rows, train_size=count, stratify=part.labels, random_state=split_seed))
+            return tuple(train_test_split(rows, train_size=count, stratify=labels[rows], random_state=split_seed))
         except ValueError as error:
             raise InvalidParameter(f"{source} cannot be split as params.yaml datasets asks: {error}") from error
 
+    rows = {name: np.arange(len(part.labels)) for name, part in content.parts.items()}
     parts = content.parts
     if "all" in parts:
-        parts = dict(zip(SPLITS, map(parts["all"].keep, choose(parts["all"], 1 - test_share)), strict=True))
-    limits = {"train": limit_train, "test": limit_test}
-    return {name: part.keep(np.sort(choose(part, limits[name])[0])) if limits[name] else part for name, part in parts.items()}
+        parts = dict.fromkeys(SPLITS, parts["all"])
+        rows = dict(zip(SPLITS, choose(parts["train"].labels, rows["all"], 1 - test_share), strict=True))
+    splits = {}
+    for (name, part), limit in zip(parts.items(), (limit_train, limit_test), strict=True):
+        kept = np.sort(choose(part.labels, rows[name], limit)[0] if limit else rows[name])
+        splits[name] = Part(part.images[kept], part.labels[kept])
+    return splits
 
 
 def save_splits(
     folder: Path,
     content: Content,
-    splits: Mapping[str, Pictures | Files],
+    splits: Mapping[str, Part],
     root: Path | None,
     *,
     source: str,
@@ -430,7 +420,7 @@ def save_splits(
     tables = {
         name: index_files(part, root, checksum=checksum, corrupt_share=corrupt_share, label=f"data {folder.name} {name}")
         for name, part in splits.items()
-        if isinstance(part, Files)
+        if not part.packed
     }
     mean, std = content.mean, content.std
     if mean is None:
@@ -438,16 +428,16 @@ def save_splits(
         mean, std = (values.expand(3).tolist() for values in (pixels.mean(dim=(0, 2, 3)), pixels.std(dim=(0, 2, 3))))
     described = {"mean": json.dumps(mean), "std": json.dumps(std), "classes": json.dumps(content.classes), "source": source}
     for name, part in splits.items():
-        if isinstance(part, Files):
-            write_parquet(folder / name / INDEX, tables[name], described)
-        else:
+        if part.packed:
             tensors = {"images": part.images, "labels": torch.from_numpy(part.labels)}
             write_safetensors(folder / name / PACKED, tensors, described)
-        (folder / name / (PACKED if isinstance(part, Files) else INDEX)).unlink(missing_ok=True)
+        else:
+            write_parquet(folder / name / INDEX, tables[name], described)
+        (folder / name / (INDEX if part.packed else PACKED)).unlink(missing_ok=True)
     write_json(folder / "classes.json", content.classes)
 
 
-def index_files(files: Files, root: Path, *, checksum: bool, corrupt_share: float, label: str) -> pd.DataFrame:
+def index_files(part: Part, root: Path, *, checksum: bool, corrupt_share: float, label: str) -> pd.DataFrame:
     """Open every image and list them: path, label, width, height (pixels), bytes, sha256 (empty without `checksum`).
 
     Images that PIL cannot read to their end are named and left out. Raises InvalidArtifact for more than `corrupt_share` of
@@ -456,15 +446,15 @@ def index_files(files: Files, root: Path, *, checksum: bool, corrupt_share: floa
     look, processes = partial(_look, root, checksum), max(1, loading_processes())
     found = []
     with ProcessPoolExecutor(processes) as pool:
-        results = pool.map(look, files.paths, chunksize=64)
+        results = pool.map(look, part.images, chunksize=64)
         # Behind the start of the processes, which would copy the locks of the bar's thread.
-        with progress(total=len(files.paths), label=label, unit="img") as bar:
+        with progress(total=len(part.images), label=label, unit="img") as bar:
             for result in results:
                 found.append(result)
                 bar.update(1)
     table = pd.DataFrame(found, columns=["width", "height", "bytes", "sha256", "problem"])
-    table.insert(0, "path", files.paths)
-    table.insert(1, "label", files.labels)
+    table.insert(0, "path", part.images)
+    table.insert(1, "label", part.labels)
     bad = table[table["problem"] != ""]
     if len(bad):
         named = "; ".join(f"{path}: {problem}" for path, problem in bad[["path", "problem"]].head(5).itertuples(index=False))
@@ -473,7 +463,7 @@ def index_files(files: Files, root: Path, *, checksum: bool, corrupt_share: floa
             raise InvalidArtifact(f"{said}; replace them, or raise params.yaml datasets.*.corrupt_share")
         announce(f"{said}; left out")
     table = table[table["problem"] == ""].drop(columns="problem").reset_index(drop=True)
-    if empty := set(files.labels) - set(table["label"]):
+    if empty := set(part.labels) - set(table["label"]):
         raise InvalidArtifact(f"{label}: no image of {len(empty)} classes can be read; replace the files below {root}")
     return table
 

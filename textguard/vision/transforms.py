@@ -42,11 +42,7 @@ class EvaluationView(Dataset):
     """See `evaluation_view`."""
 
     def __init__(self, split: Split, image_size: int, resize_size: int, interpolation: str) -> None:
-        if resize_size < image_size:
-            raise InvalidParameter(
-                f"resize_size is {resize_size}, below image_size, {image_size}; images would get a black frame; "
-                "change them in params.yaml recipes"
-            )
+        _check_sizes(image_size, resize_size)
         self.split, self.image_size, self.resize_size = split, image_size, resize_size
         self.interpolation = InterpolationMode(interpolation)
         self.prepared: Tensor | None = None
@@ -60,6 +56,7 @@ class EvaluationView(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
+        indices = [int(index) for index in indices]  # of a list, range, array or tensor
         if self.prepared is not None:
             images = self._normalise(self.prepared[indices])
         elif isinstance(self.split, PackedSplit):
@@ -81,6 +78,7 @@ class TrainingView(Dataset):
     """See `training_view`."""
 
     def __init__(self, split: Split, recipe: ImageRecipe, seed: int) -> None:
+        _check_sizes(recipe.image_size, recipe.resize_size)
         self.split, self.image_size, self.seed = split, recipe.image_size, seed
         self.augment = augmentation(recipe, split.mean, split.std)
         self.plain: EvaluationView | None = None
@@ -102,6 +100,14 @@ class TrainingView(Dataset):
             with _seeded(self.seed, index, visit):
                 views.append((self.augment(image), label))
         return views
+
+
+def _check_sizes(image_size: int, resize_size: int) -> None:
+    if resize_size < image_size:
+        raise InvalidParameter(
+            f"resize_size is {resize_size}, below image_size, {image_size}: images would get a black frame; "
+            "change params.yaml recipes"
+        )
 
 
 def evaluation_view(split: Split, image_size: int, resize_size: int, interpolation: str) -> EvaluationView:
