@@ -101,7 +101,7 @@ def test_a_step_is_what_the_recipe_says(tmp_path):
     ]
     optimizer = torch.optim.SGD(groups, lr=0.05, momentum=used.momentum)
     view, losses = view_of(used), []
-    for looks in epoch_order(40, used, 3, 0):
+    for looks in epoch_order(40, used, 3, 0).view(STEPS, 8, 2):
         images, labels = zip(*(view[tuple(look)] for look in looks.tolist()), strict=True)
         loss = F.cross_entropy(other(torch.stack(images)), torch.tensor(labels), label_smoothing=0.1)
         optimizer.zero_grad()

@@ -11,7 +11,7 @@ import pandas as pd
 
 from textguard.artifacts import write_csv, write_text
 from textguard.faults.statistics import Estimate
-from textguard.params import Params
+from textguard.params import Params, library_recipes
 from textguard.report.published import Finding, Published, audit, differences, load_published
 from textguard.report.results import load_cells, load_run, read_estimate
 
@@ -44,7 +44,7 @@ def tables_of(params: Params) -> list[Table]:
     cells, runs = load_cells(params.runs), {key: load_run(key) for key in params.runs}
     sources = {key: dataset.source for key, dataset in params.datasets.items()}
     recipes = {run.recipe: asdict(params.recipes[run.recipe]) for run in params.runs.values()}
-    return make_tables(cells, runs, params.tables.main_dataset, sources, recipes, library={})
+    return make_tables(cells, runs, params.tables.main_dataset, sources, recipes, library_recipes(params))
 
 
 def make_tables(

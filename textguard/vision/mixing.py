@@ -18,12 +18,12 @@ def mix(images: Tensor, labels: Tensor, classes: int, recipe: Recipe, generator:
     Source: Zhang et al., "mixup", ICLR 2018; Yun et al., "CutMix", ICCV 2019; as in torchvision's references/classification.
     """
     targets = F.one_hot(labels, classes).float()
-    choices = [(mixup, recipe.mixup)] * (recipe.mixup > 0) + [(cutmix, recipe.cutmix)] * (recipe.cutmix > 0)
-    if not choices:
+    alphas = {way: alpha for way, alpha in ((mixup, recipe.mixup), (cutmix, recipe.cutmix)) if alpha}
+    if not alphas:
         return images, targets
-    how, alpha = choices[generator.integers(len(choices))]
-    share = generator.beta(alpha, alpha)
-    if how is mixup:
+    way = list(alphas)[generator.integers(len(alphas))]
+    share = generator.beta(alphas[way], alphas[way])
+    if way is mixup:
         return mixup(images, targets, share)
     height, width = images.shape[-2:]
     centre = int(generator.integers(height)), int(generator.integers(width))

@@ -14,11 +14,11 @@ def steps_per_epoch(samples: int, recipe: Recipe) -> int:
 
 
 def epoch_order(samples: int, recipe: Recipe, seed: int, epoch: int) -> Tensor:
-    """What an epoch, counted from 0, looks at: int64 [steps, B, 2] of (image, visit), B = min(batch_size, samples).
+    """What an epoch, counted from 0, looks at: int64 [steps * B, 2] of (image, visit), with B = min(batch_size, samples).
 
-    Row i is the batch of step i, for all processes together; a process takes a part of every row. A visit is the number of the
-    look at an image, as augmentation needs it. A rest smaller than a batch is left out, other images in each epoch: every step
-    has the batch that the learning rate is meant for. It depends on (seed, epoch) and the numbers of images alone.
+    B rows are the batch of one step, for all processes together; a process takes a part of each batch. A visit is the number of
+    the look at an image, as augmentation needs it. A rest smaller than a batch is left out, other images in each epoch: every
+    step has the batch that the learning rate is meant for. The order depends on (seed, epoch) and the sizes alone.
 
     With repeated augmentation the epoch is as long, over fewer images: each is in it repeated_augmentation times, all in one
     batch unless that ends in between. In a batch all first visits come before all second ones, so that neighbours, which are
@@ -30,4 +30,4 @@ def epoch_order(samples: int, recipe: Recipe, seed: int, epoch: int) -> Tensor:
     images = torch.randperm(samples, generator=generator).repeat_interleave(times)
     visits = torch.arange(times).repeat(samples) + epoch * times
     looks = torch.stack([images, visits], dim=1)[: steps * min(recipe.batch_size, samples)].view(steps, -1, 2)
-    return looks.take_along_dim(looks[..., 1:].argsort(dim=1, stable=True), dim=1)
+    return looks.take_along_dim(looks[..., 1:].argsort(dim=1, stable=True), dim=1).flatten(0, 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
 from textguard.errors import UnknownName
@@ -76,6 +76,16 @@ class Recipe:
     flip: Share
     auto_augment: Annotated[str, Field(min_length=1)]
     random_erasing: Share
+
+    @model_validator(mode="after")
+    def _fields_fit(self) -> "Recipe":
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs}; it must be below epochs, {self.epochs}")
+        if self.resize_size < self.image_size:
+            raise ValueError(f"resize_size is {self.resize_size}; it must not be below image_size, {self.image_size}")
+        if self.crop_scale[0] > self.crop_scale[1]:
+            raise ValueError(f"crop_scale is {list(self.crop_scale)}; its minimum comes first")
+        return self
 
 
 def library_fields(name: str, where: str) -> dict[str, Any]:

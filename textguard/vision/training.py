@@ -106,7 +106,7 @@ def train(
         bar.update(position.step * batch_size)
         while position.step < recipe.epochs * steps:
             number, first = divmod(position.step, steps)
-            looks = epoch_order(images, recipe, seed, number)[first:]
+            looks = epoch_order(images, recipe, seed, number).view(steps, batch_size, 2)[first:]
             model.train()
             for pictures, labels in image_loader(
                 view, batches=_parts(looks, rank, processes), pin_memory=device.type == "cuda"
