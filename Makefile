@@ -80,7 +80,7 @@ lock:  ## pin what pyproject.toml resolves to today in requirements.lock
 	.lock-venv/bin/python -m pip install --quiet 'setuptools>=77' torch==2.13.0 torchvision==0.28.0
 	.lock-venv/bin/python -m pip install --quiet '.[dev]'
 	{ echo "# Written by 'make lock' from pyproject.toml. CUDA packages come with torch where its build needs them."; \
-	  .lock-venv/bin/python -m pip freeze --all | sed -E 's/\+cpu$$//' | grep -vE '^(pip|textguard|nvidia-|cuda-|triton)'; } > requirements.lock
+	  .lock-venv/bin/python -m pip freeze --all | sed -E 's/\+cpu$$//' | grep -vP '^(pip|textguard|nvidia-(?!ml-py)|cuda-|triton)'; } > requirements.lock
 	rm -rf .lock-venv
 
 clean:  ## delete the environment, caches and partial results; keep every result

@@ -26,13 +26,16 @@ def rehearse(model: nn.Module, view: TrainingView, recipe: Recipe, inject: Injec
     from textguard.faults.formats import parse_format
     from textguard.faults.plans import draw_plan
     from textguard.vision.optimisation import make_optimizer
+    from textguard.vision.training import AUTOCAST
 
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         images, labels = (torch.stack(part) for part in zip(*[_pair(view[(i, 0)]) for i in range(IMAGES)], strict=True))
         tried = copy.deepcopy(model).train()
         optimizer = make_optimizer(tried, recipe)
-        nn.functional.cross_entropy(tried(images.to(device)), labels.to(device)).backward()
+        with torch.autocast(device.type, AUTOCAST.get(recipe.precision), enabled=recipe.precision in AUTOCAST):
+            loss = nn.functional.cross_entropy(tried(images.to(device)), labels.to(device))
+        loss.backward()
         optimizer.step()
         tried.eval()
         fault_model, number_format = FaultModel(**asdict(inject.faults)), parse_format(inject.format)

@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from torch import Tensor, nn
@@ -13,13 +14,16 @@ from stages.rehearsal import rehearse
 from textguard.artifacts import fingerprint, read_json, reading, sha256_of_file, work_dir, write_csv
 from textguard.errors import InvalidArtifact
 from textguard.params import Params, RunParams
-from textguard.runtime import make_deterministic, pick_device
+from textguard.runtime import announce, make_deterministic, pick_device
 from textguard.text.embeddings import load_class_embeddings
 from textguard.vision.checkpoints import read_checkpoint, read_text_features
 from textguard.vision.classifiers import ClassifierSpec, build_classifier, fill, save_classifier
 from textguard.vision.datasets import data_root, load_split, split_file
 from textguard.vision.training import Epoch, train
 from textguard.vision.transforms import training_view
+
+if TYPE_CHECKING:
+    from dvclive import Live
 
 HEAD_MAKERS = {"baseline": "data", "random": "encoder"}
 
@@ -70,21 +74,34 @@ def save(key: str, model: nn.Module, spec: ClassifierSpec, provenance: dict[str,
 def live_curve(key: str, first: bool) -> Iterator[Callable[[Epoch], None]]:
     """Show each epoch as it ends, in metrics/live/KEY, as DVCLive does: DVC's extension for VS Code draws it.
 
-    It is told all epochs of a training that goes on, so that no point is missing or there twice.
+    It is told all epochs of a training that goes on, so that no point is missing or there twice. Where DVCLive cannot work, as
+    in a git repository without a commit, the training does without.
     """
-    if not first:
-        yield lambda epoch: None
-        return
-    from dvclive import Live  # only where it is used: importing it takes most of a second
-
-    with Live(str(Path("metrics") / "live" / key), save_dvc_exp=False, dvcyaml=None) as live:
+    with ExitStack() as opened:
+        live = None
 
         def report(epoch: Epoch) -> None:
-            for name in ("loss", "accuracy", "learning_rate"):
-                live.log_metric(name, getattr(epoch, name))
-            live.next_step()
+            nonlocal live
+            if epoch.epoch == 1:
+                live = _start_live(key)
+                if live:
+                    opened.enter_context(live)
+            if live:
+                for name in ("loss", "accuracy", "learning_rate"):
+                    live.log_metric(name, getattr(epoch, name))
+                live.next_step()
 
-        yield report
+        yield report if first else lambda epoch: None
+
+
+def _start_live(key: str) -> "Live | None":
+    from dvclive import Live  # only where it is used: importing it takes most of a second
+
+    try:
+        return Live(str(Path("metrics") / "live" / key), save_dvc_exp=False, dvcyaml=None)
+    except Exception as error:  # of git, of DVC or of the disk: no reason to stop a training
+        announce(f"train {key}: no live curve ({error})")
+        return None
 
 
 def import_weights(spec: ClassifierSpec, state: dict[str, Tensor], checkpoint: str) -> nn.Module:

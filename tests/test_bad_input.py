@@ -667,7 +667,7 @@ def test_a_classifier_of_another_shape_is_named_with_both_shapes(grid, stage):
     tensors, metadata = read_safetensors(grid.folder / MODEL, "train")
     write_safetensors(grid.folder / MODEL, {**tensors, "fc.weight": torch.zeros(10, 7)}, metadata)
     line = grid.fails(stage, BASELINE)
-    says(line, "InvalidArtifact", MODEL, "resnet18", "fc.weight is (10, 7)", "expected (10, 512)", "dvc repro")
+    says(line, "InvalidArtifact", MODEL, "in 1 of 122 places", "fc.weight is (10, 7), not (10, 512)", "dvc repro")
 
 
 def test_other_tensors_are_no_classifier(grid):
@@ -815,12 +815,12 @@ def test_damaged_shards_of_an_interrupted_campaign_are_run_again(grid, interrupt
     assert not work.exists()
 
 
-def test_a_damaged_checkpoint_of_an_interrupted_training_is_named(grid, interrupted):
-    checkpoint = interrupted("train", "save_classifier") / "checkpoint.safetensors"
+def test_a_damaged_checkpoint_of_an_interrupted_training_is_named_and_left(grid, interrupted):
+    checkpoint = max(interrupted("train", "save_classifier").glob("checkpoint-*"))
     grid.cut(str(checkpoint.relative_to(grid.folder)))
     code, lines = grid.run("train", BASELINE)
-    assert code == 1
-    says(lines[-1], "InvalidArtifact", str(checkpoint.relative_to(grid.folder)), "delete it")
+    assert code == 0
+    assert any(checkpoint.name in line and "cannot be read" in line and "the checkpoint before" in line for line in lines)
 
 
 def a_file_for_a_folder(grid: Grid) -> None:

@@ -95,7 +95,7 @@ def test_figures_hold_any_number_of_classes_and_their_numbers(tmp_path, count):
     points, centres, shown = principal_components(unit, means)
     draw_projection(points, np.arange(count), centres, names, shown, "title", tmp_path / "projection", 60)
     written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert len(written) == 6
+    assert len(written) == 8
     assert pd.read_csv(tmp_path / "similarity.csv").shape == (count, count)
     assert len(pd.read_csv(tmp_path / "projection.csv")) == 2 * count
     draw_similarity(unit @ unit.T, names, "title", tmp_path / "similarity", 60)

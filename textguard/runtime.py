@@ -67,7 +67,7 @@ def pick_device() -> torch.device:
     local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     name = os.environ.get("TEXTGUARD_DEVICE", local if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(local if name == "cuda" else name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]

@@ -31,7 +31,7 @@ def predict(model: nn.Module, view: EvaluationView, batch_size: int, label: str 
     device = next(model.parameters()).device
     rank, processes = join_processes(device)
     rows = torch.arange(rank, len(view), processes)
-    found = torch.zeros(len(view), 3, dtype=torch.float64, device=device)  # others' rows stay 0, and are added up
+    found = torch.zeros(len(view), 3, device=device)  # others' rows stay 0, and are added up
     with progress(total=len(rows), label=label, unit="img", shown=rank == 0) as bar:
         batches = rows.split(batch_size)
         for part, (images, labels) in zip(
@@ -40,7 +40,7 @@ def predict(model: nn.Module, view: EvaluationView, batch_size: int, label: str 
             logits = model(images.to(device))
             first, second = logits.softmax(dim=1).topk(2, dim=1).values.unbind(dim=1)
             loss = F.cross_entropy(logits, labels.to(device), reduction="none")
-            found[part] = torch.stack([logits.argmax(dim=1), loss, first - second], dim=1).double()
+            found[part] = torch.stack([logits.argmax(dim=1), loss, first - second], dim=1)
             bar.update(len(part))
     if processes > 1:
         torch.distributed.all_reduce(found)
@@ -50,8 +50,8 @@ def predict(model: nn.Module, view: EvaluationView, batch_size: int, label: str 
             "image": range(len(view)),
             "label": view.split.labels,
             "prediction": prediction.long(),
-            "loss": loss.float(),
-            "top2diff": top2diff.float(),
+            "loss": loss,
+            "top2diff": top2diff,
         }
     )
 

@@ -1,8 +1,10 @@
 """The one training loop, on one device or many. It can be killed at any moment and goes on from its last checkpoint."""
 
+import copy
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -94,6 +96,7 @@ def train(
     if processes > 1:
         torch.distributed.barrier()  # nobody writes a checkpoint before all have read the last one
         runner = DistributedDataParallel(runner, device_ids=[device.index] if device.type == "cuda" else None)
+    mixed_in = int(recipe.mixup > 0 or recipe.cutmix > 0)  # the image before a part's first, which is mixed with it
     every, saved = environment_number("TEXTGUARD_CHECKPOINT", 600), time.monotonic()
 
     def save() -> None:
@@ -108,9 +111,8 @@ def train(
             number, first = divmod(position.step, steps)
             looks = epoch_order(images, recipe, seed, number).view(steps, batch_size, 2)[first:]
             model.train()
-            for pictures, labels in image_loader(
-                view, batches=_parts(looks, rank, processes), pin_memory=device.type == "cuda"
-            ):
+            parts = _parts(looks, rank, processes, mixed_in)
+            for pictures, labels in image_loader(view, batches=parts, pin_memory=device.type == "cuda"):
                 step, rate = position.step, learning_rate_at(position.step, steps, recipe)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
@@ -118,18 +120,18 @@ def train(
                 drawn = hashlib.sha256(f"textguard step {seed} {step}".encode()).digest()
                 on_device = [part.to(device, non_blocking=True) for part in (pictures, labels)]
                 mixed, mixed_targets = mix(*on_device, classes, recipe, np.random.default_rng(list(drawn)))
-                batch, targets = mixed[1:], mixed_targets[1:]  # the first is there to be mixed with the second
+                batch, targets = mixed[mixed_in:], mixed_targets[mixed_in:]
                 torch.manual_seed(int.from_bytes(drawn[:7]) + rank)
                 with torch.autocast(device.type, AUTOCAST.get(recipe.precision), enabled=recipe.precision != "fp32"):
                     logits = runner(batch.contiguous(memory_format=layout))
                     loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
                 hits = (logits.detach().argmax(dim=1) == targets.argmax(dim=1)).sum()
-                sums = torch.stack([loss.detach().double() * len(batch), hits.double()])
+                sums = torch.stack([loss.detach().float() * len(batch), hits.float()])
                 if processes > 1:
                     torch.distributed.all_reduce(sums)
                 batch_loss, batch_hits = sums.tolist()
                 if not math.isfinite(batch_loss):
-                    _stop(label, batch_loss / batch_size, number, step % steps, rate, work, rank)
+                    _stop(label, batch_loss / batch_size, number, step % steps, rate, work)
                 optimizer.zero_grad(set_to_none=True)
                 scaler.scale(loss).backward()
                 if recipe.clip_norm:
@@ -158,18 +160,15 @@ def train(
     return position.history
 
 
-def _parts(looks: Tensor, rank: int, processes: int) -> Iterator[list[list[int]]]:
-    """This process's part of each batch [steps, B, 2], and before it the image that its first one is mixed with."""
+def _parts(looks: Tensor, rank: int, processes: int, before: int) -> Iterator[list[list[int]]]:
+    """This process's part of each batch [steps, B, 2], and `before` images before it, round the batch's end."""
     size = looks.shape[1] // processes
     for batch in looks:
-        part = torch.arange(rank * size - 1, (rank + 1) * size)
-        yield batch[part].tolist()
+        yield batch[torch.arange(rank * size - before, (rank + 1) * size)].tolist()
 
 
-def _stop(label: str, loss: float, epoch: int, step: int, rate: float, work: Path, rank: int) -> None:
-    """Raise InvalidParameter, in the first process; the others end in silence."""
-    if rank:
-        raise SystemExit(1)
+def _stop(label: str, loss: float, epoch: int, step: int, rate: float, work: Path) -> None:
+    """Raise InvalidParameter, in every process."""
     kept = _checkpoints(work)
     last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
     raise InvalidParameter(
@@ -210,6 +209,9 @@ def _resume(
     label: str,
 ) -> Position | None:
     """Load the last checkpoint that can be read, if there is one."""
+    first = os.environ.get("RANK", "0") == "0"
+    parts = [part for part in (model, optimizer, average) if part]
+    start = [copy.deepcopy(part.state_dict()) for part in parts] if _checkpoints(work) else []
     for path in reversed(_checkpoints(work)):
         try:
             tensors, metadata = read_safetensors(path, "train")
@@ -217,8 +219,11 @@ def _resume(
             position.history = [Epoch(**epoch) for epoch in position.history]
             _load(tensors, json.loads(metadata["scaler"]), model, optimizer, average, scaler)
         except (InvalidArtifact, KeyError, TypeError, ValueError, RuntimeError) as error:
-            announce(f"{label}: {path} cannot be read ({str(error)[:100]}); going back to the checkpoint before")
-            path.unlink(missing_ok=True)
+            if first:
+                announce(f"{label}: {path} cannot be read ({str(error)[:100]}); going back to the checkpoint before")
+                path.unlink(missing_ok=True)
+            for part, state in zip(parts, start, strict=True):  # of which it may have changed some
+                part.load_state_dict(state)
             continue
         return position
     return None
