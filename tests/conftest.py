@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as stages/__main__.py does, and before torch is loaded
-# The tests run in as many processes as there are cores, or nearly: more threads than these would only stand in each other's way.
+# The tests run in about as many processes as there are cores: more threads would only stand in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest

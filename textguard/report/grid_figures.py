@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 
 from textguard.report.cells import Cell
 from textguard.report.drawing import NOTE_SIZE
+from textguard.report.published import Published, load_published
 from textguard.report.results import read_estimate
 
 PARTS = {"last_layer": "last layer", "overall": "all layers"}
@@ -20,7 +21,7 @@ def draw_improvement(cells: Sequence[Mapping[str, Any]], colours: Mapping[str, s
     """How many times less DeltaLoss than the baseline: one row per cell, with its interval. cells: see `load_cells`."""
     figure = Figure(figsize=(7.0, 1.5 + 0.28 * len(cells)), layout="constrained")
     panels = figure.subplots(1, len(PARTS), sharey=True)
-    rows = []
+    rows, published = [], [row for row in load_published() if row.source == "paper"]
     names = [f"{cell['dataset']}, {cell['backbone']}, {cell['variant']}" for cell in cells]
     for axes, (part, label) in zip(panels, PARTS.items(), strict=True):
         for row, cell in enumerate(cells):
@@ -28,10 +29,17 @@ def draw_improvement(cells: Sequence[Mapping[str, Any]], colours: Mapping[str, s
             bars = [[found.value - found.low], [found.high - found.value]]
             if np.isfinite(found.value):
                 axes.errorbar(found.value, row, xerr=bars, marker="o", color=colours[cell["variant"]], capsize=2, elinewidth=1)
+            beside = _published(cell, published, part)
+            if beside is not None:
+                axes.plot(beside, row, marker="D", color="black", markerfacecolor="none")
             where = {name: cell[name] for name in ("dataset", "backbone", "variant")}
-            rows.append(
-                {**where, "part": part, "trainings": len(cell["seeds"]), **found.as_json(), "verdict": cell["verdict"][part]}
-            )
+            numbers = {
+                "trainings": len(cell["seeds"]),
+                **found.as_json(),
+                "verdict": cell["verdict"][part],
+                "published": beside,
+            }
+            rows.append({**where, "part": part, **numbers})
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set(xscale="log", xlabel=f"improvement, {label} (x)")
     panels[0].set_yticks(range(len(cells)), names)
@@ -39,10 +47,22 @@ def draw_improvement(cells: Sequence[Mapping[str, Any]], colours: Mapping[str, s
     figure.suptitle("Improvement in reliability over the baseline", fontsize=9)
     counts = sorted({len(cell["seeds"]) for cell in cells})
     spread = f"{counts[0]} training" if counts == [1] else f"{counts[0]} to {counts[-1]} trainings"
-    figure.supxlabel(
-        f"DeltaLoss of the baseline / text-guided; right of 1 is better; {spread} per row; bars: interval", fontsize=NOTE_SIZE
+    note = (
+        f"DeltaLoss of the baseline / text-guided; right of 1 is better; {spread} per row; bars: interval\n"
+        "diamonds: the paper's, for this backbone and start of the head, on ImageNet where it has no such data set"
     )
+    figure.supxlabel(note, fontsize=NOTE_SIZE)
     return figure, pd.DataFrame(rows)
+
+
+def _published(cell: Mapping[str, Any], rows: Sequence[Published], part: str) -> float | None:
+    """The paper's improvement for a cell's backbone and variant: on its data set, else on ImageNet, where it has one."""
+    fitting = [row for row in rows if (row.backbone, row.variant) == (cell["backbone"], cell["variant"])]
+    for dataset in (cell["dataset"], "imagenet"):
+        for row in fitting:
+            if row.dataset == dataset and part in row.numbers:
+                return float(row.numbers[part])
+    return None
 
 
 def draw_tradeoff(cells: Sequence[Cell]) -> tuple[Figure, pd.DataFrame]:

@@ -271,7 +271,7 @@ def _show_setting(name: str, fields: Fields, library: Fields) -> str | None:
 
 def _setting(name: str, value: Any) -> str:
     if value is None:
-        return "as weight_decay" if name.endswith("_weight_decay") else "none"
+        return "as weight_decay" if name.endswith("_weight_decay") else "the network's own"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if name in OFF and value == OFF[name]:
