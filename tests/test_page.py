@@ -209,7 +209,7 @@ def test_tables_sort_by_number_and_filter_by_text(opened):
     button = header.find_element("css selector", "button")
     for order, expected in (("ascending", sorted), ("descending", lambda numbers: sorted(numbers, reverse=True))):
         opened.execute_script("arguments[0].click()", button)
-        numbers = [int(text) for text in opened.execute_script(column % 2, table)]
+        numbers = [int(text.replace(",", "")) for text in opened.execute_script(column % 2, table)]
         assert header.get_attribute("aria-sort") == order
         assert numbers == expected(numbers)
         assert len(set(numbers)) > 3

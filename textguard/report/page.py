@@ -26,6 +26,7 @@ from textguard.errors import InvalidArtifact, TextguardError
 from textguard.faults.statistics import Estimate
 from textguard.params import Params, load_params
 from textguard.report.gate import compare_all, read_runs, verdict_table
+from textguard.report.published import load_published
 from textguard.report.results import BASELINE, RESULTS_DIR, load_cells, load_run, read_estimate
 from textguard.report.tables import PROPOSED, Table, show_cell, show_estimate, tables_of
 
@@ -138,7 +139,7 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
         texts=[_text(key, params) for key in params.texts],
         commands=_commands(grid, revision),
         parameters=_parameters(params),
-        not_run=_not_run(runs),
+        not_run=_not_run(runs, {dataset.source for dataset in params.datasets.values()}),
     )
     write_text(path, content)
 
@@ -202,7 +203,7 @@ def _table(table: Table, label: str) -> dict[str, Any]:
     rows = [
         [
             {
-                "text": show_cell(value),
+                "text": f"{value:,}" if isinstance(value, int) else show_cell(value),
                 "value": _number(value.value if isinstance(value, Estimate) else value),
                 "kind": VERDICTS.get(value, "") if isinstance(value, str) else "",
             }
@@ -273,7 +274,7 @@ def _layers(key: str, run: Mapping[str, Any]) -> Table:
     rows = []
     for layer in run["layers"]:
         row = [layer["layer"], layer["kind"], layer["neurons"], layer["injections"], read_estimate(layer["delta_loss"])]
-        row += [read_estimate(layer["sdc"]).times(100), round(100 * layer["outcomes"]["masked"], 1)]
+        row += [read_estimate(layer["sdc"]).times(100), f"{100 * layer['outcomes']['masked']:.1f}"]
         if guided:
             better = layer.get("improvement")
             row.append(read_estimate(better) if better else "no such layer")
@@ -321,7 +322,7 @@ def _classes(key: str, classes: pd.DataFrame) -> Table:
 
 
 def _short(value: Any) -> Any:
-    return round(float(value), 3) if isinstance(value, float) else (value if isinstance(value, str) else int(value))
+    return f"{value:.3f}" if isinstance(value, float) else (value if isinstance(value, str) else int(value))
 
 
 def _commands(grid: str, revision: Revision) -> str:
@@ -341,15 +342,22 @@ def _parameters(params: Params) -> str:
     return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
 
 
-def _not_run(runs: Mapping[str, dict[str, Any]]) -> list[str]:
-    lines = [
-        "Whatever the tables call “not run”: this grid does not hold it, or its data, weights or devices were not at hand.",
-    ]
-    for key, run in runs.items():
-        lines += [f"{key}: {layer} was skipped: {reason}" for layer, reason in run["skipped"].items()]
+def _not_run(runs: Mapping[str, dict[str, Any]], sources: set[str]) -> list[str]:
+    published = [row for row in load_published() if row.source == "paper"]
+    lines = []
+    for what, of_paper, here in (
+        ("data sets", {row.dataset for row in published}, sources),
+        ("backbones", {row.backbone for row in published}, {run["backbone"] for run in runs.values()}),
+    ):
+        if missing := sorted(of_paper - here):
+            lines.append(
+                f"Of the paper's {len(of_paper)} {what}: {', '.join(missing)}. This grid's params.yaml does not name them."
+            )
     if all(run["variant"] == BASELINE for run in runs.values()):
-        lines.append("No text-guided classifier.")
-    return lines
+        lines.append("Any text-guided classifier.")
+    for key, run in runs.items():
+        lines += [f"{key}: faults in {layer}: {reason}." for layer, reason in run["skipped"].items()]
+    return lines or ["Nothing of what the paper ran is missing."]
 
 
 def _id(name: str) -> str:
