@@ -4,6 +4,7 @@ These tests run the whole smoke grid with the real `dvc`.
 """
 
 import functools
+import json
 import os
 import re
 import shutil
@@ -123,6 +124,13 @@ def test_a_recipes_learning_rate_retrains_the_runs_that_use_it(checkout):
     change(checkout, "recipes.mobilenet.learning_rate", 0.02)
     behind = {name for name in BEHIND_TRAINING if BASELINE not in name}
     assert repro(checkout)[0] == behind | {f"train@{GUIDED}"}
+
+
+def test_a_recipe_of_the_library_is_watched_by_the_runs_that_use_it(checkout):
+    path = checkout / "textguard" / "vision" / "recipes" / "mobilenet.yaml"
+    path.write_text(path.read_text() + "# a comment more\n")
+    changed = run(["dvc", "status", "--json", "dvc.yaml"], checkout / GRID).stdout
+    assert json.loads(changed).keys() == {f"train@{GUIDED}"}
 
 
 def test_the_same_bytes_come_out_of_an_empty_cache(checkout, finished):

@@ -1,9 +1,8 @@
 """Classifiers, training, evaluation."""
 
 import copy
-import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -22,21 +21,13 @@ from textguard.vision.classifiers import (
     save_classifier,
 )
 from textguard.vision.evaluation import accuracy_by_threshold, measure_cost, predict
-from textguard.vision.training import learning_rate_at, train
+from textguard.vision.recipe import load_recipe
+from textguard.vision.training import train
 
-
-@dataclass(frozen=True)
-class TestRecipe:
-    __test__ = False
-    epochs: int = 4
-    batch_size: int = 8
-    learning_rate: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 1e-3
-    warmup_epochs: int = 1
-    schedule: str = "cosine"
-    step_epochs: int = 1
-    gamma: float = 0.5
+RECIPE = load_recipe(
+    "resnet",
+    {"epochs": 4, "batch_size": 8, "base_batch_size": 8, "warmup_epochs": 1, "schedule": "cosine", "schedule_per": "step"},
+)
 
 
 def test_the_text_guided_head_is_the_published_one():
@@ -79,16 +70,6 @@ def test_classifiers_survive_the_disk(tmp_path):
         load_classifier(tmp_path / "m.safetensors")
 
 
-def test_learning_rates_warm_up_and_fall():
-    cosine = [learning_rate_at(step, 10, TestRecipe()) for step in range(40)]
-    assert cosine[:10] == pytest.approx([0.01 * (i + 1) for i in range(10)])
-    assert cosine[10] == pytest.approx(0.1)
-    assert cosine[25] == pytest.approx(0.05)
-    assert all(a >= b for a, b in itertools.pairwise(cosine[10:]))
-    step = TestRecipe(schedule="step", warmup_epochs=0, step_epochs=2)
-    assert [learning_rate_at(i, 10, step) for i in (0, 19, 20, 39)] == pytest.approx([0.1, 0.1, 0.05, 0.05])
-
-
 def small_task() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -107,7 +88,7 @@ def small_task() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 
 def test_training_learns_and_an_interrupted_one_ends_with_the_same_bits(tmp_path):
     model, images, labels = small_task()
-    history = train(model, images, labels, TestRecipe(), seed=5, checkpoint=tmp_path / "a.safetensors", label="a")
+    history = train(model, images, labels, RECIPE, seed=5, checkpoint=tmp_path / "a.safetensors", label="a")
     assert [epoch.epoch for epoch in history] == [1, 2, 3, 4]
     assert history[-1].loss < history[0].loss
 
@@ -124,7 +105,7 @@ def test_training_learns_and_an_interrupted_one_ends_with_the_same_bits(tmp_path
             interrupted,
             images,
             labels,
-            TestRecipe(),
+            RECIPE,
             seed=5,
             checkpoint=tmp_path / "b.safetensors",
             label="b",
@@ -132,7 +113,7 @@ def test_training_learns_and_an_interrupted_one_ends_with_the_same_bits(tmp_path
         )
     torch.rand(17)  # whatever else used the global generator in between
     resumed = copy.deepcopy(small_task()[0])
-    again = train(resumed, images, labels, TestRecipe(), seed=5, checkpoint=tmp_path / "b.safetensors", label="b")
+    again = train(resumed, images, labels, RECIPE, seed=5, checkpoint=tmp_path / "b.safetensors", label="b")
     assert again == history
     expected = model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.state_dict().items())
@@ -141,10 +122,8 @@ def test_training_learns_and_an_interrupted_one_ends_with_the_same_bits(tmp_path
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
     model, images, labels = small_task()
     with pytest.raises(InvalidParameter, match=r"epoch 1, step 1; lower params\.yaml recipes"):
-        train(model, images * float("nan"), labels, TestRecipe(), seed=0, checkpoint=tmp_path / "c.safetensors", label="c")
+        train(model, images * float("nan"), labels, RECIPE, seed=0, checkpoint=tmp_path / "c.safetensors", label="c")
     assert not (tmp_path / "c.safetensors").exists()
-    with pytest.raises(InvalidParameter, match="warmup_epochs"):
-        train(model, images, labels, TestRecipe(epochs=1), seed=0, checkpoint=tmp_path / "c.safetensors", label="c")
 
 
 def test_predictions_and_thresholds(resnet, images):

@@ -318,10 +318,6 @@ def head_source(run: RunParams) -> str:
 
 
 def _check_references(params: Params, path: Path) -> None:
-    for key, recipe in params.recipes.items():
-        if recipe.warmup_epochs >= recipe.epochs:
-            given = f"recipes.{key}.warmup_epochs is {recipe.warmup_epochs}"
-            raise InvalidParameter(f"{path} {given}; it must be below epochs, {recipe.epochs}")
     for key, text in params.texts.items():
         lookup(params.datasets, "data set", text.dataset, f"{path} texts.{key}.dataset")
         if not key.startswith(f"{text.dataset}-"):
@@ -332,7 +328,7 @@ def _check_references(params: Params, path: Path) -> None:
     for key, run in params.runs.items():
         where = f"{path} runs.{key}"
         lookup(params.datasets, "data set", run.dataset, f"{where}.dataset")
-        lookup(params.recipes, "recipe", run.recipe, f"{where}.recipe")
+        lookup(params.recipes, "recipe", run.recipe, f"{where}.recipe; one of the library needs NAME: {{}} under recipes")
         if run.checkpoint == "torchvision" and (run.variant, params.datasets[run.dataset].source) != ("baseline", "imagenet"):
             raise InvalidParameter(f"{where}.checkpoint is torchvision: its weights are for baselines on source imagenet alone")
         told = [name.removeprefix(f"{text.dataset}-") for name, text in params.texts.items() if text.dataset == run.dataset]
@@ -358,6 +354,8 @@ def _one_line(error: ValidationError, kind: type, path: Path, section: tuple[str
         message = f"key {place!r} is missing in {path}"
     elif first["type"] == "float_type" and _is_number(first["input"]):
         message = f"{place} is {first['input']} in {path}, which YAML takes for a text; write 0.001 or 1.0e-3, not 1e-3"
+    elif first["type"] == "value_error":  # of a dataclass's own check, which names the key
+        message = f"{place}.{first['ctx']['error']}, in {path}"
     else:
         message = f"{place} is {json.dumps(first['input'])[:60]} in {path}: {first['msg']}"
     return message + (f" (and {len(more)} more)" if more else "")

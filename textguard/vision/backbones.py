@@ -35,15 +35,15 @@ def _torchvision(name: str, smallest: int, largest: int = 4096) -> Backbone:
     return Backbone(lambda **options: models.get_model(name, **options), weights, smallest, largest)
 
 
-def _timm(name: str, smallest: int, largest: int = 4096) -> Backbone:
+def _timm(name: str, smallest: int, **settings: float) -> Backbone:
     """A network of timm, with its default weights."""
 
     def build(**options: bool | float) -> nn.Module:
         import timm  # only where it is used: importing it takes seconds
 
-        return timm.create_model(name, **options)
+        return timm.create_model(name, **settings, **options)
 
-    return Backbone(build, lambda: build(pretrained=True).state_dict(), smallest, largest)
+    return Backbone(build, lambda: build(pretrained=True).state_dict(), smallest)
 
 
 BACKBONES = {
@@ -59,8 +59,8 @@ BACKBONES = {
     "maxvit_t": _torchvision("maxvit_t", 224, 224),
     "swin_v2_t": _torchvision("swin_v2_t", 32),
     "swin_v2_s": _torchvision("swin_v2_s", 32),
-    "focalnet_t": _timm("focalnet_tiny_srf", 32),
-    "focalnet_s": _timm("focalnet_small_srf", 32),
+    "focalnet_t": _timm("focalnet_tiny_srf", 32, drop_path_rate=0.2),
+    "focalnet_s": _timm("focalnet_small_srf", 32, drop_path_rate=0.3),
 }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
 from textguard.errors import UnknownName
@@ -28,12 +28,13 @@ class Recipe:
     """How a classifier is trained.
 
     batch_size: images per optimiser step, over all processes together. learning_rate, min_learning_rate: as stated for
-    base_batch_size; what is used grows linearly with batch_size. norm_weight_decay, bias_weight_decay,
-    position_weight_decay: null takes weight_decay; see textguard.vision.optimisation.parameter_groups. schedule to
-    warmup_start: see textguard.vision.optimisation.learning_rate_at. mixup, cutmix: alpha of the Beta distribution; 0 is
-    off. ema, ema_decay, ema_steps: see textguard.vision.optimisation.Ema. repeated_augmentation: how often an image is in
-    an epoch. clip_norm: largest norm of all gradients together; 0 is off. drop_path: share of residual branches left out,
-    growing linearly from 0 to this one with depth. image_size to random_erasing: see textguard.vision.transforms.
+    base_batch_size; what is used grows linearly with batch_size. norm_weight_decay, bias_weight_decay, position_weight_decay:
+    null takes weight_decay; see textguard.vision.optimisation.parameter_groups. schedule to warmup_start: see
+    textguard.vision.optimisation.learning_rate_at. mixup, cutmix: alpha of the Beta distribution, 0 is off; see
+    textguard.vision.mixing.mix. ema to ema_steps: see textguard.vision.optimisation.Ema. repeated_augmentation: how often an
+    image is in an epoch; see textguard.vision.order.epoch_order. clip_norm: largest norm of all gradients together, 0 is off.
+    drop_path: how often the last residual branch is left out, growing linearly to it from the first one's 0; null leaves the
+    network's own. image_size to random_erasing: see textguard.vision.transforms.
     """
 
     epochs: Count
@@ -65,7 +66,7 @@ class Recipe:
     clip_norm: Rate
     precision: Literal["fp32", "fp16", "bf16"]
     sync_batch_norm: bool
-    drop_path: Decay
+    drop_path: Decay | None
     image_size: Pixels
     resize_size: Pixels
     interpolation: Literal["bilinear", "bicubic"]
@@ -75,6 +76,16 @@ class Recipe:
     flip: Share
     auto_augment: Annotated[str, Field(min_length=1)]
     random_erasing: Share
+
+    @model_validator(mode="after")
+    def _fields_fit(self) -> "Recipe":
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs}; it must be below epochs, {self.epochs}")
+        if self.resize_size < self.image_size:
+            raise ValueError(f"resize_size is {self.resize_size}; it must not be below image_size, {self.image_size}")
+        if self.crop_scale[0] > self.crop_scale[1]:
+            raise ValueError(f"crop_scale is {list(self.crop_scale)}; its minimum comes first")
+        return self
 
 
 def library_fields(name: str, where: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from textguard.artifacts import read_safetensors, write_safetensors
 from textguard.errors import InvalidArtifact, InvalidParameter
 from textguard.runtime import progress
+from textguard.vision.optimisation import learning_rate_at
 from textguard.vision.recipe import Recipe
 
 
@@ -26,20 +26,6 @@ class Epoch:
     loss: float
     accuracy: float
     learning_rate: float
-
-
-def learning_rate_at(step: int, steps_per_epoch: int, recipe: Recipe) -> float:
-    """The learning rate of optimiser step `step` (from 0).
-
-    Linear warm-up from 1 / (warm-up steps) of the full rate, then half a cosine down to 0, or a factor every step_epochs.
-    """
-    warmup = recipe.warmup_epochs * steps_per_epoch
-    if step < warmup:
-        return recipe.learning_rate * (step + 1) / warmup
-    if recipe.schedule == "step":
-        return recipe.learning_rate * recipe.gamma ** (step // steps_per_epoch // recipe.step_epochs)
-    total = recipe.epochs * steps_per_epoch
-    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def train(
@@ -60,11 +46,6 @@ def train(
     of the images and the dropout of an epoch depend on (seed, epoch) alone. Returns one Epoch each. Raises InvalidParameter
     when the loss is no longer finite.
     """
-    if recipe.warmup_epochs >= recipe.epochs:
-        raise InvalidParameter(
-            f"{label}: warmup_epochs must be below epochs, not {recipe.warmup_epochs} of {recipe.epochs}; "
-            "change params.yaml recipes"
-        )
     optimizer = torch.optim.SGD(
         model.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
     )

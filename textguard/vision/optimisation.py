@@ -1,0 +1,90 @@
+"""Optimiser, parameter groups, learning rate and moving average of a recipe, as in torchvision's references/classification."""
+
+import math
+
+from torch import Tensor, nn, optim
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from textguard.vision.recipe import Recipe
+
+NORMS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.LocalResponseNorm,
+)
+POSITION_TABLES = ("class_token", "position_embedding", "relative_position_bias_table")
+
+
+def learning_rate_at(step: int, steps_per_epoch: int, recipe: Recipe) -> float:
+    """The learning rate of optimiser step `step`, counted from 0 over the whole training.
+
+    Linearly from warmup_start of the peak to the peak over warmup_epochs; then multiplied by gamma every step_epochs (`step`)
+    or every epoch (`exponential`), or along half a cosine to min_learning_rate, which would be reached after the last epoch. It
+    changes from epoch to epoch, as in torchvision's references, or from step to step (schedule_per). Peak and minimum grow
+    linearly with batch_size from what the recipe states for base_batch_size.
+    """
+    scale = recipe.batch_size / recipe.base_batch_size
+    peak, lowest = scale * recipe.learning_rate, scale * recipe.min_learning_rate
+    epochs = step / steps_per_epoch if recipe.schedule_per == "step" else step // steps_per_epoch
+    if epochs < recipe.warmup_epochs:
+        return peak * (recipe.warmup_start + (1 - recipe.warmup_start) * epochs / recipe.warmup_epochs)
+    epochs -= recipe.warmup_epochs
+    if recipe.schedule == "step":
+        return peak * recipe.gamma ** (epochs // recipe.step_epochs)
+    if recipe.schedule == "exponential":
+        return peak * recipe.gamma**epochs
+    return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * epochs / (recipe.epochs - recipe.warmup_epochs)))
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
+    """The trained parameters of a model for an optimiser, one group per weight decay.
+
+    A bias, also that of a norm layer, has bias_weight_decay; a position table or class token position_weight_decay; what else a
+    norm layer has norm_weight_decay; all others, and those whose own is null, weight_decay.
+    """
+    groups: dict[float, list[Tensor]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            own = [
+                recipe.bias_weight_decay if name == "bias" else None,
+                recipe.position_weight_decay if name in POSITION_TABLES else None,
+                recipe.norm_weight_decay if isinstance(module, NORMS) else None,
+            ]
+            decay = next((value for value in own if value is not None), recipe.weight_decay)
+            if parameter.requires_grad:
+                groups.setdefault(decay, []).append(parameter)
+    return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> optim.Optimizer:
+    """SGD with momentum or AdamW over the model's parameter groups, at the first step's learning rate."""
+    groups, rate = parameter_groups(model, recipe), learning_rate_at(0, 1, recipe)
+    if recipe.optimizer == "sgd":
+        return optim.SGD(groups, lr=rate, momentum=recipe.momentum)
+    return optim.AdamW(groups, lr=rate, betas=recipe.betas, eps=recipe.eps)
+
+
+class Ema(AveragedModel):
+    """The exponential moving average of a model's parameters and buffers, which is what is evaluated and saved.
+
+    `module` is the averaged model, state_dict() all of the state. Every ema_steps steps, the average takes over a share of
+    (1 - ema_decay) * batch_size * ema_steps / epochs, at most all, of the model.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        share = (1 - recipe.ema_decay) * recipe.batch_size * recipe.ema_steps / recipe.epochs
+        super().__init__(model, multi_avg_fn=get_ema_multi_avg_fn(1 - min(1, share)), use_buffers=True)
+        self.every, self.warmup_epochs = recipe.ema_steps, recipe.warmup_epochs
+
+    def after_step(self, model: nn.Module, step: int, steps_per_epoch: int) -> None:
+        """To be called after each optimiser step, counted from 0 over the whole training.
+
+        Averages after the first step of an epoch and every ema_steps thereafter; while the learning rate warms up, it copies.
+        """
+        epoch, place = divmod(step, steps_per_epoch)
+        if place % self.every == 0:
+            self.update_parameters(model)
+            if epoch < self.warmup_epochs:
+                self.n_averaged.zero_()
