@@ -27,6 +27,7 @@ from textguard.params import load_params, lookup  # noqa: E402
 SHARED = ("inject",)  # stages that several processes can work on
 STAGES = {
     "check": None,
+    "plan": None,
     "data": "datasets",
     "prompts": "texts",
     "responses": "texts",
@@ -82,7 +83,8 @@ def main(arguments: list[str]) -> int:
         print(f"OutOfMemory: {reason}; lower the batch sizes in params.yaml, or free memory", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{' '.join(arguments)}: interrupted; run it again to go on from the last checkpoint", file=sys.stderr)
+        again = "" if stage == "plan" else "; run it again to go on from the last checkpoint"
+        print(f"{' '.join(arguments)}: interrupted{again}", file=sys.stderr)
         return 130
     return 0
 
