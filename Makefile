@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BASE ?= HEAD
+GRID ?= smoke
 GRIDS := $(wildcard grids/*/params.yaml)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Every stage is a process of its own: without byte code each would compile its packages again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup repro gate report test lint format grids smoke bench lock clean
+.PHONY: help setup repro gate report test lint format grids smoke plan bench lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
@@ -71,6 +72,10 @@ grids:  ## copy the root's dvc.yaml to every grid
 
 smoke: setup  ## run the smallest grid
 	cd grids/smoke && dvc repro dvc.yaml
+
+plan: setup  ## what a grid takes, before it runs: make plan GRID=table1
+	@test -f 'grids/$(GRID)/params.yaml' || { echo "grids/$(GRID)/params.yaml does not exist; grids: $(notdir $(patsubst %/params.yaml,%,$(GRIDS)))" >&2; exit 2; }
+	@cd 'grids/$(GRID)' && python ../../stages plan
 
 bench: setup  ## measure the performance claims, some 15 minutes, into benchmarks/results.json
 	python -W ignore -m benchmarks

@@ -29,6 +29,7 @@ from textguard.params import load_params, lookup  # noqa: E402
 SHARED = ("train", "evaluate", "inject")  # stages that several processes can work on
 STAGES = {
     "check": None,
+    "plan": None,
     "data": "datasets",
     "prompts": "texts",
     "responses": "texts",
@@ -81,7 +82,8 @@ def main(arguments: list[str]) -> int:
         return _complain(f"OutOfMemory: {reason}; lower the batch sizes in params.yaml, or free memory")
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{' '.join(arguments)}: interrupted; run it again to go on from the last checkpoint", file=sys.stderr)
+            again = "" if stage == "plan" else "; run it again to go on from the last checkpoint"
+            print(f"{' '.join(arguments)}: interrupted{again}", file=sys.stderr)
         return 130
     return 0
 

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -328,7 +329,27 @@ SOURCES = {
     "imagenet": Source(_imagenet, "local", "train/WNID/*.JPEG and val/WNID/*.JPEG"),
     "folder": Source(_own_folder, "local", "train/CLASS/ and test/CLASS/ (or val), or CLASS/ alone"),
 }
+# Images for training and for testing, and classes, as published; for what must be known before the data set is there.
+STANDARD_SIZES = {
+    "digits": (1797, 0, 10),  # all in one
+    "cifar10": (50_000, 10_000, 10),
+    "cifar100": (50_000, 10_000, 100),
+    "stl10": (5_000, 8_000, 10),
+    "fashion_mnist": (60_000, 10_000, 10),
+    "food101": (75_750, 25_250, 101),
+    "imagenet": (1_281_167, 50_000, 1000),
+}
 WHERE = "name its folder in params.yaml datasets.*.folder, or put it into SOURCE/ of a folder that TEXTGUARD_DATA names"
+
+
+def expected_sizes(source: str, *, test_share: float, limit_train: int, limit_test: int) -> tuple[int, int, int]:
+    """Training images, test images and classes that a standard data set will have, without reading it. Raises UnknownName."""
+    if source not in STANDARD_SIZES:
+        raise UnknownName("data set of known size", source, STANDARD_SIZES, "params.yaml datasets.*.source")
+    train, test, classes = STANDARD_SIZES[source]
+    if not test:
+        train, test = (whole := train) - math.ceil(whole * test_share), math.ceil(whole * test_share)
+    return limit_train or train, limit_test or test, classes
 
 
 def read_source(source: str, root: Path | None) -> Content:
