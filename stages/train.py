@@ -15,9 +15,9 @@ from textguard.artifacts import fingerprint, read_json, reading, sha256_of_file,
 from textguard.errors import InvalidArtifact
 from textguard.params import Params, RunParams
 from textguard.runtime import announce, make_deterministic, pick_device
-from textguard.text.embeddings import load_class_embeddings
-from textguard.vision.checkpoints import read_checkpoint, read_text_features
-from textguard.vision.classifiers import ClassifierSpec, build_classifier, fill, save_classifier
+from textguard.text.embeddings import load_class_embeddings, load_text_features
+from textguard.vision.checkpoints import load_checkpoint
+from textguard.vision.classifiers import ClassifierSpec, build_classifier, save_classifier
 from textguard.vision.datasets import data_root, load_split, split_file
 from textguard.vision.training import Epoch, train
 from textguard.vision.transforms import training_view
@@ -34,37 +34,36 @@ def main(params: Params, key: str) -> None:
     folder, dataset = Path("data") / run.dataset, params.datasets[run.dataset]
     split = load_split(folder, "train", data_root(dataset.source, dataset.folder, Path(params.root)))
     prepared = recipe.image_size, recipe.resize_size, recipe.interpolation
-    if run.checkpoint:
-        state = read_checkpoint(run.checkpoint, run.backbone)
-        spec = ClassifierSpec(run.dataset, run.backbone, run.variant, *prepared, head_width(state, run), tuple(split.classes))
-        save(key, import_weights(spec, state, run.checkpoint), spec, {"checkpoint": run.checkpoint}, [])
-        return
-
-    width, class_embeddings = load_head(run, split.classes)
+    width, class_embeddings = (0, None) if run.checkpoint else load_head(run, split.classes)
     spec = ClassifierSpec(run.dataset, run.backbone, run.variant, *prepared, width, tuple(split.classes))
-    device = pick_device()
-    make_deterministic(run.seed)
-    model = build_classifier(spec, class_embeddings, recipe.drop_path).to(device)
-    view = training_view(split, recipe, run.seed)
     mark = fingerprint(
         run=run,
         recipe=recipe,
         data=sha256_of_file(split_file(folder, "train"), "data"),
-        head=sha256_of_file(Path(run.head_from), HEAD_MAKERS.get(run.variant, "embeddings")),
+        head=sha256_of_file(Path(run.head_from), "" if run.told_by_file else HEAD_MAKERS.get(run.variant, "embeddings")),
     )
-    label, first = f"train {key}", os.environ.get("RANK", "0") == "0"
+    first = os.environ.get("RANK", "0") == "0"
+    if run.checkpoint:
+        if first:
+            save(key, *load_checkpoint(run.checkpoint, spec), mark, [])
+        return
+
+    device = pick_device()
+    make_deterministic(run.seed)
+    model = build_classifier(spec, class_embeddings, recipe.drop_path).to(device)
+    view, label = training_view(split, recipe, run.seed), f"train {key}"
     with work_dir("train", key, mark) as work:
         if first and not any(work.glob("checkpoint-*")):
             rehearse(model, view, recipe, params.inject)
         with live_curve(key, first) as report:
             history = train(model, view, len(split.classes), recipe, seed=run.seed, work=work, label=label, report=report)
         if first:
-            save(key, model, spec, {"inputs": mark}, history)
+            save(key, model, spec, mark, history)
 
 
-def save(key: str, model: nn.Module, spec: ClassifierSpec, provenance: dict[str, str], history: list[Epoch]) -> None:
+def save(key: str, model: nn.Module, spec: ClassifierSpec, mark: str, history: list[Epoch]) -> None:
     """Write models/KEY.safetensors and the curve of the training, which is empty where there was none."""
-    save_classifier(Path("models") / f"{key}.safetensors", model, spec, provenance)
+    save_classifier(Path("models") / f"{key}.safetensors", model, spec, {"inputs": mark})
     columns = [column.name for column in fields(Epoch)]
     curve = pd.DataFrame([asdict(epoch) for epoch in history], columns=columns)
     write_csv(Path("metrics") / "runs" / key / "training.csv", curve)
@@ -104,38 +103,19 @@ def _start_live(key: str) -> "Live | None":
         return None
 
 
-def import_weights(spec: ClassifierSpec, state: dict[str, Tensor], checkpoint: str) -> nn.Module:
-    """The classifier of `spec` with these weights. Raises InvalidArtifact where they do not fit."""
-    model = build_classifier(spec)
-    try:
-        fill(model, state)
-    except InvalidArtifact as error:
-        raise InvalidArtifact(f"{checkpoint} {error}; name another in params.yaml runs.*.checkpoint") from error
-    return model
-
-
-def head_width(state: dict[str, Tensor], run: RunParams) -> int:
-    """Width E of the head among stored weights, 0 for a baseline. Raises InvalidArtifact."""
-    if run.variant == "baseline":
-        return 0
-    if "head.weight" not in state or state["head.weight"].ndim != 2:
-        raise InvalidArtifact(f"{run.checkpoint} holds no text-guided classifier: 'head.weight' is missing or no matrix")
-    return state["head.weight"].shape[1]
-
-
 def load_head(run: RunParams, classes: list[str]) -> tuple[int, Tensor | None]:
     """Width E and first weights [C, E] of the text-guided head: (0, None) for a baseline, (E, None) for a random head."""
     path = Path(run.head_from)
     if run.variant == "baseline":
         return 0, None
-    if path.suffix == ".pth":
-        features = read_text_features(path, len(classes))
-        return features.shape[1], features
     if run.variant == "random":
         stated = read_json(path, "encoder")
         with reading(path, "encoder"):
             if int(stated["width"]) < 1:
                 raise InvalidArtifact("states a width below 1")
             return int(stated["width"]), None
-    matrix_ce = load_class_embeddings(path, run.dataset, classes).matrix
+    if run.told_by_file:
+        matrix_ce = load_text_features(path, classes)
+    else:
+        matrix_ce = load_class_embeddings(path, run.dataset, classes).matrix
     return matrix_ce.shape[1], matrix_ce

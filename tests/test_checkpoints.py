@@ -1,229 +1,274 @@
-"""Weights from elsewhere: what fits is loaded as it is, what does not is named, and nothing is executed."""
+"""Weights from elsewhere: what is taken, what is refused with which words, and that nothing in a file is ever run."""
 
 import argparse
-import shutil
-import sys
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import nn
 
-from conftest import REPOSITORY, run
-from textguard.artifacts import read_csv, write_safetensors
-from textguard.errors import InvalidArtifact, InvalidParameter
+from conftest import REPOSITORY, TinyMobileNet
+from stages import data, train
+from textguard.errors import InvalidArtifact, InvalidEmbeddings, InvalidParameter, UnknownName
 from textguard.params import load_params
-from textguard.vision.backbones import build_backbone
-from textguard.vision.checkpoints import read_checkpoint, read_text_features
-from textguard.vision.classifiers import ClassifierSpec, TextGuidedClassifier, fill, load_classifier, save_classifier
+from textguard.text.embeddings import load_text_features
+from textguard.vision.checkpoints import load_checkpoint
+from textguard.vision.classifiers import ClassifierSpec, build_classifier, load_classifier, save_classifier
+from textguard.vision.datasets import imagenet_classes
 
-CLASSES, WIDTH = 10, 16
-FEATURES = REPOSITORY.parent / "shared" / "data" / "imagenet_text_features"
-
-
-class Program:
-    """What a pickle can hold: a call that leaves a file behind."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
+BASELINE = ClassifierSpec("d", "resnet18", "baseline", 32, 32, "bilinear", 0, ("a", "b", "c"))
+GUIDED = replace(BASELINE, variant="descriptions")
+BASELINE_KEY, GUIDED_KEY = "digits-resnet18-baseline-s0", "digits-resnet18-descriptions-s0"
 
 
-def guided() -> nn.Module:
-    return TextGuidedClassifier(build_backbone("resnet18", WIDTH, 32), CLASSES, WIDTH, None)
-
-
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("make", [lambda: build_backbone("resnet18", CLASSES, 32), guided], ids=["baseline", "text-guided"])
-def test_published_checkpoints_load_whole(tmp_path, make, prefix):
+def network(spec: ClassifierSpec = BASELINE, width: int = 0) -> nn.Module:
     torch.manual_seed(0)
-    model = make()
-    state = {f"{prefix}{name}": value for name, value in model.state_dict().items()}
-    extra = {"optimizer": {"lr": 0.1, "state": [1, None]}, "epoch": 89, "args": argparse.Namespace(model="resnet18", lr=0.1)}
-    torch.save({"model": state, **extra}, tmp_path / "published.pth")
-    torch.manual_seed(1)
-    other = make()
-    fill(other, read_checkpoint(f"published:{tmp_path}/published.pth", "resnet18"))
-    images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(other.eval()(images), model.eval()(images))
+    return build_classifier(replace(spec, width=width)).eval()
 
 
-def test_a_file_of_this_project_is_a_checkpoint_too(tmp_path):
-    model, path = guided(), tmp_path / "model.safetensors"
-    spec = ClassifierSpec("digits", "resnet18", "descriptions", 32, 32, "bilinear", WIDTH, tuple("abcdefghij"))
-    save_classifier(path, model, spec, {})
-    assert read_checkpoint(str(path), "resnet18").keys() == model.state_dict().keys()
-    write_safetensors(path, model.state_dict())
-    assert torch.equal(read_checkpoint(str(path), "resnet18")["head.weight"], model.head.weight)
+def assert_same(found: nn.Module, expected: nn.Module) -> None:
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(found(images), expected(images))
+    assert not found.training
 
 
-def test_what_does_not_fit_is_named_with_both_sides():
-    model = build_backbone("resnet18", CLASSES, 32)
-    state = model.state_dict()
-    state["fc.weight"] = torch.zeros(7, 512)
-    state["extra"] = torch.zeros(1)
-    del state["conv1.weight"]
-    message = (
-        r"3 of 123 places: conv1\.weight is missing, not \(64, 3, 7, 7\); extra is \(1,\), not wanted; fc\.weight is \(7, 512\)"
-    )
-    with pytest.raises(InvalidArtifact, match=message):
-        fill(model, state)
+def published(tmp_path: Path, content: Any) -> str:
+    torch.save(content, tmp_path / "m.pth")
+    return f"published:{tmp_path / 'm.pth'}"
 
 
-def test_a_program_in_a_pickle_does_not_run(tmp_path):
-    for content in (Program(tmp_path / "ran"), {"model": {"a": Program(tmp_path / "ran")}}):
-        torch.save(content, tmp_path / "evil.pth")
-        with pytest.raises(InvalidArtifact, match=r"evil\.pth holds something else than tensors .*, which is not executed"):
-            read_checkpoint(f"published:{tmp_path}/evil.pth", "resnet18")
-        with pytest.raises(InvalidArtifact, match="not executed"):
-            read_text_features(tmp_path / "evil.pth", 3)
-    assert not (tmp_path / "ran").exists()
-    torch.load(tmp_path / "evil.pth", weights_only=False)
-    assert (tmp_path / "ran").exists(), "this file is harmless, and the test proves nothing"
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"model": state, "optimizer": {"lr": 0.1}, "epoch": 89, "args": argparse.Namespace(lr=0.1, opt=["sgd"])},
+        lambda state: {"model": {f"module.{name}": tensor for name, tensor in state.items()}},  # of DistributedDataParallel
+        lambda state: state,
+        lambda state: {name: tensor for name, tensor in state.items() if "num_batches_tracked" not in name},
+    ],
+    ids=["a training script's", "distributed", "bare", "from before the counters"],
+)
+@pytest.mark.parametrize(("spec", "width"), [(BASELINE, 0), (GUIDED, 12)])
+def test_published_weights_are_read(tmp_path, spec, width, wrap):
+    model = network(spec, width)
+    found, found_spec = load_checkpoint(published(tmp_path, wrap(model.state_dict())), spec)
+    assert found_spec == replace(spec, width=width)
+    assert_same(found, model)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half a file", b"hello"])
-def test_a_damaged_file_is_named(tmp_path, content):
-    path = tmp_path / "damaged.pth"
-    path.write_bytes(content)
-    with pytest.raises(InvalidArtifact, match=r"damaged\.pth"):
-        read_checkpoint(f"published:{path}", "resnet18")
+@pytest.mark.parametrize(("spec", "width"), [(BASELINE, 0), (GUIDED, 12)])
+def test_safetensors_are_read_with_and_without_a_spec(tmp_path, spec, width):
+    model = network(spec, width)
+    save_classifier(tmp_path / "own.safetensors", model, replace(spec, width=width, dataset="other"), {"inputs": "x"})
+    save_file(model.state_dict(), tmp_path / "bare.safetensors")
+    for name in ("own", "bare"):
+        found, found_spec = load_checkpoint(str(tmp_path / f"{name}.safetensors"), spec)
+        assert found_spec == replace(spec, width=width)
+        assert_same(found, model)
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"model": 3}, {"epoch": 3}, {}, torch.zeros(2)])
-def test_a_file_without_weights_is_named(tmp_path, content):
-    torch.save(content, tmp_path / "odd.pth")
-    with pytest.raises(InvalidArtifact, match=r"odd\.pth holds no state dict"):
-        read_checkpoint(f"published:{tmp_path}/odd.pth", "resnet18")
+def test_a_model_of_this_project_must_be_the_runs(tmp_path):
+    save_classifier(tmp_path / "m.safetensors", network(), BASELINE, {})
+    other = replace(BASELINE, backbone="resnet34", image_size=64, classes=("a", "b", "d"))
+    with pytest.raises(InvalidArtifact, match=r"backbone resnet18 instead of resnet34; image_size 32 instead of 64; classes"):
+        load_checkpoint(str(tmp_path / "m.safetensors"), other)
 
 
-def test_other_names_are_refused_with_what_is_allowed(tmp_path):
-    for name in ("weights.bin", "https://example.org/a.pth", "resnet18.pth"):
-        with pytest.raises(InvalidParameter, match=r"allowed: null, torchvision, published:FILE\.pth, FILE\.safetensors"):
-            read_checkpoint(name, "resnet18")
-    with pytest.raises(InvalidArtifact, match=r"none\.pth is missing"):
-        read_checkpoint(f"published:{tmp_path}/none.pth", "resnet18")
+def without(state: dict, *names: str) -> dict:
+    return {name: tensor for name, tensor in state.items() if name not in names}
 
 
-def test_pretrained_weights_that_cannot_be_downloaded_say_what_to_do(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("spec", "change", "message"),
+    [
+        (
+            replace(BASELINE, classes=tuple("abcd")),
+            lambda s: s,
+            r"4 classes.* 2 of another shape: fc.weight is \[3, 512\] instead of \[4, 512\], fc.bias",
+        ),
+        (
+            BASELINE,
+            lambda s: {**without(s, "fc.bias"), "x.y": torch.zeros(1)},
+            r"its 122 tensors and the 122 wanted are 1 missing: fc.bias; 1 of no use: x.y; change params",
+        ),
+        (
+            BASELINE,
+            lambda s: TinyMobileNet().state_dict(),
+            r"are 102 missing: conv1.weight, .*; 18 of no use: features.0.weight",
+        ),
+        (GUIDED, lambda s: s, "plain network, without the text-guided head, and the run's variant is 'descriptions'"),
+        (BASELINE, lambda s: network(GUIDED, 5).state_dict(), "holds a text-guided classifier, and .* 'baseline'"),
+        (BASELINE, lambda s: {**s, "fc.bias": s["fc.bias"] * float("nan")}, r"NaN or infinity in fc.bias \(1 such"),
+        (BASELINE, lambda s: {"state_dict": s, "epoch": 3}, "under 'model', but a dictionary of state_dict, epoch"),
+        (BASELINE, lambda s: {"model": [1, 2]}, "but a dictionary of model"),
+        (BASELINE, lambda s: torch.zeros(3), "but a Tensor"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_with_the_differences(tmp_path, spec, change, message):
+    with pytest.raises(InvalidArtifact, match=message) as raised:
+        load_checkpoint(published(tmp_path, change(network().state_dict())), spec)
+    assert str(tmp_path) in str(raised.value)
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize(
+    "read", [lambda file: load_checkpoint(f"published:{file}", BASELINE), lambda f: load_text_features(f, [])]
+)
+@pytest.mark.parametrize("write", [torch.save, lambda content, file: file.write_bytes(pickle.dumps(content, protocol=2))])
+def test_a_malicious_pickle_is_not_run(tmp_path, write, read):
+    file, sprung = tmp_path / "m.pth", tmp_path / "sprung"
+    write({"model": network().state_dict(), "args": Trap(sprung)}, file)
+    with pytest.raises(InvalidArtifact, match=r"holds other things than tensors.*, which are not loaded"):
+        read(file)
+    assert not sprung.exists()
+    if write is not torch.save:
+        pickle.loads(file.read_bytes())
+        assert sprung.exists(), "the trap works"
+
+
+@pytest.mark.parametrize("part", [0, 0.5, 0.99])
+@pytest.mark.parametrize("name", ["m.pth", "m.safetensors"])
+def test_a_truncated_file_is_refused(tmp_path, name, part):
+    file = tmp_path / name
+    (torch.save if name == "m.pth" else save_file)(network().state_dict(), file)
+    file.write_bytes(file.read_bytes()[: int(part * file.stat().st_size)])
+    with pytest.raises(InvalidArtifact, match=rf"{name} (cannot be read|is damaged)"):
+        load_checkpoint(f"published:{file}" if name == "m.pth" else str(file), BASELINE)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(InvalidArtifact, match=r"m.pth is missing; create it, or name another one"):
+        load_checkpoint(f"published:{tmp_path}/m.pth", BASELINE)
+
+
+def test_pretrained_weights_come_from_torch_hubs_cache(tmp_path, monkeypatch):
+    spec = replace(BASELINE, classes=tuple(imagenet_classes()))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    for name in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
-    with pytest.raises(InvalidArtifact, match=r"weights of resnet18 cannot be had .* published:FILE\.pth"):
-        read_checkpoint("torchvision", "resnet18")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody listens
+    with pytest.raises(InvalidArtifact, match=r"pretrained weights of resnet18 cannot be had .* torch hub \(TORCH_HOME\)"):
+        load_checkpoint("torchvision", spec)
+    model = network(spec)
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth")
+    found, _ = load_checkpoint("torchvision", spec)
+    assert_same(found, model)
+    with pytest.raises(InvalidParameter, match="for ImageNet's 1,000 classes, and d's 3 are others"):
+        load_checkpoint("torchvision", BASELINE)
 
 
-def test_pretrained_weights_come_from_the_cache_of_downloads(tmp_path, monkeypatch):
-    import hashlib
-    import io
-
-    from torchvision.models import ResNet18_Weights
-
-    weights = ResNet18_Weights.IMAGENET1K_V1
-    model, buffer = build_backbone("resnet18", 1000, 224), io.BytesIO()
-    torch.save(model.state_dict(), buffer)
-    mark = hashlib.sha256(buffer.getvalue()).hexdigest()[:8]
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(type(weights), "url", f"https://example.org/resnet18-{mark}.pth")
-    folder = tmp_path / "hub" / "checkpoints"
-    folder.mkdir(parents=True)
-    (folder / f"resnet18-{mark}.pth").write_bytes(buffer.getvalue())
-    assert torch.equal(read_checkpoint("torchvision", "resnet18")["fc.bias"], model.fc.bias)
+def test_text_features_are_read_and_normalised(tmp_path):
+    features = torch.randn(3, 5, dtype=torch.float64) * 8
+    torch.save(features, tmp_path / "t.pth")
+    expected = nn.functional.normalize(features, dim=1).float()
+    torch.testing.assert_close(load_text_features(tmp_path / "t.pth", ["a", "b", "c"]), expected)
 
 
-def test_text_features_have_rows_of_length_one(tmp_path):
-    path = tmp_path / "features.pth"
-    torch.save(torch.randn(5, 4).double() * 9, path)
-    features = read_text_features(path, 5)
-    assert features.dtype == torch.float32
-    torch.testing.assert_close(features.norm(dim=1), torch.ones(5))
-    with pytest.raises(InvalidArtifact, match="features of 5 classes, and the data set has 6"):
-        read_text_features(path, 6)
-    for odd in ({"a": 1}, torch.zeros(5), torch.zeros(5, 4), torch.full((5, 4), torch.nan), torch.ones(5, 4, dtype=torch.int)):
-        torch.save(odd, path)
-        with pytest.raises(InvalidArtifact, match=r"class features|zero, NaN"):
-            read_text_features(path, 5)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (torch.ones(4, 5), r"holds \[4, 5\] torch.float32; one tensor \[3, E\] of floats"),
+        (torch.ones(3), r"holds \[3\]"),
+        (torch.ones(3, 5, dtype=torch.int64), "int64"),
+        ({"a": torch.ones(3, 5)}, "holds dict"),
+        (torch.zeros(3, 5), "vector is zero"),
+        (torch.full((3, 5), float("nan")), "NaN"),
+    ],
+)
+def test_text_features_that_do_not_fit_are_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / "t.pth")
+    with pytest.raises(InvalidEmbeddings, match=rf"t.pth.*{message}.*runs.\*.head_from"):
+        load_text_features(tmp_path / "t.pth", ["a", "b", "c"])
 
 
-@pytest.mark.skipif(not FEATURES.is_dir(), reason="the published text features are not at hand")
 @pytest.mark.parametrize("name", ["gpt3", "a-photo-of-a"])
-def test_the_published_text_features_load(name):
-    features = read_text_features(FEATURES / f"{name}.pth", 1000)
-    assert features.shape == (1000, 512)
-    mean = features.mean(dim=0)
-    cosine = (mean @ mean * 1e6 - 1000) / (1000 * 999)
-    assert cosine == pytest.approx({"gpt3": 0.603, "a-photo-of-a": 0.599}[name], abs=0.001)
-
-
-GUIDED = "digits-resnet18-descriptions-s0"
-BASELINE = "digits-resnet18-baseline-s0"
+def test_the_published_text_features_are_read(name):
+    file = REPOSITORY.parent / "shared" / "data" / "imagenet_text_features" / f"{name}.pth"
+    if not file.is_file():
+        pytest.skip("the published text features are not here")
+    matrix_ce = load_text_features(file, imagenet_classes())
+    assert matrix_ce.shape == (1000, 512)
+    torch.testing.assert_close(matrix_ce.norm(dim=1), torch.ones(1000))
+    # The file names no classes; that it has ours, in our order, its meaning shows.
+    nearest = (matrix_ce @ matrix_ce.T).fill_diagonal_(0).argmax(dim=1)
+    names = imagenet_classes()
+    assert names[nearest[names.index("violin")]] == "cello"
 
 
 @pytest.fixture
-def grid(tmp_path, monkeypatch) -> Path:
-    """The smoke grid with its data set, nothing trained."""
-    shutil.copy(REPOSITORY / "grids" / "smoke" / "params.yaml", tmp_path / "params.yaml")
+def grid(tmp_path, monkeypatch) -> Callable[..., None]:
+    """The smoke grid in a folder of its own, with some keys of its runs changed."""
+
+    def write(**changes: dict[str, Any]) -> None:
+        params = yaml.safe_load((REPOSITORY / "grids" / "smoke" / "params.yaml").read_text())
+        for key, change in changes.items():
+            params["runs"][key.replace("_", "-")] |= change
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+
     monkeypatch.chdir(tmp_path)
-    run([sys.executable, str(REPOSITORY / "stages"), "data", "digits"], tmp_path)
-    return tmp_path
+    return write
 
 
-def change(grid: Path, key: str, **values: object) -> None:
-    params = yaml.safe_load((grid / "params.yaml").read_text())
-    params["runs"][key] |= values
-    (grid / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-
-
-def stage(name: str, key: str, grid: Path):
-    return run([sys.executable, str(REPOSITORY / "stages"), name, key], grid, check=False)
-
-
-def test_a_campaign_needs_no_training(grid):
-    for key, model in ((BASELINE, build_backbone("resnet18", CLASSES, 32)), (GUIDED, guided())):
-        torch.save({"model": model.state_dict()}, grid / f"{key}.pth")
-        change(grid, key, checkpoint=f"published:{key}.pth", head_from=f"{key}.pth")
-        for name in ("train", "ranges", "evaluate"):
-            done = stage(name, key, grid)
-            assert done.returncode == 0, done.stderr
-        loaded, spec = load_classifier(grid / "models" / f"{key}.safetensors")
-        assert spec.width == (WIDTH if key == GUIDED else 0)
-        assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
-        curve = read_csv(grid / "metrics" / "runs" / key / "training.csv", "train", ["epoch", "loss"], [])
-        assert curve.empty
-
-
-def test_a_checkpoint_of_another_classifier_leaves_nothing_behind(grid):
-    torch.save({"model": build_backbone("resnet18", 7, 32).state_dict()}, grid / "other.pth")
-    change(grid, BASELINE, checkpoint="published:other.pth", head_from="other.pth")
-    done = stage("train", BASELINE, grid)
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    assert "published:other.pth does not fit the classifier in 2 of 122 places" in done.stderr
-    change(grid, GUIDED, checkpoint="published:other.pth", head_from="other.pth")
-    done = stage("train", GUIDED, grid)
-    assert "holds no text-guided classifier" in done.stderr
-    assert not (grid / "models").exists()
-
-
-def test_a_checkpoint_is_the_file_that_dvc_watches(grid):
-    change(grid, BASELINE, checkpoint="published:weights.pth")
-    with pytest.raises(InvalidParameter, match=r"head_from is 'data/digits/classes\.json'; .* starts from 'weights\.pth'"):
-        load_params()
-    change(grid, BASELINE, checkpoint="torchvision")
-    with pytest.raises(InvalidParameter, match="checkpoint is torchvision: its weights are for baselines on source imagenet"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"checkpoint": "torchvison"}, "allowed: null, torchvision, published:PATH.pth, PATH.safetensors"),
+        ({"checkpoint": "published:m.safetensors.zip"}, "allowed: null"),
+        ({"checkpoint": "torchvision"}, "whose networks are baselines; variant is 'descriptions'"),
+        ({"checkpoint": "published:m.pth"}, "checkpoint 'published:m.pth' starts from 'm.pth'"),
+        (
+            {"checkpoint": "m.safetensors", "head_from": "n.safetensors"},
+            "checkpoint 'm.safetensors' starts from 'm.safetensors'",
+        ),
+        ({"variant": "baseline", "head_from": "t.pth"}, "a baseline run on digits starts from 'data/digits/classes.json'"),
+        ({"variant": "unheard-of", "head_from": "t.pth"}, r"'unheard-of' in .*; colours are in figures.colours"),
+    ],
+)
+def test_checkpoints_are_checked_before_anything_runs(grid, change, message):
+    grid(**{GUIDED_KEY.replace("-", "_"): change})
+    with pytest.raises((InvalidParameter, UnknownName), match=message):
         load_params()
 
 
-def test_published_features_start_a_head_without_any_text(grid):
-    torch.manual_seed(0)
-    torch.save(torch.randn(CLASSES, WIDTH), grid / "features.pth")
-    params = yaml.safe_load((grid / "params.yaml").read_text())
-    params["texts"] = {}
-    params["runs"] = {GUIDED: params["runs"][GUIDED] | {"head_from": "features.pth"}}
-    (grid / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    done = stage("train", GUIDED, grid)
-    assert done.returncode == 0, done.stderr
-    assert load_classifier(grid / "models" / f"{GUIDED}.safetensors")[1].width == WIDTH
+def test_a_campaign_can_be_run_without_training(grid, tmp_path):
+    """The stage writes what the others read: a model with the run's spec, and a curve without points."""
+    grid()
+    data.main(load_params(), "digits")
+    classes = tuple(f"class {number}" for number in range(10))
+    for key, spec, width in ((BASELINE_KEY, BASELINE, 0), (GUIDED_KEY, GUIDED, 12)):
+        model = network(replace(spec, classes=classes), width)
+        torch.save({"model": model.state_dict()}, tmp_path / "m.pth")
+        grid(**{key.replace("-", "_"): {"checkpoint": "published:m.pth", "head_from": "m.pth"}})
+        train.main(load_params(), key)
+        found, found_spec = load_classifier(Path("models") / f"{key}.safetensors")
+        assert_same(found, model)
+        assert (found_spec.width, found_spec.dataset, found_spec.variant) == (width, "digits", spec.variant)
+        curve = pd.read_csv(Path("metrics") / "runs" / key / "training.csv")
+        assert len(curve) == 0
+        assert {"epoch", "loss", "learning_rate"} <= set(curve.columns)
+
+
+def test_training_starts_from_published_text_features(grid, tmp_path, monkeypatch):
+    grid(**{GUIDED_KEY.replace("-", "_"): {"head_from": "t.pth"}})
+    data.main(load_params(), "digits")
+    features = torch.randn(10, 6) * 3
+    torch.save(features, tmp_path / "t.pth")
+    heads = []
+    monkeypatch.setattr(train, "train", lambda model, *_, **__: heads.append(model.head.weight.detach().clone()) or [])
+    train.main(load_params(), GUIDED_KEY)
+    torch.testing.assert_close(heads[0].cpu(), nn.functional.normalize(features, dim=1))

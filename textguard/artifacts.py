@@ -4,6 +4,7 @@ Every writer creates a temporary file beside its target and renames it, so that 
 interrupted or failed write leaves the old file as it was.
 """
 
+import argparse
 import errno
 import hashlib
 import json
@@ -212,6 +213,24 @@ def read_safetensors(path: Path, made_by: str) -> tuple[dict[str, "Tensor"], dic
     with reading(path, made_by), safe_open(path, framework="pt") as file:
         metadata = json.loads((file.metadata() or {}).get("textguard", "{}"))
         return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dict)
+
+
+def read_pth(path: Path) -> Any:
+    """Read what torch.save wrote: tensors and plain containers of them. No code in it is run. Raises InvalidArtifact.
+
+    An argparse.Namespace, in which training scripts keep their arguments beside the weights, is let pass: it only holds values.
+    """
+    import pickle
+
+    import torch
+
+    with reading(path, ""), torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            what = f" ({found[1]})" if found else ""
+            raise InvalidArtifact(f"is damaged, or holds other things than tensors{what}, which are not loaded") from error
 
 
 def sha256_of_file(path: Path, made_by: str) -> str:

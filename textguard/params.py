@@ -20,6 +20,7 @@ from textguard.vision.recipe import Recipe, library_fields
 PARAMS_FILE = Path("params.yaml")
 UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 ENCODER_FILE = "embeddings/encoder.json"
+PUBLISHED = "published:"
 
 _strict = ConfigDict(extra="forbid", strict=True)
 Key = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
@@ -118,8 +119,8 @@ class NetworkParams:
 class RunParams:
     """One classifier of the grid.
 
-    head_from: the file that its last layer starts from (see `head_source`). checkpoint: null to train; or whose weights it
-    gets, see textguard.vision.checkpoints.
+    head_from: the file that its last layer starts from (see `head_source`), or published text features (.pth). checkpoint: null
+    to train it, or where its weights come from; see textguard.vision.checkpoints.
     """
 
     dataset: Key
@@ -129,6 +130,18 @@ class RunParams:
     seed: Seed
     head_from: str
     checkpoint: str | None
+
+    @property
+    def checkpoint_file(self) -> str | None:
+        """The file that the checkpoint names; None for those that name none."""
+        name = self.checkpoint or ""
+        is_file = name.endswith(".safetensors") or (name.startswith(PUBLISHED) and name.endswith(".pth"))
+        return name.removeprefix(PUBLISHED) if is_file else None
+
+    @property
+    def told_by_file(self) -> bool:
+        """Whether a file of the user's takes the place of the text stages."""
+        return bool(self.checkpoint_file) or (self.head_from.endswith(".pth") and self.variant not in ("baseline", "random"))
 
 
 @dataclass(frozen=True, config=_strict)
@@ -308,15 +321,11 @@ def lookup(entries: dict[str, Any], kind: str, name: str, where: str) -> Any:
 
 
 def head_source(run: RunParams) -> str:
-    """The file a run's last layer starts from, so that DVC knows of it.
-
-    That of its checkpoint, where it has one of its own; else the class list (baseline), the encoder's width (random), published
-    features (any file that ends in .pth), or the class embeddings of its texts.
+    """The file a run's last layer starts from: its checkpoint's, published text features, the class list, the encoder's width,
+    or the class embeddings of its texts.
     """
-    if run.checkpoint and run.checkpoint != "torchvision":
-        return run.checkpoint.removeprefix("published:")
-    if run.variant != "baseline" and run.head_from.endswith(".pth"):
-        return run.head_from
+    if run.told_by_file:
+        return run.checkpoint_file or run.head_from
     if run.variant == "baseline":
         return f"data/{run.dataset}/classes.json"
     if run.variant == "random":
@@ -336,17 +345,24 @@ def _check_references(params: Params, path: Path) -> None:
         where = f"{path} runs.{key}"
         lookup(params.datasets, "data set", run.dataset, f"{where}.dataset")
         lookup(params.recipes, "recipe", run.recipe, f"{where}.recipe; one of the library needs NAME: {{}} under recipes")
-        if run.checkpoint == "torchvision" and (run.variant, params.datasets[run.dataset].source) != ("baseline", "imagenet"):
-            raise InvalidParameter(f"{where}.checkpoint is torchvision: its weights are for baselines on source imagenet alone")
+        _check_checkpoint(run, where)
         told = [name.removeprefix(f"{text.dataset}-") for name, text in params.texts.items() if text.dataset == run.dataset]
-        if not run.head_from.endswith(".pth"):
+        if not run.told_by_file:
             lookup(dict.fromkeys(["baseline", "random", *told]), "variant", run.variant, f"{where}.variant")
         lookup(params.figures.colours, "variant", run.variant, f"{where}.variant; colours are in figures.colours")
         if run.head_from != head_source(run):
-            raise InvalidParameter(
-                f"{where}.head_from is {run.head_from!r}; a {run.variant} run on {run.dataset} starts from {head_source(run)!r}"
-            )
+            what = f"checkpoint {run.checkpoint!r}" if run.checkpoint_file else f"a {run.variant} run on {run.dataset}"
+            raise InvalidParameter(f"{where}.head_from is {run.head_from!r}; {what} starts from {head_source(run)!r}")
     lookup(params.datasets, "data set", params.tables.main_dataset, f"{path} tables.main_dataset")
+
+
+def _check_checkpoint(run: RunParams, where: str) -> None:
+    if run.checkpoint not in (None, "torchvision") and not run.checkpoint_file:
+        raise InvalidParameter(
+            f"{where}.checkpoint is {run.checkpoint!r}; allowed: null, torchvision, published:PATH.pth, PATH.safetensors"
+        )
+    if run.checkpoint == "torchvision" and run.variant != "baseline":
+        raise InvalidParameter(f"{where}.checkpoint is 'torchvision', whose networks are baselines; variant is {run.variant!r}")
 
 
 def _one_line(error: ValidationError, kind: type, path: Path, section: tuple[str, ...]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from textguard.artifacts import read_safetensors, write_safetensors
+from textguard.artifacts import read_pth, read_safetensors, write_safetensors
 from textguard.errors import InvalidEmbeddings
 
 UNIT_TOLERANCE = 1e-4
@@ -186,3 +186,22 @@ def load_class_embeddings(path: Path, dataset: str, classes: list[str]) -> Class
     if (length < UNIT_TOLERANCE).any() or (options.unit_after and ((length - 1).abs() > UNIT_TOLERANCE).any()):
         raise InvalidEmbeddings(f"{path} has rows that are zero or not of length 1; {remedy}")
     return found
+
+
+def load_text_features(path: Path, classes: list[str]) -> Tensor:
+    """Published class embeddings: a .pth file that holds one float tensor [C, E], its rows in the order of `classes`.
+
+    ImageNet's are in the order of its WNIDs, as the class list is. The file does not name its classes: only their number can be
+    checked. Returns float32 [C, E], rows normalised. Raises InvalidArtifact, InvalidEmbeddings.
+    """
+    matrix = read_pth(path)
+    if not isinstance(matrix, Tensor) or not matrix.is_floating_point() or matrix.ndim != 2 or len(matrix) != len(classes):
+        found = f"{list(matrix.shape)} {matrix.dtype}" if isinstance(matrix, Tensor) else type(matrix).__name__
+        raise InvalidEmbeddings(
+            f"{path} holds {found}; one tensor [{len(classes)}, E] of floats is needed, a row per class in the order of "
+            "classes.json; change params.yaml runs.*.head_from"
+        )
+    try:
+        return _unit(matrix.float(), "class")
+    except InvalidEmbeddings as error:
+        raise InvalidEmbeddings(f"{path}: {error}; change params.yaml runs.*.head_from") from error

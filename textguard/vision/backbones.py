@@ -1,51 +1,78 @@
-"""Image classification networks by name. Adding one is a line in BACKBONES."""
+"""Image classification networks by name: those of the paper's Table 1, and any other of timm and torchvision.
 
+Adding one under a name of its own is a line in BACKBONES. `timm:NAME` and `torchvision:NAME` need none.
+"""
+
+import copy
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from textguard.errors import InvalidParameter, UnknownName
+from textguard.errors import InvalidParameter, UnknownName, printable
 from textguard.runtime import import_torchvision
 
 import_torchvision()
 from torchvision import models  # noqa: E402 (as import_torchvision imports it)
+from torchvision.ops import StochasticDepth  # noqa: E402
+
+WHERE = "params.yaml runs.*.backbone"
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """build(num_classes=...) makes the network with random weights; smallest, largest: the image sides it takes, in pixels.
+    """A network, with random weights until `pretrained` ones are loaded.
 
-    weights() gets those that were trained on ImageNet. drop_path: what the builder calls the chance that the last residual
-    branch is left out in training; empty for a network without it.
+    build: num_classes, and drop_path, how often the last residual branch is left out in training (None: the network's own).
+    pretrained: its weights for ImageNet's 1,000 classes, by name, downloaded where they are not at hand.
+    smallest, largest: the image sides it takes, in pixels.
     """
 
     build: Callable[..., nn.Module]
-    weights: Callable[[], dict[str, Tensor]]
+    pretrained: Callable[[], dict[str, Tensor]]
     smallest: int
     largest: int = 4096
-    drop_path: str = ""
 
 
-def _torchvision(name: str, smallest: int, largest: int = 4096, drop_path: str = "") -> Backbone:
-    """A network of torchvision; weights of the recipes that the paper used, and not of later and better ones."""
+def _torchvision(name: str, smallest: int, largest: int = 4096) -> Backbone:
+    def build(num_classes: int, drop_path: float | None = None) -> nn.Module:
+        model = models.get_model(name, num_classes=num_classes)
+        if drop_path is not None:
+            branches = [module for module in model.modules() if isinstance(module, StochasticDepth) and module.p]
+            if drop_path and not branches:
+                raise TypeError("it leaves out no residual branches")
+            # The builders of these networks fix the rate. It grows linearly from branch to branch, so that scaling is all.
+            most = max((branch.p for branch in branches), default=0.0)
+            for branch in branches:
+                branch.p *= drop_path / most
+        return model
 
-    def weights() -> dict[str, Tensor]:
-        known = models.get_model_weights(name)["IMAGENET1K_V1"]
-        return known.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    def pretrained() -> dict[str, Tensor]:
+        weights = models.get_model_weights(name)["IMAGENET1K_V1"]  # trained as the paper trains, which V2 are not
+        return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
 
-    return Backbone(lambda **options: models.get_model(name, **options), weights, smallest, largest, drop_path)
+    return Backbone(build, pretrained, smallest, largest)
 
 
-def _timm(name: str, smallest: int, **defaults: float) -> Backbone:
-    """A network of timm, with its default weights."""
-
-    def build(**options: bool | float) -> nn.Module:
+def _timm(name: str, smallest: int, drop_path_rate: float = 0.0) -> Backbone:
+    def build(num_classes: int, drop_path: float | None = None) -> nn.Module:
         import timm  # only where it is used: importing it takes seconds
 
-        return timm.create_model(name, **defaults | options)
+        rate = drop_path_rate if drop_path is None else drop_path
+        return timm.create_model(name, num_classes=num_classes, **({"drop_path_rate": rate} if rate else {}))
 
-    return Backbone(build, lambda: build(pretrained=True).state_dict(), smallest, drop_path="drop_path_rate")
+    def pretrained() -> dict[str, Tensor]:
+        import timm
+
+        model = timm.create_model(name, pretrained=True)  # as many classes as the weights have, where others start at random
+        wanted = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+        if wanted != (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD):
+            raise ValueError(f"they are for images of another mean and deviation, {wanted}")
+        return model.state_dict()
+
+    return Backbone(build, pretrained, smallest)
 
 
 BACKBONES = {
@@ -58,41 +85,65 @@ BACKBONES = {
     "resnet101": _torchvision("resnet101", 8),
     "resnet152": _torchvision("resnet152", 8),
     "mobilenet_v2": _torchvision("mobilenet_v2", 8),
-    "maxvit_t": _torchvision("maxvit_t", 224, 224, "stochastic_depth_prob"),
-    "swin_v2_t": _torchvision("swin_v2_t", 32, drop_path="stochastic_depth_prob"),
-    "swin_v2_s": _torchvision("swin_v2_s", 32, drop_path="stochastic_depth_prob"),
-    # timm leaves drop path out unless told: the rates of FocalNet's publication.
+    "maxvit_t": _torchvision("maxvit_t", 224, 224),
+    "swin_v2_t": _torchvision("swin_v2_t", 32),
+    "swin_v2_s": _torchvision("swin_v2_s", 32),
     "focalnet_t": _timm("focalnet_tiny_srf", 32, drop_path_rate=0.2),
     "focalnet_s": _timm("focalnet_small_srf", 32, drop_path_rate=0.3),
 }
 
 
-def pretrained_weights(name: str) -> dict[str, Tensor]:
-    """The state dict of backbone `name` as trained on ImageNet's 1,000 classes, downloaded or from the cache of downloads.
+def find_backbone(name: str) -> Backbone:
+    """The backbone called `name`, `timm:NAME` or `torchvision:NAME`. Raises UnknownName, with the names that are close."""
+    if name in BACKBONES:
+        return BACKBONES[name]
+    library, _, inner = name.partition(":")
+    if library == "torchvision":
+        known, backbone = models.list_models(models), _torchvision(inner, 1)
+    elif library == "timm":
+        import timm
 
-    Raises UnknownName, and OSError or RuntimeError where the download fails.
-    """
-    if name not in BACKBONES:
-        raise UnknownName("backbone", name, BACKBONES, "params.yaml runs.*.backbone")
-    return BACKBONES[name].weights()
+        known, backbone = timm.list_models(), _timm(inner, 1)
+    else:
+        raise UnknownName("backbone", name, [*BACKBONES, "timm:NAME", "torchvision:NAME"], WHERE)
+    if inner not in known:
+        close = difflib.get_close_matches(inner, known, n=8, cutoff=0.4) or known[:8]
+        raise UnknownName("backbone", name, [f"{library}:{other}" for other in close], f"{WHERE} (one of {len(known)})")
+    return backbone
 
 
 def build_backbone(name: str, outputs: int, image_size: int, drop_path: float | None = None) -> nn.Module:
     """The network `name` with `outputs` outputs, weights drawn from torch's global generator. Takes images [B, 3, S, S].
 
-    drop_path: the chance that the last residual branch is left out in training, growing linearly to it; None keeps the
-    network's own. Raises UnknownName, or InvalidParameter for images of a wrong size or a network without drop path.
+    drop_path: see Backbone. Raises UnknownName, or InvalidParameter for images of a wrong size, and for a network that has no
+    residual branches to leave out or is no plain classifier.
     """
-    if name not in BACKBONES:
-        raise UnknownName("backbone", name, BACKBONES, "params.yaml runs.*.backbone")
-    backbone = BACKBONES[name]
+    backbone = find_backbone(name)
     if not backbone.smallest <= image_size <= backbone.largest:
         raise InvalidParameter(
             f"{name} takes images of {backbone.smallest} to {backbone.largest} pixels a side, not {image_size}; "
             "change params.yaml recipes.*.image_size"
         )
-    if drop_path is None:
-        return backbone.build(num_classes=outputs)
-    if not backbone.drop_path:
-        raise InvalidParameter(f"{name} has no drop path: set params.yaml recipes.*.drop_path to null")
-    return backbone.build(num_classes=outputs, **{backbone.drop_path: drop_path})
+    try:
+        model = backbone.build(num_classes=outputs, drop_path=drop_path)
+    except TypeError as error:
+        if drop_path is None:
+            raise
+        raise InvalidParameter(f"{name} takes no drop_path ({error}); set params.yaml recipes.*.drop_path to null") from error
+    if name not in BACKBONES:
+        _try(name, model, outputs, image_size)
+    return model
+
+
+def _try(name: str, model: nn.Module, outputs: int, image_size: int) -> None:
+    """Run a network of which nothing is known, without its numbers. Raises InvalidParameter where it is no classifier."""
+    try:
+        with torch.no_grad():
+            found = copy.deepcopy(model).to("meta")(torch.empty(2, 3, image_size, image_size, device="meta"))
+    except Exception as error:  # of whatever the network is made of
+        raise InvalidParameter(
+            f"{name} does not run on images of {image_size} pixels a side ({printable(str(error))}); "
+            "change params.yaml recipes.*.image_size"
+        ) from error
+    if not isinstance(found, Tensor) or found.shape != (2, outputs):
+        raise InvalidParameter(f"{name} does not give one number per class when it is trained; change {WHERE}")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,21 +61,10 @@ def build_classifier(spec: ClassifierSpec, class_embeddings: Tensor | None = Non
 
     class_embeddings: see TextGuidedClassifier; drop_path: see `build_backbone`. Raises UnknownName, InvalidParameter.
     """
+    backbone = build_backbone(spec.backbone, spec.width or len(spec.classes), spec.image_size, drop_path)
     if not spec.width:
-        return build_backbone(spec.backbone, len(spec.classes), spec.image_size, drop_path)
-    backbone = build_backbone(spec.backbone, spec.width, spec.image_size, drop_path)
+        return backbone
     return TextGuidedClassifier(backbone, len(spec.classes), spec.width, class_embeddings)
-
-
-def fill(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load weights into a model, all of them and no others. Raises InvalidArtifact with the differences."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-    if wrong:
-        shown = "; ".join(f"{name} is {found.get(name, 'missing')}, not {wanted.get(name, 'wanted')}" for name in wrong[:3])
-        raise InvalidArtifact(f"does not fit the classifier in {len(wrong)} of {len(wanted | found)} places: {shown}")
-    model.load_state_dict(state)
 
 
 def save_classifier(path: Path, model: nn.Module, spec: ClassifierSpec, provenance: dict[str, str]) -> None:
@@ -93,5 +83,27 @@ def load_classifier(path: Path) -> tuple[nn.Module, ClassifierSpec]:
         spec = ClassifierSpec(**{**described, "classes": tuple(described["classes"])})
     model = build_classifier(spec)
     with reading(path, "train"):
-        fill(model, tensors)
+        if problem := misfit(model, tensors):
+            raise InvalidArtifact(f"does not fit {spec.backbone} ({spec.variant}): {problem}")
+    model.load_state_dict(tensors)
     return model.eval(), spec
+
+
+def misfit(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
+    """How tensors differ, by name and shape, from those that a model has; empty where they do not.
+
+    The counters of BatchNorm may be missing, as they are in files from before there were any: nothing reads them.
+    """
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    missing = [name for name in expected if name not in found and not name.endswith(".num_batches_tracked")]
+    others = [name for name in found if name not in expected]
+    wrong = [
+        f"{name} is {found[name]} instead of {expected[name]}"
+        for name in expected
+        if found.get(name, expected[name]) != expected[name]
+    ]
+    kinds = (("missing", missing), ("of no use", others), ("of another shape", wrong))
+    return "; ".join(
+        f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" for kind, names in kinds if names
+    )

@@ -245,6 +245,7 @@ def _food101(root: Path) -> Content:
 
 def _imagenet(root: Path) -> Content:
     """ILSVRC 2012 (Russakovsky et al., IJCV 2015): train/WNID/*.JPEG and val/WNID/*.JPEG, labels in the order of the WNIDs."""
+    import_torchvision()
     from timm.data import ImageNetInfo
 
     wnids = ImageNetInfo().label_names()
@@ -257,6 +258,7 @@ def imagenet_classes() -> list[str]:
 
     Two of these stand for two classes each (`missile`, `sunglasses`). There, WordNet's first word takes over.
     """
+    import_torchvision()
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES as NAMES
     from timm.data import ImageNetInfo
 
