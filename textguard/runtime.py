@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -32,8 +33,9 @@ def import_torchvision() -> None:
     operators that it only wants to annotate. Declared without an implementation they are enough: what textguard uses of
     torchvision is Python. Where the library loads, it brings the operators and nothing is declared.
 
-    The compiler takes as long to import as torch itself, in every stage, and torchvision wants one function of it, for
-    detection models that run on GPUs. A stand-in fetches it when it is called.
+    The compiler takes as long to import as torch itself, in every stage, and torchvision wants two functions of it: one for
+    detection models that run on GPUs, which a stand-in fetches when it is called, and one that keeps the compiler away from
+    a class of annotated images, which nothing here compiles.
     """
     spec = importlib.util.find_spec("torchvision")
     for folder in spec.submodule_search_locations or [] if spec else []:
@@ -47,13 +49,17 @@ def import_torchvision() -> None:
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     stand_ins = {name: ModuleType(name) for name in ("torch._dynamo", "torch._dynamo.utils") if name not in sys.modules}
     for module in stand_ins.values():
-        module.is_compile_supported = _is_compile_supported
+        module.is_compile_supported, module.disable = _is_compile_supported, _not_disabled
     sys.modules.update(stand_ins)
     try:
-        importlib.import_module("torchvision")
+        importlib.import_module("torchvision.transforms.v2")
     finally:
         for name in stand_ins:
             del sys.modules[name]
+
+
+def _not_disabled(function: Callable, *_: object, **__: object) -> Callable:
+    return function
 
 
 def _is_compile_supported(device_type: str) -> bool:
