@@ -48,7 +48,7 @@ def stages(*names: str) -> set[str]:
     return expanded
 
 
-BEHIND_TRAINING = stages("evaluate", "ranges", "inject", "results", "tables", "figures")
+BEHIND_TRAINING = stages("evaluate", "ranges", "inject", "results", "tables", "figures", "report")
 TEXTS = stages(f"prompts@{TEXT}", f"responses@{TEXT}", f"embeddings@{TEXT}", f"text_quality@{TEXT}")
 ALL = stages("data@digits", "encoder", "train") | TEXTS | BEHIND_TRAINING
 
@@ -100,17 +100,17 @@ def test_nothing_changed_nothing_runs(checkout):
 
 def test_a_figure_colour_redraws_the_figures(checkout):
     change(checkout, "figures.colours.descriptions", "#009e73")
-    assert repro(checkout)[0] == {"figures"}
+    assert repro(checkout)[0] == {"figures", "report"}
 
 
 def test_the_campaign_seed_repeats_the_campaigns(checkout):
     change(checkout, "inject.seed", 1)
-    assert repro(checkout)[0] == stages("inject", "results", "tables", "figures")
+    assert repro(checkout)[0] == stages("inject", "results", "tables", "figures", "report")
 
 
 def test_another_confidence_reruns_no_campaign(checkout):
     change(checkout, "statistics.confidence", 0.95)
-    assert repro(checkout)[0] == stages("results", "tables", "figures")
+    assert repro(checkout)[0] == stages("results", "tables", "figures", "report")
 
 
 def test_a_question_retrains_all_but_the_baseline(checkout):
@@ -130,7 +130,7 @@ def test_a_recipe_of_the_library_is_watched_by_the_runs_that_use_it(checkout):
     path = checkout / "textguard" / "vision" / "recipes" / "mobilenet.yaml"
     path.write_text(path.read_text() + "# a comment more\n")
     changed = run(["dvc", "status", "--json", "dvc.yaml"], checkout / GRID).stdout
-    assert json.loads(changed).keys() == {f"train@{GUIDED}"}
+    assert json.loads(changed).keys() == {f"train@{GUIDED}", "tables", "report"}
 
 
 def test_the_same_bytes_come_out_of_an_empty_cache(checkout, finished):
