@@ -198,3 +198,8 @@ def run(command: list[str], folder: Path, *, check: bool = True, **more: str) ->
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)} exited with {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest starts first, so that no process waits for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_dag.py")
