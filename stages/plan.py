@@ -60,9 +60,9 @@ def main(params: Params) -> None:
         )
     table = pd.DataFrame(rows).set_index("run")
     table.loc["total"] = table.drop(columns=["train images", "test images", "epochs", "sites"]).sum()
-    shown = {name: (lambda value: "" if np.isnan(value) else f"{value:,.0f}") for name in table.columns}
+    shown = {name: "{:,.0f}".format for name in table.columns}
     shown |= {name: "{:,.3f}".format for name in table.columns if name.endswith("(h)")}
-    print(table.to_string(formatters=shown))
+    print(table.to_string(formatters=shown, na_rep=""))
     speeds = {f"{name} at {side}": asdict(speed) for (name, side), (speed, _) in measured.items()}
     print(f"\n{pd.DataFrame(speeds).T.round(1).to_string()}")
     print(
