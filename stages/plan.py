@@ -60,7 +60,7 @@ def main(params: Params) -> None:
         )
     table = pd.DataFrame(rows).set_index("run")
     table.loc["total"] = table.drop(columns=["train images", "test images", "epochs", "sites"]).sum()
-    shown = {name: "{:,.0f}".format for name in table.columns}
+    shown = dict.fromkeys(table.columns, "{:,.0f}".format)
     shown |= {name: "{:,.3f}".format for name in table.columns if name.endswith("(h)")}
     print(table.to_string(formatters=shown, na_rep=""))
     speeds = {f"{name} at {side}": asdict(speed) for (name, side), (speed, _) in measured.items()}
