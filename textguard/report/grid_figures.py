@@ -67,7 +67,7 @@ def _published(cell: Mapping[str, Any], rows: Sequence[Published], part: str) ->
 
 def draw_tradeoff(cells: Sequence[Cell]) -> tuple[Figure, pd.DataFrame]:
     """Accuracy against DeltaLoss: who is better in both? One point per training."""
-    figure = Figure(figsize=(5.6, 4.0), layout="constrained")
+    figure = Figure(figsize=(6.8, 4.0), layout="constrained")
     axes = figure.add_subplot()
     places = sorted({(cell.results[0].run.dataset, cell.results[0].run.backbone) for cell in cells})
     rows = []
@@ -108,7 +108,7 @@ def draw_tradeoff(cells: Sequence[Cell]) -> tuple[Figure, pd.DataFrame]:
         )
         for number, place in enumerate(places)
     ]
-    axes.legend(handles=handles, ncols=2)
+    figure.legend(handles=handles, loc="outside right upper")  # beside the points, and not on them
     note = "one point per training; bars: intervals over images and over injections; dotted: none is better in both"
     figure.supxlabel(note, fontsize=NOTE_SIZE)
     return figure, numbers
