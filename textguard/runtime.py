@@ -1,7 +1,7 @@
 """The machine: devices, threads, determinism, progress. Nothing here may change a result or a hash.
 
 TEXTGUARD_DEVICE        cpu, cuda, cuda:1, mps; default: cuda where there is one (each process its own), else cpu
-TEXTGUARD_PROCESSES     processes that share a campaign; default 1 (see stages/__main__.py)
+TEXTGUARD_PROCESSES     processes that share training, evaluation and campaigns; default 1 (see stages/__main__.py)
 TEXTGUARD_WORKERS       processes that read images; default: one per core but one, 0 for small images that lie in memory
 TEXTGUARD_CHECKPOINT    seconds between two checkpoints within an epoch; default 600
 TEXTGUARD_CHANNELS_LAST 1 trains with another memory layout, which is faster for convolutions on many processors; default 0
