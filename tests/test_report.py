@@ -1,5 +1,6 @@
 """Results and figures from stored records."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from textguard.artifacts import write_json, write_parquet
 from textguard.errors import InvalidArtifact, InvalidParameter
@@ -90,6 +92,30 @@ def store(key: str, run: RunParams, layers: dict[str, tuple[int, float]], correc
     ranges.to_csv(out / "ranges.csv", index=False)
     curve = pd.DataFrame({"threshold_percent": range(41), "accuracy_percent": [100 - i for i in range(41)]})
     curve.to_csv(out / "thresholds.csv", index=False)
+    store_closeup(key)
+
+
+def store_closeup(key: str) -> None:
+    """What stage closeup leaves: two images under two kinds of faults, the second of which leaves nothing finite."""
+    powers = list(range(-40, 39))
+    shares = [float(power == 0) for power in powers]
+    last = {"layer": "fc", "profiled": 2.0, "images": 50, "powers": powers, "golden": shares, "faulty": shares}
+    found = {name: {"value": 0.5, "low": 0.4, "high": 0.6, "n": 2} for name in ("rank_correlation", "overlap", "mismatch")}
+    cam = {"layer": "conv1", "places": 4, "images": 2, "detector": "off", "weights": {**found, "flips": 2000, "finite": 2}}
+    cam["worst"] = {**found, "finite": 0, "layer": "conv1", "neuron": 7, "bit": 30}
+    write_json(Path(f"metrics/closeup/{key}.json"), {"last_layer": {**last, "beyond": 0.1, "not_finite": 0.01}, "cam": cam})
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (90, 90, 90)).save(file, "png")
+    looks = pd.DataFrame(
+        {
+            **{"image": image, "label": 0, "class": "<b>$x", "state": state, "finite": state != "worst", "prediction": image},
+            **{"predicted": "a very long class", "confidence": 0.5, "map": [0.0, -1.0, 2.0, 1.0]},
+            **{"picture": file.getvalue() if state == "golden" else b""},
+        }
+        for image in (0, 1)
+        for state in ("golden", "weights", "worst")
+    )
+    write_parquet(Path(f"metrics/closeup/{key}.parquet"), looks)
 
 
 BASELINE_LAYERS = {"conv1": (100, 0.2), "fc": (10, 3.0)}

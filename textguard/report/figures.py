@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from textguard.params import FiguresParams
 from textguard.report.cells import Cell
+from textguard.report.closeup_figures import draw_attention, draw_last_layer
 from textguard.report.drawing import STYLE, save_figure
 from textguard.report.grid_figures import draw_improvement, draw_tradeoff
 from textguard.report.layer_figures import (
@@ -31,6 +32,8 @@ PER_BACKBONE: dict[str, Callable[[Sequence[Cell], str], tuple[Figure, pd.DataFra
     "bits": draw_bits,
     "accuracy_by_top2diff": draw_accuracy,
     "convergence": draw_convergence,
+    "last_layer": draw_last_layer,
+    "attention": draw_attention,
 }
 
 
