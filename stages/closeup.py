@@ -173,11 +173,11 @@ def _shifts(looks: pd.DataFrame) -> dict[str, Any]:
     found = {}
     for state, faulty in by_state.items():
         pairs = [(np.array(before), np.array(after)) for before, after in zip(golden["map"], faulty["map"], strict=True)]
-        changed = int((golden["prediction"].to_numpy() != faulty["prediction"].to_numpy()).sum())
+        same = (golden["prediction"].to_numpy() == faulty["prediction"].to_numpy()) & faulty["finite"].to_numpy()
         found[state] = {
             "finite": int(faulty["finite"].sum()),
             "rank_correlation": mean_over_images([rank_correlation(*pair) for pair in pairs]).as_json(),
             "overlap": mean_over_images([overlap(*pair) for pair in pairs]).as_json(),
-            "mismatch": rate_estimate(changed, len(faulty)).as_json(),
+            "changed": rate_estimate(int((~same).sum()), len(faulty)).as_json(),
         }
     return found

@@ -43,12 +43,12 @@ def stages(*names: str) -> set[str]:
     """Stage names as dvc prints them; `inject` stands for the inject stage of every run."""
     expanded = set()
     for name in names:
-        per_run = name in ("train", "evaluate", "ranges", "inject")
+        per_run = name in ("train", "evaluate", "ranges", "inject", "closeup")
         expanded |= {f"{name}@{key}" for key in RUNS} if per_run else {name}
     return expanded
 
 
-BEHIND_TRAINING = stages("evaluate", "ranges", "inject", "results", "tables", "figures", "report")
+BEHIND_TRAINING = stages("evaluate", "ranges", "inject", "closeup", "results", "tables", "figures", "report")
 TEXTS = stages(f"prompts@{TEXT}", f"responses@{TEXT}", f"embeddings@{TEXT}", f"text_quality@{TEXT}")
 ALL = stages("data@digits", "encoder", "train") | TEXTS | BEHIND_TRAINING
 
@@ -105,7 +105,12 @@ def test_a_figure_colour_redraws_the_figures(checkout):
 
 def test_the_campaign_seed_repeats_the_campaigns(checkout):
     change(checkout, "inject.seed", 1)
-    assert repro(checkout)[0] == stages("inject", "results", "tables", "figures", "report")
+    assert repro(checkout)[0] == stages("inject", "closeup", "results", "tables", "figures", "report")
+
+
+def test_other_weight_flips_repeat_the_looks_alone(checkout):
+    change(checkout, "closeup.weight_flips", 20)
+    assert repro(checkout)[0] == stages("closeup", "tables", "figures", "report")
 
 
 def test_another_confidence_reruns_no_campaign(checkout):

@@ -254,7 +254,15 @@ OFF = {**dict.fromkeys(ZERO_IS_OFF, 0), "repeated_augmentation": 1}
 
 
 def _attention_table(closeups: Mapping[str, Cell]) -> Table:
-    headers = ["Run", "Faults", "Rank Correlation", "Overlap", "Changed Classes (%)", "Finite Maps", "Layer of the Maps"]
+    headers = [
+        "Run",
+        "Faults",
+        "Rank Correlation",
+        "Overlap",
+        "Other Class or Not Finite (%)",
+        "Finite Maps",
+        "Layer of the Maps",
+    ]
     rows = []
     for key, cam in ((key, closeup["cam"]) for key, closeup in closeups.items()):
         for state in ("weights", "worst"):
@@ -267,7 +275,7 @@ def _attention_table(closeups: Mapping[str, Cell]) -> Table:
                 else f"{found['layer'].removeprefix('backbone.')} {found['neuron']}, bit {found['bit']}"
             )
             shifts = [read_estimate(found[name]) for name in ("rank_correlation", "overlap")]
-            changed = read_estimate(found["mismatch"]).times(100)
+            changed = read_estimate(found["changed"]).times(100)
             side = round(cam["places"] ** 0.5)
             where = f"{cam['layer'].removeprefix('backbone.')}, {side} x {side}"
             rows.append([key, faults, *shifts, changed, f"{found['finite']} of {cam['images']}", where])
