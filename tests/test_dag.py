@@ -130,7 +130,7 @@ def test_a_recipe_of_the_library_is_watched_by_the_runs_that_use_it(checkout):
     path = checkout / "textguard" / "vision" / "recipes" / "mobilenet.yaml"
     path.write_text(path.read_text() + "# a comment more\n")
     changed = run(["dvc", "status", "--json", "dvc.yaml"], checkout / GRID).stdout
-    assert json.loads(changed).keys() == {f"train@{GUIDED}", "tables", "report"}
+    assert json.loads(changed).keys() == {f"train@{GUIDED}", "tables", "figures", "report"}
 
 
 def test_the_same_bytes_come_out_of_an_empty_cache(checkout, finished):

@@ -8,7 +8,8 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from textguard.params import FiguresParams
+from textguard.params import Params
+from textguard.report.architecture import draw_architecture
 from textguard.report.cells import Cell
 from textguard.report.drawing import STYLE, save_figure
 from textguard.report.grid_figures import draw_improvement, draw_tradeoff
@@ -34,24 +35,27 @@ PER_BACKBONE: dict[str, Callable[[Sequence[Cell], str], tuple[Figure, pd.DataFra
 }
 
 
-def write_figures(
-    results: Sequence[Result], compared: Sequence[Mapping[str, Any]], params: FiguresParams, folder: Path
-) -> None:
-    """Draw every figure and write it to `folder`. compared: the grid's cells, as `load_cells` returns them."""
+def write_figures(results: Sequence[Result], compared: Sequence[Mapping[str, Any]], params: Params, folder: Path) -> None:
+    """Draw every figure and write it to `folder`. compared: the grid's cells, as `load_cells` returns them.
+
+    Raises InvalidArtifact.
+    """
+    colours, dpi = params.figures.colours, params.figures.dpi
     groups: dict[tuple[str, str], dict[str, list[Result]]] = {}
     for result in results:
         run = result.run
         groups.setdefault((run.dataset, run.backbone), {}).setdefault(run.variant, []).append(result)
     cells = {
-        name: [Cell(variant, params.colours[variant], members) for variant, members in variants.items()]
+        name: [Cell(variant, colours[variant], members) for variant, members in variants.items()]
         for name, variants in groups.items()
     }
     with matplotlib.rc_context(fname=STYLE):
         for (dataset, backbone), members in cells.items():
+            stem, title = f"{dataset}-{backbone}", f"{backbone} on {dataset}"
+            save_figure(*draw_architecture(members, title, params), folder / f"architecture-{stem}", dpi)
             for name, draw in PER_BACKBONE.items():
-                drawn = draw(members, f"{backbone} on {dataset}")
-                save_figure(*drawn, folder / f"{name}-{dataset}-{backbone}", params.dpi)
+                save_figure(*draw(members, title), folder / f"{name}-{stem}", dpi)
         everything = [cell for members in cells.values() for cell in members]
-        save_figure(*draw_tradeoff(everything), folder / "tradeoff", params.dpi)
+        save_figure(*draw_tradeoff(everything), folder / "tradeoff", dpi)
         if compared:
-            save_figure(*draw_improvement(compared, params.colours), folder / "improvement", params.dpi)
+            save_figure(*draw_improvement(compared, colours), folder / "improvement", dpi)
