@@ -18,7 +18,7 @@ from textguard.params import FiguresParams, Params, RunParams, StatisticsParams,
 from textguard.report.architecture import draw_architecture
 from textguard.report.breakdown import describe_layer, sums_by_bit
 from textguard.report.cells import Cell
-from textguard.report.figures import PER_BACKBONE, write_figures
+from textguard.report.figures import DRAWN_BY_DVC, PER_BACKBONE, write_figures
 from textguard.report.improvement import across, draw_pairs, improvement, verdict, weigh
 from textguard.report.results import load_cells, load_result, load_run, write_results
 from textguard.report.run_figures import crossings
@@ -92,6 +92,8 @@ def store(key: str, run: RunParams, layers: dict[str, tuple[int, float]], correc
         {"layer": list(layers), "kind": "Conv2d", "neurons": 1, "max_abs": 2.0, "mean_abs": 0.5, "images": 50}
     )
     ranges.to_csv(out / "ranges.csv", index=False)
+    epochs = pd.DataFrame({"epoch": [1, 2], "loss": [2.0, 1.0], "accuracy": [0.5, 0.6], "learning_rate": 0.1})
+    epochs.to_csv(out / "training.csv", index=False)
     curve = pd.DataFrame({"threshold_percent": range(41), "accuracy_percent": [100 - i for i in range(41)]})
     curve.to_csv(out / "thresholds.csv", index=False)
 
@@ -305,12 +307,14 @@ def test_figures_come_with_their_numbers_and_the_same_bytes_each_time(runs, para
     for folder in ("a", "b"):
         write_figures(results, load_cells(runs), params, tmp_path / folder)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert len(files) == 4 * (2 * (len(PER_BACKBONE) + 1) + 2)
+    assert len(files) == 4 * (2 * (len(PER_BACKBONE) + 1) + 2) + len(DRAWN_BY_DVC) + 1
     assert files == sorted(path.name for path in (tmp_path / "b").iterdir())
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     numbers = pd.read_csv(tmp_path / "a" / "delta_loss-d-resnet18.csv")
     assert numbers.groupby("variant").size().to_dict() == {"baseline": 2, "template": 3, "descriptions": 3}
+    together = pd.read_csv(tmp_path / "a" / "delta_loss.csv")
+    assert together.groupby(["dataset", "backbone"]).size().to_dict() == {("d", "resnet18"): 8, ("e", "alexnet"): 2}
     assert (tmp_path / "a" / "value_ranges-d-resnet18.png").read_bytes().startswith(b"\x89PNG")
 
 

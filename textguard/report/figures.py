@@ -8,6 +8,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
+from textguard.artifacts import read_csv, write_csv
 from textguard.params import Params
 from textguard.report.architecture import draw_architecture
 from textguard.report.cells import Cell
@@ -20,7 +21,7 @@ from textguard.report.layer_figures import (
     draw_range_effect,
     draw_value_ranges,
 )
-from textguard.report.results import Result
+from textguard.report.results import RUNS_DIR, Result
 from textguard.report.run_figures import draw_accuracy, draw_convergence
 
 # Of one backbone on one data set; each takes its cells, the variants, and a title.
@@ -33,6 +34,8 @@ PER_BACKBONE: dict[str, Callable[[Sequence[Cell], str], tuple[Figure, pd.DataFra
     "accuracy_by_top2diff": draw_accuracy,
     "convergence": draw_convergence,
 }
+# Those whose numbers DVC draws as well, of all networks in one file: NAME.csv (dvc.yaml, plots).
+DRAWN_BY_DVC = ("accuracy_by_top2diff", "delta_loss", "value_ranges")
 
 
 def write_figures(results: Sequence[Result], compared: Sequence[Mapping[str, Any]], params: Params, folder: Path) -> None:
@@ -49,13 +52,27 @@ def write_figures(results: Sequence[Result], compared: Sequence[Mapping[str, Any
         name: [Cell(variant, colours[variant], members) for variant, members in variants.items()]
         for name, variants in groups.items()
     }
+    together: dict[str, list[pd.DataFrame]] = {name: [] for name in ("training", *DRAWN_BY_DVC)}
     with matplotlib.rc_context(fname=STYLE):
         for (dataset, backbone), members in cells.items():
             stem, title = f"{dataset}-{backbone}", f"{backbone} on {dataset}"
             save_figure(*draw_architecture(members, title, params), folder / f"architecture-{stem}", dpi)
             for name, draw in PER_BACKBONE.items():
-                save_figure(*draw(members, title), folder / f"{name}-{stem}", dpi)
+                figure, numbers = draw(members, title)
+                save_figure(figure, numbers, folder / f"{name}-{stem}", dpi)
+                if name in together:
+                    together[name].append(numbers.assign(dataset=dataset, backbone=backbone))
         everything = [cell for members in cells.values() for cell in members]
         save_figure(*draw_tradeoff(everything), folder / "tradeoff", dpi)
         if compared:
             save_figure(*draw_improvement(compared, colours), folder / "improvement", dpi)
+    together["training"] = [load_training(result) for result in results]
+    for name, tables in together.items():
+        write_csv(folder / f"{name}.csv", pd.concat(tables, ignore_index=True))
+
+
+def load_training(result: Result) -> pd.DataFrame:
+    """Read one run's epochs: loss (nats), accuracy (0 to 1), learning_rate, and whose they are. Raises InvalidArtifact."""
+    curve = read_csv(RUNS_DIR / result.key / "training.csv", "train", [], ["epoch", "loss", "accuracy", "learning_rate"])
+    run = result.run
+    return curve.assign(run=result.key, variant=run.variant, dataset=run.dataset, backbone=run.backbone)
