@@ -43,6 +43,7 @@ TABLES = {
 }
 # Stem of a figure's file -> what it shows, in the order of the page.
 FIGURES = {
+    "architecture": "Architecture",
     "delta_loss": "DeltaLoss per layer",
     "outcomes": "What became of the faults",
     "bits": "DeltaLoss by layer and bit",
