@@ -67,9 +67,7 @@ def main(params: Params, key: str) -> None:
     last = engine.sites[-1]
     limit = profiled[last.layer]
     storage = Storage(number_format, limit, last.neurons, image.device)
-    values = count_magnitudes(
-        engine, image_loader(view, inject.batch_size), storage, limit, bits_of(SINGLE_FLIP, number_format)
-    )
+    values = count_magnitudes(engine, image_loader(view, inject.batch_size), storage, limit, bits)
     content: dict[str, Any] = {"last_layer": {"layer": last.layer, "profiled": limit, "images": len(view), **values}}
 
     try:
@@ -77,8 +75,8 @@ def main(params: Params, key: str) -> None:
     except UnsupportedModel as error:
         looks, content["cam"] = pd.DataFrame(columns=LOOKS), {"skipped": str(error)}
     else:
-        # What lies behind the backbone differs from variant to variant: only before it can faults be the same.
-        without = 2 if spec.width else 1
+        # The backbone's last layer and the head differ from variant to variant: only before them can faults be the same.
+        without = sum(site.kind == "Linear" for site in cam.sites[-2 if spec.width else -1 :])
         weights = cam.draw_flips(closeup.weight_flips, without, bits, closeup.seed)
         worst = worst_injection(records)
         drawn = np.random.default_rng(closeup.seed).choice(len(view), min(closeup.images, len(view)), replace=False)
@@ -91,9 +89,11 @@ def main(params: Params, key: str) -> None:
             "detector": inject.detector,
             **_shifts(looks),
         }
-        content["cam"]["weights"] |= {"flips": len(weights)}
+        if not weights.empty:
+            content["cam"]["weights"] |= {"flips": len(weights)}
         if not worst.empty:
-            content["cam"]["worst"] |= worst[["layer", "neuron", "bit", "golden_value", "faulty_value"]].iloc[0].to_dict()
+            first = worst[["layer", "neuron", "bit", "golden_value", "faulty_value"]].iloc[0].to_dict()
+            content["cam"]["worst"] |= {"target": fault_model.target, **first}
     write_parquet(Path("metrics") / "closeup" / f"{key}.parquet", looks)
     write_json(Path("metrics") / "closeup" / f"{key}.json", content)
 
@@ -111,7 +111,9 @@ def _states(
     def of_weights(weight: torch.Tensor) -> float:
         return detector_limits(detector, ["weights"], {"weights": float(weight.abs().max())})["weights"]
 
-    states: dict[str, State] = {"golden": (nullcontext, None), "weights": (lambda: cam.flipped(weights, of_weights), None)}
+    states: dict[str, State] = {"golden": (nullcontext, None)}
+    if not weights.empty:
+        states["weights"] = (lambda: cam.flipped(weights, of_weights), None)
     if worst.empty:
         return states
     site = next(site for site in cam.sites if site.layer == worst["layer"].iloc[0])

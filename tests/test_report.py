@@ -108,7 +108,7 @@ def store_closeup(key: str) -> None:
     last = {"layer": "fc", "profiled": 2.0, "images": 50, "powers": powers, "golden": shares, "faulty": shares}
     found = {name: {"value": 0.5, "low": 0.4, "high": 0.6, "n": 2} for name in ("rank_correlation", "overlap", "changed")}
     cam = {"layer": "conv1", "places": 4, "images": 2, "detector": "off", "weights": {**found, "flips": 2000, "finite": 2}}
-    cam["worst"] = {**found, "finite": 0, "layer": "conv1", "neuron": 7, "bit": 30}
+    cam["worst"] = {**found, "finite": 0, "target": "neuron", "layer": "conv1", "neuron": 7, "bit": 30}
     write_json(Path(f"metrics/closeup/{key}.json"), {"last_layer": {**last, "beyond": 0.1, "not_finite": 0.01}, "cam": cam})
     file = io.BytesIO()
     Image.new("RGB", (8, 8), (90, 90, 90)).save(file, "png")

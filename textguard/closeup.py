@@ -168,18 +168,19 @@ class CamModel:
         """`count` single-bit flips in different weights, uniform over the weights of all sites but the last `without` and over
         their bits. Two models that differ only behind those sites get the same ones.
 
-        Returns one row per flip: parameter, place (in the flattened parameter), mask. Raises InvalidParameter.
+        Returns one row per flip: parameter, place (in the flattened parameter), mask; none where those sites have no weights.
+        Raises InvalidParameter.
         """
         parameters = dict(self._traced.model.named_parameters())
         names = dict.fromkeys(
             site.parameter for site in self.sites[: len(self.sites) - without] if site.parameter in parameters
         )
         ends = np.cumsum([parameters[name].numel() for name in names])
-        if not len(ends) or count > ends[-1]:
-            raise InvalidParameter(
-                f"params.yaml closeup.weight_flips is {count}, and there are {ends[-1] if len(ends) else 0} weights to flip"
-            )
-        generator = np.random.default_rng([seed, 0])
+        if not len(ends):
+            return pd.DataFrame(columns=["parameter", "place", "mask"])
+        if count > ends[-1]:
+            raise InvalidParameter(f"params.yaml closeup.weight_flips is {count}, and there are {ends[-1]} weights to flip")
+        generator = np.random.default_rng(seed)
         drawn = np.sort(generator.choice(ends[-1], count, replace=False))
         owner = np.searchsorted(ends, drawn, side="right")
         starts = np.concatenate([[0], ends[:-1]])
@@ -276,7 +277,7 @@ def rank_correlation(golden: np.ndarray, faulty: np.ndarray) -> float:
         return 0.0
     ranks = [rankdata(image) - (image.size + 1) / 2 for image in (golden.ravel(), faulty.ravel())]
     length = math.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum())
-    return float(ranks[0] @ ranks[1] / length) if length else 0.0
+    return round(float(ranks[0] @ ranks[1] / length), 12) if length else 0.0
 
 
 def overlap(golden: np.ndarray, faulty: np.ndarray) -> float:
@@ -292,14 +293,12 @@ def overlap(golden: np.ndarray, faulty: np.ndarray) -> float:
 def mean_over_images(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
     """The mean of numbers that are 1 where nothing changed and at least -1, with Student's interval.
 
-    Where every one is 1 there is no lower limit, NaN: nothing says what could happen.
+    Where all are the same, nothing says what could happen: limits are NaN, but for 1.
     """
     mean, count = float(np.mean(values)), len(values)
-    if min(values) == 1:
-        return Estimate(mean, math.nan, 1.0, count)
-    half = (
-        float(stdtrit(count - 1, 0.5 + confidence / 2) * np.std(values, ddof=1) / math.sqrt(count)) if count > 1 else math.nan
-    )
+    if min(values) == max(values):
+        return Estimate(mean, math.nan, 1.0 if mean == 1 else math.nan, count)
+    half = float(stdtrit(count - 1, 0.5 + confidence / 2) * np.std(values, ddof=1)) / math.sqrt(count)
     return Estimate(mean, max(mean - half, -1.0), min(mean + half, 1.0), count)
 
 

@@ -335,7 +335,7 @@ def _box(axes: Axes, ends: tuple[float, float], top: float, lines: Sequence[str]
 def _fit(axes: Axes, left: float, right: float, y: float, text: str, size: float, *, ha: str = "center", **look: str) -> None:
     """A line of text between two ends, smaller where it would be too long."""
     x = left if ha == "left" else (left + right) / 2
-    drawn = axes.text(x, y, text, ha=ha, va="center", fontsize=size, **look)
+    drawn = axes.text(x, y, text, ha=ha, va="center", fontsize=size, parse_math=False, **look)  # "$" is a dollar
     width = drawn.get_window_extent().width / axes.figure.dpi
     if width > right - left:
         drawn.set_fontsize(size * (right - left) / width)

@@ -54,11 +54,12 @@ def draw_attention(cells: Sequence[Cell], title: str) -> tuple[Figure, pd.DataFr
         own = panels[:, 2 + number * (1 + len(STATES)) :]
         _head(own[0, 1], cell.variant, 1.4, fontsize=9, color=cell.colour, fontweight="bold", style="normal")
         for column, (state, heading) in enumerate(STATES.items()):
-            _head(own[0, column], heading.format(flips=cam["weights"]["flips"]))
+            if state != "golden" and state not in cam:
+                continue
+            _head(own[0, column], heading.format(flips=cam["weights"]["flips"]) if state == "weights" else heading)
             for axes, image in zip(own[:, column], shown, strict=True):
                 rows = found[found["image"] == image].set_index("state")
-                if state in rows.index:
-                    _show(axes, rows.loc["golden", "picture"], rows.loc[state])
+                _show(axes, rows.loc["golden", "picture"], rows.loc[state])
     figure.suptitle(f"{title}: where the classifiers look (Ablation-CAM)", y=1 - 0.08 / height, va="top")
     sides = sorted({round(cam["places"] ** 0.5) for cam in (load_closeup(cell.results[0].key)["cam"] for cell in drawn)})
     figure.supxlabel(

@@ -261,7 +261,7 @@ def _attention_table(closeups: Mapping[str, Cell]) -> Table:
         "Overlap",
         "Other Class or Not Finite (%)",
         "Finite Maps",
-        "Layer of the Maps",
+        "Maps of",
     ]
     rows = []
     for key, cam in ((key, closeup["cam"]) for key, closeup in closeups.items()):
@@ -272,7 +272,7 @@ def _attention_table(closeups: Mapping[str, Cell]) -> Table:
             faults = (
                 f"{found['flips']:,} weight bits"
                 if state == "weights"
-                else f"{found['layer'].removeprefix('backbone.')} {found['neuron']}, bit {found['bit']}"
+                else f"{found['layer'].removeprefix('backbone.')}, {found['target']} {found['neuron']}, bit {found['bit']}"
             )
             shifts = [read_estimate(found[name]) for name in ("rank_correlation", "overlap")]
             changed = read_estimate(found["changed"]).times(100)
