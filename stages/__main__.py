@@ -41,6 +41,7 @@ STAGES = {
     "evaluate": "runs",
     "ranges": "runs",
     "inject": "runs",
+    "closeup": "runs",
     "results": None,
     "tables": None,
     "figures": None,

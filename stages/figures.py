@@ -9,4 +9,4 @@ from textguard.report.results import load_cells, load_result
 
 def main(params: Params) -> None:
     results = [load_result(key, run) for key, run in params.runs.items()]
-    write_figures(results, load_cells(params.runs), params.figures, Path("plots") / "figures")
+    write_figures(results, load_cells(params.runs), params, Path("plots") / "figures")

@@ -68,7 +68,7 @@ def main(params: Params) -> None:
     print(
         f"\nDevice-hours on {describe_device(device)}, from small batches, random images and untrained networks just now, in "
         "images and injections per second. Not counted: reading and augmenting images, compiling, layers that are enumerated "
-        f"(the last), stages without a network. Sizes of data sets are the published ones, E = {width}."
+        f"(the last), closeup, stages without a network. Sizes of data sets are the published ones, E = {width}."
     )
 
 

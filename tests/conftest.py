@@ -181,6 +181,7 @@ def make_checkout(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path
         run(["git", "init", "-q"], folder)
         run(["dvc", "init", "-q"], folder)
         run(["dvc", "config", "core.analytics", "false"], folder)
+        shutil.copytree(REPOSITORY / ".dvc" / "plots", folder / ".dvc" / "plots")
         return folder
 
     return make

@@ -154,7 +154,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for place, value in small.items():
         grid.change(place, value)
     stages = ["data digits", f"prompts {TEXT}", f"responses {TEXT}", "encoder"]
-    stages += [f"{stage} {BASELINE}" for stage in ("train", "evaluate", "ranges", "inject")]
+    stages += [f"{stage} {BASELINE}" for stage in ("train", "evaluate", "ranges", "inject", "closeup")]
     for stage in stages:
         code, lines = grid.run(*stage.split())
         assert code == 0, lines
@@ -211,6 +211,8 @@ WRONG_VALUES = {
     "certainty": ("statistics.confidence", 1.0, ["1.0", "less than 1"]),
     "few resamples": ("statistics.bootstrap", 10, ["10", "greater than or equal to 200"]),
     "no failures": ("statistics.fit_per_bit", 0.0, ["0.0", "greater than 0"]),
+    "no images": ("closeup.images", 0, ["0", "greater than 0"]),
+    "maps of one place": ("closeup.smallest_map", 1, ["1", "greater than or equal to 2"]),
     "unknown exposure": ("statistics.fit_exposure", "bits", ['"bits"', "'neurons' or 'multiply_adds'"]),
     "unknown mitigation": ("inject.mitigation", "tmr", ['"tmr"', "'none', 'ranger' or 'clip_to_zero'"]),
     "unknown target": ("inject.faults.target", "input", ['"input"', "'neuron', 'weight' or 'metadata'"]),
@@ -385,6 +387,12 @@ NAMES = {
     ),
     "too many bits": ("inject.faults.bits", 33, f"inject {BASELINE}", ["inject.faults.bits is 33", "32 to choose from"]),
     "no such layers": ("inject.kinds", ["Conv3d"], f"inject {BASELINE}", ["no Conv3d output"]),
+    "more flips than weights": (
+        "closeup.weight_flips",
+        10**9,
+        f"closeup {BASELINE}",
+        ["closeup.weight_flips is 1000000000", "there are 11166912 weights"],
+    ),
     "few training images": ("datasets.digits.limit_train", 5, "data digits", ["digits cannot be split", "datasets", "5"]),
     "many test images": ("datasets.digits.limit_test", 999, "data digits", ["digits cannot be split", "datasets", "999"]),
 }
@@ -584,6 +592,8 @@ MISSING = [
     ("ranges", BASELINE, MODEL, "train"),
     ("inject", BASELINE, f"{RUN}/ranges.csv", "ranges"),
     ("inject", BASELINE, f"{RUN}/activations.csv", "ranges"),
+    ("closeup", BASELINE, f"{RUN}/ranges.csv", "ranges"),
+    ("closeup", BASELINE, f"{RECORDS}/injections.parquet", "inject"),
     ("results", None, f"{RUN}/evaluation.json", "evaluate"),
     ("results", None, f"{RUN}/campaign.json", "inject"),
     ("results", None, f"{RECORDS}/injections.parquet", "inject"),
@@ -591,6 +601,8 @@ MISSING = [
     ("results", None, f"{RECORDS}/predictions.parquet", "evaluate"),
     ("tables", None, f"metrics/results/{BASELINE}.json", "results"),
     ("tables", None, "metrics/cells.json", "results"),
+    ("tables", None, f"metrics/closeup/{BASELINE}.json", "closeup"),
+    ("figures", None, f"metrics/closeup/{BASELINE}.parquet", "closeup"),
     pytest.param("train", BASELINE, "data/digits/classes.json", "data"),
 ]
 
@@ -656,13 +668,13 @@ def test_an_encoder_file_without_a_width_is_refused(grid, content):
     says(grid.fails("train", BASELINE), "InvalidArtifact", "embeddings/encoder.json", "'encoder'")
 
 
-@pytest.mark.parametrize("stage", ["evaluate", "inject"])
+@pytest.mark.parametrize("stage", ["evaluate", "inject", "closeup"])
 def test_a_truncated_classifier_is_named(grid, stage):
     grid.cut(MODEL)
     says(grid.fails(stage, BASELINE), "InvalidArtifact", MODEL, "cannot be read", "delete it", "'train'")
 
 
-@pytest.mark.parametrize("stage", ["evaluate", "inject"])
+@pytest.mark.parametrize("stage", ["evaluate", "inject", "closeup"])
 def test_a_classifier_of_another_shape_is_named_with_both_shapes(grid, stage):
     tensors, metadata = read_safetensors(grid.folder / MODEL, "train")
     write_safetensors(grid.folder / MODEL, {**tensors, "fc.weight": torch.zeros(10, 7)}, metadata)

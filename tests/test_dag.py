@@ -43,12 +43,12 @@ def stages(*names: str) -> set[str]:
     """Stage names as dvc prints them; `inject` stands for the inject stage of every run."""
     expanded = set()
     for name in names:
-        per_run = name in ("train", "evaluate", "ranges", "inject")
+        per_run = name in ("train", "evaluate", "ranges", "inject", "closeup")
         expanded |= {f"{name}@{key}" for key in RUNS} if per_run else {name}
     return expanded
 
 
-BEHIND_TRAINING = stages("evaluate", "ranges", "inject", "results", "tables", "figures", "report")
+BEHIND_TRAINING = stages("evaluate", "ranges", "inject", "closeup", "results", "tables", "figures", "report")
 TEXTS = stages(f"prompts@{TEXT}", f"responses@{TEXT}", f"embeddings@{TEXT}", f"text_quality@{TEXT}")
 ALL = stages("data@digits", "encoder", "train") | TEXTS | BEHIND_TRAINING
 
@@ -103,9 +103,32 @@ def test_a_figure_colour_redraws_the_figures(checkout):
     assert repro(checkout)[0] == {"figures", "report"}
 
 
+def test_dvc_draws_every_plot_for_every_run_of_the_grid(finished):
+    defined = {
+        name: plot for item in yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["plots"] for name, plot in item.items()
+    }
+    done = run(["dvc", "plots", "show", "--json", "dvc.yaml::"], finished / GRID)
+    shown = json.loads(done.stdout)
+    assert (shown.get("errors", []), shown["data"].keys(), done.stderr) == ([], defined.keys(), "")
+    for name, plot in defined.items():
+        (drawn,) = shown["data"][name]
+        points = drawn["content"]["data"]["values"]
+        (column,) = plot["y"].values()
+        variants = {"descriptions"} if name == "improvement" else {"baseline", "descriptions"}
+        assert {point["variant"] for point in points} == variants, name
+        assert all(point[plot["x"]] and point[column] and point["backbone"] == "resnet18" for point in points), name
+    points = {name: len(plots[0]["content"]["data"]["values"]) for name, plots in shown["data"].items()}
+    assert points == {"training": 4, "accuracy_by_top2diff": 82, "delta_loss": 43, "value_ranges": 43, "improvement": 2}
+
+
 def test_the_campaign_seed_repeats_the_campaigns(checkout):
     change(checkout, "inject.seed", 1)
-    assert repro(checkout)[0] == stages("inject", "results", "tables", "figures", "report")
+    assert repro(checkout)[0] == stages("inject", "closeup", "results", "tables", "figures", "report")
+
+
+def test_other_weight_flips_repeat_the_looks_alone(checkout):
+    change(checkout, "closeup.weight_flips", 20)
+    assert repro(checkout)[0] == stages("closeup", "tables", "figures", "report")
 
 
 def test_another_confidence_reruns_no_campaign(checkout):
@@ -130,7 +153,7 @@ def test_a_recipe_of_the_library_is_watched_by_the_runs_that_use_it(checkout):
     path = checkout / "textguard" / "vision" / "recipes" / "mobilenet.yaml"
     path.write_text(path.read_text() + "# a comment more\n")
     changed = run(["dvc", "status", "--json", "dvc.yaml"], checkout / GRID).stdout
-    assert json.loads(changed).keys() == {f"train@{GUIDED}", "tables", "report"}
+    assert json.loads(changed).keys() == {f"train@{GUIDED}", "tables", "figures", "report"}
 
 
 def test_the_same_bytes_come_out_of_an_empty_cache(checkout, finished):

@@ -1,20 +1,26 @@
 """Results and figures from stored records."""
 
+import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
+from conftest import REPOSITORY
 from textguard.artifacts import write_json, write_parquet
 from textguard.errors import InvalidArtifact, InvalidParameter
 from textguard.faults.statistics import Estimate, exact, sample_mean
 from textguard.faults.summary import LayerResult, Totals
-from textguard.params import FiguresParams, RunParams, StatisticsParams
+from textguard.params import FiguresParams, Params, RunParams, StatisticsParams, load_params
+from textguard.report.architecture import draw_architecture
 from textguard.report.breakdown import describe_layer, sums_by_bit
-from textguard.report.figures import PER_BACKBONE, write_figures
+from textguard.report.cells import Cell
+from textguard.report.figures import DRAWN_BY_DVC, PER_BACKBONE, write_figures
 from textguard.report.improvement import across, draw_pairs, improvement, verdict, weigh
 from textguard.report.results import load_cells, load_result, load_run, write_results
 from textguard.report.run_figures import crossings
@@ -88,8 +94,34 @@ def store(key: str, run: RunParams, layers: dict[str, tuple[int, float]], correc
         {"layer": list(layers), "kind": "Conv2d", "neurons": 1, "max_abs": 2.0, "mean_abs": 0.5, "images": 50}
     )
     ranges.to_csv(out / "ranges.csv", index=False)
+    epochs = pd.DataFrame({"epoch": [1, 2], "loss": [2.0, 1.0], "accuracy": [0.5, 0.6], "learning_rate": 0.1})
+    epochs.to_csv(out / "training.csv", index=False)
     curve = pd.DataFrame({"threshold_percent": range(41), "accuracy_percent": [100 - i for i in range(41)]})
     curve.to_csv(out / "thresholds.csv", index=False)
+    store_closeup(key)
+
+
+def store_closeup(key: str) -> None:
+    """What stage closeup leaves: two images under two kinds of faults, the second of which leaves nothing finite."""
+    powers = list(range(-40, 39))
+    shares = [float(power == 0) for power in powers]
+    last = {"layer": "fc", "profiled": 2.0, "images": 50, "powers": powers, "golden": shares, "faulty": shares}
+    found = {name: {"value": 0.5, "low": 0.4, "high": 0.6, "n": 2} for name in ("rank_correlation", "overlap", "changed")}
+    cam = {"layer": "conv1", "places": 4, "images": 2, "detector": "off", "weights": {**found, "flips": 2000, "finite": 2}}
+    cam["worst"] = {**found, "finite": 0, "target": "neuron", "layer": "conv1", "neuron": 7, "bit": 30}
+    write_json(Path(f"metrics/closeup/{key}.json"), {"last_layer": {**last, "beyond": 0.1, "not_finite": 0.01}, "cam": cam})
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (90, 90, 90)).save(file, "png")
+    looks = pd.DataFrame(
+        {
+            **{"image": image, "label": 0, "class": "<b>$x", "state": state, "finite": state != "worst", "prediction": image},
+            **{"predicted": "a very long class", "confidence": 0.5, "map": [0.0, -1.0, 2.0, 1.0]},
+            **{"picture": file.getvalue() if state == "golden" else b""},
+        }
+        for image in (0, 1)
+        for state in ("golden", "weights", "worst")
+    )
+    write_parquet(Path(f"metrics/closeup/{key}.parquet"), looks)
 
 
 BASELINE_LAYERS = {"conv1": (100, 0.2), "fc": (10, 3.0)}
@@ -284,18 +316,109 @@ def test_the_same_records_give_the_same_bytes(runs):
     assert {file: file.read_bytes() for file in files} == before
 
 
-def test_figures_come_with_their_numbers_and_the_same_bytes_each_time(runs, tmp_path):
+@pytest.fixture
+def params(runs) -> Params:
+    """The default grid's parameters with the runs above, and what is known of their texts."""
+    default = load_params(REPOSITORY / "params.yaml")
+    texts = {f"d-{variant}": default.texts[f"digits-{variant}"] for variant in ("template", "descriptions")}
+    for key, answers, embedded in (("d-template", 10, 10), ("d-descriptions", 150, 148)):
+        write_json(Path(f"metrics/texts/{key}.json"), {"answers": answers, "embedded": embedded, "encoder": "minilm"})
+    return replace(
+        default, texts=texts, recipes={"r": default.recipes["resnet"]}, runs=runs, figures=FiguresParams(COLOURS, 60)
+    )
+
+
+def test_figures_come_with_their_numbers_and_the_same_bytes_each_time(runs, params, tmp_path):
     results = [load_result(key, run) for key, run in runs.items()]
     for folder in ("a", "b"):
-        write_figures(results, load_cells(runs), FiguresParams(COLOURS, 60), tmp_path / folder)
+        write_figures(results, load_cells(runs), params, tmp_path / folder)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert len(files) == 4 * (2 * len(PER_BACKBONE) + 2)
+    assert len(files) == 4 * (2 * (len(PER_BACKBONE) + 1) + 2) + len(DRAWN_BY_DVC) + 1
     assert files == sorted(path.name for path in (tmp_path / "b").iterdir())
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     numbers = pd.read_csv(tmp_path / "a" / "delta_loss-d-resnet18.csv")
     assert numbers.groupby("variant").size().to_dict() == {"baseline": 2, "template": 3, "descriptions": 3}
+    together = pd.read_csv(tmp_path / "a" / "delta_loss.csv")
+    assert together.groupby(["dataset", "backbone"]).size().to_dict() == {("d", "resnet18"): 8, ("e", "alexnet"): 2}
     assert (tmp_path / "a" / "value_ranges-d-resnet18.png").read_bytes().startswith(b"\x89PNG")
+
+
+def cells_of(runs: dict[str, RunParams], dataset: str) -> list[Cell]:
+    return [
+        Cell(run.variant, COLOURS[run.variant], [load_result(key, run)]) for key, run in runs.items() if run.dataset == dataset
+    ]
+
+
+def words(figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
+def test_the_architecture_is_drawn_from_parameters_and_measured_numbers(runs, params):
+    figure, table = draw_architecture(cells_of(runs, "d"), "resnet18 on d", params)
+    numbers = table.set_index("variant")
+    assert list(numbers.index) == ["baseline", "template", "descriptions"]
+    described = params.texts["d-descriptions"]
+    drawn = numbers.loc["descriptions"]
+    assert (drawn["questions"], drawn["samples"]) == (len(described.questions), described.samples)
+    assert (drawn["answers"], drawn["embedded"], drawn["encoder"]) == (150, 148, "minilm")
+    assert (drawn["classes"], drawn["width"], drawn["image_size"]) == (10, 90, params.recipes["r"].image_size)
+    assert numbers["parameters"].to_list() == [load_run(key)["parameters"] for key, run in runs.items() if run.dataset == "d"]
+    assert numbers["extra_parameters"].to_list() == [0, 250_000, 250_000]
+    assert math.isnan(numbers.loc["baseline", "width"])
+    said = words(figure)
+    assert {"10 classes x 5 questions", "x 3 answers", "150 texts", "148 kept", "“a photo of a [class]”", "10 x 90"} <= set(
+        said
+    )
+    assert any("11,250,000 parameters (+250,000)" in text for text in said)
+
+
+def test_a_grid_of_baselines_has_an_architecture_without_texts(runs, params):
+    figure, table = draw_architecture(cells_of(runs, "e"), "alexnet on e", replace(params, texts={}))
+    assert table["variant"].to_list() == ["baseline"]
+    assert "its own last layer" in words(figure)
+    assert not any("guided" in text or "text" in text or "head" in text for text in words(figure))
+
+
+def test_the_architecture_says_what_starts_without_texts(runs, params):
+    cells = cells_of(runs, "d")[1:]
+    runs_without = [RunParams("d", "resnet18", "random", "r", 0, "x", None)]
+    runs_without.append(RunParams("d", "resnet18", "descriptions", "r", 0, "features/gpt.pth", None))
+    others = [
+        Cell(run.variant, cell.colour, [replace(cell.results[0], run=run)])
+        for cell, run in zip(cells, runs_without, strict=True)
+    ]
+    figure, table = draw_architecture(others, "resnet18 on d", params)
+    said = words(figure)
+    assert {"no text: nothing is asked, nothing encoded", "random numbers", "from the file gpt.pth", "vectors"} <= set(said)
+    assert table["answers"].to_list() == [0, 0]
+    assert table["extra_parameters"].isna().all()
+
+
+def overlapping(figure) -> list[tuple[str, str]]:
+    boxes = [(text.get_text(), text.get_window_extent()) for text in figure.axes[0].texts]
+    return [
+        (one, other)
+        for number, (one, first) in enumerate(boxes)
+        for other, second in boxes[number + 1 :]
+        if first.padded(-1).overlaps(second.padded(-1))
+    ]
+
+
+def test_long_names_do_not_overlap_in_the_architecture(runs, params, tmp_path):
+    write_json(
+        Path("metrics/texts/d-descriptions.json"),
+        {
+            "answers": 1_000_000,
+            "embedded": 999_999,
+            "encoder": "open_clip:ViT-B-16-SigLIP-i18n-256:/checkpoints/webli.safetensors",
+        },
+    )
+    template = replace(params.texts["d-template"], questions=["a bad photo of many of the many, many handwritten {class}"])
+    params = replace(params, texts=params.texts | {"d-template": template})
+    for cells in (cells_of(runs, "d"), cells_of(runs, "d")[:2], cells_of(runs, "d")[1:]):
+        figure, _ = draw_architecture(cells, "resnet18 on d", params)
+        assert overlapping(figure) == []
 
 
 def test_a_layer_is_broken_down_by_bit_and_by_outcome(runs):

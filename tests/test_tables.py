@@ -54,7 +54,7 @@ def tables(
     cells: Sequence[dict], main: str = "digits", sources: dict[str, str] | None = None, **recipes: Any
 ) -> dict[str, Table]:
     sources = sources or {main: main}
-    made = make_tables(cells, RUNS, main, sources, recipes.get("recipes", {}), recipes.get("library", {}))
+    made = make_tables(cells, RUNS, main, sources, recipes.get("recipes", {}), recipes.get("library", {}), {})
     return {table.name: table for table in made}
 
 

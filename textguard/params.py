@@ -184,6 +184,18 @@ class InjectParams:
 
 
 @dataclass(frozen=True, config=_strict)
+class CloseupParams:
+    """What each classifier is looked at with. images: of the test set, the same for all runs. weight_flips: bits flipped at
+    once, in different weights. smallest_map: places in a row of a class activation map, at least.
+    """
+
+    images: Count
+    weight_flips: Count
+    smallest_map: Annotated[int, Field(ge=2)]
+    seed: Seed
+
+
+@dataclass(frozen=True, config=_strict)
 class StatisticsParams:
     """What is made of the records.
 
@@ -242,6 +254,7 @@ class Params:
     recipes: dict[Key, Recipe]
     runs: dict[Key, RunParams]
     inject: InjectParams
+    closeup: CloseupParams
     statistics: StatisticsParams
     tables: TablesParams
     figures: FiguresParams

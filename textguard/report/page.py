@@ -37,11 +37,13 @@ TABLES = {
     "table3": "Table 3: what the head starts from",
     "detectors": "Range detectors",
     "resilience": "Resilience of every run",
+    "attention": "Where the classifiers look, with faults",
     "audit": "What is published, against itself",
     "recipes": "Recipes",
 }
 # Stem of a figure's file -> what it shows, in the order of the page.
 FIGURES = {
+    "architecture": "Architecture",
     "delta_loss": "DeltaLoss per layer",
     "outcomes": "What became of the faults",
     "bits": "DeltaLoss by layer and bit",
@@ -49,6 +51,8 @@ FIGURES = {
     "range_effect": "Value range and damage",
     "accuracy_by_top2diff": "Accuracy against Top2Diff",
     "convergence": "Convergence of the estimate",
+    "last_layer": "Values of the last layer",
+    "attention": "Where the classifiers look",
 }
 MOST_CLASSES = 20  # whose texts are shown
 PARTS = [

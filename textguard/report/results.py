@@ -31,6 +31,7 @@ from textguard.report.improvement import Draws, Improvement, across, draw_pairs,
 
 RUNS_DIR = Path("metrics") / "runs"
 RECORDS_DIR = Path("metrics") / "records"
+CLOSEUP_DIR = Path("metrics") / "closeup"
 RESULTS_DIR = Path("metrics") / "results"
 CELLS_FILE = Path("metrics") / "cells.json"
 BASELINE = "baseline"
@@ -483,3 +484,14 @@ def load_ranges(key: str) -> pd.DataFrame:
 def load_threshold_curve(key: str) -> pd.DataFrame:
     """Read one run's accuracy against Top2Diff threshold, both in percent. Raises InvalidArtifact."""
     return read_csv(RUNS_DIR / key / "thresholds.csv", "evaluate", [], ["threshold_percent", "accuracy_percent"])
+
+
+def load_closeup(key: str) -> dict[str, Any]:
+    """Read metrics/closeup/RUN.json whole. Raises InvalidArtifact."""
+    return read_json(CLOSEUP_DIR / f"{key}.json", "closeup")
+
+
+def load_looks(key: str) -> pd.DataFrame:
+    """Read what stage closeup saw: one row per image and state, see stages/closeup.py. Raises InvalidArtifact."""
+    columns = ["image", "label", "class", "state", "finite", "prediction", "predicted", "confidence", "map", "picture"]
+    return read_parquet(CLOSEUP_DIR / f"{key}.parquet", "closeup", columns)

@@ -13,7 +13,7 @@ from textguard.artifacts import write_csv, write_text
 from textguard.faults.statistics import Estimate
 from textguard.params import Params, library_recipes
 from textguard.report.published import Finding, Published, audit, differences, load_published
-from textguard.report.results import load_cells, load_run, read_estimate
+from textguard.report.results import load_cells, load_closeup, load_run, read_estimate
 
 PROPOSED = "descriptions"
 INITIALISATIONS = {"random": "random", "template": "text, one template", PROPOSED: "text, class descriptions"}
@@ -44,7 +44,8 @@ def tables_of(params: Params) -> list[Table]:
     cells, runs = load_cells(params.runs), {key: load_run(key) for key in params.runs}
     sources = {key: dataset.source for key, dataset in params.datasets.items()}
     recipes = {run.recipe: asdict(params.recipes[run.recipe]) for run in params.runs.values()}
-    return make_tables(cells, runs, params.tables.main_dataset, sources, recipes, library_recipes(params))
+    closeups = {key: load_closeup(key) for key in params.runs}
+    return make_tables(cells, runs, params.tables.main_dataset, sources, recipes, library_recipes(params), closeups)
 
 
 def make_tables(
@@ -54,8 +55,10 @@ def make_tables(
     sources: Mapping[str, str],
     recipes: Mapping[str, Fields],
     library: Mapping[str, Fields],
+    closeups: Mapping[str, Cell],
 ) -> list[Table]:
-    """All tables: of cells (see textguard.report.results) and of runs, as metrics/cells.json and metrics/results/ hold them.
+    """All tables: of cells (see textguard.report.results), of runs and of looks at them, as metrics/cells.json,
+    metrics/results/ and metrics/closeup/ hold them.
 
     sources: data set -> where it comes from, which is how the published tables call it. recipes: those in use, name -> all
     fields; library: the same as the library has them, before params.yaml overrides some.
@@ -93,6 +96,7 @@ def make_tables(
         ),
         _table("detectors", f"The same faults under each range detector. DeltaLoss in nats. {note}", DETECTORS, varied),
         _table("resilience", f"Every run. {per_run}", RESILIENCE, list(runs.values())),
+        _attention_table(closeups),
         _audit_table(audit(published)),
         _recipe_table(recipes, library),
     ]
@@ -247,6 +251,44 @@ USED: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 ZERO_IS_OFF = ("label_smoothing", "mixup", "cutmix", "clip_norm", "drop_path", "flip", "random_erasing", "warmup_epochs")
 OFF = {**dict.fromkeys(ZERO_IS_OFF, 0), "repeated_augmentation": 1}
+
+
+def _attention_table(closeups: Mapping[str, Cell]) -> Table:
+    headers = [
+        "Run",
+        "Faults",
+        "Rank Correlation",
+        "Overlap",
+        "Other Class or Not Finite (%)",
+        "Finite Maps",
+        "Maps of",
+    ]
+    rows = []
+    for key, cam in ((key, closeup["cam"]) for key, closeup in closeups.items()):
+        for state in ("weights", "worst"):
+            if state not in cam:
+                continue
+            found = cam[state]
+            faults = (
+                f"{found['flips']:,} weight bits"
+                if state == "weights"
+                else f"{found['layer'].removeprefix('backbone.')}, {found['target']} {found['neuron']}, bit {found['bit']}"
+            )
+            shifts = [read_estimate(found[name]) for name in ("rank_correlation", "overlap")]
+            changed = read_estimate(found["changed"]).times(100)
+            side = round(cam["places"] ** 0.5)
+            where = f"{cam['layer'].removeprefix('backbone.')}, {side} x {side}"
+            rows.append([key, faults, *shifts, changed, f"{found['finite']} of {cam['images']}", where])
+        if "skipped" in cam:
+            rows.append([key, cam["skipped"], *[None] * (len(headers) - 2)])
+    caption = (
+        "Where the classifiers look (Ablation-CAM for the true class) with faults, against where they look without: Spearman's "
+        "rank correlation of the maps, and intersection over union of the quarters of places that speak most for the class; 1 "
+        "is no change. Weight bits are flipped at once, the same in all variants, before their last layers. The other fault is "
+        "the one with the largest DeltaLoss in the run's own campaign, here on every image. Faults pass the campaign's "
+        "range detector; maps that are not finite count 0. Brackets: intervals of confidence 0.99 over images."
+    )
+    return Table("attention", caption, headers, rows)
 
 
 def _recipe_table(recipes: Mapping[str, Fields], library: Mapping[str, Fields]) -> Table:

@@ -1,0 +1,344 @@
+"""A classifier under faults, seen from near: where in an image it looks, and the values of its last layer."""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.special import stdtrit
+from scipy.stats import rankdata
+from torch import Tensor, fx, nn
+from torch.utils.data import DataLoader
+
+from textguard.errors import InvalidParameter, UnsupportedModel
+from textguard.faults.campaign import batches
+from textguard.faults.damage import SINGLE_FLIP, FaultModel, Faults, Storage, damage_output, make_storages
+from textguard.faults.engines import Engine
+from textguard.faults.formats import Format
+from textguard.faults.graph import TracedModel, Visit
+from textguard.faults.sites import Call
+from textguard.faults.statistics import CONFIDENCE, Estimate
+
+POWERS = np.arange(-40, 39)  # of ten, of the last layer's values; fp32 ends below 10^39
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where maps are made: the output of step `index`, called `name`. side: places in a row and in a column.
+
+    layout: `channels_first` for [B, K, side, side], `channels_last` for [B, side, side, K], `tokens` for [B, side * side, K],
+    row by row, or with one token more in front.
+    """
+
+    index: int
+    name: str
+    side: int
+    layout: str
+
+    def channels(self, value: Tensor) -> Tensor:
+        """A view [B, side, side, K] of the step's output, without a class token."""
+        if self.layout == "channels_first":
+            return value.permute(0, 2, 3, 1)
+        if self.layout == "tokens":
+            return value[:, -(self.side**2) :].unflatten(1, (self.side, self.side))
+        return value
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What a classifier makes of N images: logits [N, C], and where it looks for the given classes, maps [N, side, side].
+
+    A map's positive values speak for the class. Neither is finite where the classifier's values are not.
+    """
+
+    logits: Tensor
+    maps: Tensor
+
+
+@dataclass(frozen=True)
+class OneFault:
+    """One injection, which can happen on any image: `neurons` and `masks` are its damaged values and their bits, int64 [V].
+
+    position: of the site. limit: what the range detector lets pass. The others as in textguard.faults.damage.Faults.
+    """
+
+    model: FaultModel
+    position: int
+    neurons: Tensor
+    masks: Tensor
+    limit: float
+
+    def on(self, images: int) -> Faults:
+        """The injection on every image of a batch."""
+        values, device = len(self.neurons), self.neurons.device
+        rows = torch.arange(images, device=device)
+        return Faults(
+            self.model,
+            torch.full_like(rows, self.position),
+            rows,
+            torch.full((images,), self.limit, device=device),
+            rows.repeat_interleave(values),
+            self.neurons.repeat(images),
+            self.masks.repeat(images),
+        )
+
+
+class CamModel:
+    """A classifier whose Ablation-CAM can be drawn while faults happen in it.
+
+    model: any nn.Module from images [B, 3, S, S] to logits [B, C] that torch.fx can trace. kinds, number_format, profiled: as
+    for an Engine. smallest: places that a map must have in a row. `place` is the last step with such a map that everything
+    behind it depends on alone; for a ResNet at 224 pixels, the last block's output with 7 x 7 places. Raises UnsupportedModel.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        image: Tensor,
+        kinds: Sequence[str],
+        number_format: Format,
+        profiled: Mapping[str, float],
+        smallest: int,
+    ) -> None:
+        self._traced = TracedModel(model, image, kinds)
+        self.sites, self.number_format, self.device = self._traced.sites, number_format, image.device
+        _, self._outputs = make_storages(self._traced.model, self.sites, number_format, profiled, "neuron")
+        with torch.inference_mode():
+            self.place = find_place(self._traced, image, smallest)
+
+    @torch.inference_mode()
+    def look(self, images: Tensor, classes: Tensor, batch_size: int, fault: OneFault | None = None) -> Looks:
+        """Where the classifier looks on images [N, 3, S, S] for classes int64 [N], every image with the same fault.
+
+        A channel counts by how much the class's logit falls when that channel alone is zero; the map is the sum of the channels
+        with these weights. Only what lies behind `place` is computed again, for batch_size images and channels at a time.
+        Source: Ramaswamy and Desai, Ablation-CAM, WACV 2020, whose division by the logit is left out: it only scales a map, and
+        would turn it over where the logit is negative.
+        """
+        step, traced = self._traced.steps[self.place.index], self._traced
+        values = traced.inputs(images)
+        visit = self._visit(len(images), fault)
+        for index in range(self.place.index + 1):
+            if traced.steps[index] not in values:
+                values[traced.steps[index]] = traced.run_step(index, values, visit)
+            traced.release(index, values)
+        seen = values[step]
+        logits = self._finish(seen, visit)
+        score = logits.gather(1, classes[:, None])
+        drops = []
+        for channels in torch.arange(self.place.channels(seen).shape[-1]).split(max(1, batch_size // len(images))):
+            ablated = seen.repeat(len(channels), *[1] * (seen.ndim - 1))
+            for number, channel in enumerate(channels.tolist()):
+                self.place.channels(ablated[number * len(images) : (number + 1) * len(images)])[..., channel] = 0
+            found = self._finish(ablated, self._visit(len(ablated), fault))
+            drops.append(score - found.gather(1, classes.repeat(len(channels))[:, None]).view(len(channels), -1).T)
+        return Looks(logits, torch.einsum("nk,nhwk->nhw", torch.cat(drops, dim=1), self.place.channels(seen)))
+
+    def _finish(self, value: Tensor, visit: Visit | None) -> Tensor:
+        """The logits for a value of `place`."""
+        traced = self._traced
+        values = traced.constants | {traced.steps[self.place.index]: value}
+        for index, step in enumerate(traced.steps[self.place.index + 1 :], self.place.index + 1):
+            if step not in values:
+                values[step] = traced.run_step(index, values, visit)
+            traced.release(index, values)
+        return values[traced.steps[-1]]
+
+    def _visit(self, images: int, fault: OneFault | None) -> Visit | None:
+        """What happens to the outputs of sites: they are stored in the number format, and one of them is damaged."""
+        rounds = self.number_format.name != "fp32"
+        if not (rounds or fault):
+            return None
+
+        def visit(position: int, call: Call) -> Tensor:
+            output = self._outputs[position].round(call.output) if rounds else call.output
+            if fault and position == fault.position:
+                output = output.clone()
+                damage_output(self._outputs[position], output, fault.on(images))
+            return output
+
+        return visit
+
+    def draw_flips(self, count: int, without: int, bits: int, seed: int) -> pd.DataFrame:
+        """`count` single-bit flips in different weights, uniform over the weights of all sites but the last `without` and over
+        their bits. Two models that differ only behind those sites get the same ones.
+
+        Returns one row per flip: parameter, place (in the flattened parameter), mask; none where those sites have no weights.
+        Raises InvalidParameter.
+        """
+        parameters = dict(self._traced.model.named_parameters())
+        names = dict.fromkeys(
+            site.parameter for site in self.sites[: len(self.sites) - without] if site.parameter in parameters
+        )
+        ends = np.cumsum([parameters[name].numel() for name in names])
+        if not len(ends):
+            return pd.DataFrame(columns=["parameter", "place", "mask"])
+        if count > ends[-1]:
+            raise InvalidParameter(f"params.yaml closeup.weight_flips is {count}, and there are {ends[-1]} weights to flip")
+        generator = np.random.default_rng(seed)
+        drawn = np.sort(generator.choice(ends[-1], count, replace=False))
+        owner = np.searchsorted(ends, drawn, side="right")
+        starts = np.concatenate([[0], ends[:-1]])
+        masks = np.left_shift(1, generator.integers(bits, size=count))
+        return pd.DataFrame({"parameter": np.array(list(names))[owner], "place": drawn - starts[owner], "mask": masks})
+
+    @contextmanager
+    def flipped(self, flips: pd.DataFrame, detector: Callable[[Tensor], float]) -> Iterator[None]:
+        """Inside, weights are damaged as `flips` says, with columns as `draw_flips` returns them; afterwards they are what they
+        were, bit for bit. detector: from a parameter to the largest magnitude that its range detector lets pass.
+        """
+        parameters = dict(self._traced.model.named_parameters())
+        kept: list[tuple[Tensor, Tensor, Tensor]] = []
+        try:
+            for name, own in flips.groupby("parameter", sort=False):
+                weight = parameters[name].data.view(-1)
+                storage = Storage(self.number_format, float(weight.abs().max()), len(weight), weight.device)
+                places, masks = (torch.tensor(own[what].to_numpy(), device=weight.device) for what in ("place", "mask"))
+                fault = OneFault(FaultModel(target="weight"), 0, places, masks, detector(weight))
+                damage = storage.damage(fault.on(1), lambda row, place, weight=weight: weight[place])
+                kept.append((weight, damage.neuron, weight[damage.neuron]))
+                weight[damage.neuron] = damage.written
+            yield
+        finally:
+            for weight, places, values in kept:
+                weight[places] = values
+
+
+def find_place(traced: TracedModel, image: Tensor, smallest: int) -> Place:
+    """Where the last map is that has `smallest` places in a row and that all later steps depend on alone.
+
+    Maps are square, as the images are. Where one is larger than an earlier one, its places no longer lie where the image's do.
+    Raises UnsupportedModel where there is none.
+    """
+    place, needed, narrowest = None, -1, image.shape[-1]
+    values = traced.inputs(image.expand(2, *image.shape).clone())
+    for index in traced.walk(values):
+        step = traced.steps[index]
+        if not traced.depends_on_images(step):
+            continue
+        alone, needed = needed <= index, max(needed, traced.last_reader.get(step, -1))
+        if not alone or step.op == "placeholder" or not isinstance(values[step], Tensor) or len(values[step]) != 2:
+            continue
+        layout, side = _layout(values[step].shape[1:])
+        if 1 <= side <= narrowest:
+            narrowest = side
+            if side >= smallest:
+                place = Place(index, _name(step), side, layout)
+    if place is None:
+        raise UnsupportedModel(f"no layer's output is a map of {smallest} x {smallest} places that the rest depends on alone")
+    return place
+
+
+def _name(step: fx.Node) -> str:
+    """The module that a step is, or the one it is a part of and what it does there."""
+    if step.op == "call_module":
+        return str(step.target)
+    callers = [str(entry[0]) for entry in (step.meta.get("nn_module_stack") or {}).values()]
+    return ".".join([*callers[-1:], re.sub(r"_\d+$", "", step.name)])
+
+
+def _layout(shape: Sequence[int]) -> tuple[str, int]:
+    """How a map of one image lies in its tensor, and its side; 0 where the tensor is no square map."""
+    if len(shape) == 3 and shape[1] == shape[2]:
+        return "channels_first", shape[1]
+    if len(shape) == 3 and shape[0] == shape[1]:
+        return "channels_last", shape[0]
+    if len(shape) == 2:
+        for tokens in (shape[0], shape[0] - 1):
+            if math.isqrt(max(tokens, 0)) ** 2 == tokens:
+                return "tokens", math.isqrt(tokens)
+    return "", 0
+
+
+def worst_injection(records: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the injection with the largest finite DeltaLoss, the first of them; none where none is finite."""
+    damage = (records["faulty_loss"] - records["golden_loss"]).abs()
+    if not np.isfinite(damage).any():
+        return records.iloc[:0]
+    worst = records.loc[damage.where(np.isfinite(damage)).idxmax()]
+    return records[(records["layer"] == worst["layer"]) & (records["index"] == worst["index"])]
+
+
+def one_fault(rows: pd.DataFrame, model: FaultModel, position: int, limit: float, device: torch.device) -> OneFault:
+    """An injection from its records, one row per damaged bit."""
+    masks = np.left_shift(1, rows["bit"]).groupby(rows["neuron"], sort=False).sum()
+    neurons, masks = (torch.tensor(column, device=device) for column in (masks.index.to_numpy(), masks.to_numpy()))
+    return OneFault(model, position, neurons, masks, limit)
+
+
+def rank_correlation(golden: np.ndarray, faulty: np.ndarray) -> float:
+    """Spearman's rank correlation of two maps, -1 to 1; 0 where the faulty one is not finite, or one of them is flat."""
+    if not np.isfinite(faulty).all():
+        return 0.0
+    ranks = [rankdata(image) - (image.size + 1) / 2 for image in (golden.ravel(), faulty.ravel())]
+    length = math.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum())
+    return round(float(ranks[0] @ ranks[1] / length), 12) if length else 0.0
+
+
+def overlap(golden: np.ndarray, faulty: np.ndarray) -> float:
+    """Intersection over union of the quarters of two maps' places that speak most for the class; 0 where the faulty map is not
+    finite.
+    """
+    if not np.isfinite(faulty).all():
+        return 0.0
+    most = [set(np.argsort(-image.ravel(), kind="stable")[: max(1, image.size // 4)].tolist()) for image in (golden, faulty)]
+    return len(most[0] & most[1]) / len(most[0] | most[1])
+
+
+def mean_over_images(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
+    """The mean of numbers that are 1 where nothing changed and at least -1, with Student's interval.
+
+    Where all are the same, nothing says what could happen: limits are NaN, but for 1.
+    """
+    mean, count = float(np.mean(values)), len(values)
+    if min(values) == max(values):
+        return Estimate(mean, math.nan, 1.0 if mean == 1 else math.nan, count)
+    half = float(stdtrit(count - 1, 0.5 + confidence / 2) * np.std(values, ddof=1)) / math.sqrt(count)
+    return Estimate(mean, max(mean - half, -1.0), min(mean + half, 1.0), count)
+
+
+def count_magnitudes(engine: Engine, loader: DataLoader, storage: Storage, limit: float, bits: int) -> dict[str, Any]:
+    """How large the values of the last site are over a data set, and how large after one flip of a bit, each bit as likely.
+
+    Returns `powers` [P], ten to which begin the intervals of magnitudes, of which the first and last take all beyond; `golden`
+    and `faulty` [P], the share of values in each; and of the faulty ones `not_finite` and, of finite ones, `beyond` limit.
+    """
+    counts, lost, beyond = np.zeros((2, len(POWERS))), 0, 0
+    last = len(engine.sites) - 1
+    seen: list[Tensor] = []
+
+    def see(position: int, output: Tensor) -> None:
+        if position == last:
+            seen.append(output)
+
+    for part, images, _ in batches(loader, engine.device):
+        engine.observe(images, see)
+        golden = seen.pop().reshape(len(part), -1)
+        counts[0] += _count(golden)
+        neurons = torch.arange(golden.shape[1], device=golden.device)
+        for bit in range(bits):
+            every = OneFault(SINGLE_FLIP, last, neurons, torch.full_like(neurons, 1 << bit), math.inf)
+            damage = storage.damage(every.on(len(part)), lambda row, neuron, golden=golden: golden[row, neuron])
+            counts[1] += _count(damage.faulty)
+            lost += int((~damage.faulty.isfinite()).sum())
+            beyond += int((damage.faulty.isfinite() & (damage.faulty.abs() > limit)).sum())
+    every_fault = counts[1].sum() + lost
+    shares = counts / [[counts[0].sum()], [every_fault]]
+    return {
+        "powers": POWERS.tolist(),
+        "golden": shares[0].tolist(),
+        "faulty": shares[1].tolist(),
+        "beyond": beyond / every_fault,
+        "not_finite": lost / every_fault,
+    }
+
+
+def _count(values: Tensor) -> np.ndarray:
+    finite = values[values.isfinite()].double().abs().clamp(min=1e-300)
+    powers = finite.log10().floor().clamp(int(POWERS[0]), int(POWERS[-1])).long() - int(POWERS[0])
+    return torch.bincount(powers.cpu(), minlength=len(POWERS)).numpy()

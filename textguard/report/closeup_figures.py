@@ -1,0 +1,139 @@
+"""Pictures of classifiers under faults: where they look, and the values of their last layer."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator, StrMethodFormatter
+from PIL import Image
+
+from textguard.report.cells import Cell, trainings
+from textguard.report.drawing import NOTE_SIZE
+from textguard.report.results import BASELINE, load_closeup, load_looks
+
+PROPOSED = "descriptions"
+SHOWN = 4  # images, of those that were drawn
+LONGEST = 12  # characters of a class's name
+STATES = {"golden": "no fault", "weights": "{flips:,} weight bits", "worst": "worst single fault"}
+
+
+def draw_attention(cells: Sequence[Cell], title: str) -> tuple[Figure, pd.DataFrame]:
+    """Ablation-CAM of the baseline and of the text-guided classifier on the same images, without faults and with them."""
+    chosen = [cell for cell in cells if cell.variant == BASELINE]
+    chosen += [cell for cell in cells if cell.variant == PROPOSED] or [cell for cell in cells if cell.variant != BASELINE][-1:]
+    looks = {cell.variant: load_looks(cell.results[0].key) for cell in chosen}
+    drawn = [cell for cell in chosen if not looks[cell.variant].empty]
+    if not drawn:
+        figure = Figure(figsize=(5.2, 1.2), layout="constrained")
+        figure.text(0.5, 0.5, f"{title}: no layer puts out a map", ha="center", va="center")
+        return figure, pd.DataFrame(columns=["variant"])
+    first = looks[drawn[0].variant]
+    images = first["image"].unique()
+    shown = images[:SHOWN]
+    # Laid out by hand: what solves constraints moves images by a last digit from one drawing to the next.
+    width, height = 1.2 + 3.3 * len(drawn), 1.25 + 1.2 * len(shown)
+    figure = Figure(figsize=(width, height))
+    frame = {"left": 0.01, "right": 0.99, "bottom": 0.45 / height, "top": 1 - 0.95 / height, "wspace": 0.08, "hspace": 0.25}
+    gap = 0.15  # between the variants, in panels
+    widths = [1, *[width for _ in drawn for width in (gap, *[1] * len(STATES))]]
+    panels = figure.subplots(len(shown), len(widths), squeeze=False, width_ratios=widths, gridspec_kw=frame)
+    for axes in panels.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.axis("off")
+    _head(panels[0, 0], "image")
+    for axes, image in zip(panels[:, 0], shown, strict=True):
+        golden = first[(first["image"] == image) & (first["state"] == "golden")].iloc[0]
+        _show(axes, golden["picture"], None)
+        axes.set_title(_short(golden["class"]), fontsize=7, pad=2, parse_math=False)
+    for number, cell in enumerate(drawn):
+        found, cam = looks[cell.variant], load_closeup(cell.results[0].key)["cam"]
+        own = panels[:, 2 + number * (1 + len(STATES)) :]
+        _head(own[0, 1], cell.variant, 1.4, fontsize=9, color=cell.colour, fontweight="bold", style="normal")
+        for column, (state, heading) in enumerate(STATES.items()):
+            if state != "golden" and state not in cam:
+                continue
+            _head(own[0, column], heading.format(flips=cam["weights"]["flips"]) if state == "weights" else heading)
+            for axes, image in zip(own[:, column], shown, strict=True):
+                rows = found[found["image"] == image].set_index("state")
+                _show(axes, rows.loc["golden", "picture"], rows.loc[state])
+    figure.suptitle(f"{title}: where the classifiers look (Ablation-CAM)", y=1 - 0.08 / height, va="top")
+    sides = sorted({round(cam["places"] ** 0.5) for cam in (load_closeup(cell.results[0].key)["cam"] for cell in drawn)})
+    figure.supxlabel(
+        f"bright: speaks most for the true class, of {' or '.join(f'{side} x {side}' for side in sides)} places; "
+        "above: prediction and its probability, red where wrong\n"
+        f"first {len(shown)} of {len(images)} images drawn at random; one training each; range detector {cam['detector']}; "
+        "the worst fault is each campaign's own",
+        fontsize=NOTE_SIZE,
+        y=0.06 / height,
+    )
+    return figure, pd.concat(
+        [looks[cell.variant].drop(columns=["picture", "map"]).assign(variant=cell.variant) for cell in drawn]
+    )
+
+
+def _head(axes: Axes, text: str, height: float = 1.22, **style: Any) -> None:
+    """A heading above a column of panels."""
+    axes.text(0.5, height, text, transform=axes.transAxes, ha="center", **{"fontsize": 7, "style": "italic"} | style)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}\u2026"
+
+
+def _show(axes: Axes, picture: bytes, look: Any) -> None:
+    """A picture, and over it where a classifier looks."""
+    pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("L" if look is not None else "RGB"))
+    axes.imshow(pixels, cmap="gray", extent=(0, 1, 0, 1), interpolation="nearest")
+    if look is None:
+        return
+    said = f"{_short(look['predicted'])} {100 * look['confidence']:.0f} %"
+    axes.set_title(said, fontsize=7, pad=2, parse_math=False)
+    axes.title.set_color("#1a1a1a" if look["prediction"] == look["label"] else "#c1121f")
+    if not look["finite"]:
+        axes.set_title("not finite", fontsize=7, pad=2, color="#c1121f")
+        return
+    side = round(len(look["map"]) ** 0.5)
+    # Without Ablation-CAM's last step, which makes negative values zero: of some maps it would leave nothing to compare.
+    values = np.array(look["map"]).reshape(side, side)
+    axes.imshow(values, cmap="viridis", alpha=0.6, extent=(0, 1, 0, 1), interpolation="bilinear")
+
+
+def draw_last_layer(cells: Sequence[Cell], title: str) -> tuple[Figure, pd.DataFrame]:
+    """How large the values of the last layer are, golden and after one flip of a bit."""
+    figure = Figure(figsize=(1.2 + 2.4 * len(cells), 2.9), layout="constrained")
+    panels = figure.subplots(1, len(cells), sharex=True, sharey=True, squeeze=False)[0]
+    tables, images = [], 0
+    for axes, cell in zip(panels, cells, strict=True):
+        own = [load_closeup(result.key)["last_layer"] for result in cell.results]
+        powers, images = own[0]["powers"], own[0]["images"]
+        edges = [*powers, powers[-1] + 1]
+        golden, faulty = (np.mean([found[name] for found in own], axis=0) for name in ("golden", "faulty"))
+        axes.stairs(100 * golden, edges, fill=True, color="#c9c9c9", label="golden")
+        axes.stairs(100 * faulty, edges, color=cell.colour, linewidth=1.2, label="one bit flipped")
+        limit = float(np.mean([np.log10(found["profiled"]) for found in own]))
+        axes.axvline(limit, color="#1a1a1a", linewidth=0.8, linestyle=":", label="largest profiled")
+        beyond, lost = (100 * float(np.mean([found[name] for found in own])) for name in ("beyond", "not_finite"))
+        axes.set_title(f"{cell.variant}: {own[0]['layer']}", color=cell.colour, fontsize=8)
+        said = f"above it: {beyond:.2g} %\nnot finite: {lost:.2g} %"
+        axes.text(0.98, 0.97, said, fontsize=6.5, ha="right", va="top", transform=axes.transAxes)
+        tables += [
+            pd.DataFrame({"power": powers, "golden": found["golden"], "faulty": found["faulty"]}).assign(
+                run=result.key, variant=cell.variant
+            )
+            for result, found in zip(cell.results, own, strict=True)
+        ]
+    panels[0].set(yscale="log", ylim=(0.01, 5000), yticks=[0.01, 0.1, 1, 10, 100], ylabel="share of the values (%)")
+    panels[0].yaxis.set_minor_locator(NullLocator())
+    panels[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    panels[0].xaxis.set_major_formatter(FuncFormatter(lambda power, _: f"$10^{{{power:.0f}}}$"))
+    panels[0].legend(loc="upper left", fontsize=6.5)
+    figure.suptitle(f"{title}: values of the last layer")
+    figure.supxlabel(
+        f"magnitude of a value; {images:,} test images, every bit as likely, range detector off, {trainings(cells)} each",
+        fontsize=NOTE_SIZE,
+    )
+    return figure, pd.concat(tables, ignore_index=True)
