@@ -1,5 +1,9 @@
-"""Measure what is named on the command line, or everything, and write benchmarks/results.json and results.md."""
+"""Measure what is named on the command line, or everything, and write benchmarks/results.json and results.md.
 
+What is not named keeps its numbers and its date.
+"""
+
+import json
 import platform
 import sys
 from datetime import UTC, datetime
@@ -11,26 +15,34 @@ from textguard.artifacts import write_json, write_text
 from textguard.runtime import describe_device, pick_device
 
 HERE = Path(__file__).parent
+MEASURES = {
+    module.__name__.rpartition(".")[2]: module.measure for module in (last_layer, overhead, memory, coverage, efficiency)
+}
+MEASURES |= {"training": training.measure, "injections": lambda: injections.measure(list(injections.CASES))}
 
 
-def main(names: list[str]) -> None:
-    """Run the benchmarks, the slowest last."""
-    results = {
+def main(names: list[str]) -> int:
+    """Run the benchmarks, the slowest last. Returns the exit code."""
+    if unknown := [name for name in names if name not in MEASURES]:
+        print(f"unknown benchmark {unknown[0]!r}; known: {', '.join(MEASURES)}", file=sys.stderr)
+        return 1
+    where = {
         "device": describe_device(pick_device()),
         "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
-        "textguard": __version__,
-        "date": datetime.now(UTC).date().isoformat(),
-        "last_layer": last_layer.measure(),
-        "overhead": overhead.measure(),
-        "memory": memory.measure(),
-        "coverage": coverage.measure(),
-        "efficiency": efficiency.measure(),
-        "training": training.measure(),
     }
-    results["injections"] = injections.measure(names or list(injections.CASES))
+    results = json.loads((HERE / "results.json").read_text()) if names else {}
+    if names and {name: results[name] for name in where} != where:
+        print(f"the other numbers are of {results['device']}, {results['machine']}; measure everything", file=sys.stderr)
+        return 1
+    today = datetime.now(UTC).date().isoformat()
+    results |= {**where, "textguard": __version__}
+    for name in names or MEASURES:
+        results[name] = MEASURES[name]()
+        results["dates"] = results.get("dates", {}) | {name: today}
     write_json(HERE / "results.json", results)
     write_text(HERE / "results.md", table(results))
     print((HERE / "results.md").read_text())
+    return 0
 
 
 def table(results: dict) -> str:
@@ -49,7 +61,7 @@ def table(results: dict) -> str:
     reach, held, trained = results["efficiency"], results["coverage"], results["training"]
     lines += [
         "",
-        f"{results['device']}; {results['date']}. Medians of {injections.ROUNDS} alternating runs of the same plan.",
+        f"{results['device']}; {_dates(results['dates'])}. Medians of {injections.ROUNDS} alternating runs of the same plan.",
         f"ResNet-18's campaign: {shares['products']:.0%} of the time in convolutions and matrix products, "
         f"{shares['movement']:.0%} in data movement, {shares['other']:.0%} elsewhere.",
         f"Peak memory, ResNet-50 at 224 x 224: {peak['ratio']:.2f} times that of a plain forward pass with the same batch.",
@@ -60,8 +72,9 @@ def table(results: dict) -> str:
         f"time ({reach['seconds']:.1f} s; PyTorchFI's scaled from {reach['pytorchfi_timed']:,} of its "
         f"{reach['pytorchfi_injections']:,}).",
         f"Training ResNet-50 at 224 x 224 from JPEGs, batches of {trained['batch']}, fp32: {trained['ours']:.2f} images/s, "
-        f"{trained['times_ours']:.2f} times a plain loop after torchvision's references; "
-        f"{trained['times_ours_channels_last']:.2f} times with TEXTGUARD_CHANNELS_LAST=1.",
+        f"{_spread(trained['times_ours'])} times a plain loop after torchvision's references; "
+        f"{_spread(trained['times_ours_channels_last'])} times with TEXTGUARD_CHANNELS_LAST=1. In brackets, of "
+        f"{training.ROUNDS} rounds the lowest and the highest.",
         "",
         "How often 99 % intervals of DeltaLoss hold, and their mean half-width relative to the truth, in "
         f"{held['repetitions']:,} campaigns: {held['uniform']:,} injections uniformly, {held['neyman']:,} by plan neyman on "
@@ -81,6 +94,16 @@ def table(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _dates(dates: dict[str, str]) -> str:
+    """When most of it was measured, and what on other days."""
+    most = max(dates.values(), key=list(dates.values()).count)
+    return ", ".join([most, *(f"{name} {date}" for name, date in dates.items() if date != most)])
+
+
+def _spread(times: list[float]) -> str:
+    return "{:.2f} ({:.2f} to {:.2f})".format(*times)
+
+
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
@@ -88,4 +111,4 @@ def _number(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))
