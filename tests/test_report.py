@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.axis import Tick
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from PIL import Image
 
 from conftest import REPOSITORY
@@ -344,6 +347,26 @@ def test_figures_come_with_their_numbers_and_the_same_bytes_each_time(runs, para
     assert (tmp_path / "a" / "value_ranges-d-resnet18.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_no_text_leaves_its_figure(runs, params, tmp_path, monkeypatch):
+    results = [load_result(key, run) for key, run in runs.items()]
+    trained_twice = results + [replace(result, run=replace(result.run, seed=1)) for result in results]
+    drawn = []
+
+    def look(figure, numbers, stem, dpi):
+        FigureCanvasAgg(figure).draw()
+        unseen = [label for tick in figure.findobj(Tick) for label in (tick.label1, tick.label2)]  # those beyond the limits
+        texts = [text for text in figure.findobj(Text) if text.get_text().strip() and text not in unseen]
+        room = figure.bbox.padded(1)
+        boxes = [(text.get_text(), text.get_window_extent()) for text in texts]
+        outside = [text for text, box in boxes if not (room.contains(*box.min) and room.contains(*box.max))]
+        assert outside == [], stem.name
+        drawn.append(stem.name)
+
+    monkeypatch.setattr("textguard.report.figures.save_figure", look)
+    write_figures(trained_twice, load_cells(runs), params, tmp_path)
+    assert len(drawn) == 2 * (len(PER_BACKBONE) + 1) + 2
+
+
 def cells_of(runs: dict[str, RunParams], dataset: str) -> list[Cell]:
     return [
         Cell(run.variant, COLOURS[run.variant], [load_result(key, run)]) for key, run in runs.items() if run.dataset == dataset
@@ -444,16 +467,18 @@ def test_bits_that_were_hit_more_often_count_no_more():
 
 def test_convergence_ends_at_the_sampled_layers_mean(runs):
     run = load_run("d-resnet18-baseline-s0")
-    assert [point["injections_per_layer"] for point in run["convergence"]] == [64, 128, 200]
+    assert [point["injections_per_layer"] for point in run["convergence"]] == [8, 16, 32, 64, 128, 200]
     last = {name: run["convergence"][-1][name] for name in ("value", "low", "high", "n")}
     assert last == {name: run["layers"][0]["delta_loss"][name] for name in last}
 
 
-def test_the_crossing_is_where_the_text_guided_model_is_ahead_for_good():
+def test_the_crossing_is_the_last_one_up_or_down():
     at = np.array([0.0, 1.0, 2.0, 3.0])
     baseline = np.array([10.0, 8.0, 6.0, 4.0])
     assert crossings(at, baseline, np.array([9.0, 9.0, 5.0, 5.0])) == [(2.5, 5.0)]
-    for never in (baseline, baseline + 1, baseline - 1, np.array([9.0, 8.0, 6.0, 4.0])):
+    assert crossings(at, baseline, np.array([12.0, 9.0, 4.0, 2.0])) == [(1 + 1 / 3, pytest.approx(22 / 3))]
+    assert crossings(at, baseline, np.array([11.0, 8.0, 6.0, 3.0])) == [(1.0, 8.0)]  # level in between
+    for never in (baseline, baseline + 1, baseline - 1, np.array([9.0, 8.0, 6.0, 4.0]), np.array([9.0, 8.0, 5.0, 4.0])):
         assert crossings(at, baseline, never) == []
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from textguard.faults.statistics import average, mean_interval
 from textguard.faults.summary import Totals, summarise
 
-FIRST_POINT = 64  # injections per layer at which convergence is shown first; then twice as many, and so on
+FIRST_POINT = 8  # injections per layer at which convergence is shown first; then twice as many, and so on
 
 
 def sums_by_bit(records: pd.DataFrame, bits: int) -> pd.DataFrame:
@@ -63,7 +63,7 @@ def describe_layer(sums: pd.DataFrame, strata: int) -> dict[str, Any]:
 
 
 def convergence(records: pd.DataFrame, neurons: Mapping[str, int], nonfinite: str, confidence: float) -> list[dict[str, Any]]:
-    """The mean DeltaLoss of the sampled layers after the first 64, 128, ... injections into each.
+    """The mean DeltaLoss of the sampled layers after the first 8, 16, ... injections into each.
 
     records: with bits drawn at random. nonfinite: see `summarise`. Returns one entry per number of injections.
     """

@@ -1,6 +1,6 @@
 """The runs of a figure, in groups that differ in their seeds alone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from textguard.report.results import Result
@@ -17,7 +17,11 @@ class Cell:
 
 def trainings(cells: Sequence[Cell]) -> str:
     """How many trainings are behind a point, for captions."""
-    counts = sorted({len(cell.results) for cell in cells})
-    return (
-        f"{counts[0]} training{'s' if counts[-1] > 1 else ''}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} trainings"
-    )
+    return count_trainings(len(cell.results) for cell in cells)
+
+
+def count_trainings(counts: Iterable[int]) -> str:
+    """Numbers of trainings in words, for captions."""
+    found = set(counts)
+    least, most = min(found), max(found)
+    return f"{least} to {most} trainings" if least < most else f"{most} training{'s' if most > 1 else ''}"

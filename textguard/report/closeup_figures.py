@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator, StrMethodFormatter
 from PIL import Image
 
 from textguard.report.cells import Cell, trainings
-from textguard.report.drawing import NOTE_SIZE
+from textguard.report.drawing import add_note
 from textguard.report.results import BASELINE, load_closeup, load_looks
 
 PROPOSED = "descriptions"
@@ -62,12 +62,12 @@ def draw_attention(cells: Sequence[Cell], title: str) -> tuple[Figure, pd.DataFr
                 _show(axes, rows.loc["golden", "picture"], rows.loc[state])
     figure.suptitle(f"{title}: where the classifiers look (Ablation-CAM)", y=1 - 0.08 / height, va="top")
     sides = sorted({round(cam["places"] ** 0.5) for cam in (load_closeup(cell.results[0].key)["cam"] for cell in drawn)})
-    figure.supxlabel(
+    add_note(
+        figure,
         f"bright: speaks most for the true class, of {' or '.join(f'{side} x {side}' for side in sides)} places; "
         "above: prediction and its probability, red where wrong\n"
         f"first {len(shown)} of {len(images)} images drawn at random; one training each; range detector {cam['detector']}; "
         "the worst fault is each campaign's own",
-        fontsize=NOTE_SIZE,
         y=0.06 / height,
     )
     return figure, pd.concat(
@@ -132,8 +132,8 @@ def draw_last_layer(cells: Sequence[Cell], title: str) -> tuple[Figure, pd.DataF
     panels[0].xaxis.set_major_formatter(FuncFormatter(lambda power, _: f"$10^{{{power:.0f}}}$"))
     panels[0].legend(loc="upper left", fontsize=6.5)
     figure.suptitle(f"{title}: values of the last layer")
-    figure.supxlabel(
+    add_note(
+        figure,
         f"magnitude of a value; {images:,} test images, every bit as likely, range detector off, {trainings(cells)} each",
-        fontsize=NOTE_SIZE,
     )
     return figure, pd.concat(tables, ignore_index=True)

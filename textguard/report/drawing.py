@@ -1,16 +1,26 @@
 """What all figures share: their style, and files whose bytes depend on nothing but the numbers."""
 
+import textwrap
 from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from textguard.artifacts import write_bytes, write_csv
 
 STYLE = Path(__file__).with_name("textguard.mplstyle")
 NOTE_SIZE = 7
+LETTER_POINTS = 0.51 * NOTE_SIZE  # how wide a letter of a note is
+
+
+def add_note(figure: Figure, note: str, **place: float) -> Text:
+    """Write a caption below a figure, its lines broken where they would leave it. place: passed on to `supxlabel`."""
+    room = int(figure.get_figwidth() * 72 / LETTER_POINTS)
+    lines = [part for line in note.split("\n") for part in textwrap.wrap(line, room)]
+    return figure.supxlabel("\n".join(lines), fontsize=NOTE_SIZE, **place)
 
 
 def save_figure(figure: Figure, numbers: pd.DataFrame, stem: Path, dpi: int) -> None:

@@ -8,8 +8,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from textguard.report.cells import Cell
-from textguard.report.drawing import NOTE_SIZE
+from textguard.report.cells import Cell, count_trainings
+from textguard.report.drawing import add_note
 from textguard.report.published import Published, load_published
 from textguard.report.results import read_estimate
 
@@ -45,13 +45,12 @@ def draw_improvement(cells: Sequence[Mapping[str, Any]], colours: Mapping[str, s
     panels[0].set_yticks(range(len(cells)), names)
     panels[0].set_ylim(len(cells) - 0.5, -0.5)
     figure.suptitle("Improvement in reliability over the baseline", fontsize=9)
-    counts = sorted({len(cell["seeds"]) for cell in cells})
-    spread = f"{counts[0]} training" if counts == [1] else f"{counts[0]} to {counts[-1]} trainings"
+    spread = count_trainings(len(cell["seeds"]) for cell in cells)
     note = (
         f"DeltaLoss of the baseline / text-guided; right of 1 is better; {spread} per row; bars: interval\n"
         "diamonds: the paper's, for this backbone and start of the head, on ImageNet where it has no such data set"
     )
-    figure.supxlabel(note, fontsize=NOTE_SIZE)
+    add_note(figure, note)
     return figure, pd.DataFrame(rows)
 
 
@@ -110,5 +109,5 @@ def draw_tradeoff(cells: Sequence[Cell]) -> tuple[Figure, pd.DataFrame]:
     ]
     figure.legend(handles=handles, loc="outside right upper")  # beside the points, and not on them
     note = "one point per training; bars: intervals over images and over injections; dotted: none is better in both"
-    figure.supxlabel(note, fontsize=NOTE_SIZE)
+    add_note(figure, note)
     return figure, numbers

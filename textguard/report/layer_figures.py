@@ -9,7 +9,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from textguard.report.cells import Cell, trainings
-from textguard.report.drawing import NOTE_SIZE
+from textguard.report.drawing import add_note
 from textguard.report.results import BASELINE, Layer, load_ranges
 
 LABEL_INCHES = 0.13  # the least room in which a layer's name can be read
@@ -105,7 +105,7 @@ def draw_range_effect(cells: Sequence[Cell], title: str) -> tuple[Figure, pd.Dat
     axes.set(xscale="log", yscale="log", xlabel="largest |value| of a layer, without faults", ylabel="mean DeltaLoss (nats)")
     axes.set_title(f"{title}: value range and damage")
     axes.legend()
-    figure.supxlabel(f"one point per layer and training, {trainings(cells)}; Spearman's rank correlation", fontsize=NOTE_SIZE)
+    add_note(figure, f"one point per layer and training, {trainings(cells)}; Spearman's rank correlation")
     return figure, pd.DataFrame(rows)
 
 
@@ -181,7 +181,7 @@ def _panels(layers: Sequence[str], count: int, height: float = 2.3) -> tuple[Fig
 def _finish(figure: Figure, axes: Axes, layers: Sequence[str], note: str) -> None:
     axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7 if len(layers) < 80 else 6)
     axes.set_xlim(-0.6, len(layers) - 0.4)
-    figure.supxlabel(note, fontsize=NOTE_SIZE)
+    add_note(figure, note)
 
 
 def _point(found: Sequence[Layer]) -> tuple[float, float, float]:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
 from textguard.report.cells import Cell, trainings
-from textguard.report.drawing import NOTE_SIZE
+from textguard.report.drawing import add_note
 from textguard.report.results import BASELINE, load_threshold_curve
 
 
@@ -38,18 +38,20 @@ def draw_accuracy(cells: Sequence[Cell], title: str) -> tuple[Figure, pd.DataFra
     axes.legend()
     band = "; bands: lowest to highest" if any(len(cell.results) > 1 for cell in cells) else ""
     images = cells[0].results[0].top1.n
-    note = f"n = {images:,} test images, {trainings(cells)} per line{band}; circles: ahead of the baseline from there"
-    figure.supxlabel(note, fontsize=NOTE_SIZE)
+    note = f"n = {images:,} test images, {trainings(cells)} per line{band}; circles: last crossing with the baseline"
+    add_note(figure, note)
     return figure, pd.concat(tables, ignore_index=True)
 
 
 def crossings(thresholds: np.ndarray, baseline: np.ndarray, guided: np.ndarray) -> list[tuple[float, float]]:
-    """Where a guided curve rises above the baseline's for good: threshold and accuracy, interpolated; at most one."""
+    """Where a guided curve crosses the baseline's for the last time, up or down: threshold and accuracy; at most one."""
     ahead = guided - baseline
-    below = np.flatnonzero(ahead < 0)
-    if not len(below) or below[-1] + 1 == len(ahead) or not (ahead > 0).any():
+    # Where both are level, who was ahead before still counts as ahead: to touch is not to cross.
+    apart = np.flatnonzero(ahead)
+    changes = np.flatnonzero(np.diff(np.sign(ahead[apart])))
+    if not len(changes):
         return []
-    last = below[-1]
+    last = apart[changes[-1]]
     share = ahead[last] / (ahead[last] - ahead[last + 1])
     at = thresholds[last] + share * (thresholds[last + 1] - thresholds[last])
     return [(float(at), float(guided[last] + share * (guided[last + 1] - guided[last])))]
@@ -79,6 +81,6 @@ def draw_convergence(cells: Sequence[Cell], title: str) -> tuple[Figure, pd.Data
     else:
         axes.text(0.5, 0.5, "no layer was sampled at random", ha="center", transform=axes.transAxes)
         note = "faults planned by bit, or by what the first ones did, do not tell what fewer would have told"
-    figure.supxlabel(note, fontsize=NOTE_SIZE)
+    add_note(figure, note)
     columns = ["injections_per_layer", "value", "low", "high", "n", "run", "variant"]
     return figure, pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)

@@ -286,7 +286,8 @@ def _attention_table(closeups: Mapping[str, Cell]) -> Table:
         "rank correlation of the maps, and intersection over union of the quarters of places that speak most for the class; 1 "
         "is no change. Weight bits are flipped at once, the same in all variants, before their last layers. The other fault is "
         "the one with the largest DeltaLoss in the run's own campaign, here on every image. Faults pass the campaign's "
-        "range detector; maps that are not finite count 0. Brackets: intervals of confidence 0.99 over images."
+        "range detector; maps that are not finite count 0. Brackets: intervals of confidence 0.99 over images; unbounded where "
+        "all images give the same, which says nothing of others."
     )
     return Table("attention", caption, headers, rows)
 

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from textguard.report.drawing import STYLE, save_figure
+from textguard.report.drawing import STYLE, add_note, save_figure
 
 MOST_LABELS = 40  # class names that a figure or an axis holds
 LABEL_DISTANCES = (6, 14, 24, 36)  # of a name from its point, in points
@@ -36,7 +36,7 @@ def draw_similarity(similarity_cc: np.ndarray, classes: Sequence[str], title: st
         figure.colorbar(image, ax=axes, label="cosine of class embeddings")
         _label(axes, classes)
         axes.set_title(title, **AS_IS)
-        figure.supxlabel(f"{len(off_diagonal) // 2} pairs, mean cosine {off_diagonal.mean():.3f}", fontsize=7)
+        add_note(figure, f"{len(off_diagonal) // 2} pairs, mean cosine {off_diagonal.mean():.3f}")
         save_figure(figure, pd.DataFrame(similarity_cc, columns=list(classes)).round(6), stem, dpi)
 
 
@@ -63,10 +63,10 @@ def draw_projection(
         axes.set(xlabel="first principal component", ylabel="second principal component")
         axes.set_title(title, **AS_IS)
         note = f"{len(texts_n2)} texts (small), {len(classes)} class means (large); {100 * shown:.0f} % of the variance"
-        caption = figure.supxlabel(note, fontsize=7)
+        add_note(figure, note)
         named = _name_points(axes, means_c2, classes)
         if named < len(classes):
-            caption.set_text(f"{note}; {named} classes are named")
+            add_note(figure, f"{note}; {named} classes are named")  # instead of the first
         points = np.vstack([texts_n2, means_c2]).round(6)
         kinds = ["text"] * len(texts_n2) + ["class mean"] * len(classes)
         names = [classes[owner] for owner in owners_n] + list(classes)
