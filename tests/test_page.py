@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from conftest import REPOSITORY, run
-from textguard.artifacts import read_json_lines, write_csv, write_json_lines
+from textguard.artifacts import read_json_lines, write_csv, write_json, write_json_lines
 from textguard.errors import InvalidArtifact
 from textguard.params import load_params
 from textguard.report.page import Revision, main, read_revision, write_page
@@ -90,6 +90,15 @@ def test_the_page_holds_every_run_table_and_figure_and_needs_nothing_else(here):
     assert "abc1234 of 2026-01-31, with changes" in elements.text
     assert "written for this repository, not by GPT-3" in elements.text
     assert Path("page.html").stat().st_size < 5e6
+
+
+@pytest.mark.parametrize(("verdict", "remarked"), [("not separable at 99%", True), ("better", False)])
+def test_a_last_layer_that_is_better_by_its_weights_alone_is_remarked(here, verdict, remarked):
+    file = Path("metrics/cells.json")
+    cells = json.loads(file.read_text())
+    cells[0]["verdict"] |= {"last_layer": "better", "head": verdict}
+    write_json(file, cells)
+    assert ("has another verdict for resnet18 on digits with descriptions, " in page().text) == remarked
 
 
 def test_the_same_results_make_the_same_bytes(here):

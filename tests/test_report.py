@@ -217,7 +217,8 @@ def test_improvement_is_baseline_over_guided_with_interval_and_verdict(runs):
     expected = value(baseline["overall"]["delta_loss"]) / value(guided["overall"]["delta_loss"])
     assert value(found["overall"]) == pytest.approx(expected)
     assert found["overall"]["low"] < expected < found["overall"]["high"]
-    assert found["verdict"] == {"overall": "better", "last_layer": "better"}
+    assert found["verdict"] == {"overall": "better", "last_layer": "better", "head": "better"}
+    assert value(found["head"]) == pytest.approx(3.0 / 1.2)  # both are enumerated
     assert value(found["top2diff"]) == pytest.approx(0.05)
     by_layer = [layer.get("improvement") for layer in guided["layers"]]
     assert value(by_layer[0]) == pytest.approx(2.0, rel=0.5)

@@ -28,7 +28,7 @@ def estimate(value: float, spread: float = 0.1) -> dict[str, float]:
 
 def cell(dataset: str, backbone: str, variant: str = "descriptions") -> dict[str, Any]:
     """One of metrics/cells.json."""
-    detector = {name: estimate(1) for name in ("overall_baseline", "overall_guided", "overall", "last_layer")}
+    detector = {name: estimate(1) for name in ("overall_baseline", "overall_guided", "overall", "last_layer", "head")}
     detector |= {name: estimate(0) for name in ("nonfinite_baseline", "nonfinite_guided")}
     return {
         **{"dataset": dataset, "backbone": backbone, "variant": variant, "seeds": [0], "parameters": 250_000},

@@ -172,6 +172,17 @@ def _remarks(cells: Sequence[Mapping[str, Any]], runs: Mapping[str, dict[str, An
         remarks.append(
             "Rows with one training say nothing about the spread between trainings, which is in none of their intervals."
         )
+    weighed = [
+        f"{cell['backbone']} on {cell['dataset']} with {cell['variant']}, {show_estimate(read_estimate(cell['head']))}"
+        for cell in cells
+        if cell["verdict"]["head"] != cell["verdict"]["last_layer"]
+    ]
+    if weighed:
+        remarks.append(
+            "The last layer of a text-guided classifier is the weighted mean of its latent layer and its head "
+            "(statistics.last_layer_weights). The head alone, against the baseline's last layer, has another verdict for "
+            f"{'; '.join(weighed)}."
+        )
     changed = [
         f"{cell['backbone']} on {cell['dataset']} with {cell['variant']}"
         for cell in cells

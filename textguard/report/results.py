@@ -279,7 +279,10 @@ def _bounded(estimate: Estimate) -> dict[str, Any]:
 def _compare(
     baseline_run: RunParams, baseline: Campaign, run: RunParams, guided: Campaign, statistics: StatisticsParams
 ) -> tuple[dict[str, dict[str, Improvement]], list[Estimate | None]]:
-    """Detector -> improvement of `overall` and `last_layer`; and each layer's, under the detector that counts."""
+    """Detector -> improvement of `overall`, `last_layer` and `head`; and each layer's, under the detector that counts.
+
+    head: the text-guided head alone against the baseline's last layer, however `last_layer` weighs head and latent layer.
+    """
     found: dict[str, dict[str, Improvement]] = {}
     by_layer: list[Estimate | None] = []
     for name in guided.detectors:
@@ -293,12 +296,13 @@ def _compare(
                 *(weigh(draws, counts) for draws, counts in zip(drawn, weights, strict=True)), statistics.confidence
             )
 
-        runs = (baseline_run, run)
+        def last(weights: str, layers: tuple[list[LayerResult], list[LayerResult]] = layers) -> list[list[float]]:
+            return [last_layer_weights(who, part, weights) for who, part in zip((baseline_run, run), layers, strict=True)]
+
         found[name] = {
             "overall": between([[1.0] * len(part) for part in layers]),
-            "last_layer": between(
-                [last_layer_weights(who, part, statistics.last_layer_weights) for who, part in zip(runs, layers, strict=True)]
-            ),
+            "last_layer": between(last(statistics.last_layer_weights)),
+            "head": between(last("head_only")),
         }
         if not by_layer:
             by_layer = [improvement(*pair, statistics.confidence).estimate for pair in zip(*drawn, strict=False)]
@@ -339,10 +343,8 @@ def _describe_cell(
         return _mean_over_trainings([_follow(part, path) for part in parts], confidence)
 
     improvements = {
-        detector: {
-            part: across([found[detector][part] for _, _, found in pairs], confidence) for part in ("overall", "last_layer")
-        }
-        for detector in pairs[0][2]
+        detector: {part: across([found[detector][part] for _, _, found in pairs], confidence) for part in parts}
+        for detector, parts in pairs[0][2].items()
     }
     first = next(iter(improvements.values()))
     return {
@@ -359,7 +361,7 @@ def _describe_cell(
                 **{part: estimate.as_json() for part, estimate in parts.items()},
                 **{
                     f"{part}_{who}": mean(members, "detectors", detector, part, "delta_loss").as_json()
-                    for part in parts
+                    for part in ("overall", "last_layer")
                     for who, members in (("baseline", baselines), ("guided", guided))
                 },
                 "nonfinite_baseline": mean(baselines, "detectors", detector, "nonfinite").as_json(),

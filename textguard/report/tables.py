@@ -160,6 +160,7 @@ DETECTORS: Columns = {
     "DeltaLoss Ours": _estimate("overall_guided"),
     "Overall (x)": _estimate("overall"),
     "Last Layer (x)": _estimate("last_layer"),
+    "Head Alone (x)": _estimate("head"),
     "Non-finite Baseline (%)": _estimate("nonfinite_baseline", times=100),
     "Non-finite Ours (%)": _estimate("nonfinite_guided", times=100),
 }
