@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+import yaml
+from filelock import FileLock
+from smoke_grid import ALL, GRID, GUIDED, change, repro, run
 from torch import nn
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -187,20 +189,33 @@ def make_checkout(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path
     return make
 
 
-def environment(**more: str) -> dict[str, str]:
-    """The environment for a stage or for dvc: this interpreter's scripts first."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    return {**inherited, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **more}
+@pytest.fixture(scope="session")
+def finished(make_checkout: Callable[[], Path], tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A checkout with the smoke grid run once, for the tests of all processes: to be copied, not changed."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base if worker_id == "master" else base.parent
+    with FileLock(shared / "finished.lock"):
+        if not (shared / "finished").exists():
+            checkout = make_checkout()
+            recipe = yaml.safe_load((checkout / GRID / "params.yaml").read_text())["recipes"]["resnet"]
+            change(checkout, "recipes.mobilenet", recipe)
+            change(checkout, f"runs.{GUIDED}.recipe", "mobilenet")
+            ran, _ = repro(checkout)
+            assert ran == ALL
+            (shared / "finished").write_text(str(checkout))
+    return Path((shared / "finished").read_text())
 
 
-def run(command: list[str], folder: Path, *, check: bool = True, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in a folder and return what it printed."""
-    done = subprocess.run(command, cwd=folder, env=environment(**more), capture_output=True, text=True, check=False)
-    if check and done.returncode:
-        raise AssertionError(f"{' '.join(command)} exited with {done.returncode}\n{done.stdout}\n{done.stderr}")
-    return done
+@pytest.fixture
+def checkout(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished checkout, cache and all."""
+    return Path(shutil.copytree(finished, tmp_path / "checkout", symlinks=True))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest starts first, so that no process waits for it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_dag.py")
+    """The files that take longest start first, so that no process waits for them at the end.
+
+    With two processes, the third begins when the first has made the checkout that both use.
+    """
+    first = ["test_dag.py", "test_language_models.py", "test_interruptions.py"]
+    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))

@@ -2,7 +2,9 @@
 
 import sys
 
-from conftest import REPOSITORY, run
+from smoke_grid import run
+
+from conftest import REPOSITORY
 
 EXAMPLE = REPOSITORY / "examples" / "own_classifier.py"
 

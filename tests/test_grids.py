@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from smoke_grid import run
 
-from conftest import CHECKOUT, REPOSITORY, run
+from conftest import CHECKOUT, REPOSITORY
 from textguard.params import load_params
 from textguard.planning import Speeds, Workload
 from textguard.vision.backbones import BACKBONES

@@ -1,0 +1,65 @@
+"""The smoke grid in a checkout of its own, with the real `dvc`: what tests need to run it and to look at it."""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+GRID = Path("grids/smoke")
+RUNS = ("digits-resnet18-baseline-s0", "digits-resnet18-descriptions-s0")
+BASELINE, GUIDED = RUNS
+TEXT = "digits-descriptions"
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment for a stage or for dvc: this interpreter's scripts first."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return {**inherited, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **more}
+
+
+def run(command: list[str], folder: Path, *, check: bool = True, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder and return what it printed."""
+    done = subprocess.run(command, cwd=folder, env=environment(**more), capture_output=True, text=True, check=False)
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(command)} exited with {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def stages(*names: str) -> set[str]:
+    """Stage names as dvc prints them; `inject` stands for the inject stage of every run."""
+    expanded = set()
+    for name in names:
+        per_run = name in ("train", "evaluate", "ranges", "inject", "closeup")
+        expanded |= {f"{name}@{key}" for key in RUNS} if per_run else {name}
+    return expanded
+
+
+BEHIND_TRAINING = stages("evaluate", "ranges", "inject", "closeup", "results", "tables", "figures", "report")
+TEXTS = stages(f"prompts@{TEXT}", f"responses@{TEXT}", f"embeddings@{TEXT}", f"text_quality@{TEXT}")
+ALL = stages("data@digits", "encoder", "train") | TEXTS | BEHIND_TRAINING
+
+
+def repro(checkout: Path) -> tuple[set[str], str]:
+    """Run the smoke grid. Returns the stages that ran, and all output."""
+    done = run(["dvc", "repro", "dvc.yaml"], checkout / GRID)
+    return set(re.findall(r"Running stage '([^']+)'", done.stdout)), done.stdout + done.stderr
+
+
+def change(checkout: Path, key: str, value: object) -> None:
+    """Set a value in the smoke grid's params.yaml; key: "inject.seed", list positions as numbers."""
+    path = checkout / GRID / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    *parents, last = [int(part) if part.isdigit() else part for part in key.split(".")]
+    functools.reduce(lambda node, part: node[part], parents, params)[last] = value
+    path.write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+def results(checkout: Path) -> dict[str, bytes]:
+    """Every result file's bytes, by name."""
+    folders = ("models", "metrics", "plots", "embeddings", "prompts", "data")
+    files = [file for folder in folders for file in (checkout / GRID / folder).rglob("*") if file.is_file()]
+    return {str(file.relative_to(checkout / GRID)): file.read_bytes() for file in files}
