@@ -14,8 +14,9 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
-from smoke_grid import ALL, GRID, GUIDED, change, repro, run
 from torch import nn
+
+from smoke_grid import ALL, GRID, GUIDED, change, repro, run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))

@@ -26,9 +26,9 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from smoke_grid import environment
 
 from conftest import REPOSITORY
+from smoke_grid import environment
 from textguard.artifacts import read_safetensors, write_safetensors
 from textguard.text.cache import StoredAnswer, answer_key, to_line
 from textguard.text.embeddings import ClassEmbeddings, EmbeddingOptions, save_class_embeddings

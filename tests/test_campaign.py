@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from smoke_grid import environment
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from conftest import REPOSITORY
+from smoke_grid import environment
 from textguard.artifacts import read_json, read_parquet, write_parquet
 from textguard.errors import CampaignMismatch, InvalidParameter
 from textguard.faults.campaign import (

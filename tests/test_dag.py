@@ -9,9 +9,9 @@ from pathlib import Path
 import grimp
 import pytest
 import yaml
-from smoke_grid import BASELINE, BEHIND_TRAINING, GRID, GUIDED, TEXT, TEXTS, change, repro, run, stages
 
 from conftest import REPOSITORY
+from smoke_grid import BASELINE, BEHIND_TRAINING, GRID, GUIDED, TEXT, TEXTS, change, repro, run, stages
 
 # They read, check, write and report; they do not compute. dvc.yaml says why they are no dependencies.
 PLUMBING = {

@@ -2,9 +2,8 @@
 
 import sys
 
-from smoke_grid import run
-
 from conftest import REPOSITORY
+from smoke_grid import run
 
 EXAMPLE = REPOSITORY / "examples" / "own_classifier.py"
 

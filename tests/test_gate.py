@@ -19,9 +19,9 @@ import pytest
 import torch
 import yaml
 from pydantic import TypeAdapter
-from smoke_grid import run
 
 from conftest import REPOSITORY
+from smoke_grid import run
 from textguard.artifacts import write_json, write_parquet
 from textguard.faults.campaign import image_chances, loader_of, profile_ranges, run_campaign, top2diff
 from textguard.faults.engines import ReplayEngine

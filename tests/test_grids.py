@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from smoke_grid import run
 
 from conftest import CHECKOUT, REPOSITORY
+from smoke_grid import run
 from textguard.params import load_params
 from textguard.planning import Speeds, Workload
 from textguard.vision.backbones import BACKBONES

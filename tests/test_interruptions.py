@@ -17,6 +17,7 @@ import pytest
 import yaml
 from filelock import FileLock
 from moto.server import ThreadedMotoServer
+
 from smoke_grid import ALL, BASELINE, GRID, environment, repro, results, run, stages
 
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 import yaml
-from smoke_grid import environment, run
 
+from smoke_grid import environment, run
 from textguard.errors import BudgetExhausted, InvalidParameter, LanguageModelError, TextguardError
 from textguard.text.cache import read_answers
 from textguard.text.language_models import LanguageModel, Network, estimate, price_of

@@ -11,9 +11,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from smoke_grid import run
 
 from conftest import REPOSITORY
+from smoke_grid import run
 from textguard.artifacts import read_json_lines, write_csv, write_json, write_json_lines
 from textguard.errors import InvalidArtifact
 from textguard.params import load_params

@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from smoke_grid import environment, run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from conftest import REPOSITORY, TinyMobileNet, TinyResNet, TinyTransformer
+from smoke_grid import environment, run
 from stages.rehearsal import rehearse
 from textguard.artifacts import read_safetensors
 from textguard.errors import InvalidParameter, UnknownName, UnsupportedModel
