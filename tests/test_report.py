@@ -25,7 +25,7 @@ from textguard.report.breakdown import describe_layer, sums_by_bit
 from textguard.report.cells import Cell
 from textguard.report.figures import DRAWN_BY_DVC, PER_BACKBONE, write_figures
 from textguard.report.improvement import across, draw_pairs, improvement, verdict, weigh
-from textguard.report.results import load_cells, load_result, load_run, write_results
+from textguard.report.results import load_cells, load_closeup, load_result, load_run, write_results
 from textguard.report.run_figures import crossings
 
 COLOURS = {"baseline": "#d55e00", "random": "#7f7f7f", "template": "#56b4e9", "descriptions": "#0072b2"}
@@ -497,6 +497,19 @@ def test_damaged_metrics_are_named(runs):
         path.write_text(damage)
         with pytest.raises(InvalidArtifact, match=r"d-resnet18-baseline-s0\.json cannot be read"):
             load_result("d-resnet18-baseline-s0", runs["d-resnet18-baseline-s0"])
+        with pytest.raises(InvalidArtifact, match=r"d-resnet18-baseline-s0\.json cannot be read"):
+            load_run("d-resnet18-baseline-s0")
+    path = Path("metrics/cells.json")
+    whole = json.loads(path.read_text())
+    for damage in ({}, {"verdict": {}}, {"head": {}}, {"detectors": {"profiled": {}}}):
+        path.write_text(json.dumps([whole[0] | damage] if damage else {}))
+        with pytest.raises(InvalidArtifact, match=r"cells\.json (cannot be read|is no list)"):
+            load_cells(runs)
+    path = Path("metrics/closeup/d-resnet18-baseline-s0.json")
+    for damage in ("[]", "{}", '{"cam": {}}'):
+        path.write_text(damage)
+        with pytest.raises(InvalidArtifact, match=r"d-resnet18-baseline-s0\.json cannot be read"):
+            load_closeup("d-resnet18-baseline-s0")
 
 
 def test_a_layer_without_records_is_named(runs):

@@ -9,12 +9,13 @@ import errno
 import hashlib
 import json
 import math
+import operator
 import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, is_dataclass
 from io import BytesIO
@@ -137,10 +138,13 @@ def reading(path: Path, made_by: str) -> Iterator[None]:
         raise InvalidArtifact(f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]}); {how}") from error
 
 
-def read_json(path: Path, made_by: str) -> Any:
-    """Read a JSON file. Raises InvalidArtifact."""
+def read_json(path: Path, made_by: str, fields: Iterable[str] = ()) -> Any:
+    """Read a JSON file. fields: what an object must have. Raises InvalidArtifact."""
     with reading(path, made_by):
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        for name in fields:
+            operator.getitem(content, name)  # or it says which is missing
+        return content
 
 
 def read_classes(path: Path) -> list[str]:

@@ -93,8 +93,8 @@ def load_network(cell: Cell, params: Params) -> Network:
     """Read what metrics/results and metrics/texts say of a cell. Raises InvalidArtifact."""
     key, run = cell.results[0].key, cell.results[0].run
     guided = run.variant != BASELINE
-    stored, file = load_run(key), RESULTS_DIR / f"{key}.json"
-    with reading(file, "results"):
+    stored, texts = load_run(key), _load_texts(run, params)
+    with reading(RESULTS_DIR / f"{key}.json", "results"):
         linear = [layer for layer in stored["layers"] if layer["kind"] == "Linear"]
         own = linear[-1 - guided] if len(linear) > guided else None  # the backbone's own last layer; behind it is the head
         return Network(
@@ -105,7 +105,7 @@ def load_network(cell: Cell, params: Params) -> Network:
             int(own["neurons"]) if own and guided else None,
             int(stored["parameters"]),
             int(stored["multiply_adds"]),
-            _load_texts(run, params),
+            texts,
             _source(run),
         )
 

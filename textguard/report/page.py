@@ -300,7 +300,8 @@ def _layers(key: str, run: Mapping[str, Any]) -> Table:
 def _text(key: str, params: Params) -> dict[str, Any]:
     text, path = params.texts[key], Path("prompts") / key / "responses.jsonl"
     answers = read_json_lines(path, "responses")
-    quality = read_json(Path("metrics/texts") / f"{key}.json", "text_quality")
+    fields = ("answers", "embedded", "classes", "mean_pairwise_cosine", "encoder")
+    quality = read_json(Path("metrics/texts") / f"{key}.json", "text_quality", fields)
     columns = ["class", "answers", "embedded", "words", "spread", "nearest_wrong", "cosine"]
     classes = read_csv(Path("metrics/texts") / f"{key}.csv", "text_quality", columns[:1], ["answers", "spread", "cosine"])
     said: dict[str, list[str]] = {}

@@ -4,6 +4,7 @@ A cell is one (data set, backbone, variant); its runs differ in their seeds alon
 """
 
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,6 +51,13 @@ PLAN_KEYS = (
     "format",
     "kinds",
     "enumerate_up_to",
+)
+# What a text-guided classifier can be better in, as `_compare` finds it.
+IMPROVED = ("overall", "last_layer", "head")
+# What tables and the page read of metrics/results/RUN.json.
+RUN_FIELDS = (
+    *("run", "dataset", "backbone", "variant", "seed", "confidence", "plan", "top1", "top2diff", "parameters", "multiply_adds"),
+    *("overall", "last_layer", "layers", "skipped", "settings"),
 )
 
 
@@ -469,12 +477,20 @@ def load_cells(runs: Mapping[str, RunParams]) -> list[dict[str, Any]]:
     wanted = {(run.dataset, run.backbone, run.variant) for run in runs.values()}
     stored = read_json(CELLS_FILE, "results")
     with reading(CELLS_FILE, "results"):
-        return [cell for cell in stored if (cell["dataset"], cell["backbone"], cell["variant"]) in wanted]
+        if not isinstance(stored, list):
+            raise InvalidArtifact("is no list of cells")
+        cells = [cell for cell in stored if (cell["dataset"], cell["backbone"], cell["variant"]) in wanted]
+        for cell in cells:
+            for part in IMPROVED:
+                operator.getitem(cell["verdict"], part)
+                for numbers in (cell, *cell["detectors"].values()):
+                    read_estimate(numbers[part])
+        return cells
 
 
 def load_run(key: str) -> dict[str, Any]:
     """Read metrics/results/RUN.json whole. Raises InvalidArtifact."""
-    return read_json(RESULTS_DIR / f"{key}.json", "results")
+    return read_json(RESULTS_DIR / f"{key}.json", "results", RUN_FIELDS)
 
 
 def load_ranges(key: str) -> pd.DataFrame:
@@ -490,7 +506,7 @@ def load_threshold_curve(key: str) -> pd.DataFrame:
 
 def load_closeup(key: str) -> dict[str, Any]:
     """Read metrics/closeup/RUN.json whole. Raises InvalidArtifact."""
-    return read_json(CLOSEUP_DIR / f"{key}.json", "closeup")
+    return read_json(CLOSEUP_DIR / f"{key}.json", "closeup", ("last_layer", "cam"))
 
 
 def load_looks(key: str) -> pd.DataFrame:
