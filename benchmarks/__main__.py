@@ -59,6 +59,7 @@ def table(results: dict) -> str:
         )
     shares, peak, last = results["overhead"], results["memory"], results["last_layer"]
     reach, held, trained = results["efficiency"], results["coverage"], results["training"]
+    one = reach["each"][0]
     lines += [
         "",
         f"{results['device']}; {_dates(results['dates'])}. Medians of {injections.ROUNDS} alternating runs of the same plan.",
@@ -66,20 +67,21 @@ def table(results: dict) -> str:
         f"{shares['movement']:.0%} in data movement, {shares['other']:.0%} elsewhere.",
         f"Peak memory, ResNet-50 at 224 x 224: {peak['ratio']:.2f} times that of a plain forward pass with the same batch.",
         f"Last layer in closed form: {last['faults']:,} faults in {last['seconds']:.2f} s.",
-        f"ResNet-18, every layer's DeltaLoss as well known (99 % half-width) as from {reach['uniform_per_layer']:,} uniform "
-        f"injections with PyTorchFI: {reach['times_fewer']:.1f} times fewer injections ({reach['injections']:,} into "
-        f"{reach['sampled']} sampled layers; {reach['reached']} of them got there), {reach['times_faster']:.0f} times less "
-        f"time ({reach['seconds']:.1f} s; PyTorchFI's scaled from {reach['pytorchfi_timed']:,} of its "
-        f"{reach['pytorchfi_injections']:,}).",
+        f"ResNet-18, every layer's DeltaLoss as well known (99 % half-width) as from {one['uniform_per_layer']:,} uniform "
+        f"injections with PyTorchFI: {_spread(reach['times_fewer'], 1)} times fewer injections, "
+        f"{_spread(reach['times_faster'], 0)} times less time. {reach['reached']} of {reach['sampled']} sampled layers of "
+        f"{reach['trainings']} trainings got there; in brackets the lowest and the highest of these; PyTorchFI's "
+        f"time is scaled from {one['pytorchfi_timed']:,} of its {one['pytorchfi_injections']:,} injections.",
         f"Training ResNet-50 at 224 x 224 from JPEGs, batches of {trained['batch']}, fp32: {trained['ours']:.2f} images/s, "
-        f"{_spread(trained['times_ours'])} times a plain loop after torchvision's references; "
-        f"{_spread(trained['times_ours_channels_last'])} times with TEXTGUARD_CHANNELS_LAST=1. In brackets, of "
+        f"{_spread(trained['times_ours'], 2)} times a plain loop after torchvision's references; "
+        f"{_spread(trained['times_ours_channels_last'], 2)} times with TEXTGUARD_CHANNELS_LAST=1. In brackets, of "
         f"{training.ROUNDS} rounds the lowest and the highest.",
         "",
         "How often 99 % intervals of DeltaLoss hold, and their mean half-width relative to the truth, in "
         f"{held['repetitions']:,} campaigns: {held['uniform']:,} injections uniformly, {held['neyman']:,} by plan neyman on "
         "images by importance; "
-        "mean +- 2.576 standard errors, Hall's, ours.",
+        f"mean +- 2.576 standard errors, Hall's, ours. Of {held['trainings']} trainings, the lowest coverage and the mean "
+        "half-width.",
         "",
         "| Layer | CV | Skewness | Uniform: normal | Hall | Ours | Neyman: normal | Hall | Ours |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -100,8 +102,10 @@ def _dates(dates: dict[str, str]) -> str:
     return ", ".join([most, *(f"{name} {date}" for name, date in dates.items() if date != most)])
 
 
-def _spread(times: list[float]) -> str:
-    return "{:.2f} ({:.2f} to {:.2f})".format(*times)
+def _spread(times: list[float], digits: int) -> str:
+    """Median, lowest and highest."""
+    middle, *ends = (f"{time:.{digits}f}" for time in times)
+    return f"{middle} ({' to '.join(ends)})"
 
 
 def _number(value: float | None) -> str:

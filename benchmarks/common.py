@@ -26,14 +26,17 @@ SEED = 0
 DETECTOR_LIMIT = 100.0
 
 
-def trained_digits() -> tuple[nn.Module, EvaluationView, EvaluationView]:
-    """ResNet-18 after two epochs on the demo's data, its training data and its test data: 360 images of 32 x 32 pixels."""
+def trained_digits(seed: int = SEED) -> tuple[nn.Module, EvaluationView, EvaluationView]:
+    """ResNet-18 after two epochs on the demo's data, its training data and its test data: 360 images of 32 x 32 pixels.
+
+    seed: of the training; the split is always the same.
+    """
     content = read_source("digits", None)
     splits = make_splits(content, "digits", test_share=0.2, split_seed=SEED, limit_train=0, limit_test=0)
     with TemporaryDirectory() as folder:
         save_splits(Path(folder), content, splits, None, source="digits", checksum=False, corrupt_share=0.0)
         train, test = (evaluation_view(load_split(Path(folder), split, None), 32, 32, "bilinear") for split in splits)
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     model = build_backbone("resnet18", 10, 32).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for _ in range(2):
@@ -62,9 +65,9 @@ class DigitsCampaign:
     limits: dict[str, float]
 
 
-def digits_campaign(batch_size: int = 256) -> DigitsCampaign:
+def digits_campaign(batch_size: int = 256, seed: int = SEED) -> DigitsCampaign:
     """A campaign on the trained classifier and its test images, with ranges from its training images."""
-    model, train, test = trained_digits()
+    model, train, test = trained_digits(seed)
     ranges = profile_ranges(model, image_loader(train, 256))
     limits = dict(zip(ranges["layer"], ranges["max_abs"], strict=True))
     return DigitsCampaign(model, ReplayEngine(model, test[0][0], batch_size), image_loader(test, 256), limits)

@@ -20,47 +20,65 @@ PLANS = ("uniform", "neyman")
 INTERVALS = ("normal", "hall", "ours")
 Z = quantile(CONFIDENCE)
 
+TRAININGS = 3
+LAYERS = 6  # that are measured, spread over the depth
+POPULATION = 65_536  # injections into each; the other layers, which only have pilots, get an eighth
+REPETITIONS = 2_000
+UNIFORM, NEYMAN, PILOT = 4096, 1024, 128  # injections per layer of a small campaign
 
-def measure(
-    layers: int = 6,
-    population: int = 65_536,
-    repetitions: int = 2_000,
-    uniform: int = 4096,
-    neyman: int = 1024,
-    pilot: int = 128,
-) -> dict[str, Any]:
+
+def measure() -> dict[str, Any]:
     """Layer -> its coefficient of variation and skewness, and plan -> interval -> coverage and mean relative half-width.
 
-    layers: how many, spread over the depth; population: injections into each; repetitions: small campaigns. uniform, neyman,
-    pilot: their injections per layer. The other layers get an eighth of the population: they only have pilots.
+    Of the trainings, the lowest coverage, and the mean of the rest.
     """
-    setup = digits_campaign()
+    found = [_measure(SEED + number) for number in range(TRAININGS)]
+    layers = {name: {kind: _mean([own[name][kind] for own in found]) for kind in ("cv", "skewness")} for name in found[0]}
+    for name, layer in layers.items():
+        for plan in PLANS:
+            layer[plan] = {
+                interval: {
+                    "coverage": min(own[name][plan][interval]["coverage"] for own in found),
+                    "half_width": _mean([own[name][plan][interval]["half_width"] for own in found]),
+                }
+                for interval in INTERVALS
+            }
+    sizes = {"trainings": TRAININGS, "population": POPULATION, "repetitions": REPETITIONS, "uniform": UNIFORM, "neyman": NEYMAN}
+    return {**sizes, "layers": layers}
+
+
+def _measure(seed: int) -> dict[str, dict[str, Any]]:
+    """The same for one training."""
+    setup = digits_campaign(seed=seed)
     chances = image_chances(setup.engine, setup.loader, "importance")
     sites = setup.engine.sites[:-1]  # the last is exact
-    measured = [sites[place].layer for place in np.unique(np.linspace(0, len(sites) - 1, layers).round().astype(int))]
-    counts = {site.layer: population if site.layer in measured else population // 8 for site in sites}
+    measured = [sites[place].layer for place in np.unique(np.linspace(0, len(sites) - 1, LAYERS).round().astype(int))]
+    counts = {site.layer: POPULATION if site.layer in measured else POPULATION // 8 for site in sites}
     plan = draw_plan(sites, (chances > 0).astype(float), counts, SEED)
     records = run_campaign(setup.engine, setup.loader, plan, setup.limits, image_batch=64, label="coverage")
     known = {name: _Layer(rows, chances) for name, rows in records.groupby("layer", sort=False)}
     tallies = {name: {plan: _Tally() for plan in PLANS} for name in measured}
     draw, even = np.random.default_rng(SEED), np.full(BITS, 1 / BITS)
-    first = _spread(pilot, even, None)
-    for _ in range(repetitions):
+    first = _spread(PILOT, even, None)
+    for _ in range(REPETITIONS):
         pilots = {name: layer.strata(draw, first) for name, layer in known.items()}
         shares = _neyman({name: SimpleNamespace(strata=strata) for name, strata in pilots.items()})
         for name in measured:
             layer = known[name]
-            drawn = layer.values[draw.integers(0, len(layer.values), uniform)]
+            drawn = layer.values[draw.integers(0, len(layer.values), UNIFORM)]
             tallies[name]["uniform"].add(sample_mean([drawn], [1.0], [2 * drawn.max()]), layer.mean)
-            more = layer.strata(draw, _spread(neyman, shares[name], first) - first)
+            more = layer.strata(draw, _spread(NEYMAN, shares[name], first) - first)
             strata = [np.concatenate(pair) for pair in zip(pilots[name], more, strict=True)]
             sample = sample_mean(strata, even, [2 * stratum.max() for stratum in strata])
             tallies[name]["neyman"].add(sample, layer.mean_over_bits)
-    found = {
+    return {
         name: {"cv": known[name].cv, "skewness": known[name].skewness} | {plan: tally.result() for plan, tally in own.items()}
         for name, own in tallies.items()
     }
-    return {"population": population, "repetitions": repetitions, "uniform": uniform, "neyman": neyman, "layers": found}
+
+
+def _mean(numbers: list[float]) -> float:
+    return float(np.mean(numbers))
 
 
 class _Layer:
