@@ -132,6 +132,28 @@ class LastCall(nn.Module):
         return self._model[0].act.register_forward_hook(second)
 
 
+def test_maps_are_those_of_grad_cam():
+    """Theirs are divided by the logit."""
+    grad_cam = pytest.importorskip(
+        "pytorch_grad_cam", reason="grad-cam is not installed: `pip install grad-cam` to run this test"
+    )
+    targets = pytest.importorskip("pytorch_grad_cam.utils.model_targets")
+
+    class Kept(grad_cam.AblationCAM):
+        def get_cam_image(self, *call: object) -> np.ndarray:
+            self.kept = super().get_cam_image(*call)
+            return self.kept
+
+    torch.manual_seed(0)
+    model = settle(build_backbone("resnet18", 4, 32))
+    images, classes = torch.rand(3, 3, 32, 32), torch.tensor([2, 0, 3])
+    looks = cam_of(model, images).look(images, classes, 64)
+    theirs = Kept(model, [model.layer2[-1]])
+    theirs(images, [targets.ClassifierOutputTarget(label) for label in classes.tolist()])
+    score = looks.logits.gather(1, classes[:, None])[:, :, None].numpy()
+    np.testing.assert_allclose(looks.maps.numpy(), theirs.kept * score, rtol=1e-4, atol=1e-6)
+
+
 @torch.no_grad()
 def test_other_batch_sizes_give_the_same_maps(images, classes):
     cam = cam_of(settle(TinyResNet()), images)
