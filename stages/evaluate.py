@@ -8,7 +8,7 @@ from textguard.params import Params
 from textguard.runtime import describe_device, join_processes, pick_device
 from textguard.vision.classifiers import load_classifier
 from textguard.vision.datasets import data_root, load_split
-from textguard.vision.evaluation import accuracy_by_threshold, measure_cost, predict
+from textguard.vision.evaluation import accuracy_by_threshold, measure_cost, predict, score_scale
 from textguard.vision.transforms import evaluation_view
 
 BATCH_SIZE = 256
@@ -37,6 +37,7 @@ def main(params: Params, key: str) -> None:
             "top2diff": mean_estimate(predictions["top2diff"].to_numpy(dtype=float)).as_json(),
             "parameters": cost.parameters,
             "multiply_adds": cost.multiply_adds,
+            "scale": score_scale(model),
             "seed": run.seed,
             "device": describe_device(device),
         },

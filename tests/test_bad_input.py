@@ -596,6 +596,7 @@ MISSING = [
     ("closeup", BASELINE, f"{RUN}/ranges.csv", "ranges"),
     ("closeup", BASELINE, f"{RECORDS}/injections.parquet", "inject"),
     ("results", None, f"{RUN}/evaluation.json", "evaluate"),
+    ("results", None, f"{RUN}/ranges.csv", "ranges"),
     ("results", None, f"{RUN}/campaign.json", "inject"),
     ("results", None, f"{RECORDS}/injections.parquet", "inject"),
     ("results", None, f"{RECORDS}/detectors.parquet", "inject"),
@@ -755,6 +756,7 @@ RESULTS = {
     "no object": ("campaign.json", "[1]", "inject"),
     "no layers": ("campaign.json", '{"layers": [], "detectors": [], "exact": {}, "strata": 0, "bits": 32}', "inject"),
     "evaluation": ("evaluation.json", '{"top1": 0.5}', "evaluate"),
+    "no range of the last layer": ("ranges.csv", "layer,max_abs,mean_abs,images\nconv1,1,1,1\n", "ranges"),
 }
 
 

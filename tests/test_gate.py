@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 
 from conftest import REPOSITORY
 from smoke_grid import run
-from textguard.artifacts import write_json, write_parquet
+from textguard.artifacts import write_csv, write_json, write_parquet
 from textguard.faults.campaign import image_chances, loader_of, profile_ranges, run_campaign, top2diff
 from textguard.faults.engines import ReplayEngine
 from textguard.faults.exact import enumerate_layer
@@ -431,7 +431,9 @@ class Campaigns:
         write_parquet(records_out / "injections.parquet", records)
         write_parquet(records_out / "detectors.parquet", records.iloc[:0].assign(detector=""))
         write_parquet(records_out / "predictions.parquet", self.predictions)
-        write_json(out / "evaluation.json", {"parameters": 1, "multiply_adds": 1})
+        write_json(out / "evaluation.json", {"parameters": 1, "multiply_adds": 1, "scale": 1.0})
+        ranges = pd.DataFrame({"layer": list(limits), "max_abs": limits.values(), "mean_abs": 0.0, "images": 1})
+        write_csv(out / "ranges.csv", ranges)
         layers = [{key: getattr(site, key) for key in ("layer", "kind", "neurons", "multiply_adds")} for site in (*sites, last)]
         campaign = {"layers": layers, "bits": 32, "strata": 0, "eligible_images": len(eligible), "detectors": ["profiled"]}
         settings = dict.fromkeys(PLAN_KEYS, "the same") | {"seed": seed, "detector": "profiled"}

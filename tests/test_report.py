@@ -89,12 +89,16 @@ def store(key: str, run: RunParams, layers: dict[str, tuple[int, float]], correc
     write_parquet(records_out / "injections.parquet", records)
     write_parquet(records_out / "detectors.parquet", changed)
     guided = run.variant != "baseline"
-    write_json(out / "evaluation.json", {"parameters": 11_000_000 + 250_000 * guided, "multiply_adds": 40_000_000})
+    cost = {"parameters": 11_000_000 + 250_000 * guided, "multiply_adds": 40_000_000}
+    write_json(out / "evaluation.json", {**cost, "scale": 12.0 if guided else 1.0})
     top2diff = np.full(100, 0.95 if guided else 0.9)
     predictions = pd.DataFrame({"label": 0, "prediction": np.arange(100) >= correct, "loss": 0.1, "top2diff": top2diff})
     write_parquet(records_out / "predictions.parquet", predictions)
     ranges = pd.DataFrame(
-        {"layer": list(layers), "kind": "Conv2d", "neurons": 1, "max_abs": 2.0, "mean_abs": 0.5, "images": 50}
+        {
+            **{"layer": list(layers), "kind": "Conv2d", "neurons": 1, "max_abs": np.arange(len(layers)) + 2.0},
+            **{"mean_abs": 0.5, "images": 50},
+        }
     )
     ranges.to_csv(out / "ranges.csv", index=False)
     epochs = pd.DataFrame({"epoch": [1, 2], "loss": [2.0, 1.0], "accuracy": [0.5, 0.6], "learning_rate": 0.1})
@@ -166,6 +170,7 @@ def test_every_number_of_a_run_has_an_interval(runs):
     assert value(overall["sdc"]) == pytest.approx(0.15)
     assert overall["sdc"]["low"] < 0.15 < overall["sdc"]["high"]
     assert value(run["top1"]) == 0.97
+    assert (run["largest_logit"], load_run("d-resnet18-descriptions-s0")["largest_logit"]) == (3.0, 12 * 4.0)
 
 
 def test_the_parts_of_a_sample_average_to_its_estimate(runs):

@@ -17,7 +17,7 @@ from textguard.vision.classifiers import (
     load_classifier,
     save_classifier,
 )
-from textguard.vision.evaluation import accuracy_by_threshold, measure_cost
+from textguard.vision.evaluation import accuracy_by_threshold, measure_cost, score_scale
 
 
 def test_the_text_guided_head_is_the_published_one():
@@ -36,6 +36,15 @@ def test_the_text_guided_head_is_the_published_one():
     }
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+
+
+def test_the_scale_leads_from_the_last_layer_to_the_logits():
+    model = TextGuidedClassifier(nn.Flatten(), 3, 12, None)
+    outputs = []
+    model.head.register_forward_hook(lambda *call: outputs.append(call[-1]))
+    logits = model(torch.randn(4, 3, 2, 2))
+    torch.testing.assert_close(logits, score_scale(model) * outputs[0])
+    assert score_scale(nn.Linear(3, 2)) == 1
 
 
 def test_a_random_head_is_the_default_initialisation():

@@ -268,6 +268,7 @@ def _run(key: str, run: Mapping[str, Any], params: Params) -> dict[str, Any]:
         ("DeltaLoss, last layer", f"{show_estimate(read_estimate(last['delta_loss']))} nats"),
         ("DeltaLoss by neurons", f"{show_estimate(read_estimate(overall['delta_loss_by_neurons']))} nats"),
         ("FIT", show_estimate(read_estimate(overall["fit"]))),
+        ("Largest logit, scale", f"{run['largest_logit']:.3g}, {run['scale']:.3g}"),
         ("Images", f"{run['plan']['eligible_images']:,} predicted right without faults"),
         ("Recipe, seed", f"{params.runs[key].recipe}, {run['seed']}"),
         ("Fingerprint", run["settings"]["inputs"]),

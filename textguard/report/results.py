@@ -57,7 +57,7 @@ IMPROVED = ("overall", "last_layer", "head")
 # What tables and the page read of metrics/results/RUN.json.
 RUN_FIELDS = (
     *("run", "dataset", "backbone", "variant", "seed", "confidence", "plan", "top1", "top2diff", "parameters", "multiply_adds"),
-    *("overall", "last_layer", "layers", "skipped", "settings"),
+    *("scale", "largest_logit", "overall", "last_layer", "layers", "skipped", "settings"),
 )
 
 
@@ -157,6 +157,7 @@ def _describe(key: str, run: RunParams, campaign: Campaign, statistics: Statisti
     predictions = read_parquet(predictions_file, "evaluate", ["label", "prediction", "loss", "top2diff"])
     with reading(evaluation_file, "evaluate"):
         cost = {name: int(evaluation[name]) for name in ("parameters", "multiply_adds")}
+        scale = float(evaluation["scale"])
     confidence, stored, layers = statistics.confidence, campaign.stored, campaign.layers
     correct = (predictions["label"] == predictions["prediction"]).to_numpy(float)
     top1 = _with(rate_estimate(int(correct.sum()), len(correct), confidence), _blocks([correct], [1.0], np.nan))
@@ -199,6 +200,9 @@ def _describe(key: str, run: RunParams, campaign: Campaign, statistics: Statisti
         "loss": mean_estimate(predictions["loss"].to_numpy(float), confidence).as_json(),
         "top2diff": mean_estimate(predictions["top2diff"].to_numpy(float), confidence).as_json(),
         **cost,
+        "scale": scale,
+        # In magnitude, over the training set: as far as a fault in the last layer can take one behind the detector `profiled`.
+        "largest_logit": scale * _largest_value(key, layers[-1].layer),
         "overall": {
             **_headline(layers, [1.0] * len(layers), confidence),
             "mismatch": rate_interval(average([layer.mismatch for layer in layers]), confidence).as_json(),
@@ -222,6 +226,12 @@ def _describe(key: str, run: RunParams, campaign: Campaign, statistics: Statisti
         "settings": stored["settings"],
         "statistics": asdict(statistics),
     }
+
+
+def _largest_value(key: str, layer: str) -> float:
+    ranges = load_ranges(key).set_index("layer")["max_abs"]
+    with reading(RUNS_DIR / key / "ranges.csv", "ranges"):
+        return float(ranges[layer.removeprefix("backbone.")])
 
 
 def _convergence(campaign: Campaign, statistics: StatisticsParams) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from textguard.runtime import join_processes, progress
+from textguard.vision.classifiers import TextGuidedClassifier
 from textguard.vision.transforms import EvaluationView, image_loader
 
 
@@ -63,6 +64,11 @@ def measure_cost(model: nn.Module, image: Tensor) -> Cost:
     with FlopCounterMode(display=False) as counter:
         model(image[None])
     return Cost(sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2)
+
+
+def score_scale(model: nn.Module) -> float:
+    """What the last layer's outputs are multiplied by to give the logits: 1, but for a text-guided head."""
+    return model.logit_scale.exp().item() if isinstance(model, TextGuidedClassifier) else 1.0
 
 
 def accuracy_by_threshold(predictions: pd.DataFrame) -> pd.DataFrame:
