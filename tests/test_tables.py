@@ -42,7 +42,8 @@ def cell(dataset: str, backbone: str, variant: str = "descriptions") -> dict[str
 def run(key: str) -> dict[str, Any]:
     """One of metrics/results/."""
     overall = {name: estimate(0.1) for name in ("delta_loss", "delta_loss_by_neurons", "mismatch", "sdc", "nonfinite", "fit")}
-    return {"run": key, "confidence": 0.99, "overall": overall, "last_layer": {"delta_loss": estimate(1)}}
+    measured = {"top1": estimate(0.9), "largest_logit": 12.345}
+    return {"run": key, "confidence": 0.99, **measured, "overall": overall, "last_layer": {"delta_loss": estimate(1)}}
 
 
 VARIANTS = ("random", "template", "descriptions")
@@ -135,6 +136,8 @@ def test_other_tables_hold_every_variant_detector_and_run():
         [part["backbone"], part["variant"], detector] for part in CELLS for detector in ("profiled", "off")
     ]
     assert column(made["resilience"], "Run") == list(RUNS)
+    assert [found.value for found in column(made["resilience"], "Top-1 (%)")] == [90, 90]
+    assert column(made["resilience"], "Largest Logit") == ["12.3", "12.3"]
     assert tables([])["table1"].rows == tables([])["table3"].rows == []
 
 

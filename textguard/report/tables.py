@@ -78,7 +78,7 @@ def make_tables(
         "SDC: a changed class, or a loss that is not finite. DeltaLoss and rates are plain means over layers, but where "
         "neurons are named; FIT: failures in 10^9 hours, its upper bound where no SDC was seen. Largest logit: in magnitude, "
         "over the training set; behind the detector 'profiled', a fault in the last layer makes none larger. Brackets: "
-        f"intervals of confidence {interval} over injections."
+        f"intervals of confidence {interval} over injections, of top-1 over test images."
     )
     published = load_published()
     main = [cell for cell in proposed if cell["dataset"] == main_dataset]
@@ -167,6 +167,7 @@ DETECTORS: Columns = {
 }
 RESILIENCE: Columns = {
     "Run": lambda run: run["run"],
+    "Top-1 (%)": _estimate("top1", times=100),
     "DeltaLoss (nats)": _estimate("overall", "delta_loss"),
     "DeltaLoss, by Neurons (nats)": _estimate("overall", "delta_loss_by_neurons"),
     "DeltaLoss, Last Layer (nats)": _estimate("last_layer", "delta_loss"),
