@@ -22,7 +22,7 @@ from textguard.faults.summary import LayerResult, Totals
 from textguard.params import FiguresParams, Params, RunParams, StatisticsParams, load_params
 from textguard.report.architecture import draw_architecture
 from textguard.report.breakdown import describe_layer, sums_by_bit
-from textguard.report.cells import Cell
+from textguard.report.cells import Cell, trainings
 from textguard.report.figures import DRAWN_BY_DVC, PER_BACKBONE, write_figures
 from textguard.report.improvement import across, draw_pairs, improvement, verdict, weigh
 from textguard.report.results import load_cells, load_closeup, load_result, load_run, write_results
@@ -351,6 +351,13 @@ def test_figures_come_with_their_numbers_and_the_same_bytes_each_time(runs, para
     together = pd.read_csv(tmp_path / "a" / "delta_loss.csv")
     assert together.groupby(["dataset", "backbone"]).size().to_dict() == {("d", "resnet18"): 8, ("e", "alexnet"): 2}
     assert (tmp_path / "a" / "value_ranges-d-resnet18.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"), [([1, 1], "1 training"), ([3, 3], "3 trainings"), ([3, 1], "1 to 3 trainings")], ids=str
+)
+def test_captions_say_how_many_trainings(counts, said):
+    assert trainings([Cell("v", "#000000", [None] * count) for count in counts]) == said
 
 
 def test_no_text_leaves_its_figure(runs, params, tmp_path, monkeypatch):

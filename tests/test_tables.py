@@ -28,7 +28,8 @@ def estimate(value: float, spread: float = 0.1) -> dict[str, float]:
 
 def cell(dataset: str, backbone: str, variant: str = "descriptions") -> dict[str, Any]:
     """One of metrics/cells.json."""
-    detector = {name: estimate(1) for name in ("overall_baseline", "overall_guided", "overall", "last_layer", "head")}
+    factors = {"overall": 1.0, "last_layer": 3.0, "head": 2.0}
+    detector = {name: estimate(value) for name, value in {"overall_baseline": 5.0, "overall_guided": 4.0, **factors}.items()}
     detector |= {name: estimate(0) for name in ("nonfinite_baseline", "nonfinite_guided")}
     return {
         **{"dataset": dataset, "backbone": backbone, "variant": variant, "seeds": [0], "parameters": 250_000},
@@ -135,6 +136,8 @@ def test_other_tables_hold_every_variant_detector_and_run():
     assert [row[1:4] for row in made["detectors"].rows] == [
         [part["backbone"], part["variant"], detector] for part in CELLS for detector in ("profiled", "off")
     ]
+    columns = ("DeltaLoss Baseline", "DeltaLoss Ours", "Overall (x)", "Last Layer (x)", "Head Alone (x)")
+    assert [column(made["detectors"], name)[0].value for name in columns] == [5, 4, 1, 3, 2]
     assert column(made["resilience"], "Run") == list(RUNS)
     assert [found.value for found in column(made["resilience"], "Top-1 (%)")] == [90, 90]
     assert column(made["resilience"], "Largest Logit") == ["12.3", "12.3"]
