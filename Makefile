@@ -5,13 +5,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BASE ?= HEAD
-GRID ?= smoke
-GRIDS := $(wildcard grids/*/params.yaml)
+# repro, plan, gate and report take GRID=NAME, for grids/NAME; without it they work on the root's, the demo.
+GRID ?=
+FOLDER = $(if $(GRID),grids/$(GRID),.)
+GRIDS := $(patsubst grids/%/params.yaml,%,$(wildcard grids/*/params.yaml))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Every stage is a process of its own: without byte code each would compile its packages again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup repro gate report test lint format grids smoke plan bench lock clean
+.PHONY: help setup grid repro gate report test lint format grids smoke plan bench lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
@@ -26,32 +28,43 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-repro: setup  ## run the pipeline of the default grid, then say where tables and figures are
-	@python stages check
-	dvc repro
+grid:
+	@test -f '$(FOLDER)/params.yaml' || { echo "$(FOLDER)/params.yaml does not exist; grids: $(GRIDS)" >&2; exit 2; }
+
+repro: grid setup  ## run the pipeline, then say where tables and figures are; GRID=NAME runs another grid than the demo
+	@cd '$(FOLDER)' && python '$(CURDIR)/stages' check
+	@cd '$(FOLDER)' && dvc repro
 	@echo
-	@cat metrics/tables/table1.md
-	@echo "tables:  metrics/tables/   (Markdown, CSV, LaTeX)"
-	@echo "figures: plots/figures/    (PNG, SVG, PDF, CSV)"
-	@echo "page:    plots/report.html (make report opens it)"
-	@echo "numbers: metrics/summary.json, metrics/results/ (every run, with intervals), metrics/records/ (every injection)"
+	@cd '$(FOLDER)' && cat metrics/tables/table1.md
+	@echo "tables:  $(FOLDER)/metrics/tables/   (Markdown, CSV, LaTeX)"
+	@echo "figures: $(FOLDER)/plots/figures/    (PNG, SVG, PDF, CSV)"
+	@echo "page:    $(FOLDER)/plots/report.html (make report$(if $(GRID), GRID=$(GRID)) opens it)"
+	@echo "numbers: $(FOLDER)/metrics/summary.json, metrics/results/ (every run, with intervals), metrics/records/ (every injection)"
 
-gate: setup  ## compare metrics/results with those of BASE (make gate BASE=origin/main; default HEAD), fail where they got worse
-	@git cat-file -e '$(BASE):metrics/results' 2>/dev/null || { echo "$(BASE) holds no metrics/results; name a revision that does: make gate BASE=origin/main" >&2; exit 2; }
-	@rm -rf .work/gate && mkdir -p .work/gate
-	@git archive '$(BASE)' metrics/results | tar -x -C .work/gate
-	@python -m textguard.report.gate .work/gate/metrics/results metrics/results
+smoke:  ## run the smallest grid
+	@$(MAKE) --no-print-directory repro GRID='$(or $(GRID),smoke)'
 
-report: setup  ## open plots/report.html; with BASE=origin/main a page that sets both revisions side by side
+plan: grid setup  ## say what a grid takes, before it runs: make plan GRID=table1
+	@cd '$(FOLDER)' && python '$(CURDIR)/stages' plan
+
+# The results of revision BASE, in .work/base of the grid's folder.
+define get_base
+	@cd '$(FOLDER)' && git cat-file -e '$(BASE):./metrics/results' 2>/dev/null || { echo "$(BASE) holds no $(FOLDER)/metrics/results; name a revision that does: make $@ BASE=origin/main" >&2; exit 2; }
+	@cd '$(FOLDER)' && rm -rf .work/base && mkdir -p .work/base && git archive '$(BASE)' metrics/results | tar -x -C .work/base
+endef
+
+gate: grid setup  ## compare metrics/results with those of BASE (make gate BASE=origin/main; default HEAD), fail where they got worse
+	$(get_base)
+	@cd '$(FOLDER)' && python -m textguard.report.gate .work/base/metrics/results metrics/results
+
+report: grid setup  ## open plots/report.html; with BASE=origin/main a page that sets both revisions side by side
 ifeq ($(origin BASE),command line)
-	@git cat-file -e '$(BASE):metrics/results' 2>/dev/null || { echo "$(BASE) holds no metrics/results; name a revision that does: make report BASE=origin/main" >&2; exit 2; }
-	@rm -rf .work/report && mkdir -p .work/report
-	@git archive '$(BASE)' metrics/results | tar -x -C .work/report
-	@python -m textguard.report.page .work/report/metrics/results '$(BASE)' .work/report/report.html
-	@echo .work/report/report.html && { python -m webbrowser -t "file://$(CURDIR)/.work/report/report.html" > /dev/null || true; }
+	$(get_base)
+	@cd '$(FOLDER)' && python -m textguard.report.page .work/base/metrics/results '$(BASE)' .work/report.html
+	@echo '$(FOLDER)/.work/report.html' && { python -m webbrowser -t "file://$(CURDIR)/$(FOLDER)/.work/report.html" > /dev/null || true; }
 else
-	@test -f plots/report.html || { echo "plots/report.html does not exist; run 'make repro'" >&2; exit 2; }
-	@echo plots/report.html && { python -m webbrowser -t "file://$(CURDIR)/plots/report.html" > /dev/null || true; }
+	@test -f '$(FOLDER)/plots/report.html' || { echo "$(FOLDER)/plots/report.html does not exist; run 'make repro$(if $(GRID), GRID=$(GRID))'" >&2; exit 2; }
+	@echo '$(FOLDER)/plots/report.html' && { python -m webbrowser -t "file://$(CURDIR)/$(FOLDER)/plots/report.html" > /dev/null || true; }
 endif
 
 test: setup  ## run the tests
@@ -61,21 +74,19 @@ lint: setup  ## check style, format, import rules and the grids' copies of dvc.y
 	ruff check .
 	ruff format --check .
 	lint-imports
-	@for grid in $(dir $(GRIDS)); do cmp dvc.yaml $$grid/dvc.yaml || { echo "run 'make grids'"; exit 1; }; done
+	@for grid in $(GRIDS); do cmp dvc.yaml grids/$$grid/dvc.yaml || { echo "run 'make grids'"; exit 1; }; done
 
 format: setup  ## format the code
 	ruff check --fix .
 	ruff format .
 
-grids:  ## copy the root's dvc.yaml to every grid
-	@for grid in $(dir $(GRIDS)); do cp dvc.yaml $$grid/dvc.yaml; done
-
-smoke: setup  ## run the smallest grid
-	cd grids/smoke && dvc repro dvc.yaml
-
-plan: setup  ## what a grid takes, before it runs: make plan GRID=table1
-	@test -f 'grids/$(GRID)/params.yaml' || { echo "grids/$(GRID)/params.yaml does not exist; grids: $(notdir $(patsubst %/params.yaml,%,$(GRIDS)))" >&2; exit 2; }
-	@cd 'grids/$(GRID)' && python ../../stages plan
+# A grid is a DVC repository of its own, so that commands in one do not look for the others' results. All share one cache.
+grids:  ## give every grid the root's dvc.yaml and DVC configuration, remotes included
+	@for grid in $(GRIDS); do \
+	  cp dvc.yaml .dvcignore grids/$$grid/ && mkdir -p grids/$$grid/.dvc && cp .dvc/.gitignore grids/$$grid/.dvc/ && \
+	  { cat .dvc/config; printf '[cache]\n    dir = ../../../.dvc/cache\n'; } > grids/$$grid/.dvc/config && \
+	  ln -sfn ../../../.dvc/plots grids/$$grid/.dvc/plots || exit 1; \
+	done
 
 bench: setup  ## measure the performance claims, some 15 minutes, into benchmarks/results.json
 	python -W ignore -m benchmarks

@@ -25,18 +25,19 @@ from textguard.artifacts import cannot_write  # noqa: E402
 from textguard.errors import InvalidParameter, TextguardError  # noqa: E402
 from textguard.params import load_params, lookup  # noqa: E402
 
-# Stage -> the section of params.yaml that its KEY is looked up in; None where it takes no key.
 SHARED = ("train", "evaluate", "inject")  # stages that several processes can work on
+# Stage -> what of the parameters its KEY names; None where it takes no key.
 STAGES = {
     "check": None,
     "plan": None,
     "data": "datasets",
-    "prompts": "texts",
-    "responses": "texts",
-    "estimate": "texts",
-    "encoder": None,
-    "embeddings": "texts",
-    "text_quality": "texts",
+    "prompts": "class_texts",
+    "responses": "class_texts",
+    "estimate": "class_texts",
+    "embeddings": "class_texts",
+    "text_quality": "class_texts",
+    "heads": "datasets",
+    "recipes": None,
     "train": "runs",
     "evaluate": "runs",
     "ranges": "runs",
@@ -61,7 +62,7 @@ def main(arguments: list[str]) -> int:
             )
         params = load_params()
         for key in keys:
-            lookup(getattr(params, section), "key", key, f"the command line; params.yaml {section}")
+            lookup(getattr(params, section), "key", key, "the command line; params.yaml names them")
         if stage in SHARED and "RANK" not in os.environ and (processes := _processes()) > 1:
             return _share(processes, arguments)
         if stage != "check":

@@ -1,4 +1,4 @@
-"""Encode the texts of one variant and average them per class."""
+"""Encode the texts of one variant about one data set, and average them per class."""
 
 import sys
 from dataclasses import asdict
@@ -6,39 +6,53 @@ from pathlib import Path
 
 import torch
 
-from textguard.artifacts import read_classes, read_records, write_safetensors
+from textguard.artifacts import read_classes, read_records, sha256_of_file, write_safetensors
 from textguard.errors import InvalidParameter
 from textguard.params import Params
 from textguard.runtime import make_deterministic, pick_device
 from textguard.text.answers import Description
-from textguard.text.embeddings import ClassEmbeddings, EmbeddingOptions, average_by_class, control, save_class_embeddings
-from textguard.text.encoders import encode
+from textguard.text.embeddings import (
+    ClassEmbeddings,
+    EmbeddingOptions,
+    average_by_class,
+    control,
+    load_text_features,
+    save_class_embeddings,
+)
+from textguard.text.encoders import EncodedTexts, encode
+from textguard.text.providers import FEATURES
 
 
-def main(params: Params, text: str) -> None:
-    wanted = params.texts[text]
-    classes = read_classes(Path("data") / wanted.dataset / "classes.json")
-    descriptions = read_records(Path("prompts") / text / "responses.jsonl", "responses", Description)
+def main(params: Params, key: str) -> None:
+    texts = params.class_texts[key]
+    wanted = texts.params
+    classes = read_classes(Path("data") / texts.dataset / "classes.json")
+    descriptions = read_records(Path("prompts") / key / "responses.jsonl", "responses", Description)
     kept = [row for row, said in enumerate(descriptions) if not {"empty", *wanted.drop} & set(said.flags)]
     used = [descriptions[row] for row in kept]
     owners = [said.class_name for said in used]
     told = set(owners)
     silent = [name for name in classes if name not in told]
     if silent:
-        where = f"params.yaml texts.{text}.drop and prompts/{text}"
+        where = f"params.yaml texts.{texts.variant}.drop and prompts/{key}"
         raise InvalidParameter(f"class {silent[0]!r} has no text left (and {len(silent) - 1} more); see {where}")
 
     make_deterministic(0)
-    encoded = encode(params.encoder, [said.text for said in used], pick_device())
+    if wanted.provider == FEATURES:
+        file = Path(params.root) / texts.files[0]
+        encoder = f"{FEATURES}:{file.name}"
+        encoded = EncodedTexts(load_text_features(file, classes), sha256_of_file(file, ""), 0)
+    else:
+        encoder, encoded = params.encoder, encode(params.encoder, [said.text for said in used], pick_device())
     if len(kept) < len(descriptions):
-        print(f"embeddings {text}: {len(descriptions) - len(kept)} of {len(descriptions)} texts left out", file=sys.stderr)
+        print(f"embeddings {key}: {len(descriptions) - len(kept)} of {len(descriptions)} texts left out", file=sys.stderr)
     options = EmbeddingOptions(**asdict(wanted.embedding))
     templates = [said.provider == "template" for said in used] if wanted.templates else None
     matrix_ce = average_by_class(encoded.vectors, owners, classes, options, templates)
     matrix_ce = control(matrix_ce, options.vectors, options.seed)
-    provenance = (wanted.dataset, tuple(classes), params.encoder, encoded.weights_sha256, matrix_ce.shape[1], len(used))
+    provenance = (texts.dataset, tuple(classes), encoder, encoded.weights_sha256, matrix_ce.shape[1], len(used))
     embeddings = ClassEmbeddings(matrix_ce, *provenance, encoded.shortened, options)
     write_safetensors(
-        Path("embeddings") / f"{text}.texts.safetensors", {"vectors": encoded.vectors, "rows": torch.tensor(kept)}
+        Path("embeddings") / f"{key}.texts.safetensors", {"vectors": encoded.vectors, "rows": torch.tensor(kept)}
     )
-    save_class_embeddings(Path("embeddings") / f"{text}.safetensors", embeddings)
+    save_class_embeddings(Path("embeddings") / f"{key}.safetensors", embeddings)

@@ -1,4 +1,4 @@
-"""Ask every question of one text variant about every class."""
+"""Ask every question of one text variant about every class of one data set."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -8,9 +8,11 @@ from textguard.params import Params
 from textguard.text.questions import Wording, ask
 
 
-def main(params: Params, text: str) -> None:
-    wanted = params.texts[text]
-    classes = read_classes(Path("data") / wanted.dataset / "classes.json")
+def main(params: Params, key: str) -> None:
+    texts = params.class_texts[key]
+    dataset, wanted = params.datasets[texts.dataset], texts.params
+    classes = read_classes(Path("data") / texts.dataset / "classes.json")
     templates = wanted.questions[: wanted.limit_questions or None]
-    questions = ask(classes, templates, Wording(wanted.context, wanted.phrases), f"params.yaml texts.{text}.questions")
-    write_json_lines(Path("prompts") / text / "questions.jsonl", [asdict(question) for question in questions])
+    wording = Wording(dataset.context, dataset.phrases)
+    questions = ask(classes, templates, wording, f"params.yaml texts.{texts.variant}.questions")
+    write_json_lines(Path("prompts") / key / "questions.jsonl", [asdict(question) for question in questions])

@@ -1,4 +1,4 @@
-"""Have the questions of one text variant answered, and clean the answers."""
+"""Have the questions of one text variant about one data set answered, and clean the answers."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -11,27 +11,27 @@ from textguard.text.questions import Question, Wording, ask
 from textguard.text.responses import Sources, answer, self_answered
 
 
-def main(params: Params, text: str) -> None:
-    folder = Path("prompts") / text
+def main(params: Params, key: str) -> None:
+    folder, texts = Path("prompts") / key, params.class_texts[key]
+    dataset, wanted = params.datasets[texts.dataset], texts.params
     questions = read_records(folder / "questions.jsonl", "prompts", Question)
-    wanted = params.texts[text]
-    answers = answer(wanted.provider, questions, sources(params, text))
+    answers = answer(wanted.provider, questions, sources(params, key))
     classes = list(dict.fromkeys(question.class_name for question in questions))
-    wording = Wording(wanted.context, wanted.phrases)
-    answers += self_answered(ask(classes, wanted.templates, wording, f"params.yaml texts.{text}.templates"))
+    wording = Wording(dataset.context, dataset.phrases)
+    answers += self_answered(ask(classes, wanted.templates, wording, f"params.yaml texts.{texts.variant}.templates"))
     write_json_lines(folder / "responses.jsonl", [asdict(description) for description in describe(answers)])
 
 
-def sources(params: Params, text: str) -> Sources:
+def sources(params: Params, key: str) -> Sources:
     """Where the answers of one text variant come from. Paid ones go to a file that is no output: DVC deletes outputs."""
-    wanted, root = params.texts[text], Path(params.root)
+    texts, root = params.class_texts[key], Path(params.root)
     # `dvc exp run --temp` and queued experiments work in a copy of the repository that is deleted afterwards.
     repository = Path(str(root.resolve()).partition("/.dvc/tmp/exps/")[0])
     return Sources(
-        samples=wanted.samples,
-        files=[root / file for file in wanted.cache],
-        model=LanguageModel(**asdict(wanted.model)) if wanted.model else None,
+        samples=texts.params.samples,
+        files=[root / file for file in texts.files],
+        model=LanguageModel(**asdict(texts.params.model)) if texts.params.model else None,
         network=Network(**asdict(params.network)),
         log=repository / "prompts" / "live" / "answers.jsonl",
-        label=f"responses {text}",
+        label=f"responses {key}",
     )

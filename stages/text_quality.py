@@ -14,7 +14,7 @@ from textguard.text.quality import assess, principal_components, unit_means
 
 
 def main(params: Params, text: str) -> None:
-    dataset = params.texts[text].dataset
+    dataset = params.class_texts[text].dataset
     classes = read_classes(Path("data") / dataset / "classes.json")
     embeddings = load_class_embeddings(Path("embeddings") / f"{text}.safetensors", dataset, classes)
     descriptions = read_records(Path("prompts") / text / "responses.jsonl", "responses", Description)

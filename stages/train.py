@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
-from torch import Tensor, nn
+from torch import nn
 
 from stages.rehearsal import rehearse
-from textguard.artifacts import fingerprint, read_json, reading, sha256_of_file, work_dir, write_csv
+from textguard.artifacts import fingerprint, sha256_of_file, work_dir, write_csv
 from textguard.errors import InvalidArtifact
-from textguard.params import Params, RunParams
+from textguard.params import Params, head_file
 from textguard.runtime import announce, make_deterministic, pick_device
-from textguard.text.embeddings import load_class_embeddings, load_text_features
+from textguard.text.embeddings import load_head
 from textguard.vision.checkpoints import load_checkpoint
 from textguard.vision.classifiers import ClassifierSpec, build_classifier, save_classifier
 from textguard.vision.datasets import data_root, load_split, split_file
@@ -25,27 +25,26 @@ from textguard.vision.transforms import training_view
 if TYPE_CHECKING:
     from dvclive import Live
 
-HEAD_MAKERS = {"baseline": "data", "random": "encoder"}
-
-
 def main(params: Params, key: str) -> None:
     run = params.runs[key]
-    recipe = params.recipes[run.recipe]
+    recipe, weights, head = params.backbones[run.backbone], params.weights.get(run.weights_key), head_file(run)
     folder, dataset = Path("data") / run.dataset, params.datasets[run.dataset]
     split = load_split(folder, "train", data_root(dataset.source, dataset.folder, Path(params.root)))
     prepared = recipe.image_size, recipe.resize_size, recipe.interpolation
-    width, class_embeddings = (0, None) if run.checkpoint else load_head(run, split.classes)
-    spec = ClassifierSpec(run.dataset, run.backbone, run.variant, *prepared, width, tuple(split.classes))
+    width, class_embeddings = (0, None) if weights else load_head(head, run.dataset, split.classes)
+    spec = ClassifierSpec(run.dataset, recipe.network, run.variant, *prepared, width, tuple(split.classes))
     mark = fingerprint(
         run=run,
         recipe=recipe,
+        weights=weights,
         data=sha256_of_file(split_file(folder, "train"), "data"),
-        head=sha256_of_file(Path(run.head_from), "" if run.told_by_file else HEAD_MAKERS.get(run.variant, "embeddings")),
+        head=sha256_of_file(head, "embeddings"),
     )
     first = os.environ.get("RANK", "0") == "0"
-    if run.checkpoint:
+    if weights:
         if first:
-            save(key, *load_checkpoint(run.checkpoint, spec), mark, [])
+            check_sha256(weights.file, weights.sha256, f"params.yaml weights.{run.weights_key}.sha256")
+            save(key, *load_checkpoint(weights.source, spec), mark, [])
         return
 
     device = pick_device()
@@ -103,19 +102,7 @@ def _start_live(key: str) -> "Live | None":
         return None
 
 
-def load_head(run: RunParams, classes: list[str]) -> tuple[int, Tensor | None]:
-    """Width E and first weights [C, E] of the text-guided head: (0, None) for a baseline, (E, None) for a random head."""
-    path = Path(run.head_from)
-    if run.variant == "baseline":
-        return 0, None
-    if run.variant == "random":
-        stated = read_json(path, "encoder")
-        with reading(path, "encoder"):
-            if int(stated["width"]) < 1:
-                raise InvalidArtifact("states a width below 1")
-            return int(stated["width"]), None
-    if run.told_by_file:
-        matrix_ce = load_text_features(path, classes)
-    else:
-        matrix_ce = load_class_embeddings(path, run.dataset, classes).matrix
-    return matrix_ce.shape[1], matrix_ce
+def check_sha256(file: str | None, wanted: str | None, where: str) -> None:
+    """Raises InvalidArtifact where the file's content is another than params.yaml says. None: there is no file."""
+    if file and (found := sha256_of_file(Path(file), "")) != wanted:
+        raise InvalidArtifact(f"{file} has the SHA-256 {found}, not {wanted}; name another file, or change {where}")

@@ -1,12 +1,17 @@
 """params.yaml as typed, frozen dataclasses: one per stage, every key required, unknown keys refused.
 
-There are no defaults in the code: a value that is not in params.yaml could change a result without DVC noticing. A recipe's
-fields are in its file of textguard/vision/recipes, which DVC watches as well; params.yaml overrides them.
+Nothing that can change a result has a default in the code, because DVC would not see it. Two sections say only what differs,
+`backbones` from the recipe of their family (textguard/vision/recipes) and `texts` from the settings of their provider
+(textguard/text/providers.yaml): DVC watches these files as well. What changes no number (`network`, `gate`, colours) has
+defaults, and a grid may leave it out.
 """
 
+import itertools
 import json
 import math
 import re
+from dataclasses import field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -15,15 +20,17 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from textguard.errors import InvalidParameter, UnknownName
-from textguard.vision.recipe import Recipe, library_fields
+from textguard.text.providers import with_defaults
+from textguard.vision.recipe import FAMILIES, Recipe, library_fields
 
 PARAMS_FILE = Path("params.yaml")
 UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
-ENCODER_FILE = "embeddings/encoder.json"
-PUBLISHED = "published:"
+BASELINE, RANDOM = "baseline", "random"  # the variants that no text tells anything
+TORCHVISION, PUBLISHED = "torchvision", "published:"
 
 _strict = ConfigDict(extra="forbid", strict=True)
-Key = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
+# Parts of names of stages and files: no dot, at which DVC would split them, and nothing that a shell or a file system minds.
+Key = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(gt=0)]
 Flag = Literal["duplicate", "too_short", "unnamed", "not_english", "cut", "filtered", "refused"]
@@ -33,11 +40,12 @@ Checked = TypeVar("Checked")
 
 @dataclass(frozen=True, config=_strict)
 class DatasetParams:
-    """How one data set is read and split.
+    """How one data set is read and split, and how its classes are spoken of.
 
     source, folder: see textguard.vision.datasets.data_root. test_share, split_seed: for sources that come without a split.
     limit_train, limit_test: images kept of each split, stratified; 0 keeps all. checksum: the SHA-256 of every file that is
-    left where it is. corrupt_share: of such files, that may be unreadable.
+    left where it is. corrupt_share: of such files, that may be unreadable. context, phrases: see
+    textguard.text.questions.Wording.
     """
 
     source: str
@@ -48,6 +56,8 @@ class DatasetParams:
     limit_test: Annotated[int, Field(ge=0)]
     checksum: bool
     corrupt_share: Annotated[float, Field(ge=0, lt=1)]
+    context: str
+    phrases: dict[str, str]
 
 
 @dataclass(frozen=True, config=_strict)
@@ -78,21 +88,18 @@ class EmbeddingParams:
 
 @dataclass(frozen=True, config=_strict)
 class TextParams:
-    """The texts of one data set: D questions per class, and who answers them.
+    """The texts of one variant: D questions about each class of each data set, and who answers them.
 
-    questions: templates, of which the first `limit_questions` are asked (0: all). context, phrases: see
-    textguard.text.questions.Wording. samples: answers per question. provider, model: see textguard.text.responses. cache:
-    files with stored answers or published descriptions, relative to the repository's root. templates: texts that stand for
-    themselves, beside the answers. drop: which flags keep a text out of the embeddings; see textguard.text.cleaning.
+    questions: templates, of which the first `limit_questions` are asked (0: all). samples: answers per question. provider,
+    model: see textguard.text.responses. cache: files with stored answers, published descriptions or text features, relative to
+    the repository's root, in which {dataset} stands for the data set. templates: texts that stand for themselves, beside the
+    answers. drop: which flags keep a text out of the embeddings; see textguard.text.cleaning.
     """
 
-    dataset: Key
+    provider: str
     questions: Annotated[list[str], Field(min_length=1)]
     limit_questions: Annotated[int, Field(ge=0)]
-    context: str
-    phrases: dict[str, str]
     samples: Count
-    provider: str
     model: LanguageModelParams | None
     cache: list[str]
     templates: list[str]
@@ -107,41 +114,76 @@ class NetworkParams:
     Changes no answer, so no stage depends on it: `dvc repro` runs nothing when it changes.
     """
 
-    concurrency: Annotated[int, Field(ge=1, le=256)]
-    timeout_s: Annotated[float, Field(gt=0)]
-    attempts: Annotated[int, Field(ge=1, le=100)]
-    backoff_s: Annotated[float, Field(ge=0)]
-    max_requests: Annotated[int, Field(ge=0)] | None
-    max_usd: Annotated[float, Field(ge=0)] | None
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 8
+    timeout_s: Annotated[float, Field(gt=0)] = 60
+    attempts: Annotated[int, Field(ge=1, le=100)] = 8
+    backoff_s: Annotated[float, Field(ge=0)] = 1
+    max_requests: Annotated[int, Field(ge=0)] | None = 5000
+    max_usd: Annotated[float, Field(ge=0)] | None = 5
 
 
 @dataclass(frozen=True, config=_strict)
-class RunParams:
-    """One classifier of the grid.
+class BackboneParams(Recipe):
+    """A backbone, and how it is trained.
 
-    head_from: the file that its last layer starts from (see `head_source`), or published text features (.pth). checkpoint: null
-    to train it, or where its weights come from; see textguard.vision.checkpoints.
+    network: its name in textguard.vision.backbones, by default the key. recipe: the library's that the other fields come
+    from, by default that of the network's family.
     """
 
-    dataset: Key
+    network: str
+    recipe: str
+
+
+@dataclass(frozen=True, config=_strict)
+class WeightsParams:
+    """Weights from elsewhere: where they come from (see textguard.vision.checkpoints), and the SHA-256 of the file."""
+
+    source: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+
+    @property
+    def file(self) -> str | None:
+        """The file that holds them; None for those that torchvision brings."""
+        return None if self.source == TORCHVISION else self.source.removeprefix(PUBLISHED)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One classifier of the grid: trained, evaluated, profiled, injected."""
+
+    dataset: str
     backbone: str
     variant: str
-    recipe: str
-    seed: Seed
-    head_from: str
-    checkpoint: str | None
+    seed: int
 
     @property
-    def checkpoint_file(self) -> str | None:
-        """The file that the checkpoint names; None for those that name none."""
-        name = self.checkpoint or ""
-        is_file = name.endswith(".safetensors") or (name.startswith(PUBLISHED) and name.endswith(".pth"))
-        return name.removeprefix(PUBLISHED) if is_file else None
+    def key(self) -> str:
+        """Its name in stages and files, as DVC's matrix forms it."""
+        return f"{self.dataset}-{self.backbone}-{self.variant}-{self.seed}"
 
     @property
-    def told_by_file(self) -> bool:
-        """Whether a file of the user's takes the place of the text stages."""
-        return bool(self.checkpoint_file) or (self.head_from.endswith(".pth") and self.variant not in ("baseline", "random"))
+    def weights_key(self) -> str:
+        """What its weights from elsewhere, if any, are called in params.yaml."""
+        return f"{self.backbone}-{self.variant}"
+
+
+@dataclass(frozen=True)
+class ClassTexts:
+    """What one text variant says of the classes of one data set. files: TextParams.cache, for this data set."""
+
+    dataset: str
+    variant: str
+    params: TextParams
+
+    @property
+    def key(self) -> str:
+        """Its name in stages and files."""
+        return f"{self.dataset}-{self.variant}"
+
+    @property
+    def files(self) -> list[str]:
+        """The files that answers come from, relative to the repository's root."""
+        return [file.replace("{dataset}", self.dataset) for file in self.params.cache]
 
 
 @dataclass(frozen=True, config=_strict)
@@ -213,18 +255,11 @@ class StatisticsParams:
 
 
 @dataclass(frozen=True, config=_strict)
-class TablesParams:
-    """main_dataset: the data set of Table 1."""
-
-    main_dataset: Key
-
-
-@dataclass(frozen=True, config=_strict)
 class FiguresParams:
-    """colours: variant -> #rrggbb. dpi: dots per inch of the PNG files."""
+    """dpi: dots per inch of the PNG files. colours: variant -> #rrggbb, where it is not textguard.report.theme's."""
 
-    colours: dict[str, Colour]
     dpi: Annotated[int, Field(ge=50, le=600)]
+    colours: dict[Key, Colour] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, config=_strict)
@@ -235,30 +270,52 @@ class GateParams:
     significance: the chance that a comparison of two equal sets of runs calls anything worse.
     """
 
-    top1_points: Annotated[float, Field(ge=0, le=100)]
-    delta_loss_percent: Annotated[float, Field(ge=0)]
-    sdc_percent: Annotated[float, Field(ge=0)]
-    improvement_percent: Annotated[float, Field(ge=0, lt=100)]
-    significance: Annotated[float, Field(gt=0, lt=1)]
+    top1_points: Annotated[float, Field(ge=0, le=100)] = 1.0
+    delta_loss_percent: Annotated[float, Field(ge=0)] = 10
+    sdc_percent: Annotated[float, Field(ge=0)] = 10
+    improvement_percent: Annotated[float, Field(ge=0, lt=100)] = 10
+    significance: Annotated[float, Field(gt=0, lt=1)] = 0.01
 
 
 @dataclass(frozen=True, config=_strict)
 class Params:
-    """The whole params.yaml of one grid. recipes: the library's, with the file's overrides."""
+    """The whole params.yaml of one grid, whose runs are all combinations of data set, backbone, variant and seed.
+
+    weights: of all runs of one BACKBONE-VARIANT, that are not trained then.
+    """
 
     root: str
     encoder: str
-    datasets: dict[Key, DatasetParams]
+    datasets: Annotated[dict[Key, DatasetParams], Field(min_length=1)]
+    backbones: Annotated[dict[Key, BackboneParams], Field(min_length=1)]
+    variants: Annotated[list[Key], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    weights: dict[str, WeightsParams]
     texts: dict[Key, TextParams]
-    network: NetworkParams
-    recipes: dict[Key, Recipe]
-    runs: dict[Key, RunParams]
     inject: InjectParams
     closeup: CloseupParams
     statistics: StatisticsParams
-    tables: TablesParams
     figures: FiguresParams
-    gate: GateParams
+    network: NetworkParams = field(default_factory=NetworkParams)
+    gate: GateParams = field(default_factory=GateParams)
+
+    @property
+    def main_dataset(self) -> str:
+        """The data set of Table 1: the first."""
+        return next(iter(self.datasets))
+
+    @cached_property
+    def runs(self) -> dict[str, Run]:
+        """Key -> run, in DVC's order."""
+        runs = itertools.starmap(Run, itertools.product(self.datasets, self.backbones, self.variants, self.seeds))
+        return {run.key: run for run in runs}
+
+    @cached_property
+    def class_texts(self) -> dict[str, ClassTexts]:
+        """Key -> what each text variant says of each data set, in DVC's order."""
+        pairs = itertools.product(self.datasets, self.texts)
+        found = [ClassTexts(dataset, variant, self.texts[variant]) for dataset, variant in pairs]
+        return {texts.key: texts for texts in found}
 
 
 class _Yaml(yaml.SafeLoader):
@@ -275,7 +332,7 @@ _Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
     """Read and check a grid's params.yaml. Raises InvalidParameter or UnknownName, in one line."""
-    params = _check(_with_library_recipes(_read(path), path), Params, path)
+    params = _check(_with_defaults(_read(path), path), Params, path)
     _check_references(params, path)
     return params
 
@@ -283,9 +340,7 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
 def load_gate_params(path: Path = PARAMS_FILE) -> GateParams:
     """Read and check section `gate` alone, whatever the other sections hold. Raises InvalidParameter, in one line."""
     content = _read(path)
-    if not isinstance(content, dict) or "gate" not in content:
-        raise InvalidParameter(f"key 'gate' is missing in {path}; README.md, \"Regression gate\", says what it holds")
-    return _check(content["gate"], GateParams, path, "gate")
+    return _check(content.get("gate", {}) if isinstance(content, dict) else content, GateParams, path, "gate")
 
 
 def _read(path: Path) -> Any:
@@ -299,22 +354,36 @@ def _read(path: Path) -> Any:
         raise InvalidParameter(f"{path} cannot be read as YAML: {error}") from error
 
 
-def _with_library_recipes(content: Any, path: Path) -> Any:
-    """A file's content whose recipes have all fields: the library's, but for those that the file overrides."""
-    if not isinstance(content, dict) or not isinstance(content.get("recipes"), dict):
-        return content  # refused by the checks that follow
-    recipes = {
-        name: library_fields(name, f"{path} recipes.{name}") | overrides if isinstance(overrides, dict) else overrides
-        for name, overrides in content["recipes"].items()
-    }
-    return content | {"recipes": recipes}
+def _with_defaults(content: Any, path: Path) -> Any:
+    """A file's content whose backbones and texts have all fields, in which the file's own replace the library's."""
+    if not isinstance(content, dict):
+        return content  # refused by the checks that follow, as all that is passed through here
+    backbones, texts = content.get("backbones"), content.get("texts")
+    if isinstance(backbones, dict):
+        backbones = {
+            name: _with_recipe(name, fields, f"{path} backbones.{name}") if isinstance(fields, dict) else fields
+            for name, fields in backbones.items()
+        }
+    if isinstance(texts, dict):
+        texts = {
+            name: with_defaults(fields, f"{path} texts.{name}.provider") if isinstance(fields, dict) else fields
+            for name, fields in texts.items()
+        }
+    return content | {key: value for key, value in (("backbones", backbones), ("texts", texts)) if key in content}
+
+
+def _with_recipe(name: str, fields: dict[str, Any], where: str) -> dict[str, Any]:
+    network = fields.get("network", name)
+    recipe = fields.get("recipe", FAMILIES.get(network) if isinstance(network, str) else None)
+    if recipe is None:
+        known = ", ".join(sorted(set(FAMILIES.values())))
+        raise InvalidParameter(f"key '{where}.recipe' is missing: {network!r} is of no family with a recipe; known: {known}")
+    return {"network": network, "recipe": recipe} | library_fields(recipe, f"{where}.recipe") | fields
 
 
 def library_recipes(params: Params) -> dict[str, dict[str, Any]]:
-    """The recipes that the runs use, as the library has them, before params.yaml overrides some fields."""
-    return {
-        name: library_fields(name, "params.yaml recipes") for name in dict.fromkeys(run.recipe for run in params.runs.values())
-    }
+    """Backbone -> its recipe as the library has it, before params.yaml overrides some fields."""
+    return {name: library_fields(backbone.recipe, "params.yaml backbones") for name, backbone in params.backbones.items()}
 
 
 def _check(content: Any, kind: type[Checked], path: Path, *section: str) -> Checked:
@@ -333,49 +402,48 @@ def lookup(entries: dict[str, Any], kind: str, name: str, where: str) -> Any:
     return entries[name]
 
 
-def head_source(run: RunParams) -> str:
-    """The file a run's last layer starts from: its checkpoint's, published text features, the class list, the encoder's width,
-    or the class embeddings of its texts.
-    """
-    if run.told_by_file:
-        return run.checkpoint_file or run.head_from
-    if run.variant == "baseline":
-        return f"data/{run.dataset}/classes.json"
-    if run.variant == "random":
-        return ENCODER_FILE
-    return f"embeddings/{run.dataset}-{run.variant}.safetensors"
+def head_file(run: Run) -> Path:
+    """The file that a run's last layer starts from: class embeddings, or the width of a head that no text tells anything."""
+    return Path("embeddings") / f"{run.dataset}-{run.variant}.safetensors"
 
 
 def _check_references(params: Params, path: Path) -> None:
-    for key, text in params.texts.items():
-        lookup(params.datasets, "data set", text.dataset, f"{path} texts.{key}.dataset")
-        if not key.startswith(f"{text.dataset}-"):
-            raise InvalidParameter(f"{path} texts.{key}: the key must be '{text.dataset}-VARIANT'")
+    for name, text in params.texts.items():
+        if name in (BASELINE, RANDOM):
+            raise InvalidParameter(f"{path} texts.{name}: a variant of this name has no texts; call it something else")
         if text.limit_questions > len(text.questions):
-            given = f"texts.{key}.limit_questions is {text.limit_questions}"
+            given = f"texts.{name}.limit_questions is {text.limit_questions}"
             raise InvalidParameter(f"{path} {given}, but there are {len(text.questions)} questions")
-    for key, run in params.runs.items():
-        where = f"{path} runs.{key}"
-        lookup(params.datasets, "data set", run.dataset, f"{where}.dataset")
-        lookup(params.recipes, "recipe", run.recipe, f"{where}.recipe; one of the library needs NAME: {{}} under recipes")
-        _check_checkpoint(run, where)
-        told = [name.removeprefix(f"{text.dataset}-") for name, text in params.texts.items() if text.dataset == run.dataset]
-        if not run.told_by_file:
-            lookup(dict.fromkeys(["baseline", "random", *told]), "variant", run.variant, f"{where}.variant")
-        lookup(params.figures.colours, "variant", run.variant, f"{where}.variant; colours are in figures.colours")
-        if run.head_from != head_source(run):
-            what = f"checkpoint {run.checkpoint!r}" if run.checkpoint_file else f"a {run.variant} run on {run.dataset}"
-            raise InvalidParameter(f"{where}.head_from is {run.head_from!r}; {what} starts from {head_source(run)!r}")
-    lookup(params.datasets, "data set", params.tables.main_dataset, f"{path} tables.main_dataset")
-
-
-def _check_checkpoint(run: RunParams, where: str) -> None:
-    if run.checkpoint not in (None, "torchvision") and not run.checkpoint_file:
+    known = dict.fromkeys([BASELINE, RANDOM, *params.texts])
+    for number, variant in enumerate(params.variants):
+        lookup(known, "variant", variant, f"{path} variants.{number}; all but baseline and random are described in texts")
+    for name, values in (("variants", params.variants), ("seeds", params.seeds)):
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise InvalidParameter(f"{path} {name} holds {twice[0]} twice; every run needs a name of its own")
+    count = len(params.datasets) * len(params.backbones) * len(params.variants) * len(params.seeds)
+    if len(params.runs) < count or len(params.class_texts) < len(params.datasets) * len(params.texts):
         raise InvalidParameter(
-            f"{where}.checkpoint is {run.checkpoint!r}; allowed: null, torchvision, published:PATH.pth, PATH.safetensors"
+            f"{path}: two runs or texts have the same name, DATASET-BACKBONE-VARIANT-SEED; "
+            "rename a data set, a backbone or a variant whose name holds a hyphen"
         )
-    if run.checkpoint == "torchvision" and run.variant != "baseline":
-        raise InvalidParameter(f"{where}.checkpoint is 'torchvision', whose networks are baselines; variant is {run.variant!r}")
+    _check_weights(params, path)
+
+
+def _check_weights(params: Params, path: Path) -> None:
+    classifiers = {run.weights_key: run.variant for run in params.runs.values()}
+    for name, weights in params.weights.items():
+        where = f"{path} weights.{name}"
+        variant = lookup(classifiers, "classifier BACKBONE-VARIANT", name, where)
+        if weights.source == TORCHVISION:
+            if variant != BASELINE:
+                raise InvalidParameter(f"{where}.source is {TORCHVISION!r}, whose networks are baselines, not {variant!r}")
+            if weights.sha256 is not None:
+                raise InvalidParameter(f"{where}.sha256 must be null: {TORCHVISION!r} checks its files itself")
+        elif not weights.source.endswith(".pth" if weights.source.startswith(PUBLISHED) else ".safetensors"):
+            allowed = f"{TORCHVISION}, {PUBLISHED}PATH.pth, PATH.safetensors"
+            raise InvalidParameter(f"{where}.source is {weights.source!r}; allowed: {allowed}")
+        elif weights.sha256 is None:
+            raise InvalidParameter(f"{where}.sha256 is null; give the SHA-256 of {weights.file}, as sha256sum prints it")
 
 
 def _one_line(error: ValidationError, kind: type, path: Path, section: tuple[str, ...]) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from textguard.artifacts import read_pth, read_safetensors, write_safetensors
-from textguard.errors import InvalidEmbeddings
+from textguard.artifacts import read_pth, read_safetensors, reading, write_safetensors
+from textguard.errors import InvalidArtifact, InvalidEmbeddings
 
 UNIT_TOLERANCE = 1e-4
 
@@ -199,9 +199,31 @@ def load_text_features(path: Path, classes: list[str]) -> Tensor:
         found = f"{list(matrix.shape)} {matrix.dtype}" if isinstance(matrix, Tensor) else type(matrix).__name__
         raise InvalidEmbeddings(
             f"{path} holds {found}; one tensor [{len(classes)}, E] of floats is needed, a row per class in the order of "
-            "classes.json; change params.yaml runs.*.head_from"
+            "classes.json; change params.yaml texts.*.cache"
         )
     try:
         return _unit(matrix.float(), "class")
     except InvalidEmbeddings as error:
-        raise InvalidEmbeddings(f"{path}: {error}; change params.yaml runs.*.head_from") from error
+        raise InvalidEmbeddings(f"{path}: {error}; change params.yaml texts.*.cache") from error
+
+
+def save_width(path: Path, dataset: str, classes: list[str], width: int) -> None:
+    """Write what a head that no text tells anything starts from: its width E, 0 for none, and the classes."""
+    write_safetensors(path, {}, {"head": json.dumps({"dataset": dataset, "classes": classes, "width": width})})
+
+
+def load_head(path: Path, dataset: str, classes: list[str]) -> tuple[int, Tensor | None]:
+    """Width E and first weights of a head for this data set and these classes, from a file of either kind.
+
+    Returns (0, None) for no text-guided head, (E, None) for one that starts at random, (E, float32 [C, E]) for one that starts
+    from class embeddings. Raises InvalidArtifact, InvalidEmbeddings.
+    """
+    _, metadata = read_safetensors(path, "embeddings")
+    if "head" not in metadata:
+        matrix_ce = load_class_embeddings(path, dataset, classes).matrix
+        return matrix_ce.shape[1], matrix_ce
+    with reading(path, "heads"):
+        stated = json.loads(metadata["head"])
+        if (stated["dataset"], stated["classes"]) != (dataset, classes):
+            raise InvalidArtifact(f"was made for other classes, of data set {stated['dataset']!r}; delete it")
+        return int(stated["width"]), None

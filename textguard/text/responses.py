@@ -3,6 +3,7 @@
 replay    stored answers alone; a missing one is an error
 openai    stored answers, and a language model for what is missing
 import    published descriptions: JSON files, class name -> list of sentences
+features  published text features: a .pth file with one vector per class, which no encoder needs to see
 template  no model: each filled template is its own answer
 """
 
@@ -14,11 +15,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from textguard.artifacts import read_json, reading
+from textguard.artifacts import read_json, reading, sha256_of_file
 from textguard.errors import InvalidArtifact, InvalidParameter, MissingAnswer, UnknownName
 from textguard.text.answers import Answer
 from textguard.text.cache import Store, answer_key, open_log, read_answers
 from textguard.text.language_models import Estimate, LanguageModel, Network, ask, estimate
+from textguard.text.providers import FEATURES
 from textguard.text.questions import Question
 
 
@@ -149,6 +151,23 @@ def _read_published(file: Path) -> dict[str, list[str]]:
     return descriptions
 
 
+def text_features(questions: list[Question], sources: Sources) -> list[Answer]:
+    """Which row of the one file stands for each class, in the order of the classes; the SHA-256 tells files apart.
+
+    The vectors answer no question of ours: the one question that `questions` must hold per class says what they are. Raises
+    InvalidParameter, InvalidArtifact.
+    """
+    if len({question.class_name for question in questions}) < len(questions) or len(sources.files) != 1:
+        raise InvalidParameter(
+            "provider 'features' takes one question, which says what the vectors are, and one .pth file in cache; "
+            "see params.yaml texts"
+        )
+    (file,) = sources.files
+    digest = sha256_of_file(file, "")
+    rows = ((question, f"row {row} of {file.name}, {digest}") for row, question in enumerate(questions))
+    return [Answer(q.class_name, q.id, q.text, 0, row, f"published in {file.name}", None, None) for q, row in rows]
+
+
 def self_answered(questions: list[Question]) -> list[Answer]:
     """No model at all: each filled template is its own answer, as in "a photo of a zero"."""
     return [Answer(q.class_name, q.id, q.text, 0, q.text, "template", None, None) for q in questions]
@@ -158,6 +177,7 @@ PROVIDERS: dict[str, Callable[[list[Question], Sources], list[Answer]]] = {
     "replay": replay,
     "openai": ask_model,
     "import": published,
+    FEATURES: text_features,
     "template": lambda questions, sources: self_answered(questions),
 }
 

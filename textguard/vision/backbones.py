@@ -18,7 +18,7 @@ import_torchvision()
 from torchvision import models  # noqa: E402 (as import_torchvision imports it)
 from torchvision.ops import StochasticDepth  # noqa: E402
 
-WHERE = "params.yaml runs.*.backbone"
+WHERE = "params.yaml backbones"
 
 
 @dataclass(frozen=True)
@@ -122,14 +122,14 @@ def build_backbone(name: str, outputs: int, image_size: int, drop_path: float | 
     if not backbone.smallest <= image_size <= backbone.largest:
         raise InvalidParameter(
             f"{name} takes images of {backbone.smallest} to {backbone.largest} pixels a side, not {image_size}; "
-            "change params.yaml recipes.*.image_size"
+            "change params.yaml backbones.*.image_size"
         )
     try:
         model = backbone.build(num_classes=outputs, drop_path=drop_path)
     except TypeError as error:
         if drop_path is None:
             raise
-        raise InvalidParameter(f"{name} takes no drop_path ({error}); set params.yaml recipes.*.drop_path to null") from error
+        raise InvalidParameter(f"{name} takes no drop_path ({error}); set params.yaml backbones.*.drop_path to null") from error
     if name not in BACKBONES:
         _try(name, model, outputs, image_size)
     return model
@@ -143,7 +143,7 @@ def _try(name: str, model: nn.Module, outputs: int, image_size: int) -> None:
     except Exception as error:  # of whatever the network is made of
         raise InvalidParameter(
             f"{name} does not run on images of {image_size} pixels a side ({printable(str(error))}); "
-            "change params.yaml recipes.*.image_size"
+            "change params.yaml backbones.*.image_size"
         ) from error
     if not isinstance(found, Tensor) or found.shape != (2, outputs):
         raise InvalidParameter(f"{name} does not give one number per class when it is trained; change {WHERE}")

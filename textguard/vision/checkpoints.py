@@ -19,7 +19,7 @@ from textguard.vision.classifiers import ClassifierSpec, build_classifier, misfi
 from textguard.vision.datasets import imagenet_classes
 
 PUBLISHED = "published:"
-WHERE = "change params.yaml runs.*.checkpoint"
+WHERE = "change params.yaml weights"
 
 
 def load_checkpoint(checkpoint: str, spec: ClassifierSpec) -> tuple[nn.Module, ClassifierSpec]:

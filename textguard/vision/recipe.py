@@ -1,7 +1,7 @@
 """Recipes: how a classifier is trained, as data. What the fields do is in optimisation.py, mixing.py, order.py, transforms.py.
 
 recipes/NAME.yaml holds one recipe per family of networks, with every field; params.yaml overrides fields. This module only
-reads and checks, and imports no torch, so that params.py can use it.
+reads and checks, and imports no torch, because params.py uses it.
 """
 
 import json
@@ -15,6 +15,23 @@ from pydantic.dataclasses import dataclass
 from textguard.errors import UnknownName
 
 LIBRARY = Path(__file__).with_name("recipes")
+# Network -> the recipe of its family: those of textguard.vision.backbones that have a name of their own.
+FAMILIES = {
+    "alexnet": "alexnet",
+    "vgg16_bn": "vgg",
+    "vgg19_bn": "vgg",
+    "resnet18": "resnet",
+    "resnet34": "resnet",
+    "resnet50": "resnet",
+    "resnet101": "resnet",
+    "resnet152": "resnet",
+    "mobilenet_v2": "mobilenet",
+    "maxvit_t": "maxvit",
+    "swin_v2_t": "swin",
+    "swin_v2_s": "swin",
+    "focalnet_t": "focalnet",
+    "focalnet_s": "focalnet",
+}
 
 Count = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0)]

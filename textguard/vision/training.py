@@ -173,7 +173,7 @@ def _stop(label: str, loss: float, epoch: int, step: int, rate: float, work: Pat
     last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
     raise InvalidParameter(
         f"{label}: the loss is {loss} in epoch {epoch + 1}, step {step + 1}, at learning rate {rate:.3g}; {last}; "
-        "lower params.yaml recipes.*.learning_rate or raise warmup_epochs"
+        "lower params.yaml backbones.*.learning_rate or raise warmup_epochs"
     )
 
 

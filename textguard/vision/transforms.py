@@ -106,7 +106,7 @@ def _check_sizes(image_size: int, resize_size: int) -> None:
     if resize_size < image_size:
         raise InvalidParameter(
             f"resize_size is {resize_size}, below image_size, {image_size}: images would get a black frame; "
-            "change params.yaml recipes"
+            "change params.yaml backbones"
         )
 
 
@@ -173,7 +173,7 @@ def _timm_policy(recipe: ImageRecipe, mean: Sequence[float]) -> Callable:
     except (AssertionError, KeyError, ValueError) as error:
         raise InvalidParameter(
             f"auto_augment is {recipe.auto_augment!r}; it must be none, trivial_augment_wide, or a policy of timm, "
-            "as in rand-m9-mstd0.5-inc1; change it in params.yaml recipes"
+            "as in rand-m9-mstd0.5-inc1; change it in params.yaml backbones"
         ) from error
 
 
