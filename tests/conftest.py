@@ -12,17 +12,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-import yaml
 from filelock import FileLock
 from torch import nn
 
-from smoke_grid import ALL, GRID, GUIDED, change, repro, run
+from smoke_grid import ALL, repro, run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 # What a checkout needs for `dvc repro`; the tests copy it, so that they can change and break it.
-CHECKOUT = ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore", "stages", "textguard", "prompts/cache")
+CHECKOUT = ("dvc.yaml", "params.yaml", ".dvc", ".dvcignore", ".gitignore", "stages", "textguard", "prompts/cache")
+GRID_FILES = ("dvc.yaml", "params.yaml", ".dvc", ".dvcignore")
+NOT_IN_GIT = shutil.ignore_patterns("__pycache__", "cache", "tmp", "config.local")
 
 
 class TinyResNet(nn.Module):
@@ -165,26 +166,26 @@ def network() -> nn.Module:
     return trained(DigitsNetwork(), images[:-200], labels[:-200])
 
 
+def copy_checkout(folder: Path, *grids: str) -> None:
+    """Copy what a fresh clone holds of the pipeline and of these grids, without any data or result."""
+    names = [Path(name) for name in CHECKOUT] + [Path("grids") / grid / name for grid in grids for name in GRID_FILES]
+    for name in names:
+        source = REPOSITORY / name
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=NOT_IN_GIT, symlinks=True)
+        else:
+            shutil.copy(source, folder / name)
+
+
 @pytest.fixture(scope="session")
 def make_checkout(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
     """Copies of the checkout, each a git and DVC repository that holds the smoke grid."""
 
     def make() -> Path:
         folder = tmp_path_factory.mktemp("checkout")
-        for name in CHECKOUT:
-            source = REPOSITORY / name
-            if source.is_dir():
-                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copy(source, folder / name)
-        grid = folder / "grids" / "smoke"
-        grid.mkdir(parents=True)
-        for name in ("dvc.yaml", "params.yaml"):
-            shutil.copy(REPOSITORY / "grids" / "smoke" / name, grid / name)
+        copy_checkout(folder, "smoke")
         run(["git", "init", "-q"], folder)
-        run(["dvc", "init", "-q"], folder)
-        run(["dvc", "config", "core.analytics", "false"], folder)
-        shutil.copytree(REPOSITORY / ".dvc" / "plots", folder / ".dvc" / "plots")
         return folder
 
     return make
@@ -198,9 +199,6 @@ def finished(make_checkout: Callable[[], Path], tmp_path_factory: pytest.TempPat
     with FileLock(shared / "finished.lock"):
         if not (shared / "finished").exists():
             checkout = make_checkout()
-            recipe = yaml.safe_load((checkout / GRID / "params.yaml").read_text())["recipes"]["resnet"]
-            change(checkout, "recipes.mobilenet", recipe)
-            change(checkout, f"runs.{GUIDED}.recipe", "mobilenet")
             ran, _ = repro(checkout)
             assert ran == ALL
             (shared / "finished").write_text(str(checkout))

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 GRID = Path("grids/smoke")
-RUNS = ("digits-resnet18-baseline-s0", "digits-resnet18-descriptions-s0")
+RUNS = ("digits-resnet18-baseline-0", "digits-resnet18-descriptions-0")
 BASELINE, GUIDED = RUNS
 TEXT = "digits-descriptions"
 
@@ -40,12 +40,12 @@ def stages(*names: str) -> set[str]:
 
 BEHIND_TRAINING = stages("evaluate", "ranges", "inject", "closeup", "results", "tables", "figures", "report")
 TEXTS = stages(f"prompts@{TEXT}", f"responses@{TEXT}", f"embeddings@{TEXT}", f"text_quality@{TEXT}")
-ALL = stages("data@digits", "encoder", "train") | TEXTS | BEHIND_TRAINING
+ALL = stages("data@digits", "heads@digits", "recipes", "train") | TEXTS | BEHIND_TRAINING
 
 
 def repro(checkout: Path) -> tuple[set[str], str]:
     """Run the smoke grid. Returns the stages that ran, and all output."""
-    done = run(["dvc", "repro", "dvc.yaml"], checkout / GRID)
+    done = run(["dvc", "repro"], checkout / GRID)
     return set(re.findall(r"Running stage '([^']+)'", done.stdout)), done.stdout + done.stderr
 
 

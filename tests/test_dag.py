@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from conftest import REPOSITORY
-from smoke_grid import BASELINE, BEHIND_TRAINING, GRID, GUIDED, TEXT, TEXTS, change, repro, run, stages
+from smoke_grid import BASELINE, BEHIND_TRAINING, GRID, GUIDED, RUNS, TEXT, TEXTS, change, repro, run, stages
 
 # They read, check, write and report; they do not compute. dvc.yaml says why they are no dependencies.
 PLUMBING = {
@@ -20,13 +20,17 @@ PLUMBING = {
     "textguard.params",
     "textguard.artifacts",
     "textguard.runtime",
+    "textguard.text.providers",
     "textguard.vision.recipe",
 }
 
 
+RENDERED = {"tables", "figures", "report"}
+
+
 def watching(checkout: Path) -> set[str]:
     """The stages that have to run again because of their own parameters and dependencies, before any has run."""
-    return set(json.loads(run(["dvc", "status", "--json", "dvc.yaml"], checkout / GRID).stdout))
+    return set(json.loads(run(["dvc", "status", "--json"], checkout / GRID).stdout))
 
 
 def test_nothing_changed_nothing_runs(checkout):
@@ -35,7 +39,7 @@ def test_nothing_changed_nothing_runs(checkout):
 
 
 def test_a_figure_colour_redraws_the_figures(checkout):
-    change(checkout, "figures.colours.descriptions", "#009e73")
+    change(checkout, "figures.colours", {"descriptions": "#009e73"})
     assert repro(checkout)[0] == {"figures", "report"}
 
 
@@ -43,7 +47,7 @@ def test_dvc_draws_every_plot_for_every_run_of_the_grid(finished):
     defined = {
         name: plot for item in yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["plots"] for name, plot in item.items()
     }
-    done = run(["dvc", "plots", "show", "--json", "dvc.yaml::"], finished / GRID)
+    done = run(["dvc", "plots", "show", "--json"], finished / GRID)
     shown = json.loads(done.stdout)
     assert (shown.get("errors", []), shown["data"].keys(), done.stderr) == ([], defined.keys(), "")
     for name, plot in defined.items():
@@ -64,7 +68,7 @@ def test_another_confidence_reruns_no_campaign(checkout):
 
 def test_a_question_retrains_all_but_the_baseline(checkout):
     other = "Describe the handwritten digit {class} as it appears in a picture."
-    change(checkout, f"texts.{TEXT}.questions.1", other)
+    change(checkout, "texts.descriptions.questions.1", other)
     behind = {name for name in BEHIND_TRAINING if BASELINE not in name}
     assert repro(checkout)[0] == behind | TEXTS | {f"train@{GUIDED}"}
 
@@ -74,7 +78,10 @@ def test_a_question_retrains_all_but_the_baseline(checkout):
     [
         ("inject.seed", 1, stages("inject", "report")),
         ("closeup.weight_flips", 20, stages("closeup")),
-        ("recipes.mobilenet.learning_rate", 0.02, stages(f"train@{GUIDED}", "tables", "figures", "report")),
+        ("datasets.digits.context", "a digit", RENDERED | {"results", f"prompts@{TEXT}", f"responses@{TEXT}"}),
+        ("texts.descriptions.embedding", {"vectors": "random"}, {"figures", "report"} | TEXTS - {f"text_quality@{TEXT}"}),
+        ("backbones.resnet18.learning_rate", 0.02, RENDERED | {"results", "recipes"}),
+        ("encoder", "open_clip:RN50:openai", {f"embeddings@{TEXT}", "heads@digits", "report"}),
     ],
 )
 def test_a_parameter_is_watched_by_the_stages_that_use_it(checkout, key, value, behind):
@@ -82,10 +89,30 @@ def test_a_parameter_is_watched_by_the_stages_that_use_it(checkout, key, value, 
     assert watching(checkout) == behind
 
 
-def test_a_recipe_of_the_library_is_watched_by_the_runs_that_use_it(checkout):
-    path = checkout / "textguard" / "vision" / "recipes" / "mobilenet.yaml"
-    path.write_text(path.read_text() + "# a comment more\n")
-    assert watching(checkout) == {f"train@{GUIDED}", "tables", "figures", "report"}
+def test_a_new_backbone_and_a_new_seed_run_and_nothing_else(checkout):
+    change(checkout, "backbones.small", {"network": "resnet18", "recipe": "mobilenet"})
+    change(checkout, "seeds", [0, 1])
+    run(["dvc", "repro", "recipes"], checkout / GRID)
+    runs = {f"digits-{name}-{v}-{seed}" for name in ("resnet18", "small") for v in ("baseline", "descriptions") for seed in (0, 1)}
+    new = {f"{stage}@{key}" for stage in ("train", "evaluate", "ranges", "inject", "closeup") for key in runs - set(RUNS)}
+    assert watching(checkout) == new | RENDERED | {"results"}
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "retrained"),
+    [
+        ("resnet", "weight_decay: 0.0001", "weight_decay: 0.0002", stages("train")),
+        ("resnet", "epochs: 90", "epochs: 91", set()),  # which the grid overrides
+        ("mobilenet", "weight_decay: 0.00004", "weight_decay: 0.00005", set()),  # which the grid does not use
+    ],
+)
+def test_a_recipe_of_the_library_retrains_the_runs_that_it_changes(checkout, name, old, new, retrained):
+    path = checkout / "textguard" / "vision" / "recipes" / f"{name}.yaml"
+    content = path.read_text()
+    assert content.count(old) == 1
+    path.write_text(content.replace(old, new))
+    run(["dvc", "repro", "recipes"], checkout / GRID)
+    assert watching(checkout) == retrained | RENDERED
 
 
 def test_each_stage_depends_on_exactly_the_modules_that_it_uses():

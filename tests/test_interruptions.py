@@ -42,7 +42,7 @@ def wait_for(checkout: Path, pattern: str, process: subprocess.Popen) -> None:
 def kill_when(checkout: Path, pattern: str) -> None:
     """Start the smoke grid and send SIGKILL to dvc and its stage as soon as a file of this pattern appears in .work."""
     process = subprocess.Popen(
-        ["dvc", "repro", "dvc.yaml"],
+        ["dvc", "repro"],
         cwd=checkout / GRID,
         env=environment(),
         stdout=subprocess.DEVNULL,
@@ -56,7 +56,7 @@ def kill_when(checkout: Path, pattern: str) -> None:
 
 def forget(checkout: Path, stage: str) -> None:
     """Make a stage of every run and all behind it run again, for real: no lock entry, no cached result, no output."""
-    shutil.rmtree(checkout / ".dvc" / "tmp" / "rwlock", ignore_errors=True)
+    shutil.rmtree(checkout / GRID / ".dvc" / "tmp" / "rwlock", ignore_errors=True)
     lock = checkout / GRID / "dvc.lock"
     entries = yaml.safe_load(lock.read_text())
     for name in stages(stage):
@@ -115,14 +115,14 @@ def s3(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 def test_a_clone_that_pulls_from_s3_has_every_result_and_runs_nothing(checkout, finished, s3, tmp_path):
-    run(["dvc", "remote", "add", "--default", "store", "s3://results/textguard"], checkout)
+    run(["dvc", "remote", "add", "--default", "store", "s3://results/textguard"], checkout / GRID)
     run(["git", "add", "--all"], checkout)
     run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--message", "results"], checkout)
-    run(["dvc", "push", "dvc.yaml"], checkout / GRID, **s3)
+    run(["dvc", "push"], checkout / GRID, **s3)
 
     clone = tmp_path / "clone"
     run(["git", "clone", "--quiet", str(checkout), str(clone)], tmp_path)
     assert not list((clone / GRID).rglob("*.safetensors"))
-    run(["dvc", "pull", "dvc.yaml"], clone / GRID, **s3)
+    run(["dvc", "pull"], clone / GRID, **s3)
     assert results(clone) == results(finished)
     assert repro(clone)[0] == set()
