@@ -1,0 +1,62 @@
+"""How variants, backbones and data sets look and are called, everywhere the same."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from textguard.schema.results import BASELINE, PROPOSED
+
+# No marker stands for two things: PLACE_MARKERS are for backbones on data sets, in the one figure that holds several.
+VARIANT_MARKERS = {BASELINE: "o", "random": "s", "template": "D", PROPOSED: "^"}
+OTHER_MARKERS = "vP"  # of variants that a grid adds, in the order of its colours
+PLACE_MARKERS = "X*<>hpd8H1234"
+VARIANT_NAMES = {"random": "random start", "template": "one template"}
+BACKBONE_NAMES = {
+    "alexnet": "AlexNet",
+    "vgg16_bn": "VGG-16-BN",
+    "vgg19_bn": "VGG-19-BN",
+    "resnet18": "ResNet-18",
+    "resnet34": "ResNet-34",
+    "resnet50": "ResNet-50",
+    "resnet101": "ResNet-101",
+    "resnet152": "ResNet-152",
+    "mobilenet_v2": "MobileNet-V2",
+    "maxvit_t": "MaxViT-T",
+    "swin_v2_t": "SwinV2-T",
+    "swin_v2_s": "SwinV2-S",
+    "focalnet_t": "FocalNet-T",
+    "focalnet_s": "FocalNet-S",
+}
+DATASET_NAMES = {
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "stl10": "STL-10",
+    "fashion_mnist": "Fashion-MNIST",
+    "food101": "Food-101",
+    "imagenet": "ImageNet",
+}
+
+
+@dataclass(frozen=True)
+class Style:
+    """A variant in figures. colour: #rrggbb. marker: matplotlib's. name: as it is spoken."""
+
+    colour: str
+    marker: str
+    name: str
+
+
+def styles(colours: Mapping[str, str]) -> dict[str, Style]:
+    """Variant -> its style. colours: params.yaml figures.colours, which has every variant of the grid."""
+    others = [variant for variant in colours if variant not in VARIANT_MARKERS]
+    markers = VARIANT_MARKERS | {variant: OTHER_MARKERS[place % len(OTHER_MARKERS)] for place, variant in enumerate(others)}
+    return {variant: Style(colour, markers[variant], variant_name(variant)) for variant, colour in colours.items()}
+
+
+def variant_name(variant: str) -> str:
+    """A variant as it is spoken; one that a grid adds is called by its key."""
+    return VARIANT_NAMES.get(variant, variant)
+
+
+def place_name(dataset: str, backbone: str) -> str:
+    """A backbone on a data set as it is spoken: ResNet-18 on digits. What has no such name is called by its key."""
+    return f"{BACKBONE_NAMES.get(backbone, backbone)} on {DATASET_NAMES.get(dataset, dataset)}"
