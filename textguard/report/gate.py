@@ -20,7 +20,7 @@ from textguard.analysis.regression import Comparison, Judgement, compare_all, ju
 from textguard.artifacts import read_json
 from textguard.errors import InvalidArtifact, InvalidParameter, TextguardError
 from textguard.params import PARAMS_FILE, load_gate_params
-from textguard.report.tables import Table, as_markdown
+from textguard.report.rendering import Table, as_markdown
 from textguard.schema.base import Measured, read
 from textguard.schema.results import RunResult
 

@@ -57,6 +57,11 @@ def variant_name(variant: str) -> str:
     return VARIANT_NAMES.get(variant, variant)
 
 
+def backbone_name(backbone: str) -> str:
+    """A backbone as it is spoken; one without such a name is called by its key."""
+    return BACKBONE_NAMES.get(backbone, backbone)
+
+
 def place_name(dataset: str, backbone: str) -> str:
-    """A backbone on a data set as it is spoken: ResNet-18 on digits. What has no such name is called by its key."""
-    return f"{BACKBONE_NAMES.get(backbone, backbone)} on {DATASET_NAMES.get(dataset, dataset)}"
+    """A backbone on a data set as it is spoken: ResNet-18 on digits."""
+    return f"{backbone_name(backbone)} on {DATASET_NAMES.get(dataset, dataset)}"

@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag
 
+from textguard.faults.statistics import CONFIDENCE
 from textguard.schema.base import Measured, Number, Stored, field
 
 
@@ -53,6 +54,7 @@ class Cam(Stored):
     places: int = field("of a map, rows times columns", "count")
     images: int = field("test images, drawn at random", "count")
     detector: str = field("the range detector")
+    confidence: float = field(f"of the intervals; {CONFIDENCE} where it is absent", default=CONFIDENCE)
     weights: WeightShift | None = field("under flipped weight bits", default=None)
     worst: WorstShift | None = field("under the worst single fault", default=None)
 
