@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from textguard.report.drawing import add_note
 from textguard.report.published import Published, load_published
-from textguard.report.theme import PLACE_MARKERS, Style, place_name
+from textguard.report.theme import PLACE_MARKERS, PUBLISHED_MARKER, Style, place_name
 from textguard.report.variants import Variant, count_trainings
 from textguard.schema.results import Cell
 
@@ -31,7 +31,7 @@ def draw_improvement(cells: Sequence[Cell], styles: Mapping[str, Style]) -> tupl
                 axes.errorbar(found.value, row, xerr=bars, **look)
             beside = _published(cell, published, part)
             if beside is not None:
-                axes.plot(beside, row, marker="D", color="black", markerfacecolor="none")
+                axes.plot(beside, row, marker=PUBLISHED_MARKER, color="black", markerfacecolor="none")
             rows.append(
                 {
                     "dataset": cell.dataset,

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 from textguard.schema.results import BASELINE, PROPOSED
 
-# No marker stands for two things: PLACE_MARKERS are for backbones on data sets, in the one figure that holds several.
-VARIANT_MARKERS = {BASELINE: "o", "random": "s", "template": "D", PROPOSED: "^"}
-OTHER_MARKERS = "vP"  # of variants that a grid adds, in the order of its colours
-PLACE_MARKERS = "X*<>hpd8H1234"
+# No marker stands for two things. PLACE_MARKERS are for backbones on data sets, in the one figure that holds several of them;
+# the diamond is left for published numbers.
+VARIANT_MARKERS = {BASELINE: "o", "random": "s", "template": "v", PROPOSED: "^"}
+OTHER_MARKERS = "Pp"  # of variants that a grid adds, in the order of its colours
+PLACE_MARKERS = "X*<>h8Hd1234"
+PUBLISHED_MARKER = "D"
 VARIANT_NAMES = {"random": "random start", "template": "one template"}
 BACKBONE_NAMES = {
     "alexnet": "AlexNet",

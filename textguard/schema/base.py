@@ -69,9 +69,9 @@ class Measured(Estimate):
         return self.low == self.value == self.high
 
     @model_serializer
-    def as_json(self) -> dict[str, Any]:
-        """The number as files hold it."""
-        return super().as_json() | ({} if self.blocks is None else {"blocks": [_finite(block) for block in self.blocks]})
+    def _as_in_files(self) -> dict[str, Any]:
+        """The estimate, and its blocks where there are some."""
+        return self.as_json() | ({} if self.blocks is None else {"blocks": [_finite(block) for block in self.blocks]})
 
 
 def _finite(number: float) -> float | None:

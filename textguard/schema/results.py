@@ -10,7 +10,7 @@ from textguard.schema.campaign import Settings
 BASELINE = "baseline"  # the variant without texts, which the others are compared with
 PROPOSED = "descriptions"  # the variant that the paper proposes
 
-_TIMES = "times smaller than the baseline's: above 1 is better"
+_RATIO = "baseline's DeltaLoss / its own, above 1 is better"
 _VERDICT = "better, worse, or not separable at the confidence"
 
 
@@ -88,15 +88,15 @@ class Layer(Stored):
     outcomes: Outcomes = field("what became of the faults")
     by_bit: ByBit = field("the faults by bit")
     improvement: Measured | None = field(
-        f"DeltaLoss, {_TIMES}; absent where there is no baseline, or no such layer in it", "times", default=None
+        f"{_RATIO}; absent where there is no baseline, or no such layer in it", "times", default=None
     )
 
 
 class Improved(Stored):
-    """How many times smaller DeltaLoss is than the baseline's."""
+    """Improvements: how many times smaller DeltaLoss is than the baseline's."""
 
-    overall: Measured = field(f"mean over layers, {_TIMES}", "times")
-    last_layer: Measured = field(f"last layer, {_TIMES}", "times")
+    overall: Measured = field(f"mean over layers: {_RATIO}", "times")
+    last_layer: Measured = field(f"last layer: {_RATIO}", "times")
     head: Measured = field("the head alone against the baseline's last layer", "times")
 
 
@@ -121,9 +121,9 @@ class Improvement(Stored):
     """A run against the baseline with its seed, under the range detector that counts."""
 
     baseline: str = field("key of the baseline's run")
-    overall: Measured = field(f"DeltaLoss, mean over layers, {_TIMES}", "times")
-    last_layer: Measured = field(f"DeltaLoss, last layer, {_TIMES}", "times")
-    head: Measured = field("DeltaLoss, the head alone against the baseline's last layer", "times")
+    overall: Measured = field(f"mean over layers: {_RATIO}", "times")
+    last_layer: Measured = field(f"last layer: {_RATIO}", "times")
+    head: Measured = field("the head alone against the baseline's last layer", "times")
     top2diff: Measured = field("Top2Diff minus the baseline's", "share")
     verdict: Verdicts = field("what the three intervals say")
 
@@ -142,7 +142,7 @@ class RunResult(Stored):
     top1: Measured = field("accuracy without faults", "share")
     loss: Measured = field("cross entropy without faults", "nats")
     top2diff: Measured = field("probability of the first class minus that of the second, without faults", "share")
-    parameters: int = field("parameters", "count")
+    parameters: int = field("weights and biases, trained or not", "count")
     multiply_adds: int = field("multiply-adds of an inference", "per image")
     scale: float = field("what a text-guided classifier multiplies its cosines by; 1 for a baseline")
     largest_logit: float = field("the largest magnitude of a logit over the training images")
@@ -179,9 +179,9 @@ class Cell(Stored):
     top1: Measured = field("accuracy", "share")
     parameters: int = field("more than the baseline has", "count")
     multiply_adds: int = field("more than the baseline has", "per image")
-    overall: Measured = field(f"DeltaLoss, mean over layers, {_TIMES}", "times")
-    last_layer: Measured = field(f"DeltaLoss, last layer, {_TIMES}", "times")
-    head: Measured = field("DeltaLoss, the head alone against the baseline's last layer", "times")
+    overall: Measured = field(f"mean over layers: {_RATIO}", "times")
+    last_layer: Measured = field(f"last layer: {_RATIO}", "times")
+    head: Measured = field("the head alone against the baseline's last layer", "times")
     verdict: Verdicts = field("what the three intervals say")
     top2diff: Measured = field("Top2Diff minus the baselines'", "share")
     detectors: dict[str, CellUnderDetector] = field("by range detector, the one that counts first")
@@ -193,8 +193,8 @@ class SummaryLine(Stored):
     top1: Number = field("accuracy without faults", "percent")
     sdc: Number = field("SDC probability, mean over layers", "percent")
     dl: Number = field("DeltaLoss, mean over layers", "nats")
-    x_last: Number = field(f"DeltaLoss, last layer, {_TIMES}; absent without a baseline", "times", default=float("nan"))
-    x_all: Number = field(f"DeltaLoss, mean over layers, {_TIMES}; absent without a baseline", "times", default=float("nan"))
+    x_last: Number = field(f"last layer: {_RATIO}; absent without a baseline", "times", default=float("nan"))
+    x_all: Number = field(f"mean over layers: {_RATIO}; absent without a baseline", "times", default=float("nan"))
 
 
 # Data set -> backbone -> variant.
