@@ -40,8 +40,7 @@ def draw_delta_loss(variants: Sequence[Variant], title: str) -> tuple[Figure, pd
         x, y, low, high = np.array(points).T
         # An interval that reaches below 0 has no place on a logarithmic axis: it is cut at a thousandth of the mean.
         bars = [y - np.maximum(low, y / 1000), high - y]
-        style = _style(variant)
-        axes.errorbar(x, y, yerr=bars, linestyle="none", elinewidth=0.8, **style)
+        axes.errorbar(x, y, yerr=bars, linestyle="none", elinewidth=0.8, **_style(variant))
     injections = sorted(
         {
             layer.delta_loss.n
@@ -71,9 +70,8 @@ def draw_value_ranges(variants: Sequence[Variant], title: str) -> tuple[Figure, 
         ]
         means = pd.concat(ranges).groupby("layer", sort=False)[["max_abs", "mean_abs"]].mean()
         x = [layers.index(name) for name in means.index]
-        style = _style(variant)
         for axes, column in zip(panels, means.columns, strict=True):
-            axes.plot(x, means[column], linewidth=0.8, **style)
+            axes.plot(x, means[column], linewidth=0.8, **_style(variant))
     panels[0].set(yscale="log", ylabel="largest |value|", title=f"{title}: neuron values per layer, without faults")
     panels[1].set(yscale="log", ylabel="mean |value|")
     panels[0].legend(ncols=4)
