@@ -52,7 +52,5 @@ def main(params: Params, key: str) -> None:
     matrix_ce = control(matrix_ce, options.vectors, options.seed)
     provenance = (texts.dataset, tuple(classes), encoder, encoded.weights_sha256, matrix_ce.shape[1], len(used))
     embeddings = ClassEmbeddings(matrix_ce, *provenance, encoded.shortened, options)
-    write_safetensors(
-        Path("embeddings") / f"{key}.texts.safetensors", {"vectors": encoded.vectors, "rows": torch.tensor(kept)}
-    )
+    write_safetensors(Path("embeddings") / f"{key}.texts.safetensors", {"vectors": encoded.vectors, "rows": torch.tensor(kept)})
     save_class_embeddings(Path("embeddings") / f"{key}.safetensors", embeddings)

@@ -3,15 +3,15 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from textguard.analysis.files import load_cells, load_results
 from textguard.params import Params
 from textguard.report.figures import write_figures
-from textguard.report.results import load_cells, load_result
 
 FIGURES_DIR = Path("plots") / "figures"
 
 
 def main(params: Params) -> None:
-    results = [load_result(key, run) for key, run in params.runs.items()]
+    results = list(load_results(params.runs).values())
     FIGURES_DIR.mkdir(parents=True, exist_ok=True)
     # All or nothing: where the numbers of one figure are missing, the others stay what they were.
     with TemporaryDirectory(dir=FIGURES_DIR.parent, suffix=".tmp") as drawn:

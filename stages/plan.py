@@ -17,7 +17,7 @@ from textguard.faults.detectors import detector_limits
 from textguard.faults.engines import make_engine
 from textguard.faults.formats import parse_format
 from textguard.faults.plans import draw_plan
-from textguard.params import ENCODER_FILE, Params, RunParams
+from textguard.params import ENCODER_FILE, Params, Run
 from textguard.planning import Speeds, Workload
 from textguard.runtime import announce, describe_device, pick_device
 from textguard.vision.classifiers import ClassifierSpec, build_classifier
@@ -72,13 +72,13 @@ def main(params: Params) -> None:
     )
 
 
-def _sizes(params: Params, run: RunParams) -> tuple[int, int, int]:
+def _sizes(params: Params, run: Run) -> tuple[int, int, int]:
     dataset = params.datasets[run.dataset]
     limits = {"limit_train": dataset.limit_train, "limit_test": dataset.limit_test}
     return expected_sizes(dataset.source, test_share=dataset.test_share, **limits)
 
 
-def _workload(params: Params, run: RunParams, recipe: Recipe, size: tuple[int, int, int], sites: int, width: int) -> Workload:
+def _workload(params: Params, run: Run, recipe: Recipe, size: tuple[int, int, int], sites: int, width: int) -> Workload:
     """sites: of the baseline. A text-guided classifier has one more: the head. The last one is enumerated, where any is."""
     train_images, test_images, classes = size
     guided = run.variant != "baseline"
@@ -96,12 +96,12 @@ def _workload(params: Params, run: RunParams, recipe: Recipe, size: tuple[int, i
     )
 
 
-def _spec(run: RunParams, recipe: Recipe, classes: int, width: int) -> ClassifierSpec:
+def _spec(run: Run, recipe: Recipe, classes: int, width: int) -> ClassifierSpec:
     prepared = recipe.image_size, recipe.resize_size, recipe.interpolation
     return ClassifierSpec(run.dataset, run.backbone, run.variant, *prepared, width, tuple(map(str, range(classes))))
 
 
-def _measure(params: Params, run: RunParams, recipe: Recipe, classes: int, device: torch.device) -> tuple[Speeds, int]:
+def _measure(params: Params, run: Run, recipe: Recipe, classes: int, device: torch.device) -> tuple[Speeds, int]:
     """Speeds of the baseline, to which a text-guided classifier is close, and its number of sites."""
     torch.manual_seed(0)
     side = recipe.image_size

@@ -1,7 +1,7 @@
 """Estimate what the grid's campaigns say: per run, per cell, and the headline numbers."""
 
+from textguard.analysis.results import write_results
 from textguard.params import Params
-from textguard.report.results import write_results
 
 
 def main(params: Params) -> None:

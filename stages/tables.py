@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from textguard.params import Params
-from textguard.report.tables import tables_of, write_table
+from textguard.report.rendering import write_table
+from textguard.report.tables import tables_of
 
 
 def main(params: Params) -> None:

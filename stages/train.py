@@ -25,6 +25,7 @@ from textguard.vision.transforms import training_view
 if TYPE_CHECKING:
     from dvclive import Live
 
+
 def main(params: Params, key: str) -> None:
     run = params.runs[key]
     recipe, weights, head = params.backbones[run.backbone], params.weights.get(run.weights_key), head_file(run)

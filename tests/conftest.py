@@ -1,9 +1,11 @@
 """Small models and grids that several tests share."""
 
+import json
 import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as stages/__main__.py does, and before torch is loaded
@@ -15,7 +17,13 @@ import torch
 from filelock import FileLock
 from torch import nn
 
+from gate_runs import TOLERANCES, Metrics, even, metrics, report, right
 from smoke_grid import ALL, repro, run
+from stored_grid import STATISTICS, store_grid, store_text_quality
+from textguard.analysis.regression import compare_all
+from textguard.analysis.results import write_results
+from textguard.params import FiguresParams, GateParams, Params, Run, load_params
+from textguard.report.gate import read_runs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -209,6 +217,56 @@ def finished(make_checkout: Callable[[], Path], tmp_path_factory: pytest.TempPat
 def checkout(finished: Path, tmp_path: Path) -> Path:
     """A copy of the finished checkout, cache and all."""
     return Path(shutil.copytree(finished, tmp_path / "checkout", symlinks=True))
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Run]:
+    """The runs of a small grid that is stored in the current folder, with its results."""
+    monkeypatch.chdir(tmp_path)
+    stored = store_grid()
+    write_results(stored, STATISTICS)
+    return stored
+
+
+@pytest.fixture
+def params(runs: dict[str, Run]) -> Params:
+    """The default grid's parameters with these runs, and what is known of their texts."""
+    default = load_params(REPOSITORY / "params.yaml")
+    store_text_quality("d-template", 10, 10)
+    store_text_quality("d-descriptions", 150, 148)
+    found = replace(
+        default,
+        datasets={"d": default.datasets["digits"], "e": default.datasets["digits"]},
+        backbones=dict.fromkeys(("resnet18", "alexnet"), default.backbones["resnet18"]),
+        variants=["baseline", "template", "descriptions"],
+        figures=FiguresParams(60),
+    )
+    vars(found)["runs"] = runs  # no rectangle, so that some cells are missing
+    return found
+
+
+@pytest.fixture(scope="session")
+def usual() -> Metrics:
+    """The metrics file of a campaign that needs few injections."""
+    return metrics(even(), right())
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Callable[..., tuple[int, str]]:
+    """Writes two runs (or two folders of them, by file name) to disk; returns how many numbers are worse, and the report."""
+
+    def compare(base: Metrics, new: Metrics, tolerances: GateParams = TOLERANCES) -> tuple[int, str]:
+        runs = []
+        for side, content in (("base", base), ("new", new)):
+            files = {"run.json": content} if "run" in content else content
+            shutil.rmtree(tmp_path / side, ignore_errors=True)
+            (tmp_path / side).mkdir()
+            for name, text in files.items():
+                (tmp_path / side / name).write_text(json.dumps(text))
+            runs.append(read_runs(tmp_path / side))
+        return report(compare_all(*runs, tolerances), tolerances)
+
+    return compare
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

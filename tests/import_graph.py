@@ -1,4 +1,4 @@
-"""Draw who imports whom into CONTRIBUTING.md: `python tests/import_graph.py`. tests/test_architecture.py compares.
+"""Draw who imports whom into CONTRIBUTING.md: `python tests/import_graph.py`. tests/test_imports.py compares.
 
 A node is a package of textguard, or a module that is in none. Modules that only read, check, write and report are known to
 all, and left out.

@@ -25,7 +25,7 @@ from textguard.vision.datasets import imagenet_classes
 
 BASELINE = ClassifierSpec("d", "resnet18", "baseline", 32, 32, "bilinear", 0, ("a", "b", "c"))
 GUIDED = replace(BASELINE, variant="descriptions")
-BASELINE_KEY, GUIDED_KEY = "digits-resnet18-baseline-s0", "digits-resnet18-descriptions-s0"
+BASELINE_KEY, GUIDED_KEY = "digits-resnet18-baseline-0", "digits-resnet18-descriptions-0"
 
 
 def network(spec: ClassifierSpec = BASELINE, width: int = 0) -> nn.Module:

@@ -93,7 +93,9 @@ def test_a_new_backbone_and_a_new_seed_run_and_nothing_else(checkout):
     change(checkout, "backbones.small", {"network": "resnet18", "recipe": "mobilenet"})
     change(checkout, "seeds", [0, 1])
     run(["dvc", "repro", "recipes"], checkout / GRID)
-    runs = {f"digits-{name}-{v}-{seed}" for name in ("resnet18", "small") for v in ("baseline", "descriptions") for seed in (0, 1)}
+    runs = {
+        f"digits-{name}-{v}-{seed}" for name in ("resnet18", "small") for v in ("baseline", "descriptions") for seed in (0, 1)
+    }
     new = {f"{stage}@{key}" for stage in ("train", "evaluate", "ranges", "inject", "closeup") for key in runs - set(RUNS)}
     assert watching(checkout) == new | RENDERED | {"results"}
 

@@ -419,7 +419,7 @@ def test_stages_read_photos_the_same_with_any_number_of_processes(tmp_path, monk
     params["inject"] |= {"injections_per_layer": 2, "image_batch": 4}
     monkeypatch.setenv("TEXTGUARD_DATA", str(tmp_path))
     (tmp_path / "folder").symlink_to(tmp_path / "photos")
-    key = "digits-resnet18-baseline-s0"
+    key = "digits-resnet18-baseline-0"
     for workers in ("0", "2"):
         monkeypatch.setenv("TEXTGUARD_WORKERS", workers)
         home = tmp_path / workers

@@ -97,7 +97,16 @@ def test_an_experiment_from_its_run_to_its_branch(place):
     name = f"finer-{place.name}"
     output = quiet(place, "exp", "run", "-S", "figures.dpi=81", "-n", name)
     assert ran(output) == {"figures", "report", "text_quality@digits-descriptions"}
-    assert quiet(place, "params", "diff").split() == ["Path", "Param", "HEAD", "workspace", "params.yaml", "figures.dpi", "80", "81"]
+    assert quiet(place, "params", "diff").split() == [
+        "Path",
+        "Param",
+        "HEAD",
+        "workspace",
+        "params.yaml",
+        "figures.dpi",
+        "80",
+        "81",
+    ]
     run(["git", "reset", "--hard", "--quiet"], place)
     for arguments in (["metrics", "diff", "HEAD", name], ["plots", "diff", "HEAD", name, "--json"]):
         quiet(place, *arguments)
@@ -134,7 +143,10 @@ def test_a_seed_a_backbone_and_a_data_set_more_are_one_option(place):
     """Seen in what DVC would run: names of stages, without training anything."""
     change_of = {
         "seeds=[0,1]": {"digits-resnet18-baseline-1", "digits-resnet18-descriptions-1"},
-        "+backbones.resnet34={image_size: 32, resize_size: 32}": {"digits-resnet34-baseline-0", "digits-resnet34-descriptions-0"},
+        "+backbones.resnet34={image_size: 32, resize_size: 32}": {
+            "digits-resnet34-baseline-0",
+            "digits-resnet34-descriptions-0",
+        },
     }
     for option, new in change_of.items():
         quiet(place, "exp", "run", "--queue", "-S", option, "-n", f"more-{len(option)}-{place.name}")
@@ -143,7 +155,9 @@ def test_a_seed_a_backbone_and_a_data_set_more_are_one_option(place):
         before = edited.read_text()
         subprocess.run(
             ["python", "-c", f"from dvc.utils.hydra import apply_overrides; apply_overrides('params.yaml', [{option!r}])"],
-            cwd=place, env=environment(), check=True,
+            cwd=place,
+            env=environment(),
+            check=True,
         )
         listed = set(quiet(place, "stage", "list", "--name-only").split())
         assert {name.partition("@")[2] for name in listed - ALL} == new

@@ -86,6 +86,6 @@ def test_the_smoke_grid_is_planned(clone):
     done = run([sys.executable, str(Path("../../stages")), "plan"], clone / "grids" / "smoke")
     assert done.returncode == 0, done.stderr
     rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.startswith(("digits-", "total"))}
-    assert rows["digits-resnet18-baseline-s0"][:5] == ["100", "60", "2", "20", "640"]
-    assert rows["digits-resnet18-descriptions-s0"][:5] == ["100", "60", "2", "21", "672"]
+    assert rows["digits-resnet18-baseline-0"][:5] == ["100", "60", "2", "20", "640"]
+    assert rows["digits-resnet18-descriptions-0"][:5] == ["100", "60", "2", "21", "672"]
     assert "Not counted: reading and augmenting images" in done.stdout

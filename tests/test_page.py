@@ -102,7 +102,7 @@ def test_a_last_layer_that_is_better_by_its_weights_alone_is_remarked(here, verd
     cells = json.loads(file.read_text())
     cells[0]["verdict"] |= {"last_layer": "better", "head": verdict}
     write_json(file, cells)
-    assert ("has another verdict for resnet18 on digits with descriptions, " in page().text) == remarked
+    assert ("has another verdict for ResNet-18 on digits with descriptions, " in page().text) == remarked
 
 
 def test_the_same_results_make_the_same_bytes(here):

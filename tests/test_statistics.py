@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from textguard.analysis.improvement import Draws, draw_pairs, improvement, weigh
 from textguard.errors import InvalidParameter
 from textguard.faults.sampling import Design, _next, _neyman, _spread
 from textguard.faults.statistics import (
@@ -29,7 +30,6 @@ from textguard.faults.statistics import (
     sample_mean,
 )
 from textguard.faults.summary import LayerResult, Totals, cap_of, summarise, summarise_totals
-from textguard.report.improvement import Draws, draw_pairs, improvement, weigh
 
 BITS = 32
 CONFIDENCES = [0.8, 0.95, 0.99, 0.999]

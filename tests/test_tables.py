@@ -13,38 +13,60 @@ import yaml
 from torch import nn
 
 from conftest import REPOSITORY
+from gate_runs import as_run, even, exact, metrics, right
 from textguard.faults.statistics import Estimate
 from textguard.report.published import CLAIMS_FILE, Finding, Published, audit, load_published
-from textguard.report.tables import Table, as_latex, as_markdown, make_tables, write_table
+from textguard.report.rendering import Table, as_latex, as_markdown, write_table
+from textguard.report.tables import make_tables
+from textguard.schema.base import Measured
+from textguard.schema.closeup import Cam, CloseUp, LastLayerValues, NoCam, WeightShift
+from textguard.schema.results import Cell, CellUnderDetector, RunResult, Verdicts
 from textguard.vision.backbones import BACKBONES
 
 NOT_RUN = "not run"
 
 
-def estimate(value: float, spread: float = 0.1) -> dict[str, float]:
-    """As metrics/cells.json and metrics/results/ hold an Estimate."""
-    return {"value": value, "low": value - spread, "high": value + spread, "n": 360}
+def estimate(value: float, spread: float = 0.1) -> Measured:
+    """A number with its interval."""
+    return Measured(value, value - spread, value + spread, 360)
 
 
-def cell(dataset: str, backbone: str, variant: str = "descriptions") -> dict[str, Any]:
+def cell(dataset: str, backbone: str, variant: str = "descriptions") -> Cell:
     """One of metrics/cells.json."""
-    factors = {"overall": 1.0, "last_layer": 3.0, "head": 2.0}
-    detector = {name: estimate(value) for name, value in {"overall_baseline": 5.0, "overall_guided": 4.0, **factors}.items()}
-    detector |= {name: estimate(0) for name in ("nonfinite_baseline", "nonfinite_guided")}
-    return {
-        **{"dataset": dataset, "backbone": backbone, "variant": variant, "seeds": [0], "parameters": 250_000},
-        **{"multiply_adds": -1_500_000, "top1_baseline": estimate(0.967, 0.02), "top1": estimate(0.964, 0.02)},
-        **{"last_layer": estimate(2.5, 0), "overall": estimate(1.1, 0.2), "top2diff": estimate(-0.01)},
-        **{"verdict": {"last_layer": "better", "overall": "not separable at 99%"}},
-        **{"detectors": {"profiled": detector, "off": detector}},
-    }
+    detector = CellUnderDetector(
+        overall=estimate(1.0),
+        last_layer=estimate(3.0),
+        head=estimate(2.0),
+        overall_baseline=estimate(5.0),
+        overall_guided=estimate(4.0),
+        last_layer_baseline=estimate(7.0),
+        last_layer_guided=estimate(6.0),
+        nonfinite_baseline=estimate(0.0),
+        nonfinite_guided=estimate(0.0),
+    )
+    return Cell(
+        dataset=dataset,
+        backbone=backbone,
+        variant=variant,
+        seeds=[0],
+        top1_baseline=estimate(0.967, 0.02),
+        top1=estimate(0.964, 0.02),
+        parameters=250_000,
+        multiply_adds=-1_500_000,
+        overall=estimate(1.1, 0.2),
+        last_layer=estimate(2.5, 0),
+        head=estimate(2.0),
+        verdict=Verdicts(overall="not separable at 99%", last_layer="better", head="better"),
+        top2diff=estimate(-0.01),
+        detectors={"profiled": detector, "off": detector},
+    )
 
 
-def run(key: str) -> dict[str, Any]:
+def run(key: str, confidence: float = 0.99) -> RunResult:
     """One of metrics/results/."""
-    overall = {name: estimate(0.1) for name in ("delta_loss", "delta_loss_by_neurons", "mismatch", "sdc", "nonfinite", "fit")}
-    measured = {"top1": estimate(0.9), "largest_logit": 12.345}
-    return {"run": key, "confidence": 0.99, **measured, "overall": overall, "last_layer": {"delta_loss": estimate(1)}}
+    content = metrics(even(), right())
+    content |= {"run": key, "confidence": confidence, "largest_logit": 12.345, "top1": exact(0.9)}
+    return as_run(content)
 
 
 VARIANTS = ("random", "template", "descriptions")
@@ -53,11 +75,10 @@ RUNS = {key: run(key) for key in ("a", "b")}
 
 
 def tables(
-    cells: Sequence[dict], main: str = "digits", sources: dict[str, str] | None = None, **recipes: Any
+    cells: Sequence[Cell], main: str = "digits", sources: dict[str, str] | None = None, **others: dict[str, Any]
 ) -> dict[str, Table]:
-    sources = sources or {main: main}
-    made = make_tables(cells, RUNS, main, sources, recipes.get("recipes", {}), recipes.get("library", {}), {})
-    return {table.name: table for table in made}
+    parts = [others.get(name, {}) for name in ("recipes", "library", "closeups")]
+    return {table.name: table for table in make_tables(cells, RUNS, main, sources or {main: main}, *parts)}
 
 
 def column(table: Table, header: str) -> list[Any]:
@@ -134,7 +155,7 @@ def test_last_layer_and_network_have_a_verdict_each(name):
 def test_other_tables_hold_every_variant_detector_and_run():
     made = tables(CELLS)
     assert [row[1:4] for row in made["detectors"].rows] == [
-        [part["backbone"], part["variant"], detector] for part in CELLS for detector in ("profiled", "off")
+        [part.backbone, part.variant, detector] for part in CELLS for detector in ("profiled", "off")
     ]
     columns = ("DeltaLoss Baseline", "DeltaLoss Ours", "Overall (x)", "Last Layer (x)", "Head Alone (x)")
     assert [column(made["detectors"], name)[0].value for name in columns] == [5, 4, 1, 3, 2]
@@ -142,6 +163,30 @@ def test_other_tables_hold_every_variant_detector_and_run():
     assert [found.value for found in column(made["resilience"], "Top-1 (%)")] == [90, 90]
     assert column(made["resilience"], "Largest Logit") == ["12.3", "12.3"]
     assert tables([])["table1"].rows == tables([])["table3"].rows == []
+
+
+def closeup(cam: Cam | NoCam) -> CloseUp:
+    """One of metrics/closeup/."""
+    values = LastLayerValues(
+        layer="fc", profiled=1.0, images=9, powers=[0], golden=[1.0], faulty=[1.0], beyond=0.0, not_finite=0.0
+    )
+    return CloseUp(last_layer=values, cam=cam)
+
+
+def maps(**others: Any) -> Cam:
+    """Maps of 8 images under flipped weight bits."""
+    one = estimate(0.5)
+    weights = WeightShift(finite=7, rank_correlation=one, overlap=one, changed=one, flips=2000)
+    return Cam(layer="backbone.conv1", places=16, images=8, detector="off", weights=weights, **others)
+
+
+def test_the_table_of_maps_says_what_was_seen_and_at_which_confidence():
+    table = tables(CELLS, closeups={"a": closeup(maps()), "b": closeup(NoCam(skipped="no map"))})["attention"]
+    assert [row[:2] for row in table.rows] == [["a", "2,000 weight bits"], ["b", "no map"]]
+    assert table.rows[0][5:] == ["7 of 8", "conv1, 4 x 4"]
+    assert "intervals of confidence 0.99 over images" in table.caption
+    table = tables(CELLS, closeups={"a": closeup(maps(confidence=0.9))})["attention"]
+    assert "intervals of confidence 0.9 over images" in table.caption
 
 
 def test_tables_are_written_in_three_formats(tmp_path):

@@ -324,7 +324,7 @@ def test_predictions_are_the_networks_own(resnet):
     np.testing.assert_allclose(predictions["top2diff"], top2diff(logits), rtol=1e-4, atol=1e-6)
 
 
-RUN = "digits-resnet18-baseline-s0"
+RUN = "digits-resnet18-baseline-0"
 
 
 @pytest.fixture(scope="module")

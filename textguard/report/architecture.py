@@ -15,11 +15,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from textguard.artifacts import read_json, reading
-from textguard.params import Params, RunParams, TextParams
-from textguard.report.cells import Cell
+from textguard.analysis.files import load_text_quality
+from textguard.params import Params, TextParams
 from textguard.report.drawing import NOTE_SIZE
-from textguard.report.results import BASELINE, RESULTS_DIR, load_run
+from textguard.report.theme import backbone_name
+from textguard.report.variants import Variant
+from textguard.schema.results import BASELINE, RunResult
+from textguard.text.providers import FEATURES
 
 INK = "#333333"
 WIDTH = 7.8  # inches, as is every length below
@@ -71,64 +73,59 @@ class Network:
 
     classes, features, width: C; what the backbone's last layer takes; E, which a baseline has none of. Each is None where
     the campaign left out the layers that would tell. source: of weights or vectors that come from a file; else empty.
+    trained: whether this grid trained it, or took its weights from elsewhere.
     """
 
-    cell: Cell
+    variant: Variant
     image_size: int
     classes: int | None
     features: int | None
     width: int | None
-    parameters: int
-    multiply_adds: int
     texts: Texts | None
     source: str
+    trained: bool
 
     @property
-    def trained(self) -> bool:
-        """Whether this grid trained it, or took its weights from elsewhere."""
-        return self.cell.results[0].run.checkpoint is None
+    def result(self) -> RunResult:
+        """The run that tells."""
+        return self.variant.results[0]
 
 
-def load_network(cell: Cell, params: Params) -> Network:
-    """Read what metrics/results and metrics/texts say of a cell. Raises InvalidArtifact."""
-    key, run = cell.results[0].key, cell.results[0].run
-    guided = run.variant != BASELINE
-    stored, texts = load_run(key), _load_texts(run, params)
-    with reading(RESULTS_DIR / f"{key}.json", "results"):
-        linear = [layer for layer in stored["layers"] if layer["kind"] == "Linear"]
-        own = linear[-1 - guided] if len(linear) > guided else None  # the backbone's own last layer; behind it is the head
-        return Network(
-            cell,
-            params.recipes[run.recipe].image_size,
-            int(linear[-1]["neurons"]) if own else None,
-            int(own["multiply_adds"]) // int(own["neurons"]) if own else None,
-            int(own["neurons"]) if own and guided else None,
-            int(stored["parameters"]),
-            int(stored["multiply_adds"]),
-            texts,
-            _source(run),
-        )
+def load_network(variant: Variant, params: Params) -> Network:
+    """Put together what metrics/results, metrics/texts and params.yaml say of a variant. Raises InvalidArtifact."""
+    result, guided = variant.results[0], variant.key != BASELINE
+    source = _source(result, params)
+    linear = [layer for layer in result.layers if layer.kind == "Linear"]
+    own = linear[-1 - guided] if len(linear) > guided else None  # the backbone's own last layer; behind it is the head
+    return Network(
+        variant,
+        image_size=params.backbones[result.backbone].image_size,
+        classes=linear[-1].neurons if own else None,
+        features=own.multiply_adds // own.neurons if own and own.multiply_adds else None,
+        width=own.neurons if own and guided else None,
+        texts=None if source else _load_texts(result, params),
+        source=source,
+        trained=f"{result.backbone}-{result.variant}" not in params.weights,
+    )
 
 
-def _load_texts(run: RunParams, params: Params) -> Texts | None:
+def _load_texts(run: RunResult, params: Params) -> Texts | None:
     key = f"{run.dataset}-{run.variant}"
-    if run.told_by_file or run.checkpoint or key not in params.texts:
+    if key not in params.class_texts:
         return None
-    text, file = params.texts[key], Path("metrics/texts") / f"{key}.json"
-    quality = read_json(file, "text_quality")
+    text, quality = params.texts[run.variant], load_text_quality(key)
     questions = text.questions[: text.limit_questions or None]
-    with reading(file, "text_quality"):
-        return Texts(
-            len(questions),
-            text.samples,
-            int(quality["answers"]),
-            int(quality["embedded"]),
-            str(quality["encoder"]),
-            _author(text),
-            questions[0].replace("{class}", "[class]") if len(questions) == 1 else "",
-            text.embedding.unit_after,
-            CONTROLS.get(text.embedding.vectors, ""),
-        )
+    return Texts(
+        questions=len(questions),
+        samples=text.samples,
+        answers=quality.answers,
+        embedded=quality.embedded,
+        encoder=quality.encoder,
+        written_by=_author(text),
+        example=questions[0].replace("{class}", "[class]") if len(questions) == 1 else "",
+        unit=text.embedding.unit_after,
+        control=CONTROLS.get(text.embedding.vectors, ""),
+    )
 
 
 def _author(text: TextParams) -> str:
@@ -136,20 +133,22 @@ def _author(text: TextParams) -> str:
     return by_provider.get(text.provider, text.model.model if text.model else "a person")
 
 
-def _source(run: RunParams) -> str:
-    if run.checkpoint:
-        return run.checkpoint.rpartition("/")[2].removeprefix("published:")
-    return Path(run.head_from).name if run.told_by_file else ""
+def _source(run: RunResult, params: Params) -> str:
+    """The file that weights or vectors come from; empty where texts say them."""
+    if weights := params.weights.get(f"{run.backbone}-{run.variant}"):
+        return Path(weights.file or weights.source).name
+    texts = params.class_texts.get(f"{run.dataset}-{run.variant}")
+    return Path(texts.files[0]).name if texts and texts.params.provider == FEATURES else ""
 
 
-def draw_architecture(cells: Sequence[Cell], title: str, params: Params) -> tuple[Figure, pd.DataFrame]:
+def draw_architecture(variants: Sequence[Variant], title: str, params: Params) -> tuple[Figure, pd.DataFrame]:
     """How texts become the first weights of the head, the network behind them, and the baseline; and their numbers.
 
     Raises InvalidArtifact.
     """
-    networks = [load_network(cell, params) for cell in cells]
-    baselines = [network for network in networks if network.cell.variant == BASELINE]
-    guided = [network for network in networks if network.cell.variant != BASELINE]
+    networks = [load_network(variant, params) for variant in variants]
+    baselines = [network for network in networks if network.variant.key == BASELINE]
+    guided = [network for network in networks if network.variant.key != BASELINE]
     lanes = bool(baselines) + bool(guided)
     height = 0.4 + len(guided) * (BOX + GAP) + bool(guided) * 0.38 + lanes * (BOX + CAPTION) + (lanes - 1) * 0.12 + 0.52
     figure = Figure(figsize=(WIDTH, height))
@@ -176,13 +175,13 @@ def draw_architecture(cells: Sequence[Cell], title: str, params: Params) -> tupl
 
 def _draw_start(axes: Axes, network: Network, top: float) -> None:
     """One variant's way to the head's first weights, from left to right."""
-    texts, colour = network.texts, network.cell.colour
-    _box(axes, TEXT["variant"], top, [network.cell.variant], colour, filled=True)
+    texts, colour = network.texts, network.variant.style.colour
+    _box(axes, TEXT["variant"], top, [network.variant.style.name], colour, filled=True)
     shape = f"{_show(network.classes, 'C')} x {_show(network.width, 'E')}"
     if texts is None:
         said = f"from the file {network.source}" if network.source else "no text: nothing is asked, nothing encoded"
         _fit(axes, TEXT["questions"][0], TEXT["encoder"][1], top - BOX / 2, said, 8, style="italic", color=INK)
-        what = "weights" if network.cell.results[0].run.checkpoint else "vectors" if network.source else "random numbers"
+        what = "weights" if not network.trained else "vectors" if network.source else "random numbers"
         _box(axes, TEXT["mean"], top, [what, shape], colour)
     else:
         classes = f"{_show(network.classes, 'C')} classes"
@@ -226,7 +225,7 @@ def _draw_guided(axes: Axes, guided: Sequence[Network], top: float, baselines: S
     features = _several(guided, "features", "")
     last = f"last layer: {features} to {width}" if features else f"last layer gives {width}"
     _box(axes, NETWORK["images"], top, ["images", _pixels(guided)], colour)
-    _box(axes, NETWORK["backbone"], top, [guided[0].cell.results[0].run.backbone, last], colour)
+    _box(axes, NETWORK["backbone"], top, [backbone_name(guided[0].result.backbone), last], colour)
     _box(axes, NETWORK["normalise"], top, ["normalise", "to length 1"], colour)
     _box(axes, NETWORK["head"], top, ["head", f"{classes} x {width}"], colour, filled=True)
     _box(axes, NETWORK["scale"], top, ["times", "exp(scale)"], colour)
@@ -234,14 +233,14 @@ def _draw_guided(axes: Axes, guided: Sequence[Network], top: float, baselines: S
     names = list(NETWORK)
     for left, right in pairwise(names):
         _arrow(axes, (NETWORK[left][1], top - BOX / 2), (NETWORK[right][0], top - BOX / 2), colour)
-    _caption(axes, f"text-guided ({', '.join(network.cell.variant for network in guided)})", guided, top, baselines)
+    _caption(axes, f"text-guided ({', '.join(network.variant.style.name for network in guided)})", guided, top, baselines)
 
 
 def _draw_baseline(axes: Axes, network: Network, top: float) -> None:
-    colour, classes = network.cell.colour, _show(network.classes, "C")
+    colour, classes = network.variant.style.colour, _show(network.classes, "C")
     last = f"{network.features:,} to {classes}" if network.features else f"gives {classes}"
     _box(axes, NETWORK["images"], top, ["images", _pixels([network])], colour)
-    _box(axes, NETWORK["backbone"], top, [network.cell.results[0].run.backbone, "but for its last layer"], colour)
+    _box(axes, NETWORK["backbone"], top, [backbone_name(network.result.backbone), "but for its last layer"], colour)
     _box(axes, NETWORK["head"], top, ["its own last layer", f"{last}"], colour, filled=True)
     _box(axes, NETWORK["logits"], top, [f"{classes} logits"], colour)
     for left, right in (("images", "backbone"), ("backbone", "head"), ("head", "logits")):
@@ -254,11 +253,12 @@ def _caption(axes: Axes, name: str, networks: Sequence[Network], top: float, bas
     said = []
     for cost, unit in (("parameters", "parameters"), ("multiply_adds", "multiply-adds per image")):
         beside = (
-            " or ".join(dict.fromkeys(f"{getattr(n, cost) - getattr(baselines[0], cost):+,}" for n in networks))
+            " or ".join(dict.fromkeys(f"{getattr(n.result, cost) - getattr(baselines[0].result, cost):+,}" for n in networks))
             if baselines
             else ""
         )
-        said.append(f"{_several(networks, cost, '')} {unit}" + f" ({beside})" * bool(beside))
+        own = " or ".join(dict.fromkeys(f"{getattr(n.result, cost):,}" for n in networks))
+        said.append(f"{own} {unit}" + f" ({beside})" * bool(beside))
     if not any(network.trained for network in networks):
         said.append(f"weights from {networks[0].source}, not trained here")
     y = top - BOX - 0.13
@@ -279,16 +279,17 @@ def _note(axes: Axes, guided: Sequence[Network], baselines: Sequence[Network]) -
 
 
 def _numbers(network: Network, baselines: Sequence[Network]) -> dict[str, object]:
-    run, texts = network.cell.results[0].run, network.texts
+    result, texts = network.result, network.texts
     extra = {
-        f"extra_{name}": getattr(network, name) - getattr(baselines[0], name) if baselines else None
+        f"extra_{name}": getattr(result, name) - getattr(baselines[0].result, name) if baselines else None
         for name in ("parameters", "multiply_adds")
     }
     return {
-        **{name: getattr(run, name) for name in ("dataset", "backbone", "variant")},
-        "trainings": len(network.cell.results) if network.trained else 0,
+        **{name: getattr(result, name) for name in ("dataset", "backbone", "variant")},
+        "trainings": len(network.variant.results) if network.trained else 0,
         "image_size": network.image_size,
-        **{name: getattr(network, name) for name in ("classes", "features", "width", "parameters", "multiply_adds")},
+        **{name: getattr(network, name) for name in ("classes", "features", "width")},
+        **{name: getattr(result, name) for name in ("parameters", "multiply_adds")},
         **extra,
         "encoder": texts.encoder if texts else None,
         **{name: getattr(texts, name) if texts else 0 for name in ("questions", "samples", "answers", "embedded")},
@@ -298,7 +299,7 @@ def _numbers(network: Network, baselines: Sequence[Network]) -> dict[str, object
 
 def _shared_colour(networks: Sequence[Network]) -> str:
     """The variant's colour; of several variants that share a network, no one's."""
-    return networks[0].cell.colour if len(networks) == 1 else INK
+    return networks[0].variant.style.colour if len(networks) == 1 else INK
 
 
 def _several(networks: Sequence[Network], name: str, symbol: str) -> str:

@@ -11,27 +11,31 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, StrMethodFormatter
 from PIL import Image
 
-from textguard.report.cells import Cell, trainings
+from textguard.analysis.files import CLOSEUP_DIR, load_closeup, load_looks
+from textguard.errors import InvalidArtifact
 from textguard.report.drawing import add_note
-from textguard.report.results import BASELINE, load_closeup, load_looks
+from textguard.report.variants import Variant, trainings
+from textguard.schema.closeup import Cam
+from textguard.schema.results import BASELINE, PROPOSED
 
-PROPOSED = "descriptions"
 SHOWN = 4  # images, of those that were drawn
 LONGEST = 12  # characters of a class's name
 STATES = {"golden": "no fault", "weights": "{flips:,} weight bits", "worst": "worst single fault"}
 
 
-def draw_attention(cells: Sequence[Cell], title: str) -> tuple[Figure, pd.DataFrame]:
+def draw_attention(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataFrame]:
     """Ablation-CAM of the baseline and of the text-guided classifier on the same images, without faults and with them."""
-    chosen = [cell for cell in cells if cell.variant == BASELINE]
-    chosen += [cell for cell in cells if cell.variant == PROPOSED] or [cell for cell in cells if cell.variant != BASELINE][-1:]
-    looks = {cell.variant: load_looks(cell.results[0].key) for cell in chosen}
-    drawn = [cell for cell in chosen if not looks[cell.variant].empty]
+    chosen = [variant for variant in variants if variant.key == BASELINE]
+    chosen += [variant for variant in variants if variant.key == PROPOSED] or [
+        variant for variant in variants if variant.key != BASELINE
+    ][-1:]
+    looks = {variant.key: load_looks(variant.results[0].run) for variant in chosen}
+    drawn = [variant for variant in chosen if not looks[variant.key].empty]
     if not drawn:
         figure = Figure(figsize=(5.2, 1.2), layout="constrained")
         figure.text(0.5, 0.5, f"{title}: no layer puts out a map", ha="center", va="center")
         return figure, pd.DataFrame(columns=["variant"])
-    first = looks[drawn[0].variant]
+    first = looks[drawn[0].key]
     images = first["image"].unique()
     shown = images[:SHOWN]
     # Laid out by hand: what solves constraints moves images by a last digit from one drawing to the next.
@@ -49,30 +53,43 @@ def draw_attention(cells: Sequence[Cell], title: str) -> tuple[Figure, pd.DataFr
         golden = first[(first["image"] == image) & (first["state"] == "golden")].iloc[0]
         _show(axes, golden["picture"], None)
         axes.set_title(_short(golden["class"]), fontsize=7, pad=2, parse_math=False)
-    for number, cell in enumerate(drawn):
-        found, cam = looks[cell.variant], load_closeup(cell.results[0].key)["cam"]
+    cams = [_load_cam(variant) for variant in drawn]
+    for number, (variant, cam) in enumerate(zip(drawn, cams, strict=True)):
+        found = looks[variant.key]
         own = panels[:, 2 + number * (1 + len(STATES)) :]
-        _head(own[0, 1], cell.variant, 1.4, fontsize=9, color=cell.colour, fontweight="bold", style="normal")
+        _head(own[0, 1], variant.style.name, 1.4, fontsize=9, color=variant.style.colour, fontweight="bold", style="normal")
         for column, (state, heading) in enumerate(STATES.items()):
-            if state != "golden" and state not in cam:
+            if state != "golden" and getattr(cam, state) is None:
                 continue
-            _head(own[0, column], heading.format(flips=cam["weights"]["flips"]) if state == "weights" else heading)
+            _head(own[0, column], heading.format(flips=cam.weights.flips) if state == "weights" else heading)
             for axes, image in zip(own[:, column], shown, strict=True):
                 rows = found[found["image"] == image].set_index("state")
                 _show(axes, rows.loc["golden", "picture"], rows.loc[state])
     figure.suptitle(f"{title}: where the classifiers look (Ablation-CAM)", y=1 - 0.08 / height, va="top")
-    sides = sorted({round(cam["places"] ** 0.5) for cam in (load_closeup(cell.results[0].key)["cam"] for cell in drawn)})
+    sides = sorted({round(cam.places**0.5) for cam in cams})
     add_note(
         figure,
         f"bright: speaks most for the true class, of {' or '.join(f'{side} x {side}' for side in sides)} places; "
         "above: prediction and its probability, red where wrong\n"
-        f"first {len(shown)} of {len(images)} images drawn at random; one training each; range detector {cam['detector']}; "
+        f"first {len(shown)} of {len(images)} images drawn at random; one training each; range detector {cams[-1].detector}; "
         "the worst fault is each campaign's own",
         y=0.06 / height,
     )
     return figure, pd.concat(
-        [looks[cell.variant].drop(columns=["picture", "map"]).assign(variant=cell.variant) for cell in drawn]
+        [looks[variant.key].drop(columns=["picture", "map"]).assign(variant=variant.key) for variant in drawn]
     )
+
+
+def _load_cam(variant: Variant) -> Cam:
+    """What is said of the maps of a variant's first training, which has some. Raises InvalidArtifact."""
+    key = variant.results[0].run
+    cam = load_closeup(key).cam
+    if not isinstance(cam, Cam):
+        raise InvalidArtifact(
+            f"{CLOSEUP_DIR / key}.json has no maps, and {key}.parquet has; "
+            "delete both and run 'dvc repro': stage 'closeup' writes them"
+        )
+    return cam
 
 
 def _head(axes: Axes, text: str, height: float = 1.22, **style: Any) -> None:
@@ -102,29 +119,29 @@ def _show(axes: Axes, picture: bytes, look: Any) -> None:
     axes.imshow(values, cmap="viridis", alpha=0.6, extent=(0, 1, 0, 1), interpolation="bilinear")
 
 
-def draw_last_layer(cells: Sequence[Cell], title: str) -> tuple[Figure, pd.DataFrame]:
+def draw_last_layer(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataFrame]:
     """How large the values of the last layer are, golden and after one flip of a bit."""
-    figure = Figure(figsize=(1.2 + 2.4 * len(cells), 2.9), layout="constrained")
-    panels = figure.subplots(1, len(cells), sharex=True, sharey=True, squeeze=False)[0]
+    figure = Figure(figsize=(1.2 + 2.4 * len(variants), 2.9), layout="constrained")
+    panels = figure.subplots(1, len(variants), sharex=True, sharey=True, squeeze=False)[0]
     tables, images = [], 0
-    for axes, cell in zip(panels, cells, strict=True):
-        own = [load_closeup(result.key)["last_layer"] for result in cell.results]
-        powers, images = own[0]["powers"], own[0]["images"]
+    for axes, variant in zip(panels, variants, strict=True):
+        own = [load_closeup(result.run).last_layer for result in variant.results]
+        powers, images = own[0].powers, own[0].images
         edges = [*powers, powers[-1] + 1]
-        golden, faulty = (np.mean([found[name] for found in own], axis=0) for name in ("golden", "faulty"))
+        golden, faulty = (np.mean([getattr(found, name) for found in own], axis=0) for name in ("golden", "faulty"))
         axes.stairs(100 * golden, edges, fill=True, color="#c9c9c9", label="golden")
-        axes.stairs(100 * faulty, edges, color=cell.colour, linewidth=1.2, label="one bit flipped")
-        limit = float(np.mean([np.log10(found["profiled"]) for found in own]))
+        axes.stairs(100 * faulty, edges, color=variant.style.colour, linewidth=1.2, label="one bit flipped")
+        limit = float(np.mean([np.log10(found.profiled) for found in own]))
         axes.axvline(limit, color="#1a1a1a", linewidth=0.8, linestyle=":", label="largest profiled")
-        beyond, lost = (100 * float(np.mean([found[name] for found in own])) for name in ("beyond", "not_finite"))
-        axes.set_title(f"{cell.variant}: {own[0]['layer']}", color=cell.colour, fontsize=8)
+        beyond, lost = (100 * float(np.mean([getattr(found, name) for found in own])) for name in ("beyond", "not_finite"))
+        axes.set_title(f"{variant.style.name}: {own[0].layer}", color=variant.style.colour, fontsize=8)
         said = f"above it: {beyond:.2g} %\nnot finite: {lost:.2g} %"
         axes.text(0.98, 0.97, said, fontsize=6.5, ha="right", va="top", transform=axes.transAxes)
         tables += [
-            pd.DataFrame({"power": powers, "golden": found["golden"], "faulty": found["faulty"]}).assign(
-                run=result.key, variant=cell.variant
+            pd.DataFrame({"power": powers, "golden": found.golden, "faulty": found.faulty}).assign(
+                run=result.run, variant=variant.key
             )
-            for result, found in zip(cell.results, own, strict=True)
+            for result, found in zip(variant.results, own, strict=True)
         ]
     panels[0].set(yscale="log", ylim=(0.01, 5000), yticks=[0.01, 0.1, 1, 10, 100], ylabel="share of the values (%)")
     panels[0].yaxis.set_minor_locator(NullLocator())
@@ -134,6 +151,6 @@ def draw_last_layer(cells: Sequence[Cell], title: str) -> tuple[Figure, pd.DataF
     figure.suptitle(f"{title}: values of the last layer")
     add_note(
         figure,
-        f"magnitude of a value; {images:,} test images, every bit as likely, range detector off, {trainings(cells)} each",
+        f"magnitude of a value; {images:,} test images, every bit as likely, range detector off, {trainings(variants)} each",
     )
     return figure, pd.concat(tables, ignore_index=True)

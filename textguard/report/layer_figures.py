@@ -8,13 +8,13 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from textguard.report.cells import Cell, trainings
+from textguard.analysis.files import load_ranges
 from textguard.report.drawing import add_note
-from textguard.report.results import BASELINE, Layer, load_ranges
+from textguard.report.variants import Variant, trainings
+from textguard.schema.results import BASELINE, Layer, RunResult
 
 LABEL_INCHES = 0.13  # the least room in which a layer's name can be read
 WIDEST_INCHES = 24.0
-MARKERS = "osD^vPX*"
 # Light to dark in the order of harm, told apart without colours too.
 OUTCOMES = {
     "masked": ("#e8e8e8", "masked: no trace"),
@@ -24,135 +24,137 @@ OUTCOMES = {
 }
 
 
-def draw_delta_loss(cells: Sequence[Cell], title: str) -> tuple[Figure, pd.DataFrame]:
+def draw_delta_loss(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataFrame]:
     """Mean DeltaLoss per layer, with intervals over injections; with several trainings, their mean and their range."""
-    layers = layer_axis(cells)
+    layers = layer_axis(variants)
     figure, (axes,) = _panels(layers, 1, height=2.7)
     rows = []
-    for number, cell in enumerate(cells):
+    for number, variant in enumerate(variants):
         at = {name: [] for name in layers}
-        for result in cell.results:
+        for result in variant.results:
             for layer in result.layers:
-                at[layer.name].append(layer)
-                rows.append(_row(cell, result.key, layer, exact=layer.exact, **layer.delta_loss.as_json()))
-        shift = 0.5 * ((number + 0.5) / len(cells) - 0.5)
+                at[layer.layer].append(layer)
+                rows.append(_row(variant, result, layer, exact=layer.method == "exact", **layer.delta_loss.as_json()))
+        shift = 0.5 * ((number + 0.5) / len(variants) - 0.5)
         points = [(layers.index(name) + shift, *_point(found)) for name, found in at.items() if found]
         x, y, low, high = np.array(points).T
         # An interval that reaches below 0 has no place on a logarithmic axis: it is cut at a thousandth of the mean.
         bars = [y - np.maximum(low, y / 1000), high - y]
-        style = {"color": cell.colour, "marker": MARKERS[number % len(MARKERS)], "label": cell.variant}
-        axes.errorbar(x, y, yerr=bars, linestyle="none", elinewidth=0.8, **style)
+        axes.errorbar(x, y, yerr=bars, linestyle="none", elinewidth=0.8, **_style(variant))
     injections = sorted(
-        {layer.delta_loss.n for cell in cells for result in cell.results for layer in result.layers if not layer.exact}
+        {
+            layer.delta_loss.n
+            for variant in variants
+            for result in variant.results
+            for layer in result.layers
+            if layer.method == "sampled"
+        }
     )
-    several = any(len(cell.results) > 1 for cell in cells)
+    several = any(len(variant.results) > 1 for variant in variants)
     bars = "lowest to highest training" if several else "interval over injections, cut where it reaches 0; without: exact"
     axes.set(yscale="log", ylabel="mean DeltaLoss (nats)", title=f"{title}: DeltaLoss of faults per layer")
-    _finish(figure, axes, layers, f"{_range(injections)} injections per layer, {trainings(cells)}; bars: {bars}")
+    _finish(figure, axes, layers, f"{_range(injections)} injections per layer, {trainings(variants)}; bars: {bars}")
     axes.legend(ncols=4)
     return figure, pd.DataFrame(rows)
 
 
-def draw_value_ranges(cells: Sequence[Cell], title: str) -> tuple[Figure, pd.DataFrame]:
+def draw_value_ranges(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataFrame]:
     """The largest and the mean absolute value of every layer's outputs, without faults."""
-    layers = layer_axis(cells)
+    layers = layer_axis(variants)
     figure, panels = _panels(layers, 2)
     tables = []
-    for number, cell in enumerate(cells):
-        ranges = [load_ranges(result.key) for result in cell.results]
+    for variant in variants:
+        ranges = [load_ranges(result.run) for result in variant.results]
         tables += [
-            table.assign(run=result.key, variant=cell.variant) for table, result in zip(ranges, cell.results, strict=True)
+            table.assign(run=result.run, variant=variant.key) for table, result in zip(ranges, variant.results, strict=True)
         ]
         means = pd.concat(ranges).groupby("layer", sort=False)[["max_abs", "mean_abs"]].mean()
         x = [layers.index(name) for name in means.index]
-        style = {"color": cell.colour, "marker": MARKERS[number % len(MARKERS)], "label": cell.variant}
         for axes, column in zip(panels, means.columns, strict=True):
-            axes.plot(x, means[column], linewidth=0.8, **style)
+            axes.plot(x, means[column], linewidth=0.8, **_style(variant))
     panels[0].set(yscale="log", ylabel="largest |value|", title=f"{title}: neuron values per layer, without faults")
     panels[1].set(yscale="log", ylabel="mean |value|")
     panels[0].legend(ncols=4)
     images = int(tables[0]["images"].iloc[0])
-    note = f"{images:,} training images, {trainings(cells)}; outputs before activation; only text-guided models have a head"
+    note = f"{images:,} training images, {trainings(variants)}; outputs before activation; only text-guided models have a head"
     _finish(figure, panels[-1], layers, note)
     return figure, pd.concat(tables, ignore_index=True)
 
 
-def draw_range_effect(cells: Sequence[Cell], title: str) -> tuple[Figure, pd.DataFrame]:
+def draw_range_effect(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataFrame]:
     """Each layer's DeltaLoss against its largest value: does the range explain the damage?"""
     figure = Figure(figsize=(4.8, 3.7), layout="constrained")
     axes = figure.add_subplot()
     rows = []
-    for number, cell in enumerate(cells):
+    for variant in variants:
         found = []
-        for result in cell.results:
-            largest = load_ranges(result.key).set_index("layer")["max_abs"]
+        for result in variant.results:
+            largest = load_ranges(result.run).set_index("layer")["max_abs"]
             found += [
-                _row(cell, result.key, layer, max_abs=largest[layer.name], delta_loss=layer.delta_loss.value)
+                _row(variant, result, layer, max_abs=largest[layer.layer], delta_loss=layer.delta_loss.value)
                 for layer in result.layers
             ]
         points = pd.DataFrame(found)
         rank = points["max_abs"].rank().corr(points["delta_loss"].rank())  # NaN where either is constant
         shown = f"{rank:.2f}" if np.isfinite(rank) else "undefined"
-        style = {"color": cell.colour, "marker": MARKERS[number % len(MARKERS)], "alpha": 0.8}
         axes.plot(
             points["max_abs"],
             points["delta_loss"],
             linestyle="none",
-            label=f"{cell.variant}, rank correlation {shown}",
-            **style,
+            alpha=0.8,
+            **_style(variant) | {"label": f"{variant.style.name}, rank correlation {shown}"},
         )
         rows += found
     axes.set(xscale="log", yscale="log", xlabel="largest |value| of a layer, without faults", ylabel="mean DeltaLoss (nats)")
     axes.set_title(f"{title}: value range and damage")
     axes.legend()
-    add_note(figure, f"one point per layer and training, {trainings(cells)}; Spearman's rank correlation")
+    add_note(figure, f"one point per layer and training, {trainings(variants)}; Spearman's rank correlation")
     return figure, pd.DataFrame(rows)
 
 
-def draw_outcomes(cells: Sequence[Cell], title: str) -> tuple[Figure, pd.DataFrame]:
+def draw_outcomes(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataFrame]:
     """What became of the injections into each layer, as shares; of one training per variant."""
-    layers = layer_axis(cells)
-    figure, panels = _panels(layers, len(cells), height=1.2)
+    layers = layer_axis(variants)
+    figure, panels = _panels(layers, len(variants), height=1.2)
     rows = []
-    for axes, cell in zip(panels, cells, strict=True):
-        result = cell.results[0]
-        x = [layers.index(layer.name) for layer in result.layers]
+    for axes, variant in zip(panels, variants, strict=True):
+        result = variant.results[0]
+        x = [layers.index(layer.layer) for layer in result.layers]
         bottom = np.zeros(len(x))
         for outcome, (colour, label) in OUTCOMES.items():
-            share = np.array([100 * layer.outcomes[outcome] for layer in result.layers])
+            share = np.array([100 * getattr(layer.outcomes, outcome) for layer in result.layers])
             axes.bar(x, share, bottom=bottom, width=0.85, color=colour, label=label, linewidth=0)
             bottom += share
-        rows += [_row(cell, result.key, layer, **layer.outcomes) for layer in result.layers]
-        axes.set(ylim=(0, 100), yticks=(0, 50, 100), ylabel=f"{cell.variant}\n(%)")
+        rows += [_row(variant, result, layer, **dict(layer.outcomes)) for layer in result.layers]
+        axes.set(ylim=(0, 100), yticks=(0, 50, 100), ylabel=f"{variant.style.name}\n(%)")
         axes.grid(visible=False)
     panels[0].set_title(f"{title}: what became of the faults", pad=18)
     panels[0].legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 0.98))
-    _finish(figure, panels[-1], layers, f"{_injections(cells)}; {_seeds(cells)}")
+    _finish(figure, panels[-1], layers, f"{_injections(variants)}; {_seeds(variants)}")
     return figure, pd.DataFrame(rows)
 
 
-def draw_bits(cells: Sequence[Cell], title: str) -> tuple[Figure, pd.DataFrame]:
+def draw_bits(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataFrame]:
     """Mean DeltaLoss by layer and bit, as heat maps with one scale; of one training per variant."""
-    layers = layer_axis(cells)
-    bits = max(len(layer.by_bit["delta_loss"]) for cell in cells for layer in cell.results[0].layers)
-    figure, panels = _panels(layers, len(cells), height=0.55 + 0.055 * bits)
+    layers = layer_axis(variants)
+    bits = max(len(layer.by_bit.delta_loss) for variant in variants for layer in variant.results[0].layers)
+    figure, panels = _panels(layers, len(variants), height=0.55 + 0.055 * bits)
     maps, rows = [], []
-    for cell in cells:
+    for variant in variants:
         image = np.full((bits, len(layers)), np.nan)
-        for layer in cell.results[0].layers:
-            image[:, layers.index(layer.name)] = [np.nan if loss is None else loss for loss in layer.by_bit["delta_loss"]]
-            columns = {name: layer.by_bit[name] for name in ("n", "delta_loss", "sdc")}
-            rows.append(pd.DataFrame(columns).assign(bit=range(bits), **_row(cell, cell.results[0].key, layer)))
+        for layer in variant.results[0].layers:
+            image[:, layers.index(layer.layer)] = layer.by_bit.delta_loss
+            rows.append(pd.DataFrame(dict(layer.by_bit)).assign(bit=range(bits), **_row(variant, variant.results[0], layer)))
         maps.append(image)
     positive = np.concatenate([image[image > 0] for image in maps])
     high = positive.max(initial=1e-6)
     norm = LogNorm(max(positive.min(initial=high), high * 1e-8), high, clip=True)
-    for axes, cell, image in zip(panels, cells, maps, strict=True):
+    for axes, variant, image in zip(panels, variants, maps, strict=True):
         axes.set_facecolor("#bdbdbd")
         # Zeros take the darkest colour, and what was never hit shows the ground.
         shown = np.maximum(image, norm.vmin)
         drawn = axes.imshow(shown, norm=norm, cmap="magma", aspect="auto", origin="lower", interpolation="nearest")
-        axes.set(ylabel=f"{cell.variant}\nbit", yticks=[*range(0, bits, 8), bits - 1])
+        axes.set(ylabel=f"{variant.style.name}\nbit", yticks=[*range(0, bits, 8), bits - 1])
         axes.grid(visible=False)
     figure.colorbar(drawn, ax=panels, label="mean DeltaLoss (nats)", pad=0.01)
     panels[0].set_title(f"{title}: DeltaLoss by layer and bit, the highest bit is the sign")
@@ -160,16 +162,16 @@ def draw_bits(cells: Sequence[Cell], title: str) -> tuple[Figure, pd.DataFrame]:
         figure,
         panels[-1],
         layers,
-        f"{_injections(cells)}; {_seeds(cells)}; grey: never hit, or no such layer; infinite losses left out",
+        f"{_injections(variants)}; {_seeds(variants)}; grey: never hit, or no such layer; infinite losses left out",
     )
     return figure, pd.concat(rows, ignore_index=True)
 
 
-def layer_axis(cells: Sequence[Cell]) -> list[str]:
+def layer_axis(variants: Sequence[Variant]) -> list[str]:
     """All layers' names in order of execution; the text-guided head comes last."""
-    results = [(cell.variant, result) for cell in cells for result in cell.results]
-    longest = max(results, key=lambda named: (len(named[1].layers), named[0] != BASELINE))
-    return [layer.name for layer in longest[1].layers]
+    results = [result for variant in variants for result in variant.results]
+    longest = max(results, key=lambda result: (len(result.layers), result.variant != BASELINE))
+    return [layer.layer for layer in longest.layers]
 
 
 def _panels(layers: Sequence[str], count: int, height: float = 2.3) -> tuple[Figure, list[Axes]]:
@@ -192,8 +194,12 @@ def _point(found: Sequence[Layer]) -> tuple[float, float, float]:
     return float(np.mean(values)), min(values), max(values)
 
 
-def _row(cell: Cell, key: str, layer: Layer, **numbers: object) -> dict[str, object]:
-    return {"run": key, "variant": cell.variant, "layer": layer.name, **numbers}
+def _row(variant: Variant, result: RunResult, layer: Layer, **numbers: object) -> dict[str, object]:
+    return {"run": result.run, "variant": variant.key, "layer": layer.layer, **numbers}
+
+
+def _style(variant: Variant) -> dict[str, str]:
+    return {"color": variant.style.colour, "marker": variant.style.marker, "label": variant.style.name}
 
 
 def _range(numbers: Sequence[int]) -> str:
@@ -202,10 +208,10 @@ def _range(numbers: Sequence[int]) -> str:
     return f"n = {numbers[0]:,}" + (f" to {numbers[-1]:,}" if len(numbers) > 1 else "")
 
 
-def _injections(cells: Sequence[Cell]) -> str:
-    counts = sorted({layer.injections for cell in cells for layer in cell.results[0].layers})
+def _injections(variants: Sequence[Variant]) -> str:
+    counts = sorted({layer.injections for variant in variants for layer in variant.results[0].layers})
     return f"{_range(counts)} faults per layer"
 
 
-def _seeds(cells: Sequence[Cell]) -> str:
-    return "one training each, seed " + "/".join(sorted({str(cell.results[0].run.seed) for cell in cells}))
+def _seeds(variants: Sequence[Variant]) -> str:
+    return "one training each, seed " + "/".join(sorted({str(variant.results[0].seed) for variant in variants}))

@@ -21,14 +21,18 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from textguard import __version__
-from textguard.artifacts import read_csv, read_json, read_json_lines, write_text
+from textguard.analysis.files import RESULTS_DIR, TEXTS_DIR, load_cells, load_results, load_text_quality
+from textguard.analysis.regression import compare_all, judge
+from textguard.artifacts import read_csv, read_json_lines, write_text
 from textguard.errors import InvalidArtifact, TextguardError
 from textguard.faults.statistics import Estimate
-from textguard.params import Params, load_params
-from textguard.report.gate import compare_all, read_runs, verdict_table
+from textguard.params import ClassTexts, Params, load_params
+from textguard.report.gate import read_runs, verdict_table
 from textguard.report.published import load_published
-from textguard.report.results import BASELINE, RESULTS_DIR, load_cells, load_run, read_estimate
-from textguard.report.tables import PROPOSED, Table, show_cell, show_estimate, tables_of
+from textguard.report.rendering import Table, show_cell, show_estimate
+from textguard.report.tables import tables_of
+from textguard.report.theme import place_name, variant_name
+from textguard.schema.results import BASELINE, PROPOSED, Cell, RunResult
 
 HERE = Path(__file__).parent
 TABLES = {
@@ -104,8 +108,9 @@ def main(arguments: list[str]) -> int:
     try:
         base, name, page = Path(arguments[0]), arguments[1], Path(arguments[2])
         params = load_params()
-        compared = compare_all(read_runs(base), read_runs(RESULTS_DIR), params.gate)
-        table, _ = verdict_table(compared, params.gate.significance)
+        significance = params.gate.significance
+        judgements = judge(compare_all(read_runs(base), read_runs(RESULTS_DIR), params.gate), significance)
+        table = verdict_table(judgements, significance)
         write_page(page, params, read_revision(), (name, table))
     except TextguardError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -118,7 +123,7 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
 
     compared: the name of another state of the grid, and the gate's table of both.
     """
-    cells, runs = load_cells(params.runs), {key: load_run(key) for key in params.runs}
+    cells, runs = load_cells(params.runs), load_results(params.runs)
     grid = "default" if params.root == "." else Path.cwd().name
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False)
     template = environment.from_string((HERE / "page.html").read_text())
@@ -128,7 +133,7 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
         style=Markup((HERE / "page.css").read_text()),
         script=Markup((HERE / "page.js").read_text()),
         parts=PARTS if compared is None else [PARTS[0], ("compared", "Compared"), *PARTS[1:]],
-        headline=[_headline(cell) for cell in cells if cell["variant"] == PROPOSED] or [_headline(cell) for cell in cells],
+        headline=[_headline(cell) for cell in cells if cell.variant == PROPOSED] or [_headline(cell) for cell in cells],
         remarks=_remarks(cells, runs),
         headline_figures=[
             _picture(Path("plots/figures") / name, title)
@@ -140,7 +145,7 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
         tables=[_table(table, TABLES.get(table.name, table.name)) for table in tables_of(params)],
         figures=_figures(runs),
         runs=[_run(key, run, params) for key, run in runs.items()],
-        texts=[_text(key, params) for key in params.texts],
+        texts=[_text(texts) for texts in params.class_texts.values()],
         commands=_commands(grid, revision),
         parameters=_parameters(params),
         not_run=_not_run(runs, {dataset.source for dataset in params.datasets.values()}),
@@ -148,34 +153,38 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
     write_text(path, content)
 
 
-def _headline(cell: Mapping[str, Any]) -> dict[str, str]:
-    verdict = cell["verdict"]
+def _headline(cell: Cell) -> dict[str, str]:
+    verdict = cell.verdict
     return {
-        "place": f"{cell['backbone']} on {cell['dataset']}",
-        **{name: show_estimate(read_estimate(cell[name])) for name in ("last_layer", "overall")},
-        **{name: show_estimate(read_estimate(cell[name]).times(100)) for name in ("top1", "top1_baseline")},
-        "variant": cell["variant"],
-        "verdict": verdict["overall"],
-        "last_verdict": verdict["last_layer"],
-        "kind": VERDICTS.get(verdict["overall"], ""),
-        "last_kind": VERDICTS.get(verdict["last_layer"], ""),
+        "place": place_name(cell.dataset, cell.backbone),
+        "last_layer": show_estimate(cell.last_layer),
+        "overall": show_estimate(cell.overall),
+        "top1": show_estimate(cell.top1.times(100)),
+        "top1_baseline": show_estimate(cell.top1_baseline.times(100)),
+        "variant": variant_name(cell.variant),
+        "verdict": verdict.overall,
+        "last_verdict": verdict.last_layer,
+        "kind": VERDICTS.get(verdict.overall, ""),
+        "last_kind": VERDICTS.get(verdict.last_layer, ""),
     }
 
 
-def _remarks(cells: Sequence[Mapping[str, Any]], runs: Mapping[str, dict[str, Any]]) -> list[str]:
-    confidence = ", ".join(dict.fromkeys(f"{100 * run['confidence']:g} %" for run in runs.values()))
+def _cell_name(cell: Cell) -> str:
+    return f"{place_name(cell.dataset, cell.backbone)} with {variant_name(cell.variant)}"
+
+
+def _remarks(cells: Sequence[Cell], runs: Mapping[str, RunResult]) -> list[str]:
+    confidence = ", ".join(dict.fromkeys(f"{100 * run.confidence:g} %" for run in runs.values()))
     remarks = [
         f"Brackets are intervals of confidence {confidence}; “exact” means that every fault was tried. "
         "A verdict is “better” or “worse” only where the interval leaves 1 out."
     ]
-    if any(len(cell["seeds"]) == 1 for cell in cells):
+    if any(len(cell.seeds) == 1 for cell in cells):
         remarks.append(
             "Rows with one training say nothing about the spread between trainings, which is in none of their intervals."
         )
     weighed = [
-        f"{cell['backbone']} on {cell['dataset']} with {cell['variant']}, {show_estimate(read_estimate(cell['head']))}"
-        for cell in cells
-        if cell["verdict"]["head"] != cell["verdict"]["last_layer"]
+        f"{_cell_name(cell)}, {show_estimate(cell.head)}" for cell in cells if cell.verdict.head != cell.verdict.last_layer
     ]
     if weighed:
         remarks.append(
@@ -183,11 +192,7 @@ def _remarks(cells: Sequence[Mapping[str, Any]], runs: Mapping[str, dict[str, An
             "(statistics.last_layer_weights). The head alone, against the baseline's last layer, has another verdict for "
             f"{'; '.join(weighed)}."
         )
-    changed = [
-        f"{cell['backbone']} on {cell['dataset']} with {cell['variant']}"
-        for cell in cells
-        if len({read_estimate(found["overall"]).value > 1 for found in cell["detectors"].values()}) > 1
-    ]
+    changed = [_cell_name(cell) for cell in cells if len({found.overall.value > 1 for found in cell.detectors.values()}) > 1]
     if changed:
         remarks.append(
             "The range detector decides whether the mean over all layers got better or worse for "
@@ -196,16 +201,16 @@ def _remarks(cells: Sequence[Mapping[str, Any]], runs: Mapping[str, dict[str, An
     return remarks
 
 
-def _facts(params: Params, runs: Mapping[str, dict[str, Any]], grid: str, revision: Revision) -> list[tuple[str, str]]:
+def _facts(params: Params, runs: Mapping[str, RunResult], grid: str, revision: Revision) -> list[tuple[str, str]]:
     inject, faults = params.inject, params.inject.faults
-    sampled = sum(run["plan"]["injections"] for run in runs.values())
-    enumerated = sum(run["plan"]["enumerated"] for run in runs.values())
-    plans = ", ".join(dict.fromkeys(run["plan"]["plan"] for run in runs.values()))
+    sampled = sum(run.plan.injections for run in runs.values())
+    enumerated = sum(run.plan.enumerated for run in runs.values())
+    plans = ", ".join(dict.fromkeys(run.plan.plan for run in runs.values()))
     return [
-        ("Grid", f"{grid}: {len(runs)} trainings of {', '.join(dict.fromkeys(run['backbone'] for run in runs.values()))}"),
-        ("Data", ", ".join(dict.fromkeys(run["dataset"] for run in runs.values()))),
+        ("Grid", f"{grid}: {len(runs)} trainings of {', '.join(dict.fromkeys(run.backbone for run in runs.values()))}"),
+        ("Data", ", ".join(dict.fromkeys(run.dataset for run in runs.values()))),
         ("Code", str(revision)),
-        ("Device", "; ".join(dict.fromkeys(run["settings"]["device"] for run in runs.values()))),
+        ("Device", "; ".join(dict.fromkeys(run.settings["device"] for run in runs.values()))),
         ("Faults", f"{faults.operation}, {faults.bits} bit(s) in {faults.values} {faults.target}(s), {inject.format}"),
         ("Campaigns", f"plan {plans}, seed {inject.seed}: {sampled:,} injections, and {enumerated:,} faults enumerated"),
         ("Detectors", ", ".join(dict.fromkeys([inject.detector, *inject.compare_detectors]))),
@@ -233,16 +238,16 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _figures(runs: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _figures(runs: Mapping[str, RunResult]) -> list[dict[str, Any]]:
     groups = []
-    for dataset, backbone in dict.fromkeys((run["dataset"], run["backbone"]) for run in runs.values()):
-        stem = f"{dataset}-{backbone}"
+    for dataset, backbone in dict.fromkeys((run.dataset, run.backbone) for run in runs.values()):
+        stem, place = f"{dataset}-{backbone}", place_name(dataset, backbone)
         pictures = [
-            _picture(Path("plots/figures") / f"{name}-{stem}", f"{title}, {backbone} on {dataset}")
+            _picture(Path("plots/figures") / f"{name}-{stem}", f"{title}, {place}")
             for name, title in FIGURES.items()
             if (Path("plots/figures") / f"{name}-{stem}.png").exists()
         ]
-        groups.append({"id": _id(f"figures-{stem}"), "title": f"{backbone} on {dataset}", "pictures": pictures})
+        groups.append({"id": _id(f"figures-{stem}"), "title": place, "pictures": pictures})
     return groups
 
 
@@ -259,52 +264,55 @@ def _picture(stem: Path, title: str) -> dict[str, Any]:
     return {"id": _id(str(stem)), "source": source, "title": title, "caption": f"{title}.", "numbers": numbers, **size}
 
 
-def _run(key: str, run: Mapping[str, Any], params: Params) -> dict[str, Any]:
-    overall, last = run["overall"], run["last_layer"]
+def _run(key: str, run: RunResult, params: Params) -> dict[str, Any]:
     facts = [
-        ("Parameters", f"{run['parameters']:,}"),
-        ("Multiply-adds per image", f"{run['multiply_adds']:,}"),
-        ("Top2Diff", show_estimate(read_estimate(run["top2diff"]))),
-        ("DeltaLoss, last layer", f"{show_estimate(read_estimate(last['delta_loss']))} nats"),
-        ("DeltaLoss by neurons", f"{show_estimate(read_estimate(overall['delta_loss_by_neurons']))} nats"),
-        ("FIT", show_estimate(read_estimate(overall["fit"]))),
-        ("Largest logit, scale", f"{run['largest_logit']:.3g}, {run['scale']:.3g}"),
-        ("Images", f"{run['plan']['eligible_images']:,} predicted right without faults"),
-        ("Recipe, seed", f"{params.runs[key].recipe}, {run['seed']}"),
-        ("Fingerprint", run["settings"]["inputs"]),
+        ("Parameters", f"{run.parameters:,}"),
+        ("Multiply-adds per image", f"{run.multiply_adds:,}"),
+        ("Top2Diff", show_estimate(run.top2diff)),
+        ("DeltaLoss, last layer", f"{show_estimate(run.last_layer.delta_loss)} nats"),
+        ("DeltaLoss by neurons", f"{show_estimate(run.overall.delta_loss_by_neurons)} nats"),
+        ("FIT", show_estimate(run.overall.fit)),
+        ("Largest logit, scale", f"{run.largest_logit:.3g}, {run.scale:.3g}"),
+        ("Images", f"{run.plan.eligible_images:,} predicted right without faults"),
+        ("Recipe, seed", f"{params.backbones[run.backbone].recipe}, {run.seed}"),
+        ("Fingerprint", run.settings["inputs"]),
     ]
     return {
         "key": key,
-        "top1": show_estimate(read_estimate(run["top1"]).times(100)),
-        "overall": show_estimate(read_estimate(overall["delta_loss"])),
-        "sdc": show_estimate(read_estimate(overall["sdc"]).times(100)),
+        "top1": show_estimate(run.top1.times(100)),
+        "overall": show_estimate(run.overall.delta_loss),
+        "sdc": show_estimate(run.overall.sdc.times(100)),
         "facts": facts,
-        "layers": _table(_layers(key, run), f"Layers of {key}"),
+        "layers": _table(_layers(run), f"Layers of {key}"),
         "command": f"dvc repro inject@{key}",
     }
 
 
-def _layers(key: str, run: Mapping[str, Any]) -> Table:
-    guided = run["variant"] != BASELINE
+def _layers(run: RunResult) -> Table:
     headers = ["Layer", "Kind", "Neurons", "Faults", "DeltaLoss (nats)", "SDC (%)", "Masked (%)"]
-    rows = []
-    for layer in run["layers"]:
-        row = [layer["layer"], layer["kind"], layer["neurons"], layer["injections"], read_estimate(layer["delta_loss"])]
-        row += [read_estimate(layer["sdc"]).times(100), f"{100 * layer['outcomes']['masked']:.1f}"]
-        if guided:
-            better = layer.get("improvement")
-            row.append(read_estimate(better) if better else "no such layer")
-        rows.append(row)
-    return Table(f"layers-{key}", "In order of execution.", headers + ["Improvement (x)"] * guided, rows)
+    rows = [
+        [
+            layer.layer,
+            layer.kind,
+            layer.neurons,
+            layer.injections,
+            layer.delta_loss,
+            layer.sdc.times(100),
+            f"{100 * layer.outcomes.masked:.1f}",
+        ]
+        for layer in run.layers
+    ]
+    if run.variant != BASELINE:
+        headers.append("Improvement (x)")
+        rows = [[*row, layer.improvement or "no such layer"] for row, layer in zip(rows, run.layers, strict=True)]
+    return Table(f"layers-{run.run}", "In order of execution.", headers, rows)
 
 
-def _text(key: str, params: Params) -> dict[str, Any]:
-    text, path = params.texts[key], Path("prompts") / key / "responses.jsonl"
-    answers = read_json_lines(path, "responses")
-    fields = ("answers", "embedded", "classes", "mean_pairwise_cosine", "encoder")
-    quality = read_json(Path("metrics/texts") / f"{key}.json", "text_quality", fields)
+def _text(texts: ClassTexts) -> dict[str, Any]:
+    key, text, path = texts.key, texts.params, Path("prompts") / texts.key / "responses.jsonl"
+    answers, quality = read_json_lines(path, "responses"), load_text_quality(key)
     columns = ["class", "answers", "embedded", "words", "spread", "nearest_wrong", "cosine"]
-    classes = read_csv(Path("metrics/texts") / f"{key}.csv", "text_quality", columns[:1], ["answers", "spread", "cosine"])
+    classes = read_csv(TEXTS_DIR / f"{key}.csv", "text_quality", columns[:1], ["answers", "spread", "cosine"])
     said: dict[str, list[str]] = {}
     for answer in answers:
         said.setdefault(answer["class_name"], []).append(answer["text"])
@@ -317,10 +325,10 @@ def _text(key: str, params: Params) -> dict[str, Any]:
             ("Questions", " / ".join(text.questions[: text.limit_questions or None])),
             (
                 "Texts",
-                f"{quality['answers']:,}, of which {quality['embedded']:,} were embedded, for {quality['classes']:,} classes",
+                f"{quality.answers:,}, of which {quality.embedded:,} were embedded, for {quality.classes:,} classes",
             ),
-            ("Mean cosine of two classes", f"{quality['mean_pairwise_cosine']:.3f}"),
-            ("Encoder", str(quality["encoder"])),
+            ("Mean cosine of two classes", f"{quality.mean_pairwise_cosine:.3f}"),
+            ("Encoder", quality.encoder),
         ],
         "pictures": [
             _picture(pictures / name, f"{title}, {key}")
@@ -359,21 +367,21 @@ def _parameters(params: Params) -> str:
     return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
 
 
-def _not_run(runs: Mapping[str, dict[str, Any]], sources: set[str]) -> list[str]:
+def _not_run(runs: Mapping[str, RunResult], sources: set[str]) -> list[str]:
     published = [row for row in load_published() if row.source == "paper"]
     lines = []
     for what, of_paper, here in (
         ("data sets", {row.dataset for row in published}, sources),
-        ("backbones", {row.backbone for row in published}, {run["backbone"] for run in runs.values()}),
+        ("backbones", {row.backbone for row in published}, {run.backbone for run in runs.values()}),
     ):
         if missing := sorted(of_paper - here):
             lines.append(
                 f"Of the paper's {len(of_paper)} {what}: {', '.join(missing)}. This grid's params.yaml does not name them."
             )
-    if all(run["variant"] == BASELINE for run in runs.values()):
+    if all(run.variant == BASELINE for run in runs.values()):
         lines.append("Any text-guided classifier.")
     for key, run in runs.items():
-        lines += [f"{key}: faults in {layer}: {reason}." for layer, reason in run["skipped"].items()]
+        lines += [f"{key}: faults in {layer}: {reason}." for layer, reason in run.skipped.items()]
     return lines or ["Nothing of what the paper ran is missing."]
 
 

@@ -7,38 +7,41 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from textguard.report.cells import Cell, trainings
+from textguard.analysis.files import load_threshold_curve
 from textguard.report.drawing import add_note
-from textguard.report.results import BASELINE, load_threshold_curve
+from textguard.report.variants import Variant, trainings
+from textguard.schema.results import BASELINE
 
 
-def draw_accuracy(cells: Sequence[Cell], title: str) -> tuple[Figure, pd.DataFrame]:
+def draw_accuracy(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataFrame]:
     """Accuracy against the least Top2Diff that a prediction must have to count as right."""
     figure = Figure(figsize=(5.2, 3.6), layout="constrained")
     axes = figure.add_subplot()
     tables, curves = [], {}
-    for cell in cells:
-        own = [load_threshold_curve(result.key) for result in cell.results]
-        tables += [curve.assign(run=result.key, variant=cell.variant) for curve, result in zip(own, cell.results, strict=True)]
+    for variant in variants:
+        own = [load_threshold_curve(result.run) for result in variant.results]
+        tables += [
+            curve.assign(run=result.run, variant=variant.key) for curve, result in zip(own, variant.results, strict=True)
+        ]
         thresholds = own[0]["threshold_percent"].to_numpy(float)
         accuracies = np.array([curve["accuracy_percent"] for curve in own])
-        curves[cell.variant] = accuracies.mean(axis=0)
-        axes.plot(thresholds, curves[cell.variant], color=cell.colour, linewidth=1.4, label=cell.variant)
+        curves[variant.key] = accuracies.mean(axis=0)
+        axes.plot(thresholds, curves[variant.key], color=variant.style.colour, linewidth=1.4, label=variant.style.name)
         if len(own) > 1:
             axes.fill_between(
-                thresholds, accuracies.min(axis=0), accuracies.max(axis=0), color=cell.colour, alpha=0.2, linewidth=0
+                thresholds, accuracies.min(axis=0), accuracies.max(axis=0), color=variant.style.colour, alpha=0.2, linewidth=0
             )
-    for cell in cells:
-        if cell.variant != BASELINE and BASELINE in curves:
-            for at, accuracy in crossings(thresholds, curves[BASELINE], curves[cell.variant]):
-                axes.plot(at, accuracy, marker="o", markersize=6, markerfacecolor="none", color=cell.colour)
+    for variant in variants:
+        if variant.key != BASELINE and BASELINE in curves:
+            for at, accuracy in crossings(thresholds, curves[BASELINE], curves[variant.key]):
+                axes.plot(at, accuracy, marker="o", markersize=6, markerfacecolor="none", color=variant.style.colour)
                 axes.annotate(f"{at:.0f} %", (at, accuracy), xytext=(4, 5), textcoords="offset points", fontsize=7)
     axes.set(xlabel="Top2Diff threshold (%): predictions below it count as wrong", ylabel="top-1 accuracy (%)")
     axes.set_title(f"{title}: accuracy against Top2Diff")
     axes.legend()
-    band = "; bands: lowest to highest" if any(len(cell.results) > 1 for cell in cells) else ""
-    images = cells[0].results[0].top1.n
-    note = f"n = {images:,} test images, {trainings(cells)} per line{band}; circles: last crossing with the baseline"
+    band = "; bands: lowest to highest" if any(len(variant.results) > 1 for variant in variants) else ""
+    images = variants[0].results[0].top1.n
+    note = f"n = {images:,} test images, {trainings(variants)} per line{band}; circles: last crossing with the baseline"
     add_note(figure, note)
     return figure, pd.concat(tables, ignore_index=True)
 
@@ -57,19 +60,19 @@ def crossings(thresholds: np.ndarray, baseline: np.ndarray, guided: np.ndarray) 
     return [(float(at), float(guided[last] + share * (guided[last + 1] - guided[last])))]
 
 
-def draw_convergence(cells: Sequence[Cell], title: str) -> tuple[Figure, pd.DataFrame]:
+def draw_convergence(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataFrame]:
     """The mean DeltaLoss of the sampled layers and its interval, after fewer injections; of one training per variant."""
     figure = Figure(figsize=(5.2, 3.6), layout="constrained")
     axes = figure.add_subplot()
     tables = []
-    for cell in cells:
-        points = pd.DataFrame(cell.results[0].convergence)
+    for variant in variants:
+        points = pd.DataFrame(point.as_json() for point in variant.results[0].convergence)
         if points.empty:
             continue
         count, low = points["injections_per_layer"], points["low"].clip(lower=points["value"] / 1000)
-        axes.plot(count, points["value"], color=cell.colour, marker="o", linewidth=1.2, label=cell.variant)
-        axes.fill_between(count, low, points["high"], color=cell.colour, alpha=0.2, linewidth=0)
-        tables.append(points.assign(run=cell.results[0].key, variant=cell.variant))
+        axes.plot(count, points["value"], color=variant.style.colour, marker="o", linewidth=1.2, label=variant.style.name)
+        axes.fill_between(count, low, points["high"], color=variant.style.colour, alpha=0.2, linewidth=0)
+        tables.append(points.assign(run=variant.results[0].run, variant=variant.key))
     axes.set(xlabel="injections per layer", ylabel="DeltaLoss, mean of sampled layers (nats)", yscale="log")
     axes.set_title(f"{title}: convergence")
     if tables:

@@ -1,9 +1,9 @@
 """How many times better one classifier takes faults than another: ratios of means, with bootstrap intervals.
 
-Both campaigns share their plan as far as their layers correspond, so injections are resampled in pairs. As everywhere, limits
-allow for what was not seen: the upper limit is that of a numerator with one more injection, which does twice the worst seen,
-the lower that of such a denominator. tests/test_statistics.py holds intervals for 99 % to covering the truth in 97.5 % of
-campaigns, on DeltaLoss as skewed as ours; without the unseen injection they do not.
+Injections are resampled in pairs, because both campaigns share their plan as far as their layers correspond. The limits allow
+for what was not seen. The upper limit is that of a numerator with one more injection, which does twice the worst that was seen;
+the lower limit is that of a denominator with one. On DeltaLoss as skewed as ours, intervals for 99 % cover the truth in 97.5 %
+of campaigns (tests/test_statistics.py); without the unseen injection they do not.
 """
 
 import math
@@ -27,7 +27,7 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class Improvement:
+class Ratio:
     """baseline / guided, above 1 is better. log: the draws of its logarithm."""
 
     estimate: Estimate
@@ -90,11 +90,11 @@ def weigh(draws: Sequence[Draws], weights: Sequence[float]) -> Draws:
     return Draws(value, plain, plain + max(changes, key=np.mean), sum(draw.n for draw in draws))
 
 
-def improvement(baseline: Draws, guided: Draws, confidence: float) -> Improvement:
+def improvement(baseline: Draws, guided: Draws, confidence: float) -> Ratio:
     """Baseline / guided with its interval; NaN where one of them is not above 0."""
     count = min(baseline.n, guided.n)
     if not (baseline.value > 0 and guided.value > 0):
-        return Improvement(Estimate(math.nan, math.nan, math.nan, count), np.full(len(baseline.plain), np.nan))
+        return Ratio(Estimate(math.nan, math.nan, math.nan, count), np.full(len(baseline.plain), np.nan))
     with np.errstate(divide="ignore"):
         plain, low, high = (
             np.log(numerator) - np.log(denominator)
@@ -109,10 +109,10 @@ def improvement(baseline: Draws, guided: Draws, confidence: float) -> Improvemen
     limits = [float(np.exp(np.quantile(low, tail))), float(np.exp(np.quantile(high, 1 - tail)))]
     # Of exact means, what exp and log leave of the ratio is not a spread.
     limits = [value if math.isclose(limit, value, rel_tol=1e-12) else limit for limit in limits]
-    return Improvement(Estimate(value, min(limits[0], value), max(limits[1], value), count), plain)
+    return Ratio(Estimate(value, min(limits[0], value), max(limits[1], value), count), plain)
 
 
-def across(improvements: Sequence[Improvement], confidence: float) -> Estimate:
+def across(improvements: Sequence[Ratio], confidence: float) -> Estimate:
     """The geometric mean over trainings, one improvement each: injections and, if there are several, trainings resampled."""
     if len(improvements) == 1:
         return improvements[0].estimate

@@ -1,13 +1,13 @@
 """What lies behind the means of a campaign: bits, outcomes, and how an estimate settles as injections come in."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from textguard.faults.statistics import average, mean_interval
 from textguard.faults.summary import Totals, summarise
+from textguard.schema.results import ByBit, Convergence, Outcomes
 
 FIRST_POINT = 8  # injections per layer at which convergence is shown first; then twice as many, and so on
 
@@ -40,13 +40,8 @@ def sums_of_totals(totals: Totals) -> pd.DataFrame:
     return pd.DataFrame({"n": totals.faults, "weight": totals.faults, **known})
 
 
-def describe_layer(sums: pd.DataFrame, strata: int) -> dict[str, Any]:
-    """One layer's outcomes and bits, from sums by bit. strata: as in campaign.json, 0 where bits were drawn at random.
-
-    Returns outcomes (shares of all injections: masked, left no trace; benign, same class; sdc, another class; nonfinite, a NaN
-    or infinite loss) and by_bit (lists over bits, lowest first: n; mean delta_loss of finite losses, nats; sdc, the share of
-    changed classes or non-finite losses; null where a bit was never hit).
-    """
+def describe_layer(sums: pd.DataFrame, strata: int) -> tuple[Outcomes, ByBit]:
+    """One layer's outcomes and bits, from sums by bit. strata: as in campaign.json, 0 where bits were drawn at random."""
     counts = sums[["masked", "mismatches", "nonfinite"]]
     if strata:  # each bit is one stratum, of the same share
         masked, sdc, nonfinite = counts.div(sums["weight"], axis=0).mean()
@@ -56,13 +51,13 @@ def describe_layer(sums: pd.DataFrame, strata: int) -> dict[str, Any]:
         delta_loss = sums["delta_loss"] / (sums["weight"] - sums["nonfinite"])
         bad = (sums["mismatches"] + sums["nonfinite"]) / sums["weight"]
     shares = {"masked": masked, "benign": 1 - masked - sdc - nonfinite, "sdc": sdc, "nonfinite": nonfinite}
-    return {
-        "outcomes": {name: round(max(0.0, float(share)), 6) for name, share in shares.items()},
-        "by_bit": {"n": sums["n"].astype(int).tolist(), "delta_loss": _short(delta_loss), "sdc": _short(bad)},
-    }
+    return (
+        Outcomes(**{name: round(max(0.0, float(share)), 6) for name, share in shares.items()}),
+        ByBit(n=sums["n"].astype(int).tolist(), delta_loss=_short(delta_loss), sdc=_short(bad)),
+    )
 
 
-def convergence(records: pd.DataFrame, neurons: Mapping[str, int], nonfinite: str, confidence: float) -> list[dict[str, Any]]:
+def convergence(records: pd.DataFrame, neurons: Mapping[str, int], nonfinite: str, confidence: float) -> list[Convergence]:
     """The mean DeltaLoss of the sampled layers after the first 8, 16, ... injections into each.
 
     records: with bits drawn at random. nonfinite: see `summarise`. Returns one entry per number of injections.
@@ -73,9 +68,9 @@ def convergence(records: pd.DataFrame, neurons: Mapping[str, int], nonfinite: st
     for count in counts:
         layers = summarise(records[records["index"] < count], dict(neurons), 0, nonfinite).values()
         estimate = mean_interval(average([layer.delta_loss for layer in layers]), confidence)
-        points.append({"injections_per_layer": count, **estimate.as_json()})
+        points.append(Convergence(injections_per_layer=count, **vars(estimate)))
     return points
 
 
-def _short(values: pd.Series) -> list[float | None]:
-    return [float(f"{value:.6g}") if np.isfinite(value) else None for value in values]
+def _short(values: pd.Series) -> list[float]:
+    return [float(f"{value:.6g}") for value in values]

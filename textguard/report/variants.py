@@ -3,21 +3,22 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from textguard.report.results import Result
+from textguard.report.theme import Style
+from textguard.schema.results import RunResult
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One variant of a backbone on a data set: its runs differ in their seeds alone. colour: #rrggbb, everywhere the same."""
+class Variant:
+    """One variant of a backbone on a data set: its runs differ in their seeds alone."""
 
-    variant: str
-    colour: str
-    results: Sequence[Result]
+    key: str
+    style: Style
+    results: Sequence[RunResult]
 
 
-def trainings(cells: Sequence[Cell]) -> str:
+def trainings(variants: Sequence[Variant]) -> str:
     """How many trainings are behind a point, for captions."""
-    return count_trainings(len(cell.results) for cell in cells)
+    return count_trainings(len(variant.results) for variant in variants)
 
 
 def count_trainings(counts: Iterable[int]) -> str:

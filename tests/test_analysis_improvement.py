@@ -1,0 +1,55 @@
+"""Ratios of DeltaLoss and their intervals."""
+
+import math
+
+import numpy as np
+import pytest
+
+from textguard.analysis.improvement import across, draw_pairs, improvement, verdict, weigh
+from textguard.faults.statistics import Estimate, exact, sample_mean
+from textguard.faults.summary import LayerResult
+
+
+def layer_result(values: np.ndarray | float) -> LayerResult:
+    if isinstance(values, float):
+        mean, strata = exact(values, 100), []
+    else:
+        mean, strata = sample_mean([values], [1.0], [2 * values.max()]), [values]
+    return LayerResult("x", 1, "sampled", 100, 0, 0, 0, mean, mean, mean, mean, np.ones(len(strata)), strata)
+
+
+def test_shared_injections_narrow_an_improvement():
+    draw = np.random.default_rng(0)
+    base = draw.exponential(1.0, 2000)
+    widths = []
+    for other in (base * 0.5 + draw.exponential(0.01, 2000), draw.permutation(base) * 0.5 + draw.exponential(0.01, 2000)):
+        pairs = draw_pairs([layer_result(base)], [layer_result(other)], 500, seed=1)
+        found = improvement(pairs[0][0], pairs[1][0], 0.99).estimate
+        assert found.low < 2 < found.high
+        widths.append(math.log(found.high / found.low))
+    assert widths[0] < widths[1] / 2
+
+
+def test_exact_layers_give_exact_improvements():
+    pairs = draw_pairs([layer_result(3.0), layer_result(1.0)], [layer_result(1.0), layer_result(0.5)], 200, seed=1)
+    found = improvement(weigh(pairs[0], [1, 1]), weigh(pairs[1], [1, 1]), 0.99).estimate
+    assert found == Estimate(pytest.approx(4 / 1.5), pytest.approx(4 / 1.5), pytest.approx(4 / 1.5), 200)
+    assert verdict(found, 0.99) == "better"
+    nothing = improvement(pairs[0][0], draw_pairs([], [layer_result(0.0)], 200, seed=1)[1][0], 0.99).estimate
+    assert math.isnan(nothing.value)
+    assert verdict(nothing, 0.99) == "not separable at 99%"
+
+
+def test_several_trainings_widen_an_improvement():
+    draw = np.random.default_rng(0)
+    found = []
+    for factor in (2.0, 4.0, 8.0):
+        base, guided = draw.exponential(factor, 3000), draw.exponential(1.0, 3000)
+        pairs = draw_pairs([layer_result(base)], [layer_result(guided)], 300, seed=1)
+        found.append(improvement(pairs[0][0], pairs[1][0], 0.99))
+    assert across(found[:1], 0.99) == found[0].estimate
+    together = across(found, 0.99)
+    assert together.value == pytest.approx(4.0, rel=0.1)
+    assert together.low < 2
+    assert together.high > 8
+    assert verdict(together, 0.99) == "not separable at 99%"

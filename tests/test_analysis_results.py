@@ -1,0 +1,221 @@
+"""Estimates from stored records: of runs, of cells beside their baselines, and the grid's summary."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from stored_grid import BASELINE_LAYERS, GUIDED_LAYERS, INJECTIONS, STATISTICS, run_of, store
+from textguard.analysis.breakdown import describe_layer, sums_by_bit
+from textguard.analysis.files import load_cells, load_result
+from textguard.analysis.results import write_results
+from textguard.artifacts import write_parquet
+from textguard.errors import InvalidArtifact, InvalidParameter
+from textguard.faults.statistics import Estimate
+from textguard.params import StatisticsParams
+from textguard.schema.base import Measured
+from textguard.schema.results import ByBit, Outcomes, UnderDetector, Verdicts
+
+
+def test_every_number_of_a_run_has_an_interval(runs):
+    run = load_result("d-resnet18-baseline-0")
+    conv, last = run.layers
+    assert (conv.method, conv.injections, conv.detected) == ("sampled", 200, 10)
+    assert conv.delta_loss.low < conv.delta_loss.value < conv.delta_loss.high
+    assert conv.delta_loss.value == pytest.approx(0.2, rel=0.3)
+    assert conv.sdc.low < conv.sdc.value == 0.1 < conv.sdc.high
+    assert (last.method, last.injections) == ("exact", 3200)
+    assert last.delta_loss == Measured(3.0, 3.0, 3.0, 3200)
+    assert last.sdc.value == 0.2
+    overall = run.overall
+    assert overall.delta_loss.value == pytest.approx((conv.delta_loss.value + 3.0) / 2)
+    assert overall.delta_loss_by_neurons.value == pytest.approx((100 * conv.delta_loss.value + 10 * 3.0) / 110)
+    assert overall.sdc.value == pytest.approx(0.15)
+    assert overall.sdc.low < 0.15 < overall.sdc.high
+    assert run.top1.value == 0.97
+    assert (run.largest_logit, load_result("d-resnet18-descriptions-0").largest_logit) == (3.0, 12 * 4.0)
+
+
+def test_the_parts_of_a_sample_average_to_its_estimate(runs):
+    run = load_result("d-resnet18-baseline-0")
+    conv, last = run.layers
+    assert len(run.top1.blocks) == len(conv.delta_loss.blocks) == len(conv.sdc.blocks) == 32
+    assert np.mean(conv.delta_loss.blocks) == pytest.approx(conv.delta_loss.value, rel=0.05)
+    assert last.delta_loss.blocks is None
+    overall = np.array(run.overall.delta_loss.blocks)
+    assert overall == pytest.approx((np.array(conv.delta_loss.blocks) + last.delta_loss.value) / 2, rel=1e-4)
+    assert run.last_layer.delta_loss.blocks is None
+
+
+def test_failures_in_time_come_from_bits_neurons_and_sdc(runs):
+    run = load_result("d-resnet18-baseline-0")
+    conv, last = run.layers
+    assert conv.fit.value == pytest.approx(2e-5 * 32 * 100 * 0.1)
+    assert last.fit.value == pytest.approx(2e-5 * 32 * 10 * 0.2)
+    assert run.overall.fit.value == pytest.approx(conv.fit.value + last.fit.value)
+    write_results(runs, StatisticsParams(0.99, 300, "goldeneye", "neurons", 2e-5, "multiply_adds"))
+    assert load_result("d-resnet18-baseline-0").layers[0].fit.value == pytest.approx(2 * conv.fit.value)
+
+
+def test_a_layer_without_sdc_has_a_bound_for_its_failures(runs):
+    file = Path("metrics/records/d-resnet18-baseline-0/injections.parquet")
+    write_parquet(file, pd.read_parquet(file).assign(mismatch=False))
+    write_results(runs, STATISTICS)
+    fit = load_result("d-resnet18-baseline-0").layers[0].fit
+    assert math.isnan(fit.value)
+    assert fit.high > 0
+
+
+def test_the_last_layer_is_the_weighted_mean_of_latent_layer_and_head(runs):
+    def last_layer(weights: str) -> float:
+        write_results(runs, StatisticsParams(0.99, 300, "goldeneye", weights, 2e-5, "neurons"))
+        assert load_result("d-resnet18-baseline-0").last_layer.delta_loss.value == 3.0
+        return load_result("d-resnet18-descriptions-0").last_layer.delta_loss.value
+
+    latent = load_result("d-resnet18-descriptions-0").layers[1].delta_loss.value
+    assert last_layer("neurons") == pytest.approx(0.9 * latent + 0.1 * 1.2)
+    assert last_layer("equal") == pytest.approx((latent + 1.2) / 2)
+    assert last_layer("head_only") == 1.2
+
+
+def test_improvement_is_baseline_over_guided_with_interval_and_verdict(runs):
+    baseline, guided = load_result("d-resnet18-baseline-0"), load_result("d-resnet18-descriptions-0")
+    assert baseline.improvement is None
+    found = guided.improvement
+    expected = baseline.overall.delta_loss.value / guided.overall.delta_loss.value
+    assert found.overall.value == pytest.approx(expected)
+    assert found.overall.low < expected < found.overall.high
+    assert found.verdict == Verdicts(overall="better", last_layer="better", head="better")
+    assert found.head.value == pytest.approx(3.0 / 1.2)  # both are enumerated
+    assert found.top2diff.value == pytest.approx(0.05)
+    by_layer = [layer.improvement for layer in guided.layers]
+    assert by_layer[0].value == pytest.approx(2.0, rel=0.5)
+    assert by_layer[2] is None  # the baseline has no such layer
+
+
+def test_non_finite_losses_are_left_out_or_capped_and_never_forgotten(runs):
+    def off(nonfinite: str) -> UnderDetector:
+        write_results(runs, StatisticsParams(0.99, 300, nonfinite, "neurons", 2e-5, "neurons"))
+        return load_result("d-resnet18-baseline-0").detectors["off"]
+
+    left_out, capped = off("goldeneye"), off("cap:50")
+    assert left_out.nonfinite.value == capped.nonfinite.value == pytest.approx(0.05 / 2)  # 10 of 200, in one of 2 layers
+    assert left_out.overall.sdc.value == capped.overall.sdc.value == pytest.approx((0.1 + 0.2) / 2)
+    assert capped.overall.delta_loss.value > left_out.overall.delta_loss.value + 1
+    for policy in ("cap", "cap:-1", "cap:x", "none"):
+        with pytest.raises(InvalidParameter, match=r"statistics\.nonfinite is .*; allowed: goldeneye, or cap:X"):
+            off(policy)
+
+
+def test_seeds_of_a_cell_share_a_row(runs, tmp_path):
+    for seed in (1, 2):
+        for variant, layers in (("baseline", BASELINE_LAYERS), ("descriptions", GUIDED_LAYERS)):
+            key = f"d-resnet18-{variant}-s{seed}"
+            runs[key] = run_of("d", "resnet18", variant, seed)
+            store(key, runs[key], layers, 90 + seed, 10 + seed)
+    write_results(runs, STATISTICS)
+    cells = load_cells(runs)
+    assert [(cell.variant, cell.seeds) for cell in cells] == [("template", [0]), ("descriptions", [0, 1, 2])]
+    top1 = cells[1].top1
+    assert top1.value == pytest.approx((0.97 + 0.91 + 0.92) / 3)
+    assert top1.low < 0.8
+    assert cells[1].overall.low < cells[1].overall.value < cells[1].overall.high
+
+
+def test_the_summary_keeps_networks_apart(runs):
+    """A second network that lacks a variant, and whose numbers are others, changes no number of the first."""
+    before = json.loads(Path("metrics/summary.json").read_text())["d"]["resnet18"]
+    for variant, layers in (("baseline", {"conv1": (100, 9.0), "fc": (10, 30.0)}), ("descriptions", GUIDED_LAYERS)):
+        key = f"d-alexnet-{variant}-0"
+        runs[key] = run_of("d", "alexnet", variant)
+        store(key, runs[key], layers, 50)
+    write_results(runs, STATISTICS)
+    summary = json.loads(Path("metrics/summary.json").read_text())
+    assert {dataset: {name: list(lines) for name, lines in networks.items()} for dataset, networks in summary.items()} == {
+        "d": {"resnet18": ["baseline", "template", "descriptions"], "alexnet": ["baseline", "descriptions"]},
+        "e": {"alexnet": ["baseline"]},
+    }
+    assert summary["d"]["resnet18"] == before
+    assert list(before["baseline"]) == list(summary["e"]["alexnet"]["baseline"]) == ["top1", "sdc", "dl"]
+    assert list(before["template"]) == ["top1", "sdc", "dl", "x_last", "x_all"]
+    cells = {(cell.backbone, cell.variant): cell for cell in load_cells(runs)}
+    for backbone, lines in summary["d"].items():
+        line, cell = lines["descriptions"], cells[backbone, "descriptions"]
+        assert [line["x_last"], line["x_all"]] == pytest.approx([cell.last_layer.value, cell.overall.value], rel=1e-5)
+    assert summary["d"]["alexnet"]["descriptions"]["x_last"] > 2 * before["descriptions"]["x_last"]
+
+
+def test_the_summary_averages_over_seeds(runs):
+    for seed, correct in ((1, 90), (2, 80)):
+        key = f"e-alexnet-baseline-s{seed}"
+        runs[key] = run_of("e", "alexnet", "baseline", seed)
+        store(key, runs[key], {"conv1": (100, 0.2), "fc": (10, 1.0)}, correct, seed)
+    write_results(runs, STATISTICS)
+    line = json.loads(Path("metrics/summary.json").read_text())["e"]["alexnet"]["baseline"]
+    assert line["top1"] == pytest.approx((50 + 90 + 80) / 3)
+
+
+def test_the_same_records_give_the_same_bytes(runs):
+    files = [Path("metrics/summary.json"), Path("metrics/cells.json"), *Path("metrics/results").iterdir()]
+    before = {file: file.read_bytes() for file in files}
+    write_results(runs, STATISTICS)
+    assert {file: file.read_bytes() for file in files} == before
+
+
+def test_a_layer_is_broken_down_by_bit_and_by_outcome(runs):
+    conv, last = load_result("d-resnet18-baseline-0").layers
+    assert conv.outcomes == Outcomes(masked=0.0, benign=0.9, sdc=0.1, nonfinite=0.0)
+    assert last.outcomes == Outcomes(masked=0.05, benign=0.75, sdc=0.2, nonfinite=0.0)
+    assert sum(conv.by_bit.n) == INJECTIONS
+    pooled = np.nansum(np.array(conv.by_bit.n) * np.array(conv.by_bit.delta_loss, float)) / INJECTIONS
+    assert pooled == pytest.approx(conv.delta_loss.value, rel=1e-4)
+    assert last.by_bit == ByBit(n=[100] * 32, delta_loss=[3.0] * 32, sdc=[0.2] * 32)
+
+
+def test_bits_that_were_hit_more_often_count_no_more():
+    columns = ["index", "bit", "weight", "masked", "golden_loss", "faulty_loss", "mismatch"]
+    rows = [(0, 0, 1.0, True, 0.0, 0.0, False), (1, 1, 0.5, False, 0.0, 2.0, True), (2, 1, 1.5, False, 0.0, math.inf, False)]
+    sums = sums_by_bit(pd.DataFrame(rows, columns=columns), 3)
+    outcomes, by_bit = describe_layer(sums, strata=0)
+    assert dict(outcomes) == pytest.approx({"masked": 1 / 3, "benign": 0, "sdc": 0.5 / 3, "nonfinite": 1.5 / 3}, abs=1e-6)
+    assert by_bit.as_json() == {"n": [1, 2, 0], "delta_loss": [0.0, 2.0, None], "sdc": [0.0, 1.0, None]}
+    outcomes, _ = describe_layer(sums.iloc[:2], strata=2)
+    assert outcomes == Outcomes(masked=0.5, benign=0.0, sdc=0.125, nonfinite=0.375)
+
+
+def test_convergence_ends_at_the_sampled_layers_mean(runs):
+    run = load_result("d-resnet18-baseline-0")
+    assert [point.injections_per_layer for point in run.convergence] == [8, 16, 32, 64, 128, 200]
+    last = run.convergence[-1]
+    assert Estimate(last.value, last.low, last.high, last.n).as_json() == run.layers[0].delta_loss.as_json()
+
+
+def test_damaged_inputs_are_named(runs):
+    for name, maker in (("evaluation.json", "evaluate"), ("campaign.json", "inject")):
+        path = Path("metrics/runs/d-resnet18-baseline-0") / name
+        whole = path.read_text()
+        for damage in ("{", "[]", "{}", '{"layers": [{"layer": "x"}]}', '{"layers": []}'):
+            path.write_text(damage)
+            with pytest.raises(InvalidArtifact, match=rf"{name} is not what .*: stage '{maker}' writes it"):
+                write_results(runs, STATISTICS)
+        path.write_text(whole)
+
+
+def test_a_campaign_of_another_variant_is_named(runs):
+    """A text-guided classifier has two layers or more."""
+    path = Path("metrics/runs/d-resnet18-descriptions-0/campaign.json")
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps(stored | {"layers": stored["layers"][:1]}))
+    with pytest.raises(InvalidArtifact, match=r"campaign\.json lacks layers; .*stage 'inject' writes it"):
+        write_results(runs, STATISTICS)
+
+
+def test_a_layer_without_records_is_named(runs):
+    file = Path("metrics/records/d-resnet18-baseline-0/injections.parquet")
+    records = pd.read_parquet(file)
+    write_parquet(file, records[records["layer"] != "conv1"])
+    with pytest.raises(InvalidArtifact, match=r"campaign\.json: layer 'conv1' has no records"):
+        write_results(runs, STATISTICS)

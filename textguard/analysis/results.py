@@ -1,0 +1,51 @@
+"""Stage `results`: estimates of every run, of every cell beside its baseline, and the grid's summary."""
+
+from collections.abc import Mapping
+
+from textguard.analysis.campaigns import load_campaign
+from textguard.analysis.comparison import Comparison, compare, describe_cell, with_improvement
+from textguard.analysis.files import CELLS_FILE, RESULTS_DIR, SUMMARY_FILE
+from textguard.analysis.runs import describe_run
+from textguard.analysis.summary import summarise_grid
+from textguard.artifacts import write_json
+from textguard.params import Run, StatisticsParams
+from textguard.schema.results import BASELINE
+
+
+def write_results(runs: Mapping[str, Run], statistics: StatisticsParams) -> None:
+    """Write metrics/results/RUN.json for every run, metrics/cells.json, and metrics/summary.json.
+
+    Raises InvalidArtifact, InvalidParameter.
+    """
+    campaigns = {key: load_campaign(key, run, statistics) for key, run in runs.items()}
+    results = {key: describe_run(key, run, campaigns[key], statistics) for key, run in runs.items()}
+    baselines = {(run.dataset, run.backbone, run.seed): key for key, run in runs.items() if run.variant == BASELINE}
+    cells: dict[tuple[str, str, str], list[tuple[str, str, Comparison]]] = {}
+    for key, run in runs.items():
+        baseline = baselines.get((run.dataset, run.backbone, run.seed))
+        if run.variant == BASELINE or baseline is None:
+            continue
+        compared = compare(runs[baseline], campaigns[baseline], run, campaigns[key], statistics)
+        results[key] = with_improvement(results[key], results[baseline], compared)
+        cells.setdefault((run.dataset, run.backbone, run.variant), []).append((baseline, key, compared))
+    described = [
+        describe_cell(
+            [results[baseline] for baseline, _, _ in pairs],
+            [results[key] for _, key, _ in pairs],
+            [compared for _, _, compared in pairs],
+        )
+        for pairs in cells.values()
+    ]
+    for key, result in results.items():
+        write_json(RESULTS_DIR / f"{key}.json", result.as_json())
+    write_json(CELLS_FILE, [cell.as_json() for cell in described])
+    write_json(
+        SUMMARY_FILE,
+        {
+            dataset: {
+                backbone: {variant: line.as_json() for variant, line in variants.items()}
+                for backbone, variants in backbones.items()
+            }
+            for dataset, backbones in summarise_grid(list(results.values()), described).items()
+        },
+    )

@@ -1,0 +1,201 @@
+"""What is estimated of one run by itself, from its campaign and its predictions on the test images."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import numpy as np
+
+from textguard.analysis.breakdown import convergence, describe_layer, sums_by_bit, sums_of_totals
+from textguard.analysis.campaigns import Campaign, last_layer_weights
+from textguard.analysis.files import RECORDS_DIR, RUNS_DIR, load_ranges
+from textguard.artifacts import fingerprint, read_parquet, reading
+from textguard.errors import InvalidArtifact
+from textguard.faults.statistics import Estimate, average, mean_estimate, mean_interval, rate_estimate, rate_interval
+from textguard.faults.summary import LayerResult
+from textguard.params import Run, StatisticsParams
+from textguard.schema.base import Measured, read
+from textguard.schema.campaign import PLAN_KEYS, Site
+from textguard.schema.evaluation import Evaluation
+from textguard.schema.results import Convergence, Headline, Layer, Overall, Plan, RunResult, UnderDetector
+
+BLOCKS = 32  # parts of a sample whose means are kept, so that two campaigns with one plan can be compared in pairs
+FEWEST_BLOCKS = 8
+
+
+def describe_run(key: str, run: Run, campaign: Campaign, statistics: StatisticsParams) -> RunResult:
+    """All that is known of one run without its baseline. Raises InvalidArtifact."""
+    evaluation = read(RUNS_DIR / key / "evaluation.json", "evaluate", Evaluation)
+    predictions = read_parquet(
+        RECORDS_DIR / key / "predictions.parquet", "evaluate", ["label", "prediction", "loss", "top2diff"]
+    )
+    confidence, stored, layers = statistics.confidence, campaign.stored, campaign.layers
+    correct = (predictions["label"] == predictions["prediction"]).to_numpy(float)
+    weights = last_layer_weights(run, layers, statistics.last_layer_weights)
+    last_layer = headline(layers, weights, confidence)
+    return RunResult(
+        run=key,
+        dataset=run.dataset,
+        backbone=run.backbone,
+        variant=run.variant,
+        seed=run.seed,
+        confidence=confidence,
+        plan=_plan(campaign),
+        images=fingerprint(labels=predictions["label"].tolist()),
+        top1=_measured(rate_estimate(int(correct.sum()), len(correct), confidence), _blocks([correct], [1.0], np.nan)),
+        loss=Measured.of(mean_estimate(predictions["loss"].to_numpy(float), confidence)),
+        top2diff=Measured.of(mean_estimate(predictions["top2diff"].to_numpy(float), confidence)),
+        parameters=evaluation.parameters,
+        multiply_adds=evaluation.multiply_adds,
+        scale=evaluation.scale,
+        # The detector `profiled` clamps to the profiled range: behind it, no fault in the last layer makes a larger logit.
+        largest_logit=evaluation.scale * _largest_value(key, layers[-1].layer),
+        overall=_overall(campaign, statistics),
+        last_layer=last_layer,
+        convergence=_convergence(campaign, statistics),
+        layers=_layers(campaign, statistics),
+        detectors={
+            name: UnderDetector(
+                overall=headline(found, [1.0] * len(found), confidence),
+                last_layer=headline(found, weights, confidence),
+                nonfinite=_rate(found, "broken", confidence),
+            )
+            for name, found in campaign.detectors.items()
+        },
+        improvement=None,
+        skipped=stored.skipped,
+        settings=stored.settings,
+        statistics=asdict(statistics),
+    )
+
+
+def _plan(campaign: Campaign) -> Plan:
+    settings = campaign.stored.settings
+    injected = {"sampled": 0, "exact": 0}
+    for layer in campaign.layers:
+        injected[layer.method] += layer.injections
+    return Plan(
+        mark=fingerprint(**{name: settings[name] for name in PLAN_KEYS}),
+        seed=settings["seed"],
+        plan=settings["plan"],
+        injections=injected["sampled"],
+        enumerated=injected["exact"],
+        eligible_images=campaign.stored.eligible_images,
+        detector=settings["detector"],
+    )
+
+
+def _overall(campaign: Campaign, statistics: StatisticsParams) -> Overall:
+    layers, confidence = campaign.layers, statistics.confidence
+    means = headline(layers, [1.0] * len(layers), confidence)
+    by_neurons = average([layer.delta_loss for layer in layers], [layer.neurons for layer in layers])
+    exposures = [_exposure(site, statistics) for site in campaign.stored.layers]
+    network_fit = rate_interval(average([layer.sdc for layer in layers], exposures), confidence)
+    return Overall(
+        delta_loss=means.delta_loss,
+        sdc=means.sdc,
+        mismatch=_rate(layers, "mismatch", confidence),
+        nonfinite=_rate(layers, "broken", confidence),
+        delta_loss_by_neurons=Measured.of(mean_interval(by_neurons, confidence)),
+        fit=_bounded(network_fit.times(sum(exposures) * (campaign.stored.bits * statistics.fit_per_bit))),
+    )
+
+
+def _layers(campaign: Campaign, statistics: StatisticsParams) -> list[Layer]:
+    stored, confidence = campaign.stored, statistics.confidence
+    failures = stored.bits * statistics.fit_per_bit
+    sums = {layer: sums_by_bit(part, stored.bits) for layer, part in campaign.records.groupby("layer", sort=False)}
+    sums |= {layer.layer: sums_of_totals(layer) for layer in campaign.totals}
+    described = []
+    for layer, site in zip(campaign.layers, stored.layers, strict=True):
+        outcomes, by_bit = describe_layer(sums[layer.layer], stored.strata)
+        sdc = rate_interval(layer.sdc, confidence)
+        described.append(
+            Layer(
+                layer=layer.layer.removeprefix("backbone."),
+                kind=site.kind,
+                neurons=site.neurons,
+                multiply_adds=site.multiply_adds,
+                method=layer.method,
+                injections=layer.injections,
+                masked=layer.masked,
+                detected=layer.detected,
+                delta_loss=_measured(mean_interval(layer.delta_loss, confidence), _blocks(layer.strata, layer.shares, np.nan)),
+                mismatch=Measured.of(rate_interval(layer.mismatch, confidence)),
+                sdc=_measured(sdc, _blocks(layer.sdc_strata, layer.shares, np.nan)),
+                nonfinite=Measured.of(rate_interval(layer.broken, confidence)),
+                fit=_bounded(sdc.times(_exposure(site, statistics) * failures)),
+                outcomes=outcomes,
+                by_bit=by_bit,
+            )
+        )
+    return described
+
+
+def _largest_value(key: str, layer: str) -> float:
+    """The largest magnitude of a layer's values over the training images."""
+    ranges = load_ranges(key).set_index("layer")["max_abs"]
+    with reading(RUNS_DIR / key / "ranges.csv", "ranges"):
+        return float(ranges[layer.removeprefix("backbone.")])
+
+
+def _convergence(campaign: Campaign, statistics: StatisticsParams) -> list[Convergence]:
+    """How DeltaLoss settled; nothing where the first injections decided which others were made."""
+    if campaign.stored.strata or campaign.stored.settings["stop_at"] != "never":
+        return []
+    neurons = {layer.layer: layer.neurons for layer in campaign.layers}
+    return convergence(campaign.records, neurons, statistics.nonfinite, statistics.confidence)
+
+
+def headline(layers: Sequence[LayerResult], weights: Sequence[float], confidence: float) -> Headline:
+    """Weighted means over layers, and of their blocks where all sampled ones have as many."""
+    shares = [weight / sum(weights) for weight in weights]
+    blocks: dict[str, list[np.ndarray]] = {"delta_loss": [], "sdc": []}
+    for layer, share in zip(layers, shares, strict=True):
+        if share:
+            blocks["delta_loss"].append(share * _blocks(layer.strata, layer.shares, layer.delta_loss.value))
+            blocks["sdc"].append(share * _blocks(layer.sdc_strata, layer.shares, layer.sdc.value))
+    delta_loss = mean_interval(average([layer.delta_loss for layer in layers], weights), confidence)
+    sdc = rate_interval(average([layer.sdc for layer in layers], weights), confidence)
+    return Headline(delta_loss=_measured(delta_loss, _sum(blocks["delta_loss"])), sdc=_measured(sdc, _sum(blocks["sdc"])))
+
+
+def _rate(layers: Sequence[LayerResult], name: str, confidence: float) -> Measured:
+    """The plain mean of a rate over layers."""
+    return Measured.of(rate_interval(average([getattr(layer, name) for layer in layers]), confidence))
+
+
+def _sum(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The sum of all layers' blocks. An exact layer has one number; empty where sampled layers differ in how many they have."""
+    return sum(parts, np.zeros(1)) if len({len(part) for part in parts} - {1}) <= 1 else np.zeros(0)
+
+
+def _measured(estimate: Estimate, blocks: np.ndarray) -> Measured:
+    """The estimate, with the means of its sample's parts where there are enough."""
+    numbers = [float(f"{block:.6g}") for block in blocks]
+    return Measured.of(estimate, numbers if len(numbers) >= FEWEST_BLOCKS else None)
+
+
+def _blocks(strata: Sequence[np.ndarray], shares: Sequence[float], value: float) -> np.ndarray:
+    """Means of equal parts of a sample, [K]: part j holds observations j, j + K, ... of each stratum. [value] if exact."""
+    if not strata:
+        return np.array([value])
+    count = min([BLOCKS, *(len(stratum) for stratum in strata)])
+    pairs = list(zip(shares, strata, strict=True))
+    return np.array([sum(share * stratum[part::count].mean() for share, stratum in pairs) for part in range(count)])
+
+
+def _exposure(site: Site, statistics: StatisticsParams) -> int:
+    """How many values a layer's faults can hit. Raises InvalidArtifact where that is not known."""
+    exposure = getattr(site, statistics.fit_exposure)
+    if exposure is None:
+        raise InvalidArtifact(
+            f"the multiply-adds of a {site.kind} like {site.layer!r} are not known; "
+            "set params.yaml statistics.fit_exposure to neurons"
+        )
+    return exposure
+
+
+def _bounded(estimate: Estimate) -> Measured:
+    """An estimated rate of failures; where none was seen, its upper bound and no value."""
+    seen = not estimate.value == 0 < estimate.high
+    return Measured(estimate.value if seen else np.nan, estimate.low, estimate.high, estimate.n)

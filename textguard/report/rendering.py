@@ -1,0 +1,111 @@
+"""A table and how it is written: Markdown, CSV and LaTeX, each estimate with its interval."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from textguard.artifacts import write_csv, write_text
+from textguard.faults.statistics import Estimate
+
+
+@dataclass(frozen=True)
+class Table:
+    """caption, and rows of header -> value.
+
+    A value is a text, a change in the unit of its header (float), a number as printed (Decimal), an Estimate, or None.
+    """
+
+    name: str
+    caption: str
+    headers: list[str]
+    rows: list[list[Any]]
+
+
+def write_table(table: Table, folder: Path) -> None:
+    """Write a table as Markdown, CSV (estimates spread over value, low, high, n) and LaTeX."""
+    write_text(folder / f"{table.name}.md", as_markdown(table))
+    write_csv(folder / f"{table.name}.csv", as_frame(table))
+    write_text(folder / f"{table.name}.tex", as_latex(table))
+
+
+def as_markdown(table: Table) -> str:
+    """The table as GitHub Markdown, its caption below."""
+    lines = [table.headers, ["---"] * len(table.headers), *_cells(table, show_estimate, _escape_markdown)]
+    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{body}\n\n{table.caption}\n"
+
+
+def as_frame(table: Table) -> pd.DataFrame:
+    """One row per row, full precision; a column with an Estimate becomes four."""
+    frame = {}
+    for header, *values in zip(table.headers, *table.rows, strict=True):
+        sampled = [value if isinstance(value, Estimate) else None for value in values]
+        frame[header] = [value.value if isinstance(value, Estimate) else value for value in values]
+        if any(sampled):
+            for name in ("low", "high", "n"):
+                frame[f"{header} {name}"] = [getattr(value, name, None) for value in sampled]
+    return pd.DataFrame(frame, dtype=object)  # or whole numbers beside empty cells would become 1.0
+
+
+def as_latex(table: Table) -> str:
+    """The table as a LaTeX `table` environment for the booktabs package."""
+    head = " & ".join(_escape_latex(header) for header in table.headers)
+    body = "".join("    " + " & ".join(line) + r" \\" + "\n" for line in _cells(table, _show_latex, _escape_latex))
+    return (
+        "\\begin{table}\n  \\centering\n"
+        f"  \\caption{{{_escape_latex(table.caption)}}}\n"
+        f"  \\begin{{tabular}}{{{'l' * len(table.headers)}}}\n    \\toprule\n    {head} \\\\\n    \\midrule\n"
+        f"{body}    \\bottomrule\n  \\end{{tabular}}\n\\end{{table}}\n"
+    )
+
+
+def _cells(table: Table, show: Callable[[Estimate], str], escape: Callable[[str], str]) -> list[list[str]]:
+    return [[show_cell(value, show, escape) for value in row] for row in table.rows]
+
+
+def show_cell(value: Any, show: Callable[[Estimate], str] | None = None, escape: Callable[[str], str] = str) -> str:
+    """One value of a table as text; an Estimate with its interval."""
+    if isinstance(value, Estimate):
+        return (show or show_estimate)(value)
+    if value is None:
+        return "-"
+    return f"{value:+.2f}" if isinstance(value, float) else escape(str(value))
+
+
+def show_estimate(estimate: Estimate) -> str:
+    """An estimate with three digits and its interval in brackets, or `(exact)`."""
+    if not math.isfinite(estimate.value):
+        return f"< {show_number(estimate.high)}" if math.isfinite(estimate.high) else "undefined"
+    if estimate.low == estimate.high:
+        return f"{show_number(estimate.value)} (exact)"
+    return f"{show_number(estimate.value)} [{show_number(estimate.low)}, {show_number(estimate.high)}]"
+
+
+def show_number(number: float) -> str:
+    """A number with three digits, or all that are before the point."""
+    if not math.isfinite(number):
+        return "unbounded"
+    size = abs(number)
+    if size >= 1e6 or 0 < size < 1e-3:
+        return f"{number:.1e}"
+    if size >= 100:
+        return f"{number:,.0f}"
+    return f"{number:#.3g}".removesuffix(".") if size else "0"
+
+
+def _show_latex(estimate: Estimate) -> str:
+    return show_estimate(estimate).replace("[", "{[}").replace("]", "{]}")
+
+
+def _escape_markdown(text: str) -> str:
+    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace("\n", " ")
+    return "".join(f"\\{character}" if character in "\\|*_`[]" else character for character in escaped)
+
+
+def _escape_latex(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)

@@ -1,0 +1,89 @@
+"""What all models share: estimates with their intervals, units, reading with one clear error."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+    model_serializer,
+)
+from pydantic.dataclasses import dataclass
+
+from textguard.artifacts import reading
+from textguard.errors import InvalidArtifact
+from textguard.faults.statistics import Estimate
+
+Kind = TypeVar("Kind")
+
+
+def field(meaning: str, unit: str = "", **rules: Any) -> Any:
+    """A field of a model, with what docs/outputs.md says of it. rules: passed on to pydantic's `Field`."""
+    return Field(description=meaning, json_schema_extra={"unit": unit}, **rules)
+
+
+# JSON has neither NaN nor infinities: files hold null for all three, and readers get NaN.
+Number = Annotated[
+    float,
+    BeforeValidator(lambda number: math.nan if number in (None, math.inf, -math.inf) else number),
+    PlainSerializer(lambda number: None if math.isnan(number) else number, when_used="json"),
+]
+
+
+class Stored(BaseModel):
+    """A JSON object. Unknown keys are ignored, so that a file of a newer version can be read."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    def as_json(self) -> dict[str, Any]:
+        """The object as its file holds it: fields in their order, without those that were not given."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+@dataclass(frozen=True, config=ConfigDict(strict=True))
+class Measured(Estimate):
+    """A number with its interval. low = value = high where nothing was sampled."""
+
+    value: Number = field("the estimate; null where there is none")
+    low: Number = field("lower end of the interval; null where it is unbounded")
+    high: Number = field("upper end of the interval; null where it is unbounded")
+    n: int = field("observations behind it: images, or injections")
+    blocks: list[Number] | None = field(
+        "means of equal parts of the sample, for a comparison in pairs; absent where the sample is too small", default=None
+    )
+
+    @classmethod
+    def of(cls, estimate: Estimate, blocks: list[float] | None = None) -> "Measured":
+        """An estimate as files hold it."""
+        return cls(estimate.value, estimate.low, estimate.high, estimate.n, blocks)
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing was sampled."""
+        return self.low == self.value == self.high
+
+    @model_serializer
+    def _as_in_files(self) -> dict[str, Any]:
+        """The estimate, and its blocks where there are some."""
+        return self.as_json() | ({} if self.blocks is None else {"blocks": [_finite(block) for block in self.blocks]})
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def read(path: Path, made_by: str, kind: type[Kind]) -> Kind:
+    """Read a JSON file as a model. made_by: the stage that writes it; empty where a person does. Raises InvalidArtifact."""
+    with reading(path, made_by):
+        try:
+            return TypeAdapter(kind).validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise InvalidArtifact(f"is not what docs/outputs.md describes ({place}: {first['msg']})") from error
