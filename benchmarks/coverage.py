@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.common import SEED, digits_campaign
+from textguard.estimates.statistics import CONFIDENCE, Sample, _studentised, mean_interval, quantile, sample_mean
 from textguard.faults.campaign import image_chances, run_campaign
 from textguard.faults.plans import draw_plan
 from textguard.faults.sampling import _neyman, _spread
-from textguard.faults.statistics import CONFIDENCE, Sample, _studentised, mean_interval, quantile, sample_mean
 
 BITS = 32
 PLANS = ("uniform", "neyman")

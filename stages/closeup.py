@@ -24,13 +24,13 @@ from textguard.closeup import (
     worst_injection,
 )
 from textguard.errors import UnsupportedModel
+from textguard.estimates.statistics import rate_estimate
 from textguard.faults.damage import SINGLE_FLIP, FaultModel, Storage
 from textguard.faults.detectors import detector_limits
 from textguard.faults.engines import make_engine
 from textguard.faults.formats import parse_format
 from textguard.faults.mitigations import protect
 from textguard.faults.plans import bits_of
-from textguard.faults.statistics import rate_estimate
 from textguard.params import Params
 from textguard.runtime import pick_device, progress
 from textguard.vision.classifiers import load_classifier

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from textguard.artifacts import write_csv, write_json, write_parquet
-from textguard.faults.statistics import mean_estimate, rate_estimate
+from textguard.estimates.statistics import mean_estimate, rate_estimate
 from textguard.params import Params
 from textguard.runtime import describe_device, join_processes, pick_device
 from textguard.vision.classifiers import load_classifier

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from textguard.artifacts import fingerprint, read_csv, read_json, sha256_of_file, work_dir, write_json, write_parquet
+from textguard.estimates.summary import Totals, summarise, summarise_totals
 from textguard.faults.campaign import image_chances, no_records
 from textguard.faults.damage import FaultModel, weight_limits
 from textguard.faults.detectors import detector_limits
@@ -17,7 +18,6 @@ from textguard.faults.formats import parse_format
 from textguard.faults.mitigations import protect
 from textguard.faults.plans import PLAN_COLUMNS, bits_of
 from textguard.faults.sampling import Design, rerun_changed, run_design
-from textguard.faults.summary import Totals, summarise, summarise_totals
 from textguard.params import Params
 from textguard.runtime import describe_device, join_processes, pick_device
 from textguard.vision.classifiers import load_classifier

@@ -17,6 +17,8 @@ from conftest import REPOSITORY
 from smoke_grid import environment
 from textguard.artifacts import read_json, read_parquet, write_parquet
 from textguard.errors import CampaignMismatch, InvalidParameter
+from textguard.estimates.statistics import mean_interval
+from textguard.estimates.summary import summarise
 from textguard.faults.campaign import (
     RECORD_COLUMNS,
     eligible_images,
@@ -33,8 +35,6 @@ from textguard.faults.engines import make_engine
 from textguard.faults.formats import FP32, parse_format
 from textguard.faults.plans import PLAN_COLUMNS, draw_plan
 from textguard.faults.sampling import Design, replace_records, rerun_changed, run_design
-from textguard.faults.statistics import mean_interval
-from textguard.faults.summary import summarise
 
 # What must agree exactly; golden values and losses may differ by roundings, for engines and batch sizes add up in other orders.
 EXACT = [*PLAN_COLUMNS, "detected", "mismatch"]

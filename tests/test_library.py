@@ -67,7 +67,7 @@ def assert_agree(a: pd.DataFrame, b: pd.DataFrame) -> None:
 
 def test_the_package_and_its_statistics_need_no_torch():
     program = (
-        "import sys, textguard.faults, textguard.faults.statistics as s; dir(textguard.faults);"
+        "import sys, textguard.faults, textguard.estimates.statistics as s; dir(textguard.faults);"
         "print(s.rate_estimate(1, 4).value, sorted({'torch', 'torchvision', 'pytorchfi', 'timm'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)

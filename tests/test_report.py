@@ -17,8 +17,8 @@ from PIL import Image
 from conftest import REPOSITORY
 from textguard.artifacts import write_json, write_parquet
 from textguard.errors import InvalidArtifact, InvalidParameter
-from textguard.faults.statistics import Estimate, exact, sample_mean
-from textguard.faults.summary import LayerResult, Totals
+from textguard.estimates.statistics import Estimate, exact, sample_mean
+from textguard.estimates.summary import LayerResult, Totals
 from textguard.params import FiguresParams, Params, RunParams, StatisticsParams, load_params
 from textguard.report.architecture import draw_architecture
 from textguard.report.breakdown import describe_layer, sums_by_bit

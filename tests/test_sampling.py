@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from textguard.errors import InvalidParameter, UnknownName
+from textguard.estimates.statistics import mean_interval
+from textguard.estimates.summary import summarise
 from textguard.faults import sampling
 from textguard.faults.campaign import RECORD_COLUMNS, RECORD_TYPES, image_chances, loader_of, run_campaign
 from textguard.faults.damage import FaultModel
@@ -14,8 +16,6 @@ from textguard.faults.formats import FP32
 from textguard.faults.plans import draw_plan
 from textguard.faults.sampling import Design, replace_records, rerun_changed, run_design
 from textguard.faults.sites import Site
-from textguard.faults.statistics import mean_interval
-from textguard.faults.summary import summarise
 
 BITS = 32
 

@@ -10,8 +10,7 @@ import pytest
 from scipy import stats
 
 from textguard.errors import InvalidParameter
-from textguard.faults.sampling import Design, _next, _neyman, _spread
-from textguard.faults.statistics import (
+from textguard.estimates.statistics import (
     Estimate,
     Sample,
     average,
@@ -28,7 +27,8 @@ from textguard.faults.statistics import (
     rate_interval,
     sample_mean,
 )
-from textguard.faults.summary import LayerResult, Totals, cap_of, summarise, summarise_totals
+from textguard.estimates.summary import LayerResult, Totals, cap_of, summarise, summarise_totals
+from textguard.faults.sampling import Design, _next, _neyman, _spread
 from textguard.report.improvement import Draws, draw_pairs, improvement, weigh
 
 BITS = 32

@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 
 from conftest import REPOSITORY
-from textguard.faults.statistics import Estimate
+from textguard.estimates.statistics import Estimate
 from textguard.report.published import CLAIMS_FILE, Finding, Published, audit, load_published
 from textguard.report.tables import Table, as_latex, as_markdown, make_tables, write_table
 from textguard.vision.backbones import BACKBONES

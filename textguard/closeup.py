@@ -16,13 +16,13 @@ from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader
 
 from textguard.errors import InvalidParameter, UnsupportedModel
+from textguard.estimates.statistics import CONFIDENCE, Estimate
 from textguard.faults.campaign import batches
 from textguard.faults.damage import SINGLE_FLIP, FaultModel, Faults, Storage, damage_output, make_storages
 from textguard.faults.engines import Engine
 from textguard.faults.formats import Format
 from textguard.faults.graph import TracedModel, Visit
 from textguard.faults.sites import Call
-from textguard.faults.statistics import CONFIDENCE, Estimate
 
 POWERS = np.arange(-40, 39)  # of ten, of the last layer's values; fp32 ends below 10^39
 

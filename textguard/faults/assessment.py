@@ -8,6 +8,8 @@ import pandas as pd
 from torch import nn
 from torch.utils.data import DataLoader
 
+from textguard.estimates.statistics import CONFIDENCE, mean_interval, rate_interval
+from textguard.estimates.summary import LayerResult, summarise, summarise_totals
 from textguard.faults.campaign import batches, device_of, image_chances, profile_ranges
 from textguard.faults.damage import SINGLE_FLIP, FaultModel, weight_limits
 from textguard.faults.detectors import detector_limits
@@ -16,8 +18,6 @@ from textguard.faults.exact import affordable, enumerate_layer
 from textguard.faults.formats import parse_format
 from textguard.faults.sampling import Design, run_design
 from textguard.faults.sites import DEFAULT_KINDS, Site
-from textguard.faults.statistics import CONFIDENCE, mean_interval, rate_interval
-from textguard.faults.summary import LayerResult, summarise, summarise_totals
 
 
 def assess(

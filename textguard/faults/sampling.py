@@ -11,13 +11,13 @@ import pandas as pd
 from torch.utils.data import DataLoader
 
 from textguard.errors import InvalidParameter, UnknownName
+from textguard.estimates.statistics import mean_interval, planned_half_width, planned_injections
+from textguard.estimates.summary import LayerResult, summarise
 from textguard.faults.campaign import measure_pace, run_campaign
 from textguard.faults.damage import SINGLE_FLIP, FaultModel
 from textguard.faults.engines import Engine
 from textguard.faults.plans import PLAN_COLUMNS, Count, bits_of, draw_plan
 from textguard.faults.sites import Site
-from textguard.faults.statistics import mean_interval, planned_half_width, planned_injections
-from textguard.faults.summary import LayerResult, summarise
 from textguard.runtime import announce
 
 PLANS = ("uniform", "proportional", "neyman")

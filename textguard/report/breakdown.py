@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from textguard.faults.statistics import average, mean_interval
-from textguard.faults.summary import Totals, summarise
+from textguard.estimates.statistics import average, mean_interval
+from textguard.estimates.summary import Totals, summarise
 
 FIRST_POINT = 8  # injections per layer at which convergence is shown first; then twice as many, and so on
 

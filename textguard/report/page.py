@@ -23,7 +23,7 @@ from markupsafe import Markup
 from textguard import __version__
 from textguard.artifacts import read_csv, read_json, read_json_lines, write_text
 from textguard.errors import InvalidArtifact, TextguardError
-from textguard.faults.statistics import Estimate
+from textguard.estimates.statistics import Estimate
 from textguard.params import Params, load_params
 from textguard.report.gate import compare_all, read_runs, verdict_table
 from textguard.report.published import load_published

@@ -16,7 +16,7 @@ from scipy.special import stdtrit
 
 from textguard.artifacts import fingerprint, read_csv, read_json, read_parquet, reading, write_json
 from textguard.errors import InvalidArtifact
-from textguard.faults.statistics import (
+from textguard.estimates.statistics import (
     Estimate,
     average,
     difference,
@@ -25,7 +25,7 @@ from textguard.faults.statistics import (
     rate_estimate,
     rate_interval,
 )
-from textguard.faults.summary import LayerResult, Totals, summarise, summarise_totals
+from textguard.estimates.summary import LayerResult, Totals, summarise, summarise_totals
 from textguard.params import RunParams, StatisticsParams
 from textguard.report.breakdown import convergence, describe_layer, sums_by_bit, sums_of_totals
 from textguard.report.improvement import Draws, Improvement, across, draw_pairs, improvement, verdict, weigh

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from textguard.artifacts import write_csv, write_text
-from textguard.faults.statistics import Estimate
+from textguard.estimates.statistics import Estimate
 from textguard.params import Params, library_recipes
 from textguard.report.published import Finding, Published, audit, differences, load_published
 from textguard.report.results import load_cells, load_closeup, load_run, read_estimate

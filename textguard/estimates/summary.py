@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from textguard.errors import InvalidParameter
-from textguard.faults.statistics import CONFIDENCE, Sample, exact, mean_interval, rate_interval, sample_mean
+from textguard.estimates.statistics import CONFIDENCE, Sample, exact, mean_interval, rate_interval, sample_mean
 
 GOLDENEYE = "goldeneye"  # the policy that leaves injections with a NaN or infinite loss out of DeltaLoss
 
