@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from textguard.faults.campaign import profile_ranges
 from textguard.faults.damage import SINGLE_FLIP, Faults
 from textguard.faults.engines import Engine, ReplayEngine
+from textguard.faults.profiling import profile_ranges
 from textguard.runtime import pick_device
 from textguard.vision.backbones import build_backbone
 from textguard.vision.datasets import load_split, make_splits, read_source, save_splits

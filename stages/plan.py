@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +10,10 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 
+from stages.settings import campaign_settings
 from textguard.artifacts import read_json
-from textguard.faults.campaign import loader_of, measure_pace, profile_ranges
-from textguard.faults.damage import FaultModel
-from textguard.faults.detectors import detector_limits
-from textguard.faults.engines import make_engine
-from textguard.faults.formats import parse_format
-from textguard.faults.plans import draw_plan
+from textguard.faults import Campaign
+from textguard.faults.profiling import loader_of
 from textguard.params import ENCODER_FILE, Params, RunParams
 from textguard.planning import Speeds, Workload
 from textguard.runtime import announce, describe_device, pick_device
@@ -123,17 +120,11 @@ def _measure(params: Params, run: RunParams, recipe: Recipe, classes: int, devic
     model.eval()
     with torch.inference_mode():
         inference = count * _pace(lambda: model(images), device)
-    inject = params.inject
-    number_format, fault_model = parse_format(inject.format), FaultModel(**asdict(inject.faults))
-    loader = loader_of(images[:4], labels[:4], 4)
-    ranges = profile_ranges(model, loader, inject.kinds)
-    profiled = dict(zip(ranges["layer"], ranges["max_abs"], strict=True))
-    settings = {"kinds": inject.kinds, "number_format": number_format, "profiled": profiled, "target": fault_model.target}
-    engine = make_engine(inject.engine, model, images[0], min(inject.batch_size, 2 * count), **settings)
-    plan = draw_plan(engine.sites, np.ones(4), 4, inject.seed, fault_model, number_format)
-    limits = detector_limits("fixed:65536", [site.layer for site in engine.sites], {})
-    pace = measure_pace(engine, loader, plan, limits, images=4, injections=4 * count, fault_model=fault_model)
-    return Speeds(training, inference, pace), len(engine.sites)
+    inject = campaign_settings(params.inject)
+    settings = replace(inject, detector="fixed:65536", compare_detectors=(), batch_size=min(inject.batch_size, 2 * count))
+    campaign = Campaign(model, loader_of(images[:4], labels[:4], 4), settings)
+    injections = campaign.pace(injections_per_layer=4, injections=4 * count)
+    return Speeds(training, inference, injections), len(campaign.engine.sites)
 
 
 def _pace(work: Callable[[], object], device: torch.device) -> float:

@@ -18,23 +18,15 @@ from smoke_grid import environment
 from textguard.artifacts import read_json, read_parquet, write_parquet
 from textguard.errors import CampaignMismatch, InvalidParameter
 from textguard.estimates.statistics import mean_interval
-from textguard.estimates.summary import summarise
-from textguard.faults.campaign import (
-    RECORD_COLUMNS,
-    eligible_images,
-    image_chances,
-    loader_of,
-    profile_activations,
-    profile_ranges,
-    run_campaign,
-    top2diff,
-)
+from textguard.estimates.summary import replace_records, summarise
 from textguard.faults.damage import SINGLE_FLIP, FaultModel
 from textguard.faults.detectors import detector_limits
 from textguard.faults.engines import make_engine
+from textguard.faults.execution import RECORD_COLUMNS, run_campaign
 from textguard.faults.formats import FP32, parse_format
 from textguard.faults.plans import PLAN_COLUMNS, draw_plan
-from textguard.faults.sampling import Design, replace_records, rerun_changed, run_design
+from textguard.faults.profiling import eligible_images, image_chances, loader_of, profile_activations, profile_ranges, top2diff
+from textguard.faults.sampling import Design, rerun_changed, run_design
 
 # What must agree exactly; golden values and losses may differ by roundings, for engines and batch sizes add up in other orders.
 EXACT = [*PLAN_COLUMNS, "detected", "mismatch"]
@@ -628,7 +620,7 @@ from conftest import TinyResNet, settle
 from test_campaign import Campaign, count_runs
 from textguard.artifacts import write_json, write_parquet
 from textguard.errors import InvalidParameter
-from textguard.faults.campaign import loader_of
+from textguard.faults.profiling import loader_of
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -23,10 +23,11 @@ from pydantic import TypeAdapter
 from conftest import REPOSITORY
 from smoke_grid import run
 from textguard.artifacts import write_csv, write_json, write_parquet
-from textguard.faults.campaign import image_chances, loader_of, profile_ranges, run_campaign, top2diff
 from textguard.faults.engines import ReplayEngine
 from textguard.faults.exact import enumerate_layer
+from textguard.faults.execution import run_campaign
 from textguard.faults.plans import draw_plan
+from textguard.faults.profiling import image_chances, loader_of, profile_ranges, top2diff
 from textguard.params import GateParams, RunParams, StatisticsParams, load_gate_params
 from textguard.report.gate import Run, compare_all, holm, judge, main, read_runs, sign_flip_p
 from textguard.report.results import PLAN_KEYS, RESULTS_DIR, write_results

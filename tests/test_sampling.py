@@ -7,14 +7,15 @@ import torch
 
 from textguard.errors import InvalidParameter, UnknownName
 from textguard.estimates.statistics import mean_interval
-from textguard.estimates.summary import summarise
+from textguard.estimates.summary import replace_records, summarise
 from textguard.faults import sampling
-from textguard.faults.campaign import RECORD_COLUMNS, RECORD_TYPES, image_chances, loader_of, run_campaign
 from textguard.faults.damage import FaultModel
 from textguard.faults.engines import make_engine
+from textguard.faults.execution import RECORD_COLUMNS, RECORD_TYPES, run_campaign
 from textguard.faults.formats import FP32
 from textguard.faults.plans import draw_plan
-from textguard.faults.sampling import Design, replace_records, rerun_changed, run_design
+from textguard.faults.profiling import image_chances, loader_of
+from textguard.faults.sampling import Design, rerun_changed, run_design
 from textguard.faults.sites import Site
 
 BITS = 32
@@ -312,7 +313,7 @@ def test_a_spread_keeps_what_there_was_and_hits_its_total(total, before):
     shares = draw.lognormal(0, 2, BITS)
     shares /= shares.sum()
     had = None if before is None else np.full(BITS, before)
-    spread = sampling._spread(total, shares, had)
+    spread = sampling.spread_over_bits(total, shares, had)
     least = 2 if before is None else before
     assert spread.min() >= least
     assert spread.sum() == max(total, least * BITS)

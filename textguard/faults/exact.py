@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 
 from textguard.errors import UnsupportedModel
 from textguard.estimates.summary import Totals
-from textguard.faults.campaign import batches
 from textguard.faults.damage import SINGLE_FLIP, FaultModel, Faults
 from textguard.faults.detectors import clamp_to_range
 from textguard.faults.engines import Engine, ReplayEngine
+from textguard.faults.profiling import batches
 from textguard.faults.sites import Site
 from textguard.runtime import progress
 

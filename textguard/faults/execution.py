@@ -1,35 +1,31 @@
-"""Campaigns: eligible images, profiled ranges, per-injection records, shards that survive an interruption."""
+"""Carrying out a fault plan: per-injection records, in shards that survive an interruption and that processes share."""
 
 import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader
 
 from textguard.artifacts import read_json, read_parquet, write_json, write_parquet
-from textguard.errors import CampaignMismatch, InvalidArtifact, InvalidParameter, UnknownName, UnsupportedModel
+from textguard.errors import CampaignMismatch, InvalidArtifact, InvalidParameter
 from textguard.faults.damage import SINGLE_FLIP, FaultModel, Faults
-from textguard.faults.engines import Engine, ReplayEngine, WholeEngine
-from textguard.faults.graph import TracedModel
-from textguard.faults.mitigations import activations
+from textguard.faults.engines import Engine
 from textguard.faults.plans import PLAN_COLUMNS, check_plan
-from textguard.faults.sites import DEFAULT_KINDS
+from textguard.faults.profiling import batches, count_images
 from textguard.runtime import join_processes, progress, wait_for_all
 
 RECORD_COLUMNS = [
     *PLAN_COLUMNS,
     *("golden_value", "faulty_value", "detected", "masked", "golden_loss", "faulty_loss", "mismatch"),
 ]
-
-
 RECORD_TYPES = dict(
     zip(
         RECORD_COLUMNS,
@@ -37,139 +33,11 @@ RECORD_TYPES = dict(
         strict=True,
     )
 )
-IMAGES = ("uniform", "importance")
 
 
 def no_records() -> pd.DataFrame:
     """The records of no injections."""
     return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in RECORD_TYPES.items()})
-
-
-def loader_of(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
-    """A DataLoader of images [N, ...] and labels int64 [N] that lie in memory."""
-    return DataLoader(TensorDataset(images, labels), batch_size=batch_size)
-
-
-def count_images(loader: DataLoader) -> int:
-    """The number of images in the loader's data set. Raises InvalidParameter where it has no positions."""
-    if isinstance(loader.dataset, IterableDataset):
-        raise InvalidParameter("the DataLoader's data set must give images by their position (a map-style data set)")
-    return len(loader.dataset)
-
-
-def batches(
-    loader: DataLoader, device: torch.device, parts: Sequence[Sequence[int]] | None = None
-) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
-    """Positions, images [B, ...] and labels [B], on the device: of `parts`, else of the whole data set in its order.
-
-    The loader's data set, number of workers and way to collate are used, not its order: positions are those in its data set.
-    """
-    count, size = count_images(loader), loader.batch_size or 1
-    parts = [range(start, min(start + size, count)) for start in range(0, count, size)] if parts is None else parts
-    chosen = DataLoader(
-        loader.dataset,
-        batch_sampler=parts,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn if loader.batch_sampler else None,  # without batches, it would not stack
-        pin_memory=device.type == "cuda",
-    )
-    for part, (images, labels) in zip(parts, chosen, strict=True):
-        yield part, images.to(device, non_blocking=True), torch.as_tensor(labels).to(device, non_blocking=True)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters lie."""
-    return next(model.parameters()).device
-
-
-def top2diff(logits: Tensor) -> Tensor:
-    """Difference of the two largest softmax probabilities. logits: [N, C], C >= 2. Returns [N], 0 to 1."""
-    first, second = logits.softmax(dim=1).topk(2, dim=1).values.unbind(dim=1)
-    return first - second
-
-
-def image_chances(engine: Engine, loader: DataLoader, images: str = "uniform") -> np.ndarray:
-    """How likely each image of the loader's data set is to be drawn for an injection, relative to the others, float [N].
-
-    0 for those that the fault-free model classifies wrongly or with Top2Diff = 0: they are not eligible. `uniform`: 1 for all
-    others. `importance`: half of that, and half in proportion to 1 - p(label): a small change of the logits changes the loss
-    most where the model is least certain. It pays in layers whose faults do little, not in the last ones; no injection weighs
-    more than about 2. Raises UnknownName.
-    """
-    if images not in IMAGES:
-        raise UnknownName("way to draw images", images, IMAGES, "params.yaml inject.images")
-    chances, doubt = np.zeros(count_images(loader)), np.zeros(count_images(loader))
-    for part, pictures, labels in batches(loader, engine.device):
-        logits = engine.observe(pictures)
-        correct = (logits.argmax(dim=1) == labels) & (top2diff(logits) > 0)
-        chances[part] = correct.cpu().numpy()
-        loss = F.cross_entropy(logits.double(), labels, reduction="none")
-        doubt[part] = (-torch.expm1(-loss)).clamp(min=0).cpu().numpy()
-    doubt *= chances
-    if images == "uniform" or not doubt.sum():
-        return chances
-    # Rounded, so that what batch sizes do to the last digits of logits changes no plan.
-    return chances * ((1 + doubt * (chances.sum() / doubt.sum())) / 2).round(2)
-
-
-def eligible_images(engine: Engine, loader: DataLoader) -> list[int]:
-    """Positions of the images that the fault-free model classifies correctly with Top2Diff > 0."""
-    return np.flatnonzero(image_chances(engine, loader)).tolist()
-
-
-@torch.inference_mode()
-def profile_ranges(model: nn.Module, loader: DataLoader, kinds: Sequence[str] = DEFAULT_KINDS) -> pd.DataFrame:
-    """Each site's largest and mean absolute output over all images of the loader's data set.
-
-    Returns one row per site: layer, kind, neurons, max_abs, mean_abs.
-    """
-    device = device_of(model)
-    _, first, _ = next(batches(loader, device, [[0]]))
-    try:
-        engine: Engine = ReplayEngine(model, first[0], 1, kinds=kinds)
-    except UnsupportedModel:  # the campaign says so
-        engine = WholeEngine(model, first[0], 1, kinds=kinds)
-    largest, total = np.zeros(len(engine.sites)), np.zeros(len(engine.sites))
-    count = 0
-
-    def see(position: int, output: Tensor) -> None:
-        magnitude = output.abs()
-        largest[position] = max(largest[position], float(magnitude.max()))
-        total[position] += float(magnitude.sum(dtype=torch.float64))
-
-    for part, images, _ in batches(loader, device):
-        engine.observe(images, see)
-        count += len(part)
-    return pd.DataFrame(
-        {
-            "layer": site.layer,
-            "kind": site.kind,
-            "neurons": site.neurons,
-            "max_abs": largest[site.position],
-            "mean_abs": total[site.position] / (site.neurons * count),
-        }
-        for site in engine.sites
-    )
-
-
-@torch.inference_mode()
-def profile_activations(model: nn.Module, loader: DataLoader) -> pd.DataFrame:
-    """The lowest and highest output of each activation function, for mitigations: columns activation, low, high.
-
-    Raises UnsupportedModel where the model cannot be traced.
-    """
-    device = device_of(model)
-    _, first, _ = next(batches(loader, device, [[0]]))
-    traced = TracedModel(model, first[0])
-    names = activations(traced)
-    low, high = dict.fromkeys(names.values(), np.inf), dict.fromkeys(names.values(), -np.inf)
-    for _, images, _ in batches(loader, device):
-        values = traced.inputs(images)
-        for index in traced.walk(values):
-            if index in names:
-                name, value = names[index], values[traced.steps[index]]
-                low[name], high[name] = min(low[name], float(value.min())), max(high[name], float(value.max()))
-    return pd.DataFrame({"activation": list(low), "low": list(low.values()), "high": list(high.values())})
 
 
 def run_campaign(
@@ -185,12 +53,54 @@ def run_campaign(
 ) -> pd.DataFrame:
     """Carry out a fault plan and record what each fault did.
 
-    loader: gives images and labels by their position in its data set, which is what the plan's images are. limits: layer ->
-    largest magnitude that the range detector lets pass. image_batch: images per golden run and per shard. shard_dir: where
-    finished shards are kept, and taken from when the campaign is run again. Started by `torchrun`, the processes share the
-    shards through shard_dir, which all of them must reach; each returns when all are done.
-    Returns one row per row of the plan, in its order, with RECORD_COLUMNS. Raises CampaignMismatch, also when shard_dir holds
-    shards of another campaign.
+    Parameters
+    ----------
+    engine : Engine
+        Runs the model with faults; see `make_engine`.
+    loader : DataLoader
+        Gives images and labels by their position in its map-style data set, which is what the plan's images are.
+    plan : pandas.DataFrame
+        As `draw_plan` returns it: one row per damaged bit.
+    limits : mapping of str to float
+        Layer -> largest magnitude that the range detector lets pass.
+    image_batch : int
+        Images per golden run, and per shard.
+    fault_model : FaultModel, default one flipped bit of one neuron
+        What the plan was drawn for.
+    shard_dir : pathlib.Path, optional
+        Where finished shards are kept. The same campaign, when it is run again, goes on behind them. The processes that
+        `torchrun` starts share the shards through this folder, which all of them must reach.
+    label : str, default "inject"
+        Names the campaign in progress lines.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per row of the plan, in its order, with RECORD_COLUMNS. Each process gets all of them.
+
+    Raises
+    ------
+    CampaignMismatch
+        The plan does not fit the model or the data, or shard_dir holds shards of another campaign.
+    InvalidParameter
+        Several processes have no shard_dir to share.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import torch
+    >>> from torch import nn
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> from textguard.faults import draw_plan, make_engine, run_campaign
+    >>> model = nn.Linear(2, 2, bias=False)
+    >>> model.weight.data = torch.eye(2)
+    >>> images, labels = torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([0, 0])
+    >>> engine = make_engine("replay", model, images[0], batch_size=8)
+    >>> plan = draw_plan(engine.sites, np.ones(2), 4, seed=0)
+    >>> limits = {site.layer: 3.0 for site in engine.sites}
+    >>> records = run_campaign(engine, DataLoader(TensorDataset(images, labels)), plan, limits, image_batch=2)
+    >>> len(records), bool((records["faulty_value"].abs() <= 3).all())
+    (4, True)
     """
     check_plan(plan, engine.sites, count_images(loader), fault_model, engine.number_format)
     ordered = plan.reset_index(drop=True).sort_values(["image"], kind="stable")

@@ -1,0 +1,333 @@
+"""A campaign from its settings to what each layer is found to stand: sampled layers, enumerated ones, several detectors."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from textguard.artifacts import read_json, write_json
+from textguard.estimates.statistics import CONFIDENCE
+from textguard.estimates.summary import LayerResult, Totals, summarise, summarise_totals
+from textguard.faults.damage import SINGLE_FLIP, FaultModel, weight_limits
+from textguard.faults.detectors import detector_limits
+from textguard.faults.engines import Engine, make_engine
+from textguard.faults.exact import affordable, enumerate_layer
+from textguard.faults.execution import measure_pace, no_records
+from textguard.faults.formats import Format, parse_format
+from textguard.faults.plans import bits_of, draw_plan
+from textguard.faults.profiling import count_images, device_of, first_image, image_chances, largest_outputs, profile_ranges
+from textguard.faults.sampling import Design, rerun_changed, run_design
+from textguard.faults.sites import DEFAULT_KINDS, Site
+
+
+@dataclass(frozen=True)
+class CampaignSettings:
+    """What a campaign injects, how many injections it makes, and how it carries them out.
+
+    Parameters
+    ----------
+    injections_per_layer : int, default 1000
+        Injections into each sampled layer, at most.
+    seed : int, default 0
+        Of the fault plan. The same seed gives corresponding layers of two models corresponding faults.
+    plan : {"uniform", "proportional", "neyman"}, default "uniform"
+        How injections are spread over bits; see `Design`.
+    images : {"uniform", "importance"}, default "uniform"
+        How images are drawn; see `image_chances`.
+    pilot : int, default 128
+        Injections into each layer before the rest is planned; see `Design`.
+    stop_at : str, default "never"
+        The half-width of a layer's DeltaLoss that ends it; see `Design`.
+    confidence : float, default 0.99
+        Of intervals, 0.5 to 1.
+    enumerate_up_to : int, default 0
+        A fully connected layer at the end with no more faults than these is enumerated instead of sampled. Whatever the
+        number, the last layer is enumerated where its faults have a closed form; only 0 samples all layers.
+    detector : str, default "profiled"
+        The range detector: `profiled` (each layer's largest profiled magnitude), `fixed:X` (X for every layer), or `off`.
+    compare_detectors : sequence of str, default ()
+        Other range detectors that the same faults are set against.
+    number_format : str, default "fp32"
+        How values are stored; see `parse_format`.
+    fault_model : FaultModel, default one flipped bit of one neuron
+        What one injection is.
+    kinds : sequence of str, default ("Conv2d", "Linear")
+        Operations whose outputs are fault sites.
+    engine : {"replay", "whole", "pytorchfi"}, default "replay"
+        Who carries the faults out; see `make_engine`.
+    batch_size : int, default 256
+        Faults per forward pass. It changes no result.
+    image_batch : int, default 64
+        Images per golden run, and per shard.
+
+    Examples
+    --------
+    >>> from textguard.faults import CampaignSettings
+    >>> CampaignSettings(detector="off", compare_detectors=["profiled", "fixed:65536"]).detectors
+    ['off', 'profiled', 'fixed:65536']
+    """
+
+    injections_per_layer: int = 1000
+    seed: int = 0
+    plan: str = "uniform"
+    images: str = "uniform"
+    pilot: int = 128
+    stop_at: str = "never"
+    confidence: float = CONFIDENCE
+    enumerate_up_to: int = 0
+    detector: str = "profiled"
+    compare_detectors: Sequence[str] = ()
+    number_format: str = "fp32"
+    fault_model: FaultModel = SINGLE_FLIP
+    kinds: Sequence[str] = DEFAULT_KINDS
+    engine: str = "replay"
+    batch_size: int = 256
+    image_batch: int = 64
+
+    @property
+    def stored_as(self) -> Format:
+        """The number format. Raises UnknownName, InvalidParameter."""
+        return parse_format(self.number_format)
+
+    @property
+    def design(self) -> Design:
+        """How the campaign spreads its injections."""
+        return Design(self.plan, self.injections_per_layer, self.pilot, self.stop_at, self.confidence, self.seed)
+
+    @property
+    def detectors(self) -> list[str]:
+        """The campaign's own range detector, and behind it the others."""
+        return [self.detector, *(name for name in self.compare_detectors if name != self.detector)]
+
+    def make_engine(self, model: nn.Module, image: Tensor, profiled: Mapping[str, float]) -> Engine:
+        """The engine for a model and one image [...]. profiled: layer -> largest magnitude. Raises as `make_engine` does."""
+        return make_engine(
+            self.engine,
+            model,
+            image,
+            self.batch_size,
+            kinds=self.kinds,
+            number_format=self.stored_as,
+            profiled=profiled,
+            target=self.fault_model.target,
+        )
+
+
+@dataclass(frozen=True)
+class CampaignResult:
+    """What a campaign found.
+
+    Attributes
+    ----------
+    records : pandas.DataFrame
+        Every injection into a sampled layer under the campaign's own range detector, with RECORD_COLUMNS.
+    changes : dict of str to pandas.DataFrame
+        Compared detector -> the records that differ under it.
+    totals : dict of str to list of Totals
+        Detector -> what all faults of each enumerated layer did.
+    layers : dict of str to LayerResult
+        Layer -> its estimates under the campaign's own range detector, in order of execution.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> from textguard.faults import Campaign, CampaignResult, CampaignSettings
+    >>> model = nn.Linear(2, 2, bias=False)
+    >>> model.weight.data = torch.eye(2)
+    >>> loader = DataLoader(TensorDataset(torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([0, 0])))
+    >>> result = Campaign(model, loader, CampaignSettings(enumerate_up_to=1)).run()
+    >>> isinstance(result, CampaignResult), len(result.records)
+    (True, 0)
+    >>> [int(totals.faults.sum()) for totals in result.totals["profiled"]]  # 2 images, 2 outputs, 32 bits
+    [128]
+    """
+
+    records: pd.DataFrame
+    changes: dict[str, pd.DataFrame]
+    totals: dict[str, list[Totals]]
+    layers: dict[str, LayerResult]
+
+
+class Campaign:
+    """A campaign on one classifier: its engine, range detectors, eligible images, and the layers to sample or enumerate.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        From images [B, ...] to logits [B, C], on the device to use. It is copied, and stays as it is.
+    loader : DataLoader
+        Gives the images to inject on and their labels, from a map-style data set. Its order does not matter.
+    settings : CampaignSettings
+        What to inject, how often and how.
+    profiled : mapping of str to float, optional
+        Layer -> largest magnitude of its output in fault-free inferences. By default it is taken from the loader's images.
+
+    Attributes
+    ----------
+    engine : Engine
+        Its `sites` are the layers.
+    limits : dict of str to dict of str to float
+        Detector -> layer -> largest magnitude that it lets pass.
+    strata : int
+        Strata of the sample: one for each bit, or 0 where bits are drawn uniformly.
+
+    Raises
+    ------
+    TextguardError
+        A setting is unknown, out of range, or does not fit the model.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> from textguard.faults import Campaign, CampaignSettings
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+    >>> images = torch.rand(6, 1, 4, 4)
+    >>> loader = DataLoader(TensorDataset(images, model(images).argmax(dim=1)), batch_size=3)
+    >>> campaign = Campaign(model, loader, CampaignSettings(injections_per_layer=20, enumerate_up_to=1))
+    >>> result = campaign.run()
+    >>> {name: (layer.method, layer.injections) for name, layer in result.layers.items()}
+    {'0': ('sampled', 20), '3': ('exact', 576)}
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: DataLoader,
+        settings: CampaignSettings,
+        profiled: Mapping[str, float] | None = None,
+    ) -> None:
+        self.loader, self.settings, self.number_format = loader, settings, settings.stored_as
+        if profiled is None:
+            profiled = largest_outputs(profile_ranges(model, loader, settings.kinds))
+        self.engine = settings.make_engine(model, first_image(loader, device_of(model)), profiled)
+        known = weight_limits(model, self.engine.sites) if settings.fault_model.target == "weight" else profiled
+        layers = [site.layer for site in self.engine.sites]
+        self.limits = {name: detector_limits(name, layers, known) for name in settings.detectors}
+        self.strata = settings.design.strata(settings.fault_model, self.engine)
+
+    @cached_property
+    def chances(self) -> np.ndarray:
+        """How likely each image is to be drawn, float64 [N]; see `image_chances`."""
+        return image_chances(self.engine, self.loader, self.settings.images)
+
+    @property
+    def eligible(self) -> list[int]:
+        """Positions of the images that faults are injected on."""
+        return np.flatnonzero(self.chances).tolist()
+
+    @cached_property
+    def enumerated(self) -> list[Site]:
+        """The layers of which every fault is tried."""
+        return affordable(self.engine, len(self.eligible), self.settings.fault_model, self.settings.enumerate_up_to)
+
+    @property
+    def sampled(self) -> list[Site]:
+        """The layers into which faults are drawn."""
+        return [site for site in self.engine.sites if site not in self.enumerated]
+
+    def run(self, shard_dir: Path | None = None, label: str = "inject") -> CampaignResult:
+        """Sample, enumerate and summarise.
+
+        shard_dir: a folder in which an interrupted campaign goes on, and which processes of `torchrun` need to share the
+        injections. label: names the campaign in progress lines. Raises CampaignMismatch where shard_dir is another campaign's.
+        """
+        records, changes = self.sample_layers(shard_dir, label)
+        # Totals are not kept in shard_dir: unlike shards, they do not tell whose they are.
+        totals = self.enumerate_layers(label=label)
+        return CampaignResult(records, changes, totals, self.summarise(records, totals[self.settings.detector]))
+
+    def sample_layers(
+        self, shard_dir: Path | None = None, label: str = "inject"
+    ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+        """The records of the sampled layers, and for each compared detector those that differ under it; see `run`."""
+        first, *others = self.settings.detectors
+        records, changes = no_records(), {name: no_records() for name in others}
+        if not self.sampled:
+            return records, changes
+        options = {"image_batch": self.settings.image_batch, "fault_model": self.settings.fault_model}
+        records = run_design(
+            self.engine,
+            self.sampled,
+            self.loader,
+            self.chances,
+            self.limits[first],
+            self.settings.design,
+            shard_dir=shard_dir,
+            label=label,
+            **options,
+        )
+        for number, name in enumerate(others):
+            changes[name] = rerun_changed(
+                self.engine,
+                self.loader,
+                records,
+                self.limits[name],
+                shard_dir=shard_dir / f"detector-{number}" if shard_dir else None,
+                label=f"{label}, detector {name}",
+                **options,
+            )
+        return records, changes
+
+    def enumerate_layers(self, folder: Path | None = None, label: str = "enumerate") -> dict[str, list[Totals]]:
+        """Detector -> what all faults of each enumerated layer did.
+
+        folder: where the totals of each layer and detector are kept, and taken from. It must be this campaign's own.
+        """
+        totals: dict[str, list[Totals]] = {}
+        for number, name in enumerate(self.settings.detectors):
+            files = [folder / f"exact-{number}-{site.position}.json" if folder else None for site in self.enumerated]
+            totals[name] = [self._enumerate(site, name, file, label) for site, file in zip(self.enumerated, files, strict=True)]
+        return totals
+
+    def _enumerate(self, site: Site, detector: str, file: Path | None, label: str) -> Totals:
+        if file and file.exists():
+            return Totals.from_json(read_json(file, "inject"))
+        limit, label = self.limits[detector][site.layer], f"{label}, detector {detector},"
+        totals = Totals.from_json(
+            enumerate_layer(self.engine, self.loader, self.eligible, site, limit, label).as_json()
+        )  # so that a campaign that goes on from files gets the same types
+        if file:
+            write_json(file, totals.as_json())
+        return totals
+
+    def summarise(self, records: pd.DataFrame, totals: Sequence[Totals]) -> dict[str, LayerResult]:
+        """Layer -> its estimates, in order of execution, from the records of sampled layers and the totals of the others."""
+        results = summarise(records, {site.layer: site.neurons for site in self.sampled}, self.strata)
+        return results | {layer.layer: summarise_totals(layer) for layer in totals}
+
+    def pace(self, injections_per_layer: int = 1, sites: Sequence[Site] | None = None, injections: int = 256) -> float:
+        """Injections per second, roughly, measured on a few of them, whose outcomes are thrown away.
+
+        Images need not be eligible. sites: all of the engine's by default. injections: how many are measured, at most.
+        """
+        chances, settings = np.ones(count_images(self.loader)), self.settings
+        sites = self.engine.sites if sites is None else sites
+        plan = draw_plan(sites, chances, injections_per_layer, settings.seed, settings.fault_model, self.number_format)
+        limits = self.limits[settings.detector]
+        return measure_pace(self.engine, self.loader, plan, limits, injections=injections, fault_model=settings.fault_model)
+
+    def as_json(self, totals: Mapping[str, Sequence[Totals]]) -> dict[str, Any]:
+        """What is to be known of the campaign beside its records. totals: as `enumerate_layers` returns them."""
+        return {
+            "layers": [
+                {"layer": site.layer, "kind": site.kind, "neurons": site.neurons, "multiply_adds": site.multiply_adds}
+                for site in self.engine.sites
+            ],
+            "bits": bits_of(self.settings.fault_model, self.number_format),
+            "strata": self.strata,
+            "eligible_images": len(self.eligible),
+            "detectors": self.settings.detectors,
+            "exact": {name: [layer.as_json() for layer in found] for name, found in totals.items()},
+            "skipped": dict(self.engine.skipped),
+        }
