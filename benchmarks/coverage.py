@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.common import SEED, digits_campaign
-from textguard.estimates.statistics import CONFIDENCE, Sample, _studentised, mean_interval, quantile, sample_mean
+from textguard.estimates.statistics import CONFIDENCE, Sample, mean_interval, quantile, sample_mean, studentised
 from textguard.faults.execution import run_campaign
 from textguard.faults.plans import draw_plan
 from textguard.faults.profiling import image_chances
@@ -118,7 +118,7 @@ class _Tally:
         half = Z * sample.variance**0.5
         limits = (
             (sample.value - half, sample.value + half),
-            (sample.value - _studentised(sample, Z), sample.value - _studentised(sample, -Z)),
+            (sample.value - studentised(sample, Z), sample.value - studentised(sample, -Z)),
             (ours.low, ours.high),
         )
         self._found.append([(low <= truth <= high, (high - low) / 2 / truth) for low, high in limits])

@@ -231,7 +231,7 @@ def test_variants_get_the_same_weight_flips_before_their_last_layers(images):
 
 
 def test_more_flips_than_weights_are_refused(images):
-    with pytest.raises(InvalidParameter, match=r"closeup\.weight_flips is 9999, and there are 1368 weights"):
+    with pytest.raises(InvalidParameter, match=r"argument weight_flips is 9999, and there are 1368 weights"):
         cam_of(TinyResNet(), images).draw_flips(9999, 1, seed=0)
     additions = CamModel(TinyResNet(), images[0], ("Add",), FP32, {}, 4)
     assert additions.draw_flips(9999, 0, seed=0).empty

@@ -362,5 +362,5 @@ def test_sizes_out_of_range(text, allowed):
     with pytest.raises(InvalidParameter) as error:
         parse_format(text)
     family = text.partition("(")[0]
-    assert str(error.value).startswith(f"params.yaml inject.format is {text!r}; {family}(")
+    assert str(error.value).startswith(f"argument number_format is {text!r}; {family}(")
     assert str(error.value).endswith(f" takes {allowed}")

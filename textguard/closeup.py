@@ -103,8 +103,9 @@ class CamModel:
     """A classifier whose Ablation-CAM can be drawn while faults happen in it.
 
     model: any nn.Module from images [B, 3, S, S] to logits [B, C] that torch.fx can trace. kinds, number_format, profiled: as
-    for an Engine. smallest: places that a map must have in a row. `place` is the last step with such a map that everything
-    behind it depends on alone; for a ResNet at 224 pixels, the last block's output with 7 x 7 places. Raises UnsupportedModel.
+    for an Engine. smallest: places that a map must have in a row. `place` is the step whose map is drawn: the last one with
+    such a map from which alone all later steps can be computed. For a ResNet at 224 pixels it is the last block's output, with
+    7 x 7 places. Raises UnsupportedModel.
     """
 
     def __init__(
@@ -222,9 +223,10 @@ class CamModel:
 
 
 def find_place(traced: TracedModel, image: Tensor, smallest: int) -> Place:
-    """Where the last map is that has `smallest` places in a row and that all later steps depend on alone.
+    """Find the last map that has `smallest` places in a row, and from which alone all later steps can be computed.
 
-    Maps are square, as the images are. Where one is larger than an earlier one, its places no longer lie where the image's do.
+    Maps are square, as the images are. A map that is larger than an earlier one does not count, because its places no longer
+    lie where the image's do.
     Raises UnsupportedModel where there is none.
     """
     place, needed, narrowest = None, -1, image.shape[-1]
@@ -303,9 +305,9 @@ def overlap(golden: np.ndarray, faulty: np.ndarray) -> float:
 
 
 def mean_over_images(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
-    """The mean of numbers that are 1 where nothing changed and at least -1, with Student's interval.
+    """The mean of numbers from -1 to 1, where 1 says that nothing changed, with Student's interval.
 
-    Where all are the same, nothing says what could happen: limits are NaN, but for 1.
+    Equal numbers have no spread to take an interval from. Their limits are NaN, but the upper limit is 1 where all are 1.
     """
     mean, count = float(np.mean(values)), len(values)
     if min(values) == max(values):
