@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from textguard.faults.campaign import profile_ranges
 from textguard.faults.damage import SINGLE_FLIP, Faults
 from textguard.faults.engines import Engine, ReplayEngine
+from textguard.faults.profiling import largest_outputs, profile_ranges
 from textguard.runtime import pick_device
 from textguard.vision.backbones import build_backbone
 from textguard.vision.datasets import load_split, make_splits, read_source, save_splits
@@ -68,8 +68,7 @@ class DigitsCampaign:
 def digits_campaign(batch_size: int = 256, seed: int = SEED) -> DigitsCampaign:
     """A campaign on the trained classifier and its test images, with ranges from its training images."""
     model, train, test = trained_digits(seed)
-    ranges = profile_ranges(model, image_loader(train, 256))
-    limits = dict(zip(ranges["layer"], ranges["max_abs"], strict=True))
+    limits = largest_outputs(profile_ranges(model, image_loader(train, 256)))
     return DigitsCampaign(model, ReplayEngine(model, test[0][0], batch_size), image_loader(test, 256), limits)
 
 

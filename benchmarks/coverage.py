@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.common import SEED, digits_campaign
-from textguard.faults.campaign import image_chances, run_campaign
+from textguard.estimates.statistics import CONFIDENCE, Sample, mean_interval, quantile, sample_mean, studentised
+from textguard.faults.execution import run_campaign
 from textguard.faults.plans import draw_plan
-from textguard.faults.sampling import _neyman, _spread
-from textguard.faults.statistics import CONFIDENCE, Sample, _studentised, mean_interval, quantile, sample_mean
+from textguard.faults.profiling import image_chances
+from textguard.faults.sampling import neyman_shares, spread_over_bits
 
 BITS = 32
 PLANS = ("uniform", "neyman")
@@ -59,15 +60,15 @@ def _measure(seed: int) -> dict[str, dict[str, Any]]:
     known = {name: _Layer(rows, chances) for name, rows in records.groupby("layer", sort=False)}
     tallies = {name: {plan: _Tally() for plan in PLANS} for name in measured}
     draw, even = np.random.default_rng(SEED), np.full(BITS, 1 / BITS)
-    first = _spread(PILOT, even, None)
+    first = spread_over_bits(PILOT, even, None)
     for _ in range(REPETITIONS):
         pilots = {name: layer.strata(draw, first) for name, layer in known.items()}
-        shares = _neyman({name: SimpleNamespace(strata=strata) for name, strata in pilots.items()})
+        shares = neyman_shares({name: SimpleNamespace(strata=strata) for name, strata in pilots.items()})
         for name in measured:
             layer = known[name]
             drawn = layer.values[draw.integers(0, len(layer.values), UNIFORM)]
             tallies[name]["uniform"].add(sample_mean([drawn], [1.0], [2 * drawn.max()]), layer.mean)
-            more = layer.strata(draw, _spread(NEYMAN, shares[name], first) - first)
+            more = layer.strata(draw, spread_over_bits(NEYMAN, shares[name], first) - first)
             strata = [np.concatenate(pair) for pair in zip(pilots[name], more, strict=True)]
             sample = sample_mean(strata, even, [2 * stratum.max() for stratum in strata])
             tallies[name]["neyman"].add(sample, layer.mean_over_bits)
@@ -117,7 +118,7 @@ class _Tally:
         half = Z * sample.variance**0.5
         limits = (
             (sample.value - half, sample.value + half),
-            (sample.value - _studentised(sample, Z), sample.value - _studentised(sample, -Z)),
+            (sample.value - studentised(sample, Z), sample.value - studentised(sample, -Z)),
             (ours.low, ours.high),
         )
         self._found.append([(low <= truth <= high, (high - low) / 2 / truth) for low, high in limits])

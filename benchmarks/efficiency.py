@@ -5,14 +5,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import SEED, alternating, digits_campaign
-from textguard.faults.campaign import image_chances, run_campaign
+from textguard.estimates.statistics import CONFIDENCE, mean_interval
+from textguard.estimates.summary import LayerResult, summarise
 from textguard.faults.damage import SINGLE_FLIP
 from textguard.faults.engines import make_engine
 from textguard.faults.exact import affordable, enumerate_layer
+from textguard.faults.execution import run_campaign
 from textguard.faults.plans import draw_plan
+from textguard.faults.profiling import image_chances
 from textguard.faults.sampling import Design, run_design
-from textguard.faults.statistics import CONFIDENCE, mean_interval
-from textguard.faults.summary import LayerResult, summarise
 
 BATCH = 256  # the best for PyTorchFI on this model, see benchmarks/injections.py
 

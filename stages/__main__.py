@@ -22,7 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from textguard.artifacts import cannot_write  # noqa: E402
-from textguard.errors import InvalidParameter, TextguardError  # noqa: E402
+from textguard.errors import InvalidParameter, Setting, TextguardError  # noqa: E402
 from textguard.params import load_params, lookup  # noqa: E402
 
 SHARED = ("train", "evaluate", "inject")  # stages that several processes can work on
@@ -49,6 +49,10 @@ STAGES = {
     "report": None,
 }
 
+# Settings that params.yaml keeps elsewhere than in section `inject`, or under another name than the library's argument.
+PLACES = {"number_format": "inject.format", "nonfinite": "statistics.nonfinite", "weight_flips": "closeup.weight_flips"}
+PLACES |= {f"fault_model.{name}": f"inject.faults.{name}" for name in ("target", "operation", "bits", "values")}
+
 
 def main(arguments: list[str]) -> int:
     """Run the stage that the arguments name. Returns the exit code."""
@@ -68,7 +72,7 @@ def main(arguments: list[str]) -> int:
         if stage != "check":
             importlib.import_module(f"stages.{stage}").main(params, *keys)
     except TextguardError as error:
-        return _complain(f"{type(error).__name__}: {error}")
+        return _complain(f"{type(error).__name__}: {error.told(_place)}")
     except OSError as error:
         if error.filename is None:
             raise
@@ -94,6 +98,11 @@ def _complain(line: str) -> int:
     _let_the_first_speak()
     print(line, file=sys.stderr)
     return 1
+
+
+def _place(setting: Setting) -> str:
+    """Where a user sets an argument of the library."""
+    return f"params.yaml {PLACES.get(setting, f'inject.{setting}')}"
 
 
 def _let_the_first_speak() -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +10,11 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 
+from stages.settings import campaign_settings
 from textguard.artifacts import read_json
-from textguard.faults.campaign import loader_of, measure_pace, profile_ranges
-from textguard.faults.damage import FaultModel
-from textguard.faults.detectors import detector_limits
-from textguard.faults.engines import make_engine
-from textguard.faults.formats import parse_format
-from textguard.faults.plans import draw_plan
-from textguard.params import ENCODER_FILE, Params, Run
+from textguard.faults import Campaign
+from textguard.faults.profiling import loader_of
+from textguard.params import ENCODER_FILE, Params, RunParams
 from textguard.planning import Speeds, Workload
 from textguard.runtime import announce, describe_device, pick_device
 from textguard.vision.classifiers import ClassifierSpec, build_classifier
@@ -72,13 +69,13 @@ def main(params: Params) -> None:
     )
 
 
-def _sizes(params: Params, run: Run) -> tuple[int, int, int]:
+def _sizes(params: Params, run: RunParams) -> tuple[int, int, int]:
     dataset = params.datasets[run.dataset]
     limits = {"limit_train": dataset.limit_train, "limit_test": dataset.limit_test}
     return expected_sizes(dataset.source, test_share=dataset.test_share, **limits)
 
 
-def _workload(params: Params, run: Run, recipe: Recipe, size: tuple[int, int, int], sites: int, width: int) -> Workload:
+def _workload(params: Params, run: RunParams, recipe: Recipe, size: tuple[int, int, int], sites: int, width: int) -> Workload:
     """sites: of the baseline. A text-guided classifier has one more: the head. The last one is enumerated, where any is."""
     train_images, test_images, classes = size
     guided = run.variant != "baseline"
@@ -96,12 +93,12 @@ def _workload(params: Params, run: Run, recipe: Recipe, size: tuple[int, int, in
     )
 
 
-def _spec(run: Run, recipe: Recipe, classes: int, width: int) -> ClassifierSpec:
+def _spec(run: RunParams, recipe: Recipe, classes: int, width: int) -> ClassifierSpec:
     prepared = recipe.image_size, recipe.resize_size, recipe.interpolation
     return ClassifierSpec(run.dataset, run.backbone, run.variant, *prepared, width, tuple(map(str, range(classes))))
 
 
-def _measure(params: Params, run: Run, recipe: Recipe, classes: int, device: torch.device) -> tuple[Speeds, int]:
+def _measure(params: Params, run: RunParams, recipe: Recipe, classes: int, device: torch.device) -> tuple[Speeds, int]:
     """Speeds of the baseline, to which a text-guided classifier is close, and its number of sites."""
     torch.manual_seed(0)
     side = recipe.image_size
@@ -123,17 +120,11 @@ def _measure(params: Params, run: Run, recipe: Recipe, classes: int, device: tor
     model.eval()
     with torch.inference_mode():
         inference = count * _pace(lambda: model(images), device)
-    inject = params.inject
-    number_format, fault_model = parse_format(inject.format), FaultModel(**asdict(inject.faults))
-    loader = loader_of(images[:4], labels[:4], 4)
-    ranges = profile_ranges(model, loader, inject.kinds)
-    profiled = dict(zip(ranges["layer"], ranges["max_abs"], strict=True))
-    settings = {"kinds": inject.kinds, "number_format": number_format, "profiled": profiled, "target": fault_model.target}
-    engine = make_engine(inject.engine, model, images[0], min(inject.batch_size, 2 * count), **settings)
-    plan = draw_plan(engine.sites, np.ones(4), 4, inject.seed, fault_model, number_format)
-    limits = detector_limits("fixed:65536", [site.layer for site in engine.sites], {})
-    pace = measure_pace(engine, loader, plan, limits, images=4, injections=4 * count, fault_model=fault_model)
-    return Speeds(training, inference, pace), len(engine.sites)
+    inject = campaign_settings(params.inject)
+    settings = replace(inject, detector="fixed:65536", compare_detectors=(), batch_size=min(inject.batch_size, 2 * count))
+    campaign = Campaign(model, loader_of(images[:4], labels[:4], 4), settings)
+    injections = campaign.pace(injections_per_layer=4, injections=4 * count)
+    return Speeds(training, inference, injections), len(campaign.engine.sites)
 
 
 def _pace(work: Callable[[], object], device: torch.device) -> float:

@@ -4,9 +4,8 @@ It changes no result, and so no stage depends on it or on what it imports.
 """
 
 import copy
-from dataclasses import asdict
+from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -20,11 +19,9 @@ IMAGES = 2
 def rehearse(model: nn.Module, view: TrainingView, recipe: Recipe, inject: InjectParams) -> None:
     """Train, predict and inject on a copy of the model. Raises what would be raised later; draws from no generator."""
     # Imported when it is called, so that a checkpoint is not of this code: see textguard.artifacts.work_dir.
-    from textguard.faults.campaign import loader_of, measure_pace
-    from textguard.faults.damage import FaultModel
-    from textguard.faults.engines import make_engine
-    from textguard.faults.formats import parse_format
-    from textguard.faults.plans import draw_plan
+    from stages.settings import campaign_settings
+    from textguard.faults import Campaign
+    from textguard.faults.profiling import loader_of
     from textguard.vision.optimisation import make_optimizer
     from textguard.vision.training import AUTOCAST
 
@@ -38,20 +35,10 @@ def rehearse(model: nn.Module, view: TrainingView, recipe: Recipe, inject: Injec
         loss.backward()
         optimizer.step()
         tried.eval()
-        fault_model, number_format = FaultModel(**asdict(inject.faults)), parse_format(inject.format)
-        engine = make_engine(
-            inject.engine,
-            tried,
-            images[0].to(device),
-            IMAGES,
-            kinds=inject.kinds,
-            number_format=number_format,
-            profiled=dict.fromkeys((name for name, _ in tried.named_modules()), 1.0),
-            target=fault_model.target,
-        )
-        limits = {site.layer: np.inf for site in engine.sites}
-        plan = draw_plan([engine.sites[0], engine.sites[-1]], np.full(IMAGES, 1 / IMAGES), 1, 0, fault_model, number_format)
-        measure_pace(engine, loader_of(images, labels, IMAGES), plan, limits, fault_model=fault_model)
+        settings = replace(campaign_settings(inject), detector="off", compare_detectors=(), batch_size=IMAGES)
+        profiled = dict.fromkeys((name for name, _ in tried.named_modules()), 1.0)
+        campaign = Campaign(tried, loader_of(images, labels, IMAGES), settings, profiled)
+        campaign.pace(sites=[campaign.engine.sites[0], campaign.engine.sites[-1]])
 
 
 def _pair(sample: tuple[torch.Tensor, int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from filelock import FileLock
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from gate_runs import TOLERANCES, Metrics, even, metrics, report, right
 from smoke_grid import ALL, repro, run
@@ -122,6 +123,20 @@ def resnet() -> nn.Module:
 def images() -> torch.Tensor:
     """12 random images, [12, 3, 16, 16]."""
     return torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def labels(resnet: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """What the small residual network says of the images, but for two where it is wrong, [12]."""
+    found = resnet(images).argmax(dim=1)
+    found[[2, 7]] = (found[[2, 7]] + 1) % 4
+    return found
+
+
+@pytest.fixture
+def loader(images: torch.Tensor, labels: torch.Tensor) -> DataLoader:
+    """The images and these labels, in batches of 5."""
+    return DataLoader(TensorDataset(images, labels), batch_size=5)
 
 
 class DigitsNetwork(nn.Module):

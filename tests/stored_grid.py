@@ -9,7 +9,7 @@ import pandas as pd
 from PIL import Image
 
 from textguard.artifacts import write_json, write_parquet
-from textguard.faults.summary import Totals
+from textguard.estimates.summary import Totals
 from textguard.params import Run, StatisticsParams
 
 STATISTICS = StatisticsParams(0.99, 300, "goldeneye", "neurons", 2e-5, "neurons")

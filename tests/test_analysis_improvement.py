@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from textguard.analysis.improvement import across, draw_pairs, improvement, verdict, weigh
-from textguard.faults.statistics import Estimate, exact, sample_mean
-from textguard.faults.summary import LayerResult
+from textguard.estimates.statistics import Estimate, exact, sample_mean
+from textguard.estimates.summary import LayerResult
 
 
 def layer_result(values: np.ndarray | float) -> LayerResult:

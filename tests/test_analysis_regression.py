@@ -31,10 +31,11 @@ from textguard.analysis.files import RESULTS_DIR
 from textguard.analysis.regression import compare_all, holm, sign_flip_p
 from textguard.analysis.results import write_results
 from textguard.artifacts import write_csv, write_json, write_parquet
-from textguard.faults.campaign import image_chances, loader_of, profile_ranges, run_campaign, top2diff
 from textguard.faults.engines import ReplayEngine
 from textguard.faults.exact import enumerate_layer
+from textguard.faults.execution import run_campaign
 from textguard.faults.plans import draw_plan
+from textguard.faults.profiling import image_chances, loader_of, profile_ranges, top2diff
 from textguard.params import GateParams, Run, StatisticsParams
 from textguard.report.gate import read_runs
 from textguard.schema.campaign import PLAN_KEYS

@@ -14,7 +14,7 @@ from textguard.analysis.files import load_cells, load_result
 from textguard.analysis.results import write_results
 from textguard.artifacts import write_parquet
 from textguard.errors import InvalidArtifact, InvalidParameter
-from textguard.faults.statistics import Estimate
+from textguard.estimates.statistics import Estimate
 from textguard.params import StatisticsParams
 from textguard.schema.base import Measured
 from textguard.schema.results import ByBit, Outcomes, UnderDetector, Verdicts

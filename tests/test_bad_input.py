@@ -819,7 +819,7 @@ def interrupted(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
 
 def test_damaged_shards_of_an_interrupted_campaign_are_run_again(grid, interrupted):
-    work = interrupted("inject", "summarise")
+    work = interrupted("inject", "write_parquet")
     first, second, *_ = sorted((work / "round-0").glob("shard-*.parquet"))
     first.write_bytes(first.read_bytes()[:100])
     pd.DataFrame({"layer": ["fc"]}).to_parquet(second)

@@ -24,11 +24,11 @@ from textguard.closeup import (
     worst_injection,
 )
 from textguard.errors import InvalidParameter, UnsupportedModel
-from textguard.faults.campaign import loader_of
-from textguard.faults.damage import SINGLE_FLIP, FaultModel, Storage
+from textguard.faults.damage import SINGLE_FLIP, FaultModel
 from textguard.faults.engines import make_engine
 from textguard.faults.formats import FP32, parse_format
 from textguard.faults.graph import TracedModel
+from textguard.faults.profiling import loader_of
 from textguard.vision.backbones import build_backbone
 
 KINDS = ("Conv2d", "Linear")
@@ -192,7 +192,7 @@ def damaged_weights(before: dict[str, bytes], after: dict[str, bytes]) -> pd.Dat
 def test_flipped_weights_are_restored_bit_for_bit(images, classes):
     cam = cam_of(settle(TinyResNet()), images)
     before = snapshot(cam)
-    flips = cam.draw_flips(200, 1, 32, seed=3)
+    flips = cam.draw_flips(200, 1, seed=3)
     with cam.flipped(flips, lambda weight: math.inf):
         inside = snapshot(cam)
         cam.look(images, classes, 64)
@@ -208,7 +208,7 @@ def test_flipped_weights_are_restored_bit_for_bit(images, classes):
 def test_weights_that_a_detector_sees_become_its_limit(images):
     cam = cam_of(settle(TinyResNet()), images)
     parameters = dict(cam._traced.model.named_parameters())
-    flips = cam.draw_flips(300, 1, 32, seed=0)
+    flips = cam.draw_flips(300, 1, seed=0)
     flips["mask"] = 1 << 30
     most = {name: float(parameters[name].detach().abs().max()) for name in flips["parameter"].unique()}
     with cam.flipped(flips, lambda weight: float(weight.abs().max())):
@@ -222,19 +222,19 @@ def test_variants_get_the_same_weight_flips_before_their_last_layers(images):
     guided = nn.Sequential()
     guided.add_module("backbone", TinyResNet(classes=9))
     guided.add_module("head", nn.Linear(9, 4, bias=False))
-    drawn = cam_of(TinyResNet(), images).draw_flips(150, 1, 32, seed=5)
-    others = cam_of(guided, images).draw_flips(150, 2, 32, seed=5)
+    drawn = cam_of(TinyResNet(), images).draw_flips(150, 1, seed=5)
+    others = cam_of(guided, images).draw_flips(150, 2, seed=5)
     pd.testing.assert_frame_equal(drawn.assign(parameter="backbone." + drawn["parameter"]), others)
     assert not drawn[["parameter", "place"]].duplicated().any()
     assert "fc.weight" not in set(drawn["parameter"])
-    assert not drawn.equals(cam_of(TinyResNet(), images).draw_flips(150, 1, 32, seed=6))
+    assert not drawn.equals(cam_of(TinyResNet(), images).draw_flips(150, 1, seed=6))
 
 
 def test_more_flips_than_weights_are_refused(images):
-    with pytest.raises(InvalidParameter, match=r"closeup\.weight_flips is 9999, and there are 1368 weights"):
-        cam_of(TinyResNet(), images).draw_flips(9999, 1, 32, seed=0)
+    with pytest.raises(InvalidParameter, match=r"argument weight_flips is 9999, and there are 1368 weights"):
+        cam_of(TinyResNet(), images).draw_flips(9999, 1, seed=0)
     additions = CamModel(TinyResNet(), images[0], ("Add",), FP32, {}, 4)
-    assert additions.draw_flips(9999, 0, 32, seed=0).empty
+    assert additions.draw_flips(9999, 0, seed=0).empty
 
 
 # One of each family at its own size: the last block's output, before pooling.
@@ -356,7 +356,7 @@ def test_magnitudes_of_the_last_layer_before_and_after_every_flip(images):
         faulty = np.abs(words.view(np.float32).astype(float)).ravel()
     finite = faulty[np.isfinite(faulty)]
     limit = float(np.abs(golden).max())
-    found = count_magnitudes(engine, loader_of(images, torch.zeros(12), 5), Storage(FP32, limit, 4, images.device), limit, 32)
+    found = count_magnitudes(engine, loader_of(images, torch.zeros(12), 5), limit)
     edges = 10.0 ** np.append(POWERS, POWERS[-1] + 1)
     edges[0] = 0
     assert found["golden"] == pytest.approx(np.histogram(np.abs(golden), edges)[0] / golden.size)

@@ -4,9 +4,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from demo_numbers import table
 
 from conftest import REPOSITORY
+from demo_numbers import table
 
 
 def committed(place: str) -> str:

@@ -13,14 +13,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from conftest import DigitsNetwork, digits, trained
 from textguard.errors import InvalidParameter
+from textguard.estimates.statistics import average, mean_interval, rate_interval
+from textguard.estimates.summary import Totals, summarise, summarise_totals
 from textguard.faults import FaultModel, enumerate_layer, exact, image_chances, parse_format, profile_ranges, run_design
 from textguard.faults.damage import SINGLE_FLIP, Faults, Storage
 from textguard.faults.engines import PyTorchFIEngine, ReplayEngine, WholeEngine
 from textguard.faults.exact import affordable, flip_logits, has_closed_form
 from textguard.faults.plans import draw_plan
 from textguard.faults.sampling import Design
-from textguard.faults.statistics import average, mean_interval, rate_interval
-from textguard.faults.summary import Totals, summarise, summarise_totals
 from textguard.vision.classifiers import TextGuidedClassifier
 
 COUNTS = ("faults", "masked", "detected", "mismatches", "nonfinite")

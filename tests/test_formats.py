@@ -338,8 +338,8 @@ def test_names(name, bits):
     "text", ["posit8", "fp32 ", "FP16", "fp(5,10", "fp(5, 10)", "fp(5)", "int(08)", "int(-1)", "int()", "bfp(8,7)", ""]
 )
 def test_unknown_formats(text):
-    with pytest.raises(UnknownName, match=r"in params\.yaml grid\.x; known: adaptivfloat\(E,M\), .*, fp8_e5m2, int\(B\)$"):
-        parse_format(text, "params.yaml grid.x")
+    with pytest.raises(UnknownName, match=r"in argument number_format; known: adaptivfloat\(E,M\), .*, fp8_e5m2, int\(B\)$"):
+        parse_format(text)
 
 
 @pytest.mark.parametrize(
@@ -362,5 +362,5 @@ def test_sizes_out_of_range(text, allowed):
     with pytest.raises(InvalidParameter) as error:
         parse_format(text)
     family = text.partition("(")[0]
-    assert str(error.value).startswith(f"params.yaml inject.format is {text!r}; {family}(")
+    assert str(error.value).startswith(f"argument number_format is {text!r}; {family}(")
     assert str(error.value).endswith(f" takes {allowed}")

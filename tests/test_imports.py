@@ -1,6 +1,7 @@
 """CONTRIBUTING.md shows the imports as they are, and they run one way."""
 
 import pytest
+
 from import_graph import PAGE, drawing, drawn, transitively_reduced
 
 

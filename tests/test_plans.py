@@ -109,11 +109,11 @@ def test_every_pair_of_bits_is_equally_likely():
 def test_all_of_a_layers_neurons_can_be_damaged_and_no_more():
     every = drawn(FaultModel(values=10), 100, sites=SITES[1:])["b"]
     assert (np.sort(every[:, :, 0, 1], axis=1) == np.arange(10)).all()
-    with pytest.raises(InvalidParameter, match=r"inject.faults.values is 11; there are 10"):
+    with pytest.raises(InvalidParameter, match=r"fault_model\.values is 11; there are 10"):
         drawn(FaultModel(values=11))
-    with pytest.raises(InvalidParameter, match=r"inject.faults.bits is 33; there are 32"):
+    with pytest.raises(InvalidParameter, match=r"fault_model\.bits is 33; there are 32"):
         drawn(FaultModel(bits=33))
-    with pytest.raises(InvalidParameter, match=r"inject.faults.bits is 9; there are 8"):
+    with pytest.raises(InvalidParameter, match=r"fault_model\.bits is 9; there are 8"):
         drawn(FaultModel(bits=9), number_format=parse_format("int(8)"))
 
 
@@ -241,7 +241,7 @@ def test_an_injections_of_a_bit_do_not_depend_on_those_of_other_bits():
 
 @pytest.mark.parametrize("fault_model", [FaultModel(bits=2), FaultModel(values=2)], ids=str)
 def test_faults_of_several_bits_cannot_be_planned_by_bit(fault_model):
-    with pytest.raises(InvalidParameter, match=r"inject\.plan: only faults of one bit in one value") as error:
+    with pytest.raises(InvalidParameter, match=r"argument plan: only faults of one bit in one value") as error:
         draw_plan(SITES, SEVEN, {site.layer: np.full(32, 2) for site in SITES}, 0, fault_model)
     assert "\n" not in str(error.value)
 

@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from textguard.errors import InvalidParameter, UnknownName
+from textguard.estimates.statistics import mean_interval
+from textguard.estimates.summary import replace_records, summarise
 from textguard.faults import sampling
-from textguard.faults.campaign import RECORD_COLUMNS, RECORD_TYPES, image_chances, loader_of, run_campaign
 from textguard.faults.damage import FaultModel
 from textguard.faults.engines import make_engine
+from textguard.faults.execution import RECORD_COLUMNS, RECORD_TYPES, run_campaign
 from textguard.faults.formats import FP32
 from textguard.faults.plans import draw_plan
-from textguard.faults.sampling import Design, replace_records, rerun_changed, run_design
+from textguard.faults.profiling import image_chances, loader_of
+from textguard.faults.sampling import Design, rerun_changed, run_design
 from textguard.faults.sites import Site
-from textguard.faults.statistics import mean_interval
-from textguard.faults.summary import summarise
 
 BITS = 32
 
@@ -63,14 +64,14 @@ def by_bit(records):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"plan": "random"}, UnknownName, r"plan 'random' in params\.yaml inject\.plan; known: neyman, proportional, uniform"),
-        ({"pilot": 63}, InvalidParameter, r"inject\.pilot is 63; a plan by bit needs 2 for each of 32 bits"),
-        ({"injections": 63}, InvalidParameter, r"inject\.injections_per_layer is 63; a plan by bit needs 2"),
+        ({"plan": "random"}, UnknownName, r"plan 'random' in argument plan; known: neyman, proportional, uniform"),
+        ({"pilot": 63}, InvalidParameter, r"argument pilot is 63; a plan by bit needs 2 for each of 32 bits"),
+        ({"injections": 63}, InvalidParameter, r"argument injections_per_layer is 63; a plan by bit needs 2"),
         ({"injections": 63, "plan": "proportional"}, InvalidParameter, r"injections_per_layer is 63; a plan by bit"),
         ({"plan": "uniform", "injections": 0}, InvalidParameter, r"injections_per_layer is 0; at least 1"),
-        ({"plan": "uniform", "pilot": 0, "stop_at": "10%"}, InvalidParameter, r"inject\.pilot is 0; at least 1"),
+        ({"plan": "uniform", "pilot": 0, "stop_at": "10%"}, InvalidParameter, r"argument pilot is 0; at least 1"),
         *(
-            ({"stop_at": wanted}, InvalidParameter, r"inject\.stop_at is .*allowed: never, a half-width in nats as 0\.001")
+            ({"stop_at": wanted}, InvalidParameter, r"argument stop_at is .*allowed: never, a half-width in nats as 0\.001")
             for wanted in ("", "0", "-1", "0%", "nan", "inf", "10%%", "10 percent", "%", "1e999", "Never")
         ),
     ],
@@ -102,7 +103,7 @@ def test_doubtful_images_are_more_likely_and_no_injection_weighs_more_than_2(tin
     doubt = (1 - probability) * even
     assert chances == pytest.approx((even + doubt * even.sum() / doubt.sum()) / 2, abs=0.0051)
     assert chances.max() >= chances[even > 0].min() >= 0.5
-    with pytest.raises(UnknownName, match=r"way to draw images 'best' in params\.yaml inject\.images"):
+    with pytest.raises(UnknownName, match=r"way to draw images 'best' in argument images"):
         tiny.chances("best")
 
 
@@ -312,7 +313,7 @@ def test_a_spread_keeps_what_there_was_and_hits_its_total(total, before):
     shares = draw.lognormal(0, 2, BITS)
     shares /= shares.sum()
     had = None if before is None else np.full(BITS, before)
-    spread = sampling._spread(total, shares, had)
+    spread = sampling.spread_over_bits(total, shares, had)
     least = 2 if before is None else before
     assert spread.min() >= least
     assert spread.sum() == max(total, least * BITS)

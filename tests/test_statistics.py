@@ -11,8 +11,7 @@ from scipy import stats
 
 from textguard.analysis.improvement import Draws, draw_pairs, improvement, weigh
 from textguard.errors import InvalidParameter
-from textguard.faults.sampling import Design, _next, _neyman, _spread
-from textguard.faults.statistics import (
+from textguard.estimates.statistics import (
     Estimate,
     Sample,
     average,
@@ -29,7 +28,8 @@ from textguard.faults.statistics import (
     rate_interval,
     sample_mean,
 )
-from textguard.faults.summary import LayerResult, Totals, cap_of, summarise, summarise_totals
+from textguard.estimates.summary import LayerResult, Totals, cap_of, summarise, summarise_totals
+from textguard.faults.sampling import Design, next_total, neyman_shares, spread_over_bits
 
 BITS = 32
 CONFIDENCES = [0.8, 0.95, 0.99, 0.999]
@@ -384,12 +384,12 @@ def design_of(injections_per_layer, stop_at="never"):
 
 def campaign(draw, design):
     """The strata of the first layer after all rounds of a design, for which the other layers' pilots plan."""
-    counts = _spread(design.pilot, EVEN, None)
+    counts = spread_over_bits(design.pilot, EVEN, None)
     pilots = {str(place): population.strata(draw, counts) for place, population in enumerate(LAYERS)}
-    shares = _neyman({name: SimpleNamespace(strata=strata) for name, strata in pilots.items()})["0"]
+    shares = neyman_shares({name: SimpleNamespace(strata=strata) for name, strata in pilots.items()})["0"]
     strata, injections = pilots["0"], design.pilot
-    while (wanted := _next(SimpleNamespace(delta_loss=sampled(strata)), injections, design)) > injections:
-        more = _spread(wanted, shares, counts)
+    while (wanted := next_total(SimpleNamespace(delta_loss=sampled(strata)), injections, design)) > injections:
+        more = spread_over_bits(wanted, shares, counts)
         strata = [np.concatenate(pair) for pair in zip(strata, LAYERS[0].strata(draw, more - counts), strict=True)]
         counts, injections = more, wanted
     return strata
@@ -480,7 +480,7 @@ def test_a_stratified_plans_rates_hold(rate):
     hits = severity >= np.quantile(severity, 1 - rate)
     assert hits.mean() == pytest.approx(rate, rel=0.02)
     spread = population.values.std(axis=1)
-    counts = _spread(1024, 0.3 * EVEN + 0.7 * spread / spread.sum(), None)
+    counts = spread_over_bits(1024, 0.3 * EVEN + 0.7 * spread / spread.sum(), None)
     held = 0
     for _ in range(REPETITIONS):
         found = rate_interval(sample_mean(population.strata(draw, counts, hits), EVEN, [2.0] * BITS))

@@ -14,7 +14,7 @@ from torch import nn
 
 from conftest import REPOSITORY
 from gate_runs import as_run, even, exact, metrics, right
-from textguard.faults.statistics import Estimate
+from textguard.estimates.statistics import Estimate
 from textguard.report.published import CLAIMS_FILE, Finding, Published, audit, load_published
 from textguard.report.rendering import Table, as_latex, as_markdown, write_table
 from textguard.report.tables import make_tables

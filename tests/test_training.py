@@ -22,7 +22,7 @@ from smoke_grid import environment, run
 from stages.rehearsal import rehearse
 from textguard.artifacts import read_safetensors
 from textguard.errors import InvalidParameter, UnknownName, UnsupportedModel
-from textguard.faults.campaign import top2diff
+from textguard.faults.profiling import top2diff
 from textguard.params import load_params
 from textguard.vision.datasets import PackedSplit
 from textguard.vision.evaluation import predict

@@ -1,30 +1,37 @@
 """A classifier under faults, seen from near: where in an image it looks, and the values of its last layer."""
 
+import io
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from scipy.special import stdtrit
 from scipy.stats import rankdata
 from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader
 
-from textguard.errors import InvalidParameter, UnsupportedModel
-from textguard.faults.campaign import batches
+from textguard.errors import InvalidParameter, Setting, UnsupportedModel
+from textguard.estimates.statistics import CONFIDENCE, Estimate, rate_estimate
 from textguard.faults.damage import SINGLE_FLIP, FaultModel, Faults, Storage, damage_output, make_storages
+from textguard.faults.detectors import detector_limits
 from textguard.faults.engines import Engine
 from textguard.faults.formats import Format
 from textguard.faults.graph import TracedModel, Visit
+from textguard.faults.profiling import batches
 from textguard.faults.sites import Call
-from textguard.faults.statistics import CONFIDENCE, Estimate
+from textguard.runtime import progress
+from textguard.vision.transforms import EvaluationView
 
 POWERS = np.arange(-40, 39)  # of ten, of the last layer's values; fp32 ends below 10^39
+AT_ONCE = 8  # images
+LOOKS = ["image", "label", "class", "state", "finite", "prediction", "predicted", "confidence", "map", "picture"]
 
 
 @dataclass(frozen=True)
@@ -88,12 +95,17 @@ class OneFault:
         )
 
 
+# How the weights are damaged while the context is open, and the fault in each inference.
+State = tuple[Callable[[], AbstractContextManager[None]], OneFault | None]
+
+
 class CamModel:
     """A classifier whose Ablation-CAM can be drawn while faults happen in it.
 
     model: any nn.Module from images [B, 3, S, S] to logits [B, C] that torch.fx can trace. kinds, number_format, profiled: as
-    for an Engine. smallest: places that a map must have in a row. `place` is the last step with such a map that everything
-    behind it depends on alone; for a ResNet at 224 pixels, the last block's output with 7 x 7 places. Raises UnsupportedModel.
+    for an Engine. smallest: places that a map must have in a row. `place` is the step whose map is drawn: the last one with
+    such a map from which alone all later steps can be computed. For a ResNet at 224 pixels it is the last block's output, with
+    7 x 7 places. Raises UnsupportedModel.
     """
 
     def __init__(
@@ -164,9 +176,10 @@ class CamModel:
 
         return visit
 
-    def draw_flips(self, count: int, without: int, bits: int, seed: int) -> pd.DataFrame:
-        """`count` single-bit flips in different weights, uniform over the weights of all sites but the last `without` and over
-        their bits. Two models that differ only behind those sites get the same ones.
+    def draw_flips(self, weight_flips: int, without: int, seed: int) -> pd.DataFrame:
+        """`weight_flips` single-bit flips in different weights, uniform over weights and bits.
+
+        Only sites in front of the last `without` are drawn from, so that models that differ behind them get the same flips.
 
         Returns one row per flip: parameter, place (in the flattened parameter), mask; none where those sites have no weights.
         Raises InvalidParameter.
@@ -178,13 +191,13 @@ class CamModel:
         ends = np.cumsum([parameters[name].numel() for name in names])
         if not len(ends):
             return pd.DataFrame(columns=["parameter", "place", "mask"])
-        if count > ends[-1]:
-            raise InvalidParameter(f"params.yaml closeup.weight_flips is {count}, and there are {ends[-1]} weights to flip")
+        if weight_flips > ends[-1]:
+            raise InvalidParameter(Setting("weight_flips"), f" is {weight_flips}, and there are {ends[-1]} weights to flip")
         generator = np.random.default_rng(seed)
-        drawn = np.sort(generator.choice(ends[-1], count, replace=False))
+        drawn = np.sort(generator.choice(ends[-1], weight_flips, replace=False))
         owner = np.searchsorted(ends, drawn, side="right")
         starts = np.concatenate([[0], ends[:-1]])
-        masks = np.left_shift(1, generator.integers(bits, size=count))
+        masks = np.left_shift(1, generator.integers(self.number_format.bits, size=weight_flips))
         return pd.DataFrame({"parameter": np.array(list(names))[owner], "place": drawn - starts[owner], "mask": masks})
 
     @contextmanager
@@ -210,9 +223,10 @@ class CamModel:
 
 
 def find_place(traced: TracedModel, image: Tensor, smallest: int) -> Place:
-    """Where the last map is that has `smallest` places in a row and that all later steps depend on alone.
+    """Find the last map that has `smallest` places in a row, and from which alone all later steps can be computed.
 
-    Maps are square, as the images are. Where one is larger than an earlier one, its places no longer lie where the image's do.
+    Maps are square, as the images are. A map that is larger than an earlier one does not count, because its places no longer
+    lie where the image's do.
     Raises UnsupportedModel where there is none.
     """
     place, needed, narrowest = None, -1, image.shape[-1]
@@ -291,9 +305,9 @@ def overlap(golden: np.ndarray, faulty: np.ndarray) -> float:
 
 
 def mean_over_images(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
-    """The mean of numbers that are 1 where nothing changed and at least -1, with Student's interval.
+    """The mean of numbers from -1 to 1, where 1 says that nothing changed, with Student's interval.
 
-    Where all are the same, nothing says what could happen: limits are NaN, but for 1.
+    Equal numbers have no spread to take an interval from. Their limits are NaN, but the upper limit is 1 where all are 1.
     """
     mean, count = float(np.mean(values)), len(values)
     if min(values) == max(values):
@@ -302,12 +316,109 @@ def mean_over_images(values: Sequence[float], confidence: float = CONFIDENCE) ->
     return Estimate(mean, max(mean - half, -1.0), min(mean + half, 1.0), count)
 
 
-def count_magnitudes(engine: Engine, loader: DataLoader, storage: Storage, limit: float, bits: int) -> dict[str, Any]:
+def damaged_states(
+    cam: CamModel,
+    weights: pd.DataFrame,
+    worst: pd.DataFrame,
+    fault_model: FaultModel,
+    detector: str,
+    profiled: dict[str, float],
+) -> dict[str, State]:
+    """What is done to the classifier: the state's name, how its weights are damaged, and the fault in each inference.
+
+    weights: as `CamModel.draw_flips` returns them. worst: the records of one injection, as `worst_injection` returns them.
+    detector: that of the campaign. profiled: layer -> largest magnitude. Where weights or worst are empty, their state is
+    missing.
+    """
+
+    def of_weights(weight: Tensor) -> float:
+        return detector_limits(detector, ["weights"], {"weights": float(weight.abs().max())})["weights"]
+
+    states: dict[str, State] = {"golden": (nullcontext, None)}
+    if not weights.empty:
+        states["weights"] = (lambda: cam.flipped(weights, of_weights), None)
+    if worst.empty:
+        return states
+    site = next(site for site in cam.sites if site.layer == worst["layer"].iloc[0])
+    if fault_model.target == "weight":
+        damaged = worst.groupby("neuron")["bit"].agg(lambda bits: int(np.left_shift(1, bits).sum()))
+        flips = pd.DataFrame({"parameter": site.parameter, "place": damaged.index, "mask": damaged.to_numpy()})
+        states["worst"] = (lambda: cam.flipped(flips, of_weights), None)
+    else:
+        limit = detector_limits(detector, [site.layer], profiled)[site.layer]
+        states["worst"] = (nullcontext, one_fault(worst, fault_model, site.position, limit, cam.device))
+    return states
+
+
+def look_at(
+    cam: CamModel, view: EvaluationView, positions: list[int], states: dict[str, State], batch_size: int, label: str
+) -> pd.DataFrame:
+    """One row per image and state, with LOOKS. positions: of the images in the view.
+
+    map is [side * side]. picture is a PNG of what the classifier sees, in the rows of state `golden`, and empty in the others.
+    """
+    rows = []
+    with progress(total=len(positions) * len(states), label=label, unit="map") as bar:
+        for start in range(0, len(positions), AT_ONCE):
+            part = positions[start : start + AT_ONCE]
+            images, labels = zip(*view.__getitems__(part), strict=True)
+            images, labels = torch.stack(images).to(cam.device), torch.tensor(labels, device=cam.device)
+            for state, (damaged, fault) in states.items():
+                with damaged():
+                    looks = cam.look(images, labels, batch_size, fault)
+                best = looks.logits.softmax(dim=1).max(dim=1)
+                for number, position in enumerate(part):
+                    rows.append(
+                        {
+                            "image": position,
+                            "label": int(labels[number]),
+                            "class": view.split.classes[int(labels[number])],
+                            "state": state,
+                            "finite": bool(looks.logits[number].isfinite().all() and looks.maps[number].isfinite().all()),
+                            "prediction": int(best.indices[number]),
+                            "predicted": view.split.classes[int(best.indices[number])],
+                            "confidence": float(best.values[number]),
+                            "map": looks.maps[number].flatten().tolist(),
+                            "picture": _png(view, images[number]) if state == "golden" else b"",
+                        }
+                    )
+                bar.update(len(part))
+    return pd.DataFrame(rows)[LOOKS]
+
+
+def _png(view: EvaluationView, image: Tensor) -> bytes:
+    mean, std = (torch.tensor(values, device=image.device)[:, None, None] for values in (view.split.mean, view.split.std))
+    pixels = (255 * (image * std + mean)).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+def shifts(looks: pd.DataFrame) -> dict[str, Any]:
+    """State -> how far its maps are from the golden ones, with intervals over images. looks: as `look_at` returns them."""
+    by_state = dict(iter(looks.groupby("state", sort=False)))
+    golden = by_state.pop("golden")
+    found = {}
+    for state, faulty in by_state.items():
+        pairs = [(np.array(before), np.array(after)) for before, after in zip(golden["map"], faulty["map"], strict=True)]
+        same = (golden["prediction"].to_numpy() == faulty["prediction"].to_numpy()) & faulty["finite"].to_numpy()
+        found[state] = {
+            "finite": int(faulty["finite"].sum()),
+            "rank_correlation": mean_over_images([rank_correlation(*pair) for pair in pairs]).as_json(),
+            "overlap": mean_over_images([overlap(*pair) for pair in pairs]).as_json(),
+            "changed": rate_estimate(int((~same).sum()), len(faulty)).as_json(),
+        }
+    return found
+
+
+def count_magnitudes(engine: Engine, loader: DataLoader, limit: float) -> dict[str, Any]:
     """How large the values of the last site are over a data set, and how large after one flip of a bit, each bit as likely.
 
-    Returns `powers` [P], ten to which begin the intervals of magnitudes, of which the first and last take all beyond; `golden`
-    and `faulty` [P], the share of values in each; and of the faulty ones `not_finite` and, of finite ones, `beyond` limit.
+    limit: the largest profiled magnitude of the site. Returns `powers` [P], ten to which begin the intervals of magnitudes, of
+    which the first and last take all beyond; `golden` and `faulty` [P], the share of values in each; and of the faulty ones
+    `not_finite` and, of finite ones, `beyond` limit.
     """
+    storage = Storage(engine.number_format, limit, engine.sites[-1].neurons, engine.device)
     counts, lost, beyond = np.zeros((2, len(POWERS))), 0, 0
     last = len(engine.sites) - 1
     seen: list[Tensor] = []
@@ -321,7 +432,7 @@ def count_magnitudes(engine: Engine, loader: DataLoader, storage: Storage, limit
         golden = seen.pop().reshape(len(part), -1)
         counts[0] += _count(golden)
         neurons = torch.arange(golden.shape[1], device=golden.device)
-        for bit in range(bits):
+        for bit in range(engine.number_format.bits):
             every = OneFault(SINGLE_FLIP, last, neurons, torch.full_like(neurons, 1 << bit), math.inf)
             damage = storage.damage(every.on(len(part)), lambda row, neuron, golden=golden: golden[row, neuron])
             counts[1] += _count(damage.faulty)

@@ -1,6 +1,6 @@
 """Errors that a user can act on. Each message says what was found, what is allowed, and where to change it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 def printable(text: str, limit: int = 200) -> str:
@@ -9,22 +9,31 @@ def printable(text: str, limit: int = 200) -> str:
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
+class Setting(str):
+    """The name of a library's argument, as a part of an error's message. Only the caller knows where its user sets it."""
+
+
 class TextguardError(Exception):
-    """Base of every error that is shown as one line, without a traceback."""
+    """Base of every error that is shown as one line, without a traceback. Its arguments are the parts of the message."""
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().split())
+        return self.told("argument {}".format)
+
+    def told(self, name: Callable[[Setting], str]) -> str:
+        """The message, with the arguments of the library that it speaks of called as `name` says."""
+        parts = (name(part) if isinstance(part, Setting) else str(part) for part in self.args)
+        return " ".join("".join(parts).split())
 
 
 class InvalidParameter(TextguardError):
-    """A value in params.yaml is missing, unknown, of the wrong type or out of range."""
+    """A setting is missing, unknown, of the wrong type or out of range."""
 
 
 class UnknownName(TextguardError):
     """A name that no registry knows (data set, backbone, variant, encoder, detector, engine ...)."""
 
     def __init__(self, kind: str, name: object, known: Iterable[str], where: str) -> None:
-        super().__init__(f"{kind} {name!r} in {where}; known: {', '.join(sorted(known))}")
+        super().__init__(f"{kind} {name!r} in ", where, f"; known: {', '.join(sorted(known))}")
 
 
 class MissingAnswer(TextguardError):
@@ -61,10 +70,6 @@ class CannotWrite(TextguardError):
 
 class UnsupportedModel(TextguardError):
     """A model in which faults cannot be injected as asked."""
-
-
-class BitOutOfRange(TextguardError):
-    """A bit position outside the number format."""
 
 
 class CampaignMismatch(TextguardError):

@@ -241,7 +241,7 @@ class CloseupParams:
 class StatisticsParams:
     """What is made of the records.
 
-    confidence: of every interval. bootstrap: resamples. nonfinite: `goldeneye` or `cap:X`, see textguard.faults.summary.
+    confidence: of every interval. bootstrap: resamples. nonfinite: `goldeneye` or `cap:X`, see textguard.estimates.summary.
     last_layer_weights: how latent layer and head make one last layer. fit_per_bit: raw failures per bit in 10^9 hours.
     fit_exposure: what holds the bits, neurons or the results of multiply-adds.
     """

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from textguard.faults.statistics import average, mean_interval
-from textguard.faults.summary import Totals, summarise
+from textguard.estimates.statistics import average, mean_interval
+from textguard.estimates.summary import Totals, summarise
 from textguard.schema.results import ByBit, Convergence, Outcomes
 
 FIRST_POINT = 8  # injections per layer at which convergence is shown first; then twice as many, and so on

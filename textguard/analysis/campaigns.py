@@ -8,7 +8,7 @@ import pandas as pd
 from textguard.analysis.files import RECORDS_DIR, RUNS_DIR
 from textguard.artifacts import read_parquet, reading
 from textguard.errors import InvalidArtifact
-from textguard.faults.summary import LayerResult, Totals, summarise, summarise_totals
+from textguard.estimates.summary import LayerResult, Totals, replace_records, summarise, summarise_totals
 from textguard.params import Run, StatisticsParams
 from textguard.schema.base import read
 from textguard.schema.campaign import StoredCampaign
@@ -48,7 +48,7 @@ def load_campaign(key: str, run: Run, statistics: StatisticsParams) -> Campaign:
         totals = {name: [Totals.from_json(layer.as_json()) for layer in stored.exact[name]] for name in stored.detectors}
     detectors = {}
     for name, known in totals.items():
-        under = _replace(records, changed[changed["detector"] == name])
+        under = replace_records(records, changed.loc[changed["detector"] == name, RECORDS])
         found = summarise(under, neurons, stored.strata, statistics.nonfinite)
         found |= {layer.layer: summarise_totals(layer, statistics.nonfinite) for layer in known}
         missing = [layer for layer in neurons if layer not in found]
@@ -56,13 +56,6 @@ def load_campaign(key: str, run: Run, statistics: StatisticsParams) -> Campaign:
             raise InvalidArtifact(f"{file}: layer {missing[0]!r} has no records; run 'dvc repro': stage 'inject' writes them")
         detectors[name] = [found[layer] for layer in neurons]
     return Campaign(detectors, stored, records, next(iter(totals.values())))
-
-
-def _replace(records: pd.DataFrame, changed: pd.DataFrame) -> pd.DataFrame:
-    """The records under another detector: those of the injections that it changes are in `changed`."""
-    names = ["layer", "index"]
-    again = pd.MultiIndex.from_frame(records[names]).isin(pd.MultiIndex.from_frame(changed[names]))
-    return pd.concat([records[~again], changed[RECORDS]], ignore_index=True)
 
 
 def last_layer_weights(run: Run, layers: Sequence[LayerResult], weights: str) -> list[float]:

@@ -12,7 +12,7 @@ from scipy.special import stdtrit
 
 from textguard.analysis.campaigns import Campaign, last_layer_weights
 from textguard.analysis.improvement import Draws, Ratio, across, draw_pairs, improvement, verdict, weigh
-from textguard.faults.statistics import Estimate, difference
+from textguard.estimates.statistics import Estimate, difference
 from textguard.params import Run, StatisticsParams
 from textguard.schema.base import Measured
 from textguard.schema.results import (

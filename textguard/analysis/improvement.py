@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from textguard.faults.statistics import Estimate, over_trainings
-from textguard.faults.summary import LayerResult
+from textguard.estimates.statistics import Estimate, over_trainings
+from textguard.estimates.summary import LayerResult
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from textguard.analysis.campaigns import Campaign, last_layer_weights
 from textguard.analysis.files import RECORDS_DIR, RUNS_DIR, load_ranges
 from textguard.artifacts import fingerprint, read_parquet, reading
 from textguard.errors import InvalidArtifact
-from textguard.faults.statistics import Estimate, average, mean_estimate, mean_interval, rate_estimate, rate_interval
-from textguard.faults.summary import LayerResult
+from textguard.estimates.statistics import Estimate, average, mean_estimate, mean_interval, rate_estimate, rate_interval
+from textguard.estimates.summary import LayerResult
 from textguard.params import Run, StatisticsParams
 from textguard.schema.base import Measured, read
 from textguard.schema.campaign import PLAN_KEYS, Site

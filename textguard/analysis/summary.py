@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-from textguard.faults.statistics import Estimate
+from textguard.estimates.statistics import Estimate
 from textguard.schema.results import Cell, RunResult, Summary, SummaryLine
 
 

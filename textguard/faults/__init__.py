@@ -5,33 +5,36 @@
 `assess` goes from a model and a DataLoader to the resilience of each layer. What it is made of is exported too.
 """
 
-import importlib
+from textguard.estimates.summary import summarise
+from textguard.faults.assessment import assess
+from textguard.faults.campaign import Campaign, CampaignResult, CampaignSettings
+from textguard.faults.damage import FaultModel
+from textguard.faults.engines import make_engine
+from textguard.faults.exact import enumerate_layer
+from textguard.faults.execution import run_campaign
+from textguard.faults.formats import parse_format
+from textguard.faults.mitigations import protect
+from textguard.faults.plans import draw_plan
+from textguard.faults.profiling import eligible_images, image_chances, profile_activations, profile_ranges
+from textguard.faults.sampling import Design, run_design
 
-# Imported when they are asked for: the report reads statistics, and needs no torch for it.
-_EXPORTS = {
-    "assess": "assessment",
-    "Design": "sampling",
-    "draw_plan": "plans",
-    "eligible_images": "campaign",
-    "enumerate_layer": "exact",
-    "FaultModel": "damage",
-    "image_chances": "campaign",
-    "make_engine": "engines",
-    "parse_format": "formats",
-    "profile_activations": "campaign",
-    "profile_ranges": "campaign",
-    "protect": "mitigations",
-    "run_campaign": "campaign",
-    "run_design": "sampling",
-    "summarise": "summary",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it exports {', '.join(_EXPORTS)}")
-    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(_EXPORTS)
+__all__ = [
+    "Campaign",
+    "CampaignResult",
+    "CampaignSettings",
+    "Design",
+    "FaultModel",
+    "assess",
+    "draw_plan",
+    "eligible_images",
+    "enumerate_layer",
+    "image_chances",
+    "make_engine",
+    "parse_format",
+    "profile_activations",
+    "profile_ranges",
+    "protect",
+    "run_campaign",
+    "run_design",
+    "summarise",
+]

@@ -1,91 +1,80 @@
 """One call from a classifier and its data to the resilience of each layer, with intervals."""
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pandas as pd
 from torch import nn
 from torch.utils.data import DataLoader
 
-from textguard.faults.campaign import batches, device_of, image_chances, profile_ranges
-from textguard.faults.damage import SINGLE_FLIP, FaultModel, weight_limits
-from textguard.faults.detectors import detector_limits
-from textguard.faults.engines import make_engine
-from textguard.faults.exact import affordable, enumerate_layer
-from textguard.faults.formats import parse_format
-from textguard.faults.sampling import Design, run_design
-from textguard.faults.sites import DEFAULT_KINDS, Site
-from textguard.faults.statistics import CONFIDENCE, mean_interval, rate_interval
-from textguard.faults.summary import LayerResult, summarise, summarise_totals
+from textguard.estimates.statistics import mean_interval, rate_interval
+from textguard.estimates.summary import LayerResult
+from textguard.faults.campaign import Campaign, CampaignSettings
+from textguard.faults.profiling import largest_outputs, profile_ranges
+from textguard.faults.sites import Site
 
 
 def assess(
     model: nn.Module,
     loader: DataLoader,
     *,
-    injections_per_layer: int = 1000,
-    seed: int = 0,
-    plan: str = "uniform",
-    images: str = "uniform",
-    pilot: int = 128,
-    stop_at: str = "never",
-    confidence: float = CONFIDENCE,
-    enumerate_up_to: int = 0,
-    detector: str = "profiled",
-    number_format: str = "fp32",
-    fault_model: FaultModel = SINGLE_FLIP,
-    kinds: Sequence[str] = DEFAULT_KINDS,
     profile: DataLoader | None = None,
-    engine: str = "replay",
-    batch_size: int = 256,
-    image_batch: int = 64,
     shard_dir: Path | None = None,
+    **settings: Any,
 ) -> pd.DataFrame:
     """Inject faults into every layer of a classifier and measure what they do to its predictions.
 
-    model: any nn.Module from images [B, ...] to logits [B, C], on the device to use. loader: gives images and labels (a
-    map-style data set; its order does not matter). plan, injections_per_layer (at most), pilot, stop_at: see
-    `textguard.faults.sampling.Design`; images: see `image_chances`; enumerate_up_to: see `textguard.faults.exact.affordable`.
-    profile: fault-free images from which the layers' ranges are taken; by default the same loader. batch_size: faults per
-    forward pass. image_batch: images per golden run. shard_dir: a folder in which an interrupted campaign goes on.
-    Returns one row per layer: layer, kind, neurons, method (`sampled` or `exact`), injections, masked, detected, nonfinite
-    (numbers of injections), and delta_loss, mismatch and sdc (see `LayerResult`), each with its interval in _low and _high.
-    Raises TextguardError.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        From images [B, ...] to logits [B, C], on the device to use.
+    loader : DataLoader
+        Gives the images to inject on and their labels, from a map-style data set. Its order does not matter.
+    profile : DataLoader, optional
+        Gives the images from which the layers' ranges are taken; by default those of `loader`.
+    shard_dir : pathlib.Path, optional
+        A folder in which an interrupted assessment goes on.
+    **settings
+        Any field of `CampaignSettings` but `compare_detectors`, such as injections_per_layer=1000, seed=0,
+        detector="profiled", number_format="fp32" or enumerate_up_to=0, which are their defaults.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per layer, in order of execution: layer, kind, neurons, method (`sampled`, or `exact` where the layer was
+        enumerated); injections, masked, detected, nonfinite (numbers of injections); delta_loss (nats), mismatch and sdc
+        (shares; see `LayerResult`), each with its interval in _low and _high.
+
+    Raises
+    ------
+    TextguardError
+        A setting is unknown, out of range, or does not fit the model or the data.
+
+    References
+    ----------
+    Mahmoud et al., GoldenEye: A Platform for Evaluating Emerging Numerical Data Formats in DNN Accelerators, DSN 2022.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> from textguard.faults import assess
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+    >>> images = torch.rand(6, 1, 4, 4)
+    >>> loader = DataLoader(TensorDataset(images, model(images).argmax(dim=1)), batch_size=3)
+    >>> layers = assess(model, loader, injections_per_layer=20, enumerate_up_to=1)
+    >>> print(layers[["layer", "kind", "neurons", "method", "injections"]])
+      layer    kind  neurons   method  injections
+    0     0  Conv2d        8  sampled          20
+    1     3  Linear        3    exact         576
     """
-    stored = parse_format(number_format, "number_format")
-    device = device_of(model)
-    _, first, _ = next(batches(loader, device, [[0]]))
-    ranges = profile_ranges(model, profile or loader, kinds)
-    profiled = dict(zip(ranges["layer"], ranges["max_abs"], strict=True))
-    runner = make_engine(
-        engine, model, first[0], batch_size, kinds=kinds, number_format=stored, profiled=profiled, target=fault_model.target
-    )
-    known = weight_limits(model, runner.sites) if fault_model.target == "weight" else profiled
-    limits = detector_limits(detector, [site.layer for site in runner.sites], known)
-    chances = image_chances(runner, loader, images)
-    eligible = np.flatnonzero(chances).tolist()
-    known_sites = affordable(runner, len(eligible), fault_model, enumerate_up_to)
-    results = {
-        site.layer: summarise_totals(enumerate_layer(runner, loader, eligible, site, limits[site.layer]))
-        for site in known_sites
-    }
-    sites = [site for site in runner.sites if site not in known_sites]
-    design = Design(plan, injections_per_layer, pilot, stop_at, confidence, seed)
-    if sites:
-        records = run_design(
-            runner,
-            sites,
-            loader,
-            chances,
-            limits,
-            design,
-            image_batch=image_batch,
-            fault_model=fault_model,
-            shard_dir=shard_dir,
-        )
-        results |= summarise(records, {site.layer: site.neurons for site in sites}, design.strata(fault_model, runner))
-    return pd.DataFrame(_row(site, results[site.layer], confidence) for site in runner.sites)
+    wanted = CampaignSettings(compare_detectors=(), **settings)
+    profiled = largest_outputs(profile_ranges(model, profile, wanted.kinds)) if profile else None
+    campaign = Campaign(model, loader, wanted, profiled)
+    layers = campaign.run(shard_dir).layers
+    return pd.DataFrame(_row(site, layers[site.layer], wanted.confidence) for site in campaign.engine.sites)
 
 
 def _row(site: Site, result: LayerResult, confidence: float) -> dict[str, str | int | float]:

@@ -1,347 +1,333 @@
-"""Campaigns: eligible images, profiled ranges, per-injection records, shards that survive an interruption."""
+"""A campaign from its settings to what each layer is found to stand: sampled layers, enumerated ones, several detectors."""
 
-import hashlib
-import json
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader
 
-from textguard.artifacts import read_json, read_parquet, write_json, write_parquet
-from textguard.errors import CampaignMismatch, InvalidArtifact, InvalidParameter, UnknownName, UnsupportedModel
-from textguard.faults.damage import SINGLE_FLIP, FaultModel, Faults
-from textguard.faults.engines import Engine, ReplayEngine, WholeEngine
-from textguard.faults.graph import TracedModel
-from textguard.faults.mitigations import activations
-from textguard.faults.plans import PLAN_COLUMNS, check_plan
-from textguard.faults.sites import DEFAULT_KINDS
-from textguard.runtime import join_processes, progress, wait_for_all
-
-RECORD_COLUMNS = [
-    *PLAN_COLUMNS,
-    *("golden_value", "faulty_value", "detected", "masked", "golden_loss", "faulty_loss", "mismatch"),
-]
+from textguard.artifacts import read_json, write_json
+from textguard.estimates.statistics import CONFIDENCE
+from textguard.estimates.summary import LayerResult, Totals, summarise, summarise_totals
+from textguard.faults.damage import SINGLE_FLIP, FaultModel, weight_limits
+from textguard.faults.detectors import detector_limits
+from textguard.faults.engines import Engine, make_engine
+from textguard.faults.exact import affordable, enumerate_layer
+from textguard.faults.execution import measure_pace, no_records
+from textguard.faults.formats import Format, parse_format
+from textguard.faults.plans import bits_of, draw_plan
+from textguard.faults.profiling import count_images, device_of, first_image, image_chances, largest_outputs, profile_ranges
+from textguard.faults.sampling import Design, rerun_changed, run_design
+from textguard.faults.sites import DEFAULT_KINDS, Site
 
 
-RECORD_TYPES = dict(
-    zip(
-        RECORD_COLUMNS,
-        ["str", *["int64"] * 4, "float64", *["float32"] * 2, *["bool"] * 2, *["float32"] * 2, "bool"],
-        strict=True,
-    )
-)
-IMAGES = ("uniform", "importance")
+@dataclass(frozen=True)
+class CampaignSettings:
+    """What a campaign injects, how many injections it makes, and how it carries them out.
 
+    Parameters
+    ----------
+    injections_per_layer : int, default 1000
+        Injections into each sampled layer, at most.
+    seed : int, default 0
+        Of the fault plan. The same seed gives corresponding layers of two models corresponding faults.
+    plan : {"uniform", "proportional", "neyman"}, default "uniform"
+        How injections are spread over bits; see `Design`.
+    images : {"uniform", "importance"}, default "uniform"
+        How images are drawn; see `image_chances`.
+    pilot : int, default 128
+        Injections into each layer before the rest is planned; see `Design`.
+    stop_at : str, default "never"
+        The half-width of a layer's DeltaLoss that ends it; see `Design`.
+    confidence : float, default 0.99
+        Of intervals, 0.5 to 1.
+    enumerate_up_to : int, default 0
+        A fully connected layer at the end with no more faults than these is enumerated instead of sampled. Whatever the
+        number, the last layer is enumerated where its faults have a closed form; only 0 samples all layers.
+    detector : str, default "profiled"
+        The range detector: `profiled` (each layer's largest profiled magnitude), `fixed:X` (X for every layer), or `off`.
+    compare_detectors : sequence of str, default ()
+        Other range detectors that the same faults are set against.
+    number_format : str, default "fp32"
+        How values are stored; see `parse_format`.
+    fault_model : FaultModel, default one flipped bit of one neuron
+        What one injection is.
+    kinds : sequence of str, default ("Conv2d", "Linear")
+        Operations whose outputs are fault sites.
+    engine : {"replay", "whole", "pytorchfi"}, default "replay"
+        Who carries the faults out; see `make_engine`.
+    batch_size : int, default 256
+        Faults per forward pass. It changes no result.
+    image_batch : int, default 64
+        Images per golden run, and per shard.
 
-def no_records() -> pd.DataFrame:
-    """The records of no injections."""
-    return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in RECORD_TYPES.items()})
-
-
-def loader_of(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
-    """A DataLoader of images [N, ...] and labels int64 [N] that lie in memory."""
-    return DataLoader(TensorDataset(images, labels), batch_size=batch_size)
-
-
-def count_images(loader: DataLoader) -> int:
-    """The number of images in the loader's data set. Raises InvalidParameter where it has no positions."""
-    if isinstance(loader.dataset, IterableDataset):
-        raise InvalidParameter("the DataLoader's data set must give images by their position (a map-style data set)")
-    return len(loader.dataset)
-
-
-def batches(
-    loader: DataLoader, device: torch.device, parts: Sequence[Sequence[int]] | None = None
-) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
-    """Positions, images [B, ...] and labels [B], on the device: of `parts`, else of the whole data set in its order.
-
-    The loader's data set, number of workers and way to collate are used, not its order: positions are those in its data set.
+    Examples
+    --------
+    >>> from textguard.faults import CampaignSettings
+    >>> CampaignSettings(detector="off", compare_detectors=["profiled", "fixed:65536"]).detectors
+    ['off', 'profiled', 'fixed:65536']
     """
-    count, size = count_images(loader), loader.batch_size or 1
-    parts = [range(start, min(start + size, count)) for start in range(0, count, size)] if parts is None else parts
-    chosen = DataLoader(
-        loader.dataset,
-        batch_sampler=parts,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn if loader.batch_sampler else None,  # without batches, it would not stack
-        pin_memory=device.type == "cuda",
-    )
-    for part, (images, labels) in zip(parts, chosen, strict=True):
-        yield part, images.to(device, non_blocking=True), torch.as_tensor(labels).to(device, non_blocking=True)
+
+    injections_per_layer: int = 1000
+    seed: int = 0
+    plan: str = "uniform"
+    images: str = "uniform"
+    pilot: int = 128
+    stop_at: str = "never"
+    confidence: float = CONFIDENCE
+    enumerate_up_to: int = 0
+    detector: str = "profiled"
+    compare_detectors: Sequence[str] = ()
+    number_format: str = "fp32"
+    fault_model: FaultModel = SINGLE_FLIP
+    kinds: Sequence[str] = DEFAULT_KINDS
+    engine: str = "replay"
+    batch_size: int = 256
+    image_batch: int = 64
+
+    @property
+    def stored_as(self) -> Format:
+        """The number format. Raises UnknownName, InvalidParameter."""
+        return parse_format(self.number_format)
+
+    @property
+    def design(self) -> Design:
+        """How the campaign spreads its injections."""
+        return Design(self.plan, self.injections_per_layer, self.pilot, self.stop_at, self.confidence, self.seed)
+
+    @property
+    def detectors(self) -> list[str]:
+        """The campaign's own range detector, and behind it the others."""
+        return [self.detector, *(name for name in self.compare_detectors if name != self.detector)]
+
+    def make_engine(self, model: nn.Module, image: Tensor, profiled: Mapping[str, float]) -> Engine:
+        """The engine for a model and one image [...]. profiled: layer -> largest magnitude. Raises as `make_engine` does."""
+        return make_engine(
+            self.engine,
+            model,
+            image,
+            self.batch_size,
+            kinds=self.kinds,
+            number_format=self.stored_as,
+            profiled=profiled,
+            target=self.fault_model.target,
+        )
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters lie."""
-    return next(model.parameters()).device
+@dataclass(frozen=True)
+class CampaignResult:
+    """What a campaign found.
 
+    Attributes
+    ----------
+    records : pandas.DataFrame
+        Every injection into a sampled layer under the campaign's own range detector, with RECORD_COLUMNS.
+    changes : dict of str to pandas.DataFrame
+        Compared detector -> the records that differ under it.
+    totals : dict of str to list of Totals
+        Detector -> what all faults of each enumerated layer did.
+    layers : dict of str to LayerResult
+        Layer -> its estimates under the campaign's own range detector, in order of execution.
 
-def top2diff(logits: Tensor) -> Tensor:
-    """Difference of the two largest softmax probabilities. logits: [N, C], C >= 2. Returns [N], 0 to 1."""
-    first, second = logits.softmax(dim=1).topk(2, dim=1).values.unbind(dim=1)
-    return first - second
-
-
-def image_chances(engine: Engine, loader: DataLoader, images: str = "uniform") -> np.ndarray:
-    """How likely each image of the loader's data set is to be drawn for an injection, relative to the others, float [N].
-
-    0 for those that the fault-free model classifies wrongly or with Top2Diff = 0: they are not eligible. `uniform`: 1 for all
-    others. `importance`: half of that, and half in proportion to 1 - p(label): a small change of the logits changes the loss
-    most where the model is least certain. It pays in layers whose faults do little, not in the last ones; no injection weighs
-    more than about 2. Raises UnknownName.
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> from textguard.faults import Campaign, CampaignResult, CampaignSettings
+    >>> model = nn.Linear(2, 2, bias=False)
+    >>> model.weight.data = torch.eye(2)
+    >>> loader = DataLoader(TensorDataset(torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([0, 0])))
+    >>> result = Campaign(model, loader, CampaignSettings(enumerate_up_to=1)).run()
+    >>> isinstance(result, CampaignResult), len(result.records)
+    (True, 0)
+    >>> [int(totals.faults.sum()) for totals in result.totals["profiled"]]  # 2 images, 2 outputs, 32 bits
+    [128]
     """
-    if images not in IMAGES:
-        raise UnknownName("way to draw images", images, IMAGES, "params.yaml inject.images")
-    chances, doubt = np.zeros(count_images(loader)), np.zeros(count_images(loader))
-    for part, pictures, labels in batches(loader, engine.device):
-        logits = engine.observe(pictures)
-        correct = (logits.argmax(dim=1) == labels) & (top2diff(logits) > 0)
-        chances[part] = correct.cpu().numpy()
-        loss = F.cross_entropy(logits.double(), labels, reduction="none")
-        doubt[part] = (-torch.expm1(-loss)).clamp(min=0).cpu().numpy()
-    doubt *= chances
-    if images == "uniform" or not doubt.sum():
-        return chances
-    # Rounded, so that what batch sizes do to the last digits of logits changes no plan.
-    return chances * ((1 + doubt * (chances.sum() / doubt.sum())) / 2).round(2)
+
+    records: pd.DataFrame
+    changes: dict[str, pd.DataFrame]
+    totals: dict[str, list[Totals]]
+    layers: dict[str, LayerResult]
 
 
-def eligible_images(engine: Engine, loader: DataLoader) -> list[int]:
-    """Positions of the images that the fault-free model classifies correctly with Top2Diff > 0."""
-    return np.flatnonzero(image_chances(engine, loader)).tolist()
+class Campaign:
+    """A campaign on one classifier: its engine, range detectors, eligible images, and the layers to sample or enumerate.
 
+    Parameters
+    ----------
+    model : torch.nn.Module
+        From images [B, ...] to logits [B, C], on the device to use. It is copied, and stays as it is.
+    loader : DataLoader
+        Gives the images to inject on and their labels, from a map-style data set. Its order does not matter.
+    settings : CampaignSettings
+        What to inject, how often and how.
+    profiled : mapping of str to float, optional
+        Layer -> largest magnitude of its output in fault-free inferences. By default it is taken from the loader's images.
 
-@torch.inference_mode()
-def profile_ranges(model: nn.Module, loader: DataLoader, kinds: Sequence[str] = DEFAULT_KINDS) -> pd.DataFrame:
-    """Each site's largest and mean absolute output over all images of the loader's data set.
+    Attributes
+    ----------
+    engine : Engine
+        Its `sites` are the layers.
+    limits : dict of str to dict of str to float
+        Detector -> layer -> largest magnitude that it lets pass.
+    strata : int
+        Strata of the sample: one for each bit, or 0 where bits are drawn uniformly.
 
-    Returns one row per site: layer, kind, neurons, max_abs, mean_abs.
+    Raises
+    ------
+    TextguardError
+        A setting is unknown, out of range, or does not fit the model.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> from textguard.faults import Campaign, CampaignSettings
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+    >>> images = torch.rand(6, 1, 4, 4)
+    >>> loader = DataLoader(TensorDataset(images, model(images).argmax(dim=1)), batch_size=3)
+    >>> campaign = Campaign(model, loader, CampaignSettings(injections_per_layer=20, enumerate_up_to=1))
+    >>> result = campaign.run()
+    >>> {name: (layer.method, layer.injections) for name, layer in result.layers.items()}
+    {'0': ('sampled', 20), '3': ('exact', 576)}
     """
-    device = device_of(model)
-    _, first, _ = next(batches(loader, device, [[0]]))
-    try:
-        engine: Engine = ReplayEngine(model, first[0], 1, kinds=kinds)
-    except UnsupportedModel:  # the campaign says so
-        engine = WholeEngine(model, first[0], 1, kinds=kinds)
-    largest, total = np.zeros(len(engine.sites)), np.zeros(len(engine.sites))
-    count = 0
 
-    def see(position: int, output: Tensor) -> None:
-        magnitude = output.abs()
-        largest[position] = max(largest[position], float(magnitude.max()))
-        total[position] += float(magnitude.sum(dtype=torch.float64))
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: DataLoader,
+        settings: CampaignSettings,
+        profiled: Mapping[str, float] | None = None,
+    ) -> None:
+        self.loader, self.settings, self.number_format = loader, settings, settings.stored_as
+        if profiled is None:
+            profiled = largest_outputs(profile_ranges(model, loader, settings.kinds))
+        self.engine = settings.make_engine(model, first_image(loader, device_of(model)), profiled)
+        known = weight_limits(model, self.engine.sites) if settings.fault_model.target == "weight" else profiled
+        layers = [site.layer for site in self.engine.sites]
+        self.limits = {name: detector_limits(name, layers, known) for name in settings.detectors}
+        self.strata = settings.design.strata(settings.fault_model, self.engine)
 
-    for part, images, _ in batches(loader, device):
-        engine.observe(images, see)
-        count += len(part)
-    return pd.DataFrame(
-        {
-            "layer": site.layer,
-            "kind": site.kind,
-            "neurons": site.neurons,
-            "max_abs": largest[site.position],
-            "mean_abs": total[site.position] / (site.neurons * count),
+    @cached_property
+    def chances(self) -> np.ndarray:
+        """How likely each image is to be drawn, float64 [N]; see `image_chances`."""
+        return image_chances(self.engine, self.loader, self.settings.images)
+
+    @property
+    def eligible(self) -> list[int]:
+        """Positions of the images that faults are injected on."""
+        return np.flatnonzero(self.chances).tolist()
+
+    @cached_property
+    def enumerated(self) -> list[Site]:
+        """The layers of which every fault is tried."""
+        return affordable(self.engine, len(self.eligible), self.settings.fault_model, self.settings.enumerate_up_to)
+
+    @property
+    def sampled(self) -> list[Site]:
+        """The layers into which faults are drawn."""
+        return [site for site in self.engine.sites if site not in self.enumerated]
+
+    def run(self, shard_dir: Path | None = None, label: str = "inject") -> CampaignResult:
+        """Sample, enumerate and summarise.
+
+        shard_dir: a folder in which an interrupted campaign goes on, and which processes of `torchrun` need to share the
+        injections. label: names the campaign in progress lines. Raises CampaignMismatch where shard_dir is another campaign's.
+        """
+        records, changes = self.sample_layers(shard_dir, label)
+        # Totals are not kept in shard_dir: unlike shards, they do not tell whose they are.
+        totals = self.enumerate_layers(label=label)
+        return CampaignResult(records, changes, totals, self.summarise(records, totals[self.settings.detector]))
+
+    def sample_layers(
+        self, shard_dir: Path | None = None, label: str = "inject"
+    ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+        """The records of the sampled layers, and for each compared detector those that differ under it; see `run`."""
+        first, *others = self.settings.detectors
+        records, changes = no_records(), {name: no_records() for name in others}
+        if not self.sampled:
+            return records, changes
+        options = {"image_batch": self.settings.image_batch, "fault_model": self.settings.fault_model}
+        records = run_design(
+            self.engine,
+            self.sampled,
+            self.loader,
+            self.chances,
+            self.limits[first],
+            self.settings.design,
+            shard_dir=shard_dir,
+            label=label,
+            **options,
+        )
+        for number, name in enumerate(others):
+            changes[name] = rerun_changed(
+                self.engine,
+                self.loader,
+                records,
+                self.limits[name],
+                shard_dir=shard_dir / f"detector-{number}" if shard_dir else None,
+                label=f"{label}, detector {name}",
+                **options,
+            )
+        return records, changes
+
+    def enumerate_layers(self, folder: Path | None = None, label: str = "enumerate") -> dict[str, list[Totals]]:
+        """Detector -> what all faults of each enumerated layer did.
+
+        folder: where the totals of each layer and detector are kept, and taken from. It must be this campaign's own.
+        """
+        totals: dict[str, list[Totals]] = {}
+        for number, name in enumerate(self.settings.detectors):
+            files = [folder / f"exact-{number}-{site.position}.json" if folder else None for site in self.enumerated]
+            totals[name] = [self._enumerate(site, name, file, label) for site, file in zip(self.enumerated, files, strict=True)]
+        return totals
+
+    def _enumerate(self, site: Site, detector: str, file: Path | None, label: str) -> Totals:
+        if file and file.exists():
+            return Totals.from_json(read_json(file, "inject"))
+        limit, label = self.limits[detector][site.layer], f"{label}, detector {detector},"
+        totals = Totals.from_json(
+            enumerate_layer(self.engine, self.loader, self.eligible, site, limit, label).as_json()
+        )  # so that a campaign that goes on from files gets the same types
+        if file:
+            write_json(file, totals.as_json())
+        return totals
+
+    def summarise(self, records: pd.DataFrame, totals: Sequence[Totals]) -> dict[str, LayerResult]:
+        """Layer -> its estimates, in order of execution, from the records of sampled layers and the totals of the others."""
+        results = summarise(records, {site.layer: site.neurons for site in self.sampled}, self.strata)
+        return results | {layer.layer: summarise_totals(layer) for layer in totals}
+
+    def pace(self, injections_per_layer: int = 1, sites: Sequence[Site] | None = None, injections: int = 256) -> float:
+        """Injections per second, roughly, measured on a few of them, whose outcomes are thrown away.
+
+        Images need not be eligible. sites: all of the engine's by default. injections: how many are measured, at most.
+        """
+        chances, settings = np.ones(count_images(self.loader)), self.settings
+        sites = self.engine.sites if sites is None else sites
+        plan = draw_plan(sites, chances, injections_per_layer, settings.seed, settings.fault_model, self.number_format)
+        limits = self.limits[settings.detector]
+        return measure_pace(self.engine, self.loader, plan, limits, injections=injections, fault_model=settings.fault_model)
+
+    def as_json(self, totals: Mapping[str, Sequence[Totals]]) -> dict[str, Any]:
+        """What is to be known of the campaign beside its records. totals: as `enumerate_layers` returns them."""
+        return {
+            "layers": [
+                {"layer": site.layer, "kind": site.kind, "neurons": site.neurons, "multiply_adds": site.multiply_adds}
+                for site in self.engine.sites
+            ],
+            "bits": bits_of(self.settings.fault_model, self.number_format),
+            "strata": self.strata,
+            "eligible_images": len(self.eligible),
+            "detectors": self.settings.detectors,
+            "exact": {name: [layer.as_json() for layer in found] for name, found in totals.items()},
+            "skipped": dict(self.engine.skipped),
         }
-        for site in engine.sites
-    )
-
-
-@torch.inference_mode()
-def profile_activations(model: nn.Module, loader: DataLoader) -> pd.DataFrame:
-    """The lowest and highest output of each activation function, for mitigations: columns activation, low, high.
-
-    Raises UnsupportedModel where the model cannot be traced.
-    """
-    device = device_of(model)
-    _, first, _ = next(batches(loader, device, [[0]]))
-    traced = TracedModel(model, first[0])
-    names = activations(traced)
-    low, high = dict.fromkeys(names.values(), np.inf), dict.fromkeys(names.values(), -np.inf)
-    for _, images, _ in batches(loader, device):
-        values = traced.inputs(images)
-        for index in traced.walk(values):
-            if index in names:
-                name, value = names[index], values[traced.steps[index]]
-                low[name], high[name] = min(low[name], float(value.min())), max(high[name], float(value.max()))
-    return pd.DataFrame({"activation": list(low), "low": list(low.values()), "high": list(high.values())})
-
-
-def run_campaign(
-    engine: Engine,
-    loader: DataLoader,
-    plan: pd.DataFrame,
-    limits: Mapping[str, float],
-    *,
-    image_batch: int,
-    fault_model: FaultModel = SINGLE_FLIP,
-    shard_dir: Path | None = None,
-    label: str = "inject",
-) -> pd.DataFrame:
-    """Carry out a fault plan and record what each fault did.
-
-    loader: gives images and labels by their position in its data set, which is what the plan's images are. limits: layer ->
-    largest magnitude that the range detector lets pass. image_batch: images per golden run and per shard. shard_dir: where
-    finished shards are kept, and taken from when the campaign is run again. Started by `torchrun`, the processes share the
-    shards through shard_dir, which all of them must reach; each returns when all are done.
-    Returns one row per row of the plan, in its order, with RECORD_COLUMNS. Raises CampaignMismatch, also when shard_dir holds
-    shards of another campaign.
-    """
-    check_plan(plan, engine.sites, count_images(loader), fault_model, engine.number_format)
-    ordered = plan.reset_index(drop=True).sort_values(["image"], kind="stable")
-    numbers = np.unique(ordered["image"])
-    parts = [part.tolist() for part in np.array_split(numbers, range(image_batch, len(numbers), image_batch))]
-    rank, processes = join_processes()
-    if processes > 1 and not shard_dir:
-        raise InvalidParameter("several processes need a shard_dir to share their results")
-    if shard_dir:
-        _check_settings(shard_dir, _settings(engine, loader, plan, limits, image_batch, fault_model), rank)
-    mine = {number: part for number, part in enumerate(parts) if number % processes == rank}
-    records = {number: _load_shard(_shard(shard_dir, number)) for number in mine}
-    missing = {number: part for number, part in mine.items() if records[number] is None}
-    if len(missing) < len(mine):
-        print(f"{label}: going on after {len(mine) - len(missing)} of {len(mine)} shards", file=sys.stderr, flush=True)
-    rows = dict(enumerate(np.split(ordered.index, np.searchsorted(ordered["image"], [part[0] for part in parts[1:]]))))
-    with progress(total=sum(len(rows[number]) for number in mine), label=label, unit="inj") as bar:
-        bar.update(sum(len(rows[number]) for number in mine.keys() - missing.keys()))
-        loaded = batches(loader, engine.device, list(missing.values()))
-        for number, (part, images, labels) in zip(missing, loaded, strict=True):
-            faults = ordered.loc[rows[number]]
-            records[number] = _run_shard(engine, part, images, labels, faults, limits, fault_model)
-            if shard_dir:
-                write_parquet(_shard(shard_dir, number), records[number])
-            bar.update(len(faults))
-    if processes > 1:
-        wait_for_all()
-        records = {number: read_parquet(_shard(shard_dir, number), "inject", RECORD_COLUMNS) for number in rows}
-    found = pd.concat([records[number].set_index(rows[number]) for number in rows])
-    return found.sort_index().set_axis(plan.index)
-
-
-def measure_pace(
-    engine: Engine,
-    loader: DataLoader,
-    plan: pd.DataFrame,
-    limits: Mapping[str, float],
-    *,
-    images: int = 8,
-    injections: int = 256,
-    fault_model: FaultModel = SINGLE_FLIP,
-) -> float:
-    """Roughly how many injections of a plan the engine does per second, from a few of them whose outcomes are thrown away."""
-    chosen = np.unique(plan["image"])[:images]
-    rows = plan[plan["image"].isin(chosen)].drop_duplicates(["layer", "index"])
-    rows = rows.iloc[:: max(1, len(rows) // injections)]
-    (part, pictures, labels), *_ = batches(loader, engine.device, [chosen.tolist()])
-    for _ in range(2):  # the first time warms up
-        start = time.perf_counter()
-        _run_shard(engine, part, pictures, labels, rows, limits, fault_model)
-    return len(rows) / (time.perf_counter() - start)
-
-
-def _shard(shard_dir: Path | None, number: int) -> Path | None:
-    return shard_dir / f"shard-{number:05d}.parquet" if shard_dir else None
-
-
-def _load_shard(shard: Path | None) -> pd.DataFrame | None:
-    """A finished shard, or None where it has to be run (again)."""
-    if not shard or not shard.exists():
-        return None
-    try:
-        return read_parquet(shard, "inject", RECORD_COLUMNS)
-    except InvalidArtifact:
-        return None
-
-
-def _settings(
-    engine: Engine,
-    loader: DataLoader,
-    plan: pd.DataFrame,
-    limits: Mapping[str, float],
-    image_batch: int,
-    fault_model: FaultModel,
-) -> dict[str, str | int]:
-    """What the records of a campaign depend on; the number of processes and of faults per batch do not belong to it."""
-
-    def digest(*parts: bytes) -> str:
-        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
-
-    _, images, labels = next(batches(loader, torch.device("cpu"), [range(min(8, count_images(loader)))]))
-    return {
-        **engine.settings,
-        **{f"fault {name}": value for name, value in vars(fault_model).items()},
-        "plan": digest(pd.util.hash_pandas_object(plan).to_numpy().tobytes()),
-        "detector limits": digest(json.dumps(dict(limits), sort_keys=True).encode()),
-        "images": f"{len(loader.dataset)}, {digest(images.numpy().tobytes(), labels.numpy().tobytes())}",
-        "images per shard": image_batch,
-    }
-
-
-def _check_settings(shard_dir: Path, settings: dict[str, str | int], rank: int) -> None:
-    """Note the settings beside the shards. Raises CampaignMismatch when shards with other settings lie there."""
-    file = shard_dir / "campaign.json"
-    if file.exists():
-        before = read_json(file, "")
-        names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
-        if names:
-            differences = "; ".join(f"{name} was {before.get(name)}, now {settings.get(name)}" for name in names)
-            raise CampaignMismatch(f"{shard_dir} holds shards of another campaign: {differences}; delete it or name another")
-    elif rank == 0:
-        write_json(file, settings)
-
-
-def _run_shard(
-    engine: Engine,
-    part: Sequence[int],
-    images: Tensor,
-    labels: Tensor,
-    faults: pd.DataFrame,
-    limits: Mapping[str, float],
-    fault_model: FaultModel,
-) -> pd.DataFrame:
-    def column(values: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(np.asarray(values), dtype=dtype, device=images.device)
-
-    positions = {site.layer: site.position for site in engine.sites}
-    # A fault is all rows with the same layer and index, a damaged value those of them with the same neuron.
-    faults = faults.reset_index(drop=True)
-    fault = faults.groupby(["layer", "index"], sort=False).ngroup().to_numpy()
-    value = faults.groupby(["layer", "index", "neuron"], sort=False).ngroup().to_numpy()
-    first_fault, first_value = np.unique(fault, return_index=True)[1], np.unique(value, return_index=True)[1]
-    mask = np.zeros(len(first_value), dtype=np.int64)
-    np.bitwise_or.at(mask, value, np.left_shift(1, faults["bit"].to_numpy()))
-    heads = faults.iloc[first_fault]
-    image = column(np.searchsorted(part, heads["image"]))
-    outcomes = engine.run(
-        images,
-        Faults(
-            model=fault_model,
-            position=column(heads["layer"].map(positions)),
-            image=image,
-            limit=column(heads["layer"].map(limits), torch.float32),
-            row=column(fault[first_value]),
-            neuron=column(faults["neuron"].iloc[first_value]),
-            mask=column(mask),
-        ),
-    )
-    golden_loss = F.cross_entropy(outcomes.golden_logits, labels, reduction="none")
-    golden_class = outcomes.golden_logits.argmax(dim=1)
-    by_value = {
-        "golden_value": outcomes.golden_value,
-        "faulty_value": outcomes.faulty_value,
-        "detected": outcomes.detected,
-    }
-    by_fault = {
-        "masked": outcomes.masked,
-        "golden_loss": golden_loss[image],
-        "faulty_loss": F.cross_entropy(outcomes.logits, labels[image], reduction="none"),
-        "mismatch": outcomes.logits.argmax(dim=1) != golden_class[image],
-    }
-    found = {name: tensor.cpu().numpy()[value] for name, tensor in by_value.items()}
-    found |= {name: tensor.cpu().numpy()[fault] for name, tensor in by_fault.items()}
-    return faults[PLAN_COLUMNS].assign(**found)

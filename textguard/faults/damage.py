@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from textguard.errors import InvalidParameter
+from textguard.errors import InvalidParameter, Setting
 from textguard.faults.detectors import clamp_to_range
 from textguard.faults.formats import Format
 from textguard.faults.sites import Call, Site
@@ -182,7 +182,7 @@ def make_storages(
     profiled: layer -> largest magnitude of its output. Raises InvalidParameter where the format or the target does not fit.
     """
     if target == "metadata" and not number_format.shared_bits:
-        raise InvalidParameter(f"format {number_format.name} has no metadata; change params.yaml inject.faults.target")
+        raise InvalidParameter(f"format {number_format.name} has no metadata; change ", Setting("fault_model.target"))
     parameters = dict(model.named_parameters())
     outputs, weights = [], []
     for site in sites:
@@ -197,7 +197,7 @@ def make_storages(
                 weight.data = storage.round(weight.data)
             weights.append(storage)
         elif target == "weight":
-            raise InvalidParameter(f"layer {site.layer!r} has no weights; leave {site.kind} out of params.yaml inject.kinds")
+            raise InvalidParameter(f"layer {site.layer!r} has no weights; leave {site.kind} out of ", Setting("kinds"))
         outputs.append(Storage(number_format, limit, site.neurons, next(model.parameters()).device))
     return (weights if target == "weight" else outputs), outputs
 

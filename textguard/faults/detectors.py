@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from textguard.errors import InvalidParameter, UnknownName
+from textguard.errors import InvalidParameter, Setting, UnknownName
 
 
 def clamp_to_range(values: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,14 +37,14 @@ def detector_limits(detector: str, layers: Sequence[str], profiled: Mapping[str,
         except ValueError:
             limit = -1.0
         if not 0 < limit <= torch.finfo(torch.float32).max:
-            raise InvalidParameter(f"params.yaml inject.detector is {detector!r}; X must be an fp32 number above 0")
+            raise InvalidParameter(Setting("detector"), f" is {detector!r}; X must be an fp32 number above 0")
         return dict.fromkeys(layers, limit)
     if detector == "profiled":
         missing = [layer for layer in layers if layer not in profiled]
         if missing:
             raise InvalidParameter(f"layer {missing[0]!r} has no profiled range; profile the same model first (stage 'ranges')")
         return {layer: profiled[layer] for layer in layers}
-    raise UnknownName("detector", detector, ["profiled", "fixed:X", "off"], "params.yaml inject.detector")
+    raise UnknownName("detector", detector, ["profiled", "fixed:X", "off"], Setting("detector"))
 
 
 class Bound(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from textguard import __version__
-from textguard.errors import UnknownName, UnsupportedModel
+from textguard.errors import Setting, UnknownName, UnsupportedModel
 from textguard.faults.damage import Damage, Faults, Storage, Target, damage_output, damage_weights, make_storages
 from textguard.faults.formats import FP32, Format
 from textguard.faults.graph import TracedModel, Values
@@ -387,7 +387,9 @@ class PyTorchFIEngine(_Engine):
         from pytorchfi.core import fault_injection
 
         if set(kinds) != set(DEFAULT_KINDS) or self.number_format.name != "fp32" or target != "neuron":
-            raise UnsupportedModel("PyTorchFI flips bits of fp32 neurons of Conv2d and Linear; use inject.engine: replay")
+            raise UnsupportedModel(
+                "PyTorchFI flips bits of fp32 neurons of Conv2d and Linear; set ", Setting("engine"), " to replay"
+            )
         self._model = model
         modules = (nn.Conv2d, nn.Linear)
         self._injector = fault_injection(
@@ -397,7 +399,9 @@ class PyTorchFIEngine(_Engine):
         shapes = [tuple(shape[1:]) for shape in self._injector.output_size]
         names = [name for name, _ in called]
         if len(names) != len(shapes) or len(set(names)) < len(names):
-            raise UnsupportedModel("PyTorchFI needs every Conv2d and Linear to be called once; use inject.engine: replay")
+            raise UnsupportedModel(
+                "PyTorchFI needs every Conv2d and Linear to be called once; set ", Setting("engine"), " to replay"
+            )
         self.skipped: list[tuple[str, str]] = []
         self.sites = [
             Site(name, type(module).__name__, position, shape, module.weight.numel())
@@ -462,13 +466,54 @@ ENGINES = {"replay": ReplayEngine, "whole": WholeEngine, "pytorchfi": PyTorchFIE
 
 
 def make_engine(name: str, model: nn.Module, image: Tensor, batch_size: int, **options: Any) -> Engine:
-    """Build the engine called `name` for a model and the shape of one image.
+    """Build the engine that carries faults out in a model.
 
-    options: kinds of sites, number_format, profiled (layer -> largest magnitude), target. Where `replay` cannot trace the
-    model, `whole` takes its place, and a line says so. Raises UnknownName, UnsupportedModel.
+    Parameters
+    ----------
+    name : {"replay", "whole", "pytorchfi"}
+        `replay` computes what lies behind the fault and takes the rest from one golden run per batch. `whole` runs the whole
+        model for each fault; it takes the place of `replay`, and says so on stderr, where a model cannot be traced.
+        `pytorchfi` is the reference, for fp32 neurons of Conv2d and Linear.
+    model : torch.nn.Module
+        From images [B, ...] to logits [B, C]. It is copied, and stays as it is.
+    image : Tensor
+        One image [...], on the model's device.
+    batch_size : int
+        Faults per forward pass.
+    **options
+        kinds (operations whose outputs are fault sites; default Conv2d and Linear), number_format (a `Format`; default fp32),
+        profiled (layer -> largest magnitude, which some formats need), target (of the fault model; default "neuron").
+
+    Returns
+    -------
+    Engine
+        With `sites`, `run` and `observe`.
+
+    Raises
+    ------
+    UnknownName
+        There is no such engine, or no such kind of site.
+    UnsupportedModel
+        The engine cannot inject faults into the model.
+    InvalidParameter
+        The number format, or the target, does not fit the model.
+
+    References
+    ----------
+    Mahmoud et al., PyTorchFI: A Runtime Perturbation Tool for DNNs, DSN-W 2020.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from textguard.faults import make_engine
+    >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+    >>> engine = make_engine("replay", model, torch.zeros(1, 4, 4), batch_size=16)
+    >>> [(site.layer, site.kind, site.shape) for site in engine.sites]
+    [('0', 'Conv2d', (2, 2, 2)), ('3', 'Linear', (3,))]
     """
     if name not in ENGINES:
-        raise UnknownName("engine", name, ENGINES, "params.yaml inject.engine")
+        raise UnknownName("engine", name, ENGINES, Setting("engine"))
     try:
         return ENGINES[name](model, image, batch_size, **options)
     except UnsupportedModel as reason:

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from textguard.errors import UnsupportedModel
-from textguard.faults.campaign import batches
+from textguard.estimates.summary import Totals
 from textguard.faults.damage import SINGLE_FLIP, FaultModel, Faults
 from textguard.faults.detectors import clamp_to_range
 from textguard.faults.engines import Engine, ReplayEngine
+from textguard.faults.profiling import batches
 from textguard.faults.sites import Site
-from textguard.faults.summary import Totals
 from textguard.runtime import progress
 
 FAULTS_AT_ONCE = 2**16

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from textguard.errors import InvalidParameter, UnknownName
+from textguard.errors import InvalidParameter, Setting, UnknownName
 
 
 class Format(ABC):
@@ -22,7 +22,7 @@ class Format(ABC):
     magnitude (at most the largest finite fp32 one) and zero.
     """
 
-    name: str  # as written in params.yaml
+    name: str  # as `parse_format` takes it
     bits: int  # per stored value; bit 0 is the lowest, bit bits-1 the sign
     shared_bits: int = 0  # of each piece of metadata that values share; 0: there is none
     block: int = 0  # how many consecutive values of one image's flattened output share one piece; 0: all of the layer's
@@ -286,7 +286,7 @@ SIZED = {  # each capital stands for a number: the class, which numbers it takes
 }
 
 
-def parse_format(text: str, where: str = "params.yaml inject.format") -> Format:
+def parse_format(text: str) -> Format:
     """The format that `text` names, such as fp16 or bfp(8,7,16), without spaces. Raises UnknownName, InvalidParameter."""
     if text in NAMED:
         return NAMED[text]
@@ -295,9 +295,9 @@ def parse_format(text: str, where: str = "params.yaml inject.format") -> Format:
         if match:
             sizes = [int(size) for size in match.groups()]
             if not fits(*sizes):
-                raise InvalidParameter(f"{where} is {text!r}; {pattern} takes {allowed}")
+                raise InvalidParameter(Setting("number_format"), f" is {text!r}; {pattern} takes {allowed}")
             return build(text, *sizes)
-    raise UnknownName("number format", text, [*NAMED, *SIZED], where)
+    raise UnknownName("number format", text, [*NAMED, *SIZED], Setting("number_format"))
 
 
 def _exponent(values: Tensor) -> Tensor:

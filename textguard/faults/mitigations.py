@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from textguard.errors import InvalidParameter, UnknownName
+from textguard.errors import InvalidParameter, Setting, UnknownName
 from textguard.faults.detectors import Bound
 from textguard.faults.graph import ACTIVATIONS, TracedModel
 
@@ -28,7 +28,7 @@ def protect(model: nn.Module, image: Tensor, bounds: Mapping[str, tuple[float, f
     when an activation was not profiled. Sources: Chen et al., DSN 2021 (Ranger); Hoang et al., DATE 2020 (FT-ClipAct).
     """
     if mitigation not in MITIGATIONS:
-        raise UnknownName("mitigation", mitigation, MITIGATIONS, "params.yaml inject.mitigation")
+        raise UnknownName("mitigation", mitigation, MITIGATIONS, Setting("mitigation"))
     if mitigation == "none":
         return model
     traced = TracedModel(model, image)

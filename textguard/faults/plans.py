@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from textguard.errors import CampaignMismatch, InvalidParameter
+from textguard.errors import CampaignMismatch, InvalidParameter, Setting
 from textguard.faults.damage import SINGLE_FLIP, FaultModel
 from textguard.faults.formats import FP32, Format
 from textguard.faults.sites import Site
@@ -40,7 +40,7 @@ def draw_plan(
     Raises InvalidParameter.
     """
     if isinstance(counts, int) and counts < 1:
-        raise InvalidParameter(f"params.yaml inject.injections_per_layer is {counts}; at least 1 is needed")
+        raise InvalidParameter(Setting("injections_per_layer"), f" is {counts}; at least 1 is needed")
     if not (chances > 0).any():
         raise InvalidParameter("no image is eligible: the fault-free model classifies none correctly; train it longer")
     drawn = []
@@ -50,7 +50,7 @@ def draw_plan(
             drawn.append(_draw(site, chances, count, seed, fault_model, number_format))
             continue
         if (fault_model.bits, fault_model.values) != (1, 1):
-            raise InvalidParameter("params.yaml inject.plan: only faults of one bit in one value can be planned by bit")
+            raise InvalidParameter(Setting("plan"), ": only faults of one bit in one value can be planned by bit")
         drawn += [
             _draw(site, chances, int(of_bit), seed, fault_model, number_format, bit)
             for bit, of_bit in enumerate(count)
@@ -139,7 +139,7 @@ def _distinct(uniform: np.ndarray, size: int, what: str) -> np.ndarray:
     """Different integers below `size` in each row, uniformly, from uniform numbers in [0, 1), [N, k]."""
     count = uniform.shape[1]
     if count > size:
-        raise InvalidParameter(f"params.yaml inject.faults.{what} is {count}; there are {size} to choose from")
+        raise InvalidParameter(Setting(f"fault_model.{what}"), f" is {count}; there are {size} to choose from")
     drawn = np.zeros(uniform.shape, dtype=np.int64)
     for column in range(count):
         chosen = (uniform[:, column] * (size - column)).astype(np.int64)

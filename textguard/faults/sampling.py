@@ -10,14 +10,14 @@ import numpy as np
 import pandas as pd
 from torch.utils.data import DataLoader
 
-from textguard.errors import InvalidParameter, UnknownName
-from textguard.faults.campaign import measure_pace, run_campaign
+from textguard.errors import InvalidParameter, Setting, UnknownName
+from textguard.estimates.statistics import mean_interval, planned_half_width, planned_injections
+from textguard.estimates.summary import LayerResult, summarise, without
 from textguard.faults.damage import SINGLE_FLIP, FaultModel
 from textguard.faults.engines import Engine
+from textguard.faults.execution import measure_pace, run_campaign
 from textguard.faults.plans import PLAN_COLUMNS, Count, bits_of, draw_plan
 from textguard.faults.sites import Site
-from textguard.faults.statistics import mean_interval, planned_half_width, planned_injections
-from textguard.faults.summary import LayerResult, summarise
 from textguard.runtime import announce
 
 PLANS = ("uniform", "proportional", "neyman")
@@ -30,10 +30,32 @@ GROWTH = 3  # times the injections so far, at most, in one go: half-widths from 
 class Design:
     """How a campaign spreads its injections.
 
-    plan: `uniform`, over bits as over everything else; `proportional`, the same number for every bit; `neyman`, for every bit
-    in proportion to the standard deviation of its DeltaLoss. injections_per_layer: at most. pilot: of them, those that are
-    drawn evenly before the rest is planned, for `neyman` and `stop_at`. stop_at: `never`, or the half-width of a layer's
-    DeltaLoss that ends it, in nats ("0.001") or as a share of it ("10%"). confidence: of that interval.
+    Parameters
+    ----------
+    plan : {"uniform", "proportional", "neyman"}
+        `uniform` draws bits as it draws everything else. `proportional` gives every bit the same number of injections.
+        `neyman` gives every bit a number in proportion to the standard deviation of its DeltaLoss.
+    injections_per_layer : int
+        Injections into each layer, at most.
+    pilot : int
+        Of them, those that are drawn evenly before the rest is planned, for `neyman` and for `stop_at`.
+    stop_at : str
+        `never`, or the half-width of a layer's DeltaLoss that ends it: in nats ("0.001"), or as a share of it ("10%").
+    confidence : float
+        Of that interval, 0.5 to 1.
+    seed : int
+        Of the fault plan.
+
+    References
+    ----------
+    Neyman, Journal of the Royal Statistical Society 97, 1934 (the allocation).
+
+    Examples
+    --------
+    >>> from textguard.faults import Design
+    >>> design = Design("neyman", injections_per_layer=1000, pilot=128, stop_at="10%", confidence=0.99, seed=0)
+    >>> design.half_width(delta_loss=0.5)
+    0.05
     """
 
     plan: str
@@ -47,13 +69,13 @@ class Design:
         """How many strata the plan has: one for each bit, or 0. Raises UnknownName, InvalidParameter, for all of the design."""
         self.half_width(0.0)
         if self.plan not in PLANS:
-            raise UnknownName("plan", self.plan, PLANS, "params.yaml inject.plan")
+            raise UnknownName("plan", self.plan, PLANS, Setting("plan"))
         bits = 0 if self.plan == "uniform" else bits_of(fault_model, engine.number_format)
         name = "pilot" if self.in_rounds and self.pilot < self.injections_per_layer else "injections_per_layer"
         least = getattr(self, name)
         if least < max(1, 2 * bits):
             needed = f"a plan by bit needs 2 for each of {bits} bits" if bits else "at least 1 is needed"
-            raise InvalidParameter(f"params.yaml inject.{name} is {least}; {needed}")
+            raise InvalidParameter(Setting(name), f" is {least}; {needed}")
         return bits
 
     @property
@@ -72,8 +94,9 @@ class Design:
             wanted = math.nan
         if not 0 < wanted < math.inf or rest:
             raise InvalidParameter(
-                f"params.yaml inject.stop_at is {self.stop_at!r}; allowed: never, a half-width in nats as 0.001, "
-                "or in percent of the layer's DeltaLoss as 10%"
+                Setting("stop_at"),
+                f" is {self.stop_at!r}; allowed: never, a half-width in nats as 0.001, "
+                "or in percent of the layer's DeltaLoss as 10%",
             )
         return wanted / 100 * delta_loss if percent else wanted
 
@@ -92,12 +115,61 @@ def run_design(
     label: str = "inject",
     half_widths: Mapping[str, float] | None = None,
 ) -> pd.DataFrame:
-    """Inject faults into some sites of an engine's model as designed. Returns their records, by layer and index.
+    """Inject faults into some sites of an engine's model as designed.
 
-    chances: of the images, as `image_chances` gives them; half_widths: layer -> what ends it, in nats, where that is not the
-    same for all; the rest as for `run_campaign`. A layer's share of each bit under `neyman` comes from the other layers'
-    pilots: so what a layer's own pilot saw has no say in how often it is looked at again, and its injections count without
-    bias. Raises TextguardError.
+    Under `neyman`, the bits of a layer get their shares from the pilots of the other layers. The layer's own pilot must not
+    decide how often each bit is looked at again, because its injections would then be biased.
+
+    Parameters
+    ----------
+    engine : Engine
+        Runs the model with faults; see `make_engine`.
+    sites : sequence of Site
+        The layers to inject into, some of the engine's.
+    loader : DataLoader
+        Gives N images and labels, from a map-style data set.
+    chances : numpy.ndarray
+        float64 [N], of the images to be drawn, as `image_chances` gives them.
+    limits : mapping of str to float
+        Layer -> largest magnitude that the range detector lets pass.
+    design : Design
+        How many injections, and where.
+    image_batch : int
+        Images per golden run, and per shard.
+    fault_model : FaultModel, default one flipped bit of one neuron
+        What one injection is.
+    shard_dir : pathlib.Path, optional
+        A folder in which an interrupted campaign goes on; see `run_campaign`.
+    label : str, default "inject"
+        Names the campaign in progress lines.
+    half_widths : mapping of str to float, optional
+        Layer -> the half-width in nats that ends it, where it is not the same for all layers.
+
+    Returns
+    -------
+    pandas.DataFrame
+        The records, as `run_campaign` returns them, by layer and index.
+
+    Raises
+    ------
+    TextguardError
+        The design, or shard_dir, does not fit.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> from textguard.faults import Design, image_chances, make_engine, run_design
+    >>> model = nn.Linear(2, 2, bias=False)
+    >>> model.weight.data = torch.eye(2)
+    >>> images, labels = torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([0, 0])
+    >>> engine, loader = make_engine("replay", model, images[0], batch_size=8), DataLoader(TensorDataset(images, labels))
+    >>> design = Design("proportional", injections_per_layer=64, pilot=64, stop_at="never", confidence=0.99, seed=0)
+    >>> chances, limits = image_chances(engine, loader), {site.layer: 3.0 for site in engine.sites}
+    >>> records = run_design(engine, engine.sites, loader, chances, limits, design, image_batch=2)
+    >>> records["bit"].value_counts().unique().tolist()  # of each of the 32 bits
+    [2]
     """
     bits = design.strata(fault_model, engine)
     designs = {site.layer: replace(design, stop_at=str(half_widths[site.layer])) if half_widths else design for site in sites}
@@ -105,13 +177,13 @@ def run_design(
     first = min(design.pilot, most) if design.in_rounds else most
     shares = dict.fromkeys((site.layer for site in sites), np.full(bits, 1 / bits) if bits else np.zeros(0))
     wanted = {site.layer: first for site in sites}
-    counts: dict[str, Count] = {layer: _spread(first, shares[layer], None) for layer in wanted}
+    counts: dict[str, Count] = {layer: spread_over_bits(first, shares[layer], None) for layer in wanted}
     found: dict[str, list[pd.DataFrame]] = {layer: [] for layer in wanted}
     going_on, number = list(sites), 0
     while going_on:
         plan = draw_plan(going_on, chances, counts, design.seed, fault_model, engine.number_format)
         if number:
-            plan = _without(plan, pd.concat(part for site in going_on for part in found[site.layer]))
+            plan = without(plan, pd.concat(part for site in going_on for part in found[site.layer]))
         else:
             _announce(engine, sites, loader, plan, limits, design, np.count_nonzero(chances), fault_model, label)
         records = run_campaign(
@@ -131,11 +203,11 @@ def run_design(
             for site in going_on
         }
         if not number and design.plan == "neyman":
-            shares = _neyman(results)
-        ends = {layer: _next(result, wanted[layer], designs[layer]) for layer, result in results.items()}
+            shares = neyman_shares(results)
+        ends = {layer: next_total(result, wanted[layer], designs[layer]) for layer, result in results.items()}
         going_on = [site for site in going_on if ends[site.layer] > wanted[site.layer]]
         for layer in (site.layer for site in going_on):
-            counts[layer], wanted[layer] = _spread(ends[layer], shares[layer], counts[layer]), ends[layer]
+            counts[layer], wanted[layer] = spread_over_bits(ends[layer], shares[layer], counts[layer]), ends[layer]
         number += 1
     in_order = sorted(sites, key=lambda site: site.position)
     return pd.concat((pd.concat(found[site.layer]).sort_values("index", kind="stable") for site in in_order), ignore_index=True)
@@ -152,7 +224,10 @@ def rerun_changed(
     shard_dir: Path | None = None,
     label: str = "inject",
 ) -> pd.DataFrame:
-    """The records that differ under a range detector with other limits, from those under one: only these are run again."""
+    """The records that differ under a range detector with other limits. Only these injections are run again.
+
+    records: of a campaign under one detector. limits: layer -> largest magnitude that the other detector lets pass.
+    """
     limit = records["layer"].map(limits).to_numpy(np.float32)
     with np.errstate(invalid="ignore"):  # some are NaN
         beyond = np.isfinite(limit) & ~(np.abs(records["faulty_value"].to_numpy(np.float32)) <= limit)
@@ -167,19 +242,13 @@ def rerun_changed(
     )
 
 
-def replace_records(records: pd.DataFrame, changed: pd.DataFrame) -> pd.DataFrame:
-    """`records`, with the injections of `changed` (by layer and index) in the place of their own."""
-    return pd.concat([_without(records, changed), changed], ignore_index=True)
+def spread_over_bits(total: int, shares: np.ndarray, before: Count | None) -> Count:
+    """Spread a layer's injections over the bits.
 
-
-def _without(rows: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
-    names = ["layer", "index"]
-    known = pd.MultiIndex.from_frame(others[names])
-    return rows[~pd.MultiIndex.from_frame(rows[names]).isin(known)].reset_index(drop=True)
-
-
-def _spread(total: int, shares: np.ndarray, before: Count | None) -> Count:
-    """`total` injections over the bits, no fewer than before, and two of each for a standard deviation."""
+    total: injections of the layer. shares: float [bits], of each bit, summing to 1; [0] where bits are drawn uniformly. before:
+    int [bits], what each bit has had already, which it keeps; None for nothing. Every bit gets at least two injections, because
+    fewer have no standard deviation. Returns int64 [bits], or `total` where bits are drawn uniformly.
+    """
     if not len(shares):
         return total
     least = np.full(len(shares), 2) if before is None else np.asarray(before)
@@ -189,14 +258,18 @@ def _spread(total: int, shares: np.ndarray, before: Count | None) -> Count:
         kept |= wanted < least
         rest = max(0, total - least[kept].sum())
         wanted = np.where(kept, least, shares * (rest / max(shares[~kept].sum(), 1e-300)))
-    spread = np.floor(wanted + 1e-9).astype(np.int64)
-    largest = np.argsort(spread - wanted, kind="stable")
-    spread[largest[: max(0, total - spread.sum())]] += 1
-    return spread
+    whole = np.floor(wanted + 1e-9).astype(np.int64)
+    largest = np.argsort(whole - wanted, kind="stable")
+    whole[largest[: max(0, total - whole.sum())]] += 1
+    return whole
 
 
-def _neyman(pilots: Mapping[str, LayerResult]) -> dict[str, np.ndarray]:
-    """Layer -> share of each bit: the mean over the other layers of their bits' standard deviations, each summing to 1."""
+def neyman_shares(pilots: Mapping[str, LayerResult]) -> dict[str, np.ndarray]:
+    """Layer -> share of each bit, float [bits], by Neyman's allocation.
+
+    pilots: layer -> its estimates from a pilot; only their strata are used, one for each bit. A layer's shares are the mean of
+    the other layers' standard deviations by bit, each layer's scaled to sum 1, mixed with even shares (see EVENLY).
+    """
     spreads = {layer: np.array([stratum.std(ddof=1) for stratum in pilot.strata]) for layer, pilot in pilots.items()}
     spreads = {layer: spread / spread.sum() for layer, spread in spreads.items() if spread.sum() > 0}
     shares = {}
@@ -206,20 +279,24 @@ def _neyman(pilots: Mapping[str, LayerResult]) -> dict[str, np.ndarray]:
         if not others:
             shares[layer] = even
             continue
-        # Rounded, so that bits whose faults do nothing but round differently are alike, whatever the batch size.
+        # Faults in low bits change nothing but the last digits of a sum, and how depends on the batch size. Two decimals hide
+        # these differences, so that the batch size changes no plan.
         mean = np.mean(others, axis=0).round(2)
         shares[layer] = EVENLY * even + (1 - EVENLY) * mean / mean.sum()
     return shares
 
 
-def _next(result: LayerResult, injections: int, design: Design) -> int:
-    """How many injections a layer shall have had after the next round; as many as now where it is done."""
+def next_total(result: LayerResult, injections: int, design: Design) -> int:
+    """How many injections a layer shall have had after the next round; as many as now where it is done.
+
+    result: its estimates so far. injections: how many it has had.
+    """
     most = design.injections_per_layer
     if injections >= most or design.stop_at == "never":
         return most
     found = mean_interval(result.delta_loss, design.confidence)
     half, wanted = (found.high - found.low) / 2, design.half_width(found.value)
-    if half <= wanted and found.value > 0:  # where nothing has happened yet, nothing is known of its spread
+    if half <= wanted and found.value > 0:  # while no fault has done anything, the spread is unknown
         return injections
     needed = injections * (half / wanted) ** 2 if wanted > 0 and math.isfinite(half) else math.inf
     return math.ceil(min(max(needed, injections * 1.25), injections * GROWTH, most))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from textguard.errors import UnknownName, UnsupportedModel
+from textguard.errors import Setting, UnknownName, UnsupportedModel
 
 OPERATIONS: dict[Callable, str] = {
     torch.conv1d: "Conv1d",
@@ -127,7 +127,7 @@ class SiteList:
         self.skipped: list[tuple[str, str]] = []
         for kind in kinds:
             if kind not in KINDS:
-                raise UnknownName("kind of site", kind, KINDS, "params.yaml inject.kinds")
+                raise UnknownName("kind of site", kind, KINDS, Setting("kinds"))
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
                 raise UnsupportedModel(f"{name} normalises over the batch: a fault on one image would change the others")
@@ -171,7 +171,7 @@ class SiteList:
             self.skipped.append((layer, f"no injectable operation reads the weights of this {kind}"))
         if not self.sites:
             kinds = " or ".join(self._kinds)
-            raise UnsupportedModel(f"the model has no {kinds} output to inject faults into; change params.yaml inject.kinds")
+            raise UnsupportedModel(f"the model has no {kinds} output to inject faults into; change ", Setting("kinds"))
 
 
 def _share_of_one_image(small: Tensor, large: Tensor) -> tuple[tuple[int, ...], str]:

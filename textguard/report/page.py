@@ -25,7 +25,7 @@ from textguard.analysis.files import RESULTS_DIR, TEXTS_DIR, load_cells, load_re
 from textguard.analysis.regression import compare_all, judge
 from textguard.artifacts import read_csv, read_json_lines, write_text
 from textguard.errors import InvalidArtifact, TextguardError
-from textguard.faults.statistics import Estimate
+from textguard.estimates.statistics import Estimate
 from textguard.params import ClassTexts, Params, load_params
 from textguard.report.gate import read_runs, verdict_table
 from textguard.report.published import load_published

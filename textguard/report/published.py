@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from textguard.faults.statistics import planned_half_width, planned_injections
+from textguard.estimates.statistics import planned_half_width, planned_injections
 
 TABLES_FILE = Path(__file__).with_name("published.csv")
 CLAIMS_FILE = Path(__file__).with_name("published.yaml")

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from textguard.artifacts import write_csv, write_text
-from textguard.faults.statistics import Estimate
+from textguard.estimates.statistics import Estimate
 
 
 @dataclass(frozen=True)

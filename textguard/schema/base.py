@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from textguard.artifacts import reading
 from textguard.errors import InvalidArtifact
-from textguard.faults.statistics import Estimate
+from textguard.estimates.statistics import Estimate
 
 Kind = TypeVar("Kind")
 

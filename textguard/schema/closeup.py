@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag
 
-from textguard.faults.statistics import CONFIDENCE
+from textguard.estimates.statistics import CONFIDENCE
 from textguard.schema.base import Measured, Number, Stored, field
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from textguard.errors import InvalidParameter
-from textguard.faults.statistics import CONFIDENCE, Sample, exact, mean_interval, rate_interval, sample_mean
+from textguard.errors import InvalidParameter, Setting
+from textguard.estimates.statistics import CONFIDENCE, Sample, exact, mean_interval, rate_interval, sample_mean
 
 GOLDENEYE = "goldeneye"  # the policy that leaves injections with a NaN or infinite loss out of DeltaLoss
 
@@ -118,6 +118,18 @@ def summarise_totals(totals: Totals, nonfinite: str = GOLDENEYE) -> LayerResult:
     )
 
 
+def replace_records(records: pd.DataFrame, changed: pd.DataFrame) -> pd.DataFrame:
+    """`records`, with the injections of `changed` (by layer and index) in the place of their own."""
+    return pd.concat([without(records, changed), changed], ignore_index=True)
+
+
+def without(rows: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a plan or of records whose injections (by layer and index) are not among `others`."""
+    names = ["layer", "index"]
+    known = pd.MultiIndex.from_frame(others[names])
+    return rows[~pd.MultiIndex.from_frame(rows[names]).isin(known)].reset_index(drop=True)
+
+
 def cap_of(nonfinite: str) -> float | None:
     """What a non-finite loss counts for, None where it is left out. Raises InvalidParameter."""
     if nonfinite == GOLDENEYE:
@@ -128,9 +140,7 @@ def cap_of(nonfinite: str) -> float | None:
     except ValueError:
         cap = -1.0
     if not 0 < cap < np.inf:
-        raise InvalidParameter(
-            f"params.yaml statistics.nonfinite is {nonfinite!r}; allowed: {GOLDENEYE}, or cap:X with X nats above 0"
-        )
+        raise InvalidParameter(Setting("nonfinite"), f" is {nonfinite!r}; allowed: {GOLDENEYE}, or cap:X with X nats above 0")
     return cap
 
 

@@ -1,0 +1,81 @@
+"""What the stages of one classifier read: its weights, a split of its data set, its profiled ranges."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from textguard.artifacts import read_csv, sha256_of_file
+from textguard.params import Params
+from textguard.runtime import pick_device
+from textguard.vision.classifiers import ClassifierSpec, load_classifier
+from textguard.vision.datasets import Split, data_root, load_split, split_file
+from textguard.vision.transforms import EvaluationView, evaluation_view
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A classifier of the grid in evaluation mode on `device`, and the view of a split. Profiles are read when they are used.
+
+    files: what can be read for the run, by name; see `checksums`. folder, records: where its results and its records lie.
+    """
+
+    key: str
+    device: torch.device
+    model: nn.Module
+    spec: ClassifierSpec
+    split: Split
+    view: EvaluationView
+    files: dict[str, Path]
+    folder: Path
+    records: Path
+
+    @property
+    def image(self) -> Tensor:
+        """The first image [3, S, S], on the device."""
+        return self.view[0][0].to(self.device)
+
+    @cached_property
+    def ranges(self) -> pd.DataFrame:
+        """The layers' profiled ranges, with columns layer and max_abs. Raises InvalidArtifact."""
+        return read_csv(self.files["ranges"], "ranges", ["layer"], ["max_abs"])
+
+    @cached_property
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """Activation -> its lowest and highest profiled value. Raises InvalidArtifact."""
+        table = read_csv(self.files["bounds"], "ranges", ["activation"], ["low", "high"])
+        return {name: (low, high) for name, low, high in table[["activation", "low", "high"]].itertuples(index=False)}
+
+    def checksums(self, names: Iterable[str]) -> dict[str, str]:
+        """Name -> SHA-256 of some of `files`: model, data (the split), ranges, bounds. Raises InvalidArtifact."""
+        makers = {"model": "train", "data": "data", "ranges": "ranges", "bounds": "ranges"}
+        return {name: sha256_of_file(self.files[name], makers[name]) for name in names}
+
+
+def load_run(params: Params, key: str, split: str = "test") -> LoadedRun:
+    """Read the classifier `key` and a split of its data set. Raises InvalidArtifact."""
+    run, device = params.runs[key], pick_device()
+    dataset, data, folder = params.datasets[run.dataset], Path("data") / run.dataset, Path("metrics") / "runs" / key
+    model_file = Path("models") / f"{key}.safetensors"
+    model, spec = load_classifier(model_file)
+    images = load_split(data, split, data_root(dataset.source, dataset.folder, Path(params.root)))
+    return LoadedRun(
+        key=key,
+        device=device,
+        model=model.to(device),
+        spec=spec,
+        split=images,
+        view=evaluation_view(images, spec.image_size, spec.resize_size, spec.interpolation),
+        files={
+            "model": model_file,
+            "data": split_file(data, split),
+            "ranges": folder / "ranges.csv",
+            "bounds": folder / "activations.csv",
+        },
+        folder=folder,
+        records=Path("metrics") / "records" / key,
+    )

@@ -1,0 +1,13 @@
+"""Section `inject` of params.yaml in the terms of `textguard.faults`."""
+
+from dataclasses import asdict, fields
+
+from textguard.faults import CampaignSettings, FaultModel
+from textguard.params import InjectParams
+
+
+def campaign_settings(inject: InjectParams) -> CampaignSettings:
+    """The settings of a campaign. Which mitigation protects the model is none of them."""
+    renamed = {"number_format": inject.format, "fault_model": FaultModel(**asdict(inject.faults))}
+    same = {field.name for field in fields(CampaignSettings)} - renamed.keys()
+    return CampaignSettings(**renamed, **{name: getattr(inject, name) for name in same})

@@ -1,0 +1,140 @@
+"""What fault-free inferences tell: images by their positions, which of them are eligible, and the extremes of layers."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from small_campaign import SmallCampaign, assert_same_records
+from textguard.errors import InvalidParameter
+from textguard.faults.engines import make_engine
+from textguard.faults.execution import run_campaign
+from textguard.faults.plans import draw_plan
+from textguard.faults.profiling import eligible_images, loader_of, profile_activations, profile_ranges, top2diff
+
+
+class Pictures(Dataset):
+    """Images with their labels in front, as Python ints."""
+
+    def __init__(self, images, labels):
+        self.images, self.labels = images, labels.tolist()
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, number):
+        return self.labels[number], self.images[number]
+
+
+class Swapped(Pictures):
+    """The other way round, as the campaign wants it."""
+
+    def __getitem__(self, number):
+        return self.images[number], self.labels[number]
+
+
+def swap(pairs):
+    """A collate function: stacked images, and the labels as a list of ints."""
+    return torch.stack([image for _, image in pairs]), [label for label, _ in pairs]
+
+
+class Stream(IterableDataset):
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __iter__(self):
+        return (self.dataset[number] for number in range(len(self.dataset)))
+
+
+def loaders(images, labels):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "shuffled": DataLoader(Swapped(images, labels), batch_size=5, shuffle=True, generator=generator),
+        "one worker": DataLoader(Swapped(images, labels), batch_size=5, shuffle=True, num_workers=1),
+        "custom collate_fn": DataLoader(Pictures(images, labels), batch_size=5, collate_fn=swap),
+        "drop_last": DataLoader(Swapped(images, labels), batch_size=5, drop_last=True),
+        "batch sampler": DataLoader(Swapped(images, labels), batch_sampler=[[3, 1], [0]]),
+        "single images": DataLoader(Swapped(images, labels), batch_size=None),
+    }
+
+
+@pytest.mark.parametrize("name", loaders(torch.zeros(1), torch.zeros(1)))
+def test_positions_are_those_in_the_data_set_however_it_is_loaded(resnet, images, labels, loader, name):
+    expected = SmallCampaign(resnet, loader)
+    other = loaders(images, labels)[name]
+    pd.testing.assert_frame_equal(profile_ranges(resnet, other), profile_ranges(resnet, loader), rtol=1e-5)
+    assert eligible_images(expected.engine, other) == [0, 1, 3, 4, 5, 6, 8, 9, 10, 11]
+    records = run_campaign(expected.engine, other, expected.plan, expected.limits, image_batch=4)
+    assert_same_records(records, expected.run())
+
+
+def test_a_stream_of_images_is_refused(resnet, images, labels):
+    engine = make_engine("replay", resnet, images[0], 8)
+    stream = DataLoader(Stream(Swapped(images, labels)), batch_size=5)
+    plan = draw_plan(engine.sites, np.ones(12), 2, seed=0)
+    limits = {site.layer: 1.0 for site in engine.sites}
+    uses = {
+        "ranges": lambda: profile_ranges(resnet, stream),
+        "activations": lambda: profile_activations(resnet, stream),
+        "eligible": lambda: eligible_images(engine, stream),
+        "campaign": lambda: run_campaign(engine, stream, plan, limits, image_batch=4),
+    }
+    for use in uses.values():
+        with pytest.raises(InvalidParameter, match="map-style data set"):
+            use()
+
+
+def test_eligible_images_are_classified_correctly_and_without_a_tie(images):
+    class Given(nn.Module):
+        """Logits as they are in the image's first row; the convolution is there for the engine."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 1, 1)
+
+        def forward(self, x):
+            return x[:, 0, 0, :4] + 0 * self.conv(x).mean(dim=(1, 2, 3))[:, None]
+
+    given = torch.tensor([[3.0, 1, 0, 0], [1, 3, 0, 0], [3, 3, 0, 0], [0, 0, 1, 2], [0, 0, 0, 0]])
+    pictures = torch.zeros(5, 3, 16, 16)
+    pictures[:, 0, 0, :4] = given
+    engine = make_engine("replay", Given(), pictures[0], 4)
+    assert eligible_images(engine, loader_of(pictures, torch.tensor([0, 0, 0, 3, 0]), 2)) == [0, 3]
+    softmax = given.softmax(dim=1).sort(dim=1, descending=True).values
+    torch.testing.assert_close(top2diff(given), softmax[:, 0] - softmax[:, 1])
+
+
+def outputs_of(model, images, names) -> dict[str, list[torch.Tensor]]:
+    """What the modules `names` return, call by call, and copied: what follows may change it in place."""
+    outputs = {name: [] for name in names}
+    for name, found in outputs.items():
+        model.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, found=found: found.append(output.clone())
+        )
+    with torch.no_grad():
+        model(images)
+    return outputs
+
+
+def test_profiled_ranges_are_the_layers_extremes(tiny_model, images):
+    ranges = profile_ranges(tiny_model, loader_of(images, torch.zeros(12).long(), 5)).set_index("layer")
+    outputs = outputs_of(tiny_model, images, ranges.index)
+    wanted = {name for name, module in tiny_model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+    assert set(ranges.index) == wanted
+    for name, (output,) in outputs.items():
+        assert ranges.loc[name, "kind"] == type(tiny_model.get_submodule(name)).__name__
+        assert ranges.loc[name, "neurons"] == output.numel() / 12
+        assert ranges.loc[name, "max_abs"] == pytest.approx(float(output.abs().max()), rel=1e-5)
+        assert ranges.loc[name, "mean_abs"] == pytest.approx(float(output.abs().double().mean()), rel=1e-5)
+
+
+def test_profiled_activations_are_the_activations_extremes(resnet, images):
+    found = profile_activations(resnet, loader_of(images, torch.zeros(12).long(), 5)).set_index("activation")
+    outputs = outputs_of(resnet, images, ["stem.2", "act"])
+    expected = {"stem_2": outputs["stem.2"][0], "act": outputs["act"][0], "act_1": outputs["act"][1]}
+    assert set(found.index) == expected.keys()
+    for name, output in expected.items():
+        assert found.loc[name, "low"] == pytest.approx(float(output.min()), abs=1e-6)
+        assert found.loc[name, "high"] == pytest.approx(float(output.max()), rel=1e-5)

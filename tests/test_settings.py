@@ -1,0 +1,100 @@
+"""Settings that cannot be: the library names its argument, the stage runner the place in params.yaml."""
+
+import sys
+from dataclasses import asdict
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+import stages.__main__ as runner
+from conftest import REPOSITORY
+from stages.settings import campaign_settings
+from textguard.errors import InvalidParameter, Setting, TextguardError, UnknownName
+from textguard.estimates.summary import cap_of
+from textguard.faults import Campaign, CampaignSettings, FaultModel, assess, protect
+from textguard.params import load_params
+
+SMOKE = REPOSITORY / "grids" / "smoke" / "params.yaml"
+# An argument of `assess`, a value that cannot be, and what the line says in the library's and in the pipeline's terms.
+WRONG = [
+    ("plan", "foo", "plan 'foo' in {}; known", "plan", "inject.plan"),
+    ("images", "best", "way to draw images 'best' in {}; known", "images", "inject.images"),
+    ("engine", "hooks", "engine 'hooks' in {}; known", "engine", "inject.engine"),
+    ("detector", "tmr", "detector 'tmr' in {}; known", "detector", "inject.detector"),
+    ("detector", "fixed:ten", "{} is 'fixed:ten'; X must be", "detector", "inject.detector"),
+    ("number_format", "fp12", "number format 'fp12' in {}; known", "number_format", "inject.format"),
+    ("number_format", "int(1)", "{} is 'int(1)'; int(B) takes", "number_format", "inject.format"),
+    ("kinds", ["Pool"], "kind of site 'Pool' in {}; known", "kinds", "inject.kinds"),
+    ("kinds", ["Conv3d"], "no Conv3d output to inject faults into; change {}", "kinds", "inject.kinds"),
+    ("stop_at", "soon", "{} is 'soon'; allowed: never", "stop_at", "inject.stop_at"),
+    ("injections_per_layer", 0, "{} is 0; at least 1", "injections_per_layer", "inject.injections_per_layer"),
+    ("fault_model", FaultModel(bits=33), "{} is 33; there are 32", "fault_model.bits", "inject.faults.bits"),
+    ("fault_model", FaultModel("metadata"), "no metadata; change {}", "fault_model.target", "inject.faults.target"),
+]
+
+
+@pytest.fixture
+def in_stage(tmp_path, monkeypatch, capsys):
+    """Run something as a stage of the smoke grid. Returns the line that it ends with."""
+    (tmp_path / "params.yaml").write_text(SMOKE.read_text())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+
+    def run(work) -> str:
+        stage = ModuleType("stages.tables")
+        stage.main = lambda params: work()
+        monkeypatch.setitem(sys.modules, "stages.tables", stage)
+        capsys.readouterr()
+        assert runner.main(["tables"]) == 1
+        return capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize(("name", "value", "line", "argument", "place"), WRONG, ids=str)
+def test_the_library_names_its_argument_and_the_stage_the_key(name, value, line, argument, place, resnet, loader, in_stage):
+    def work():
+        assess(resnet, loader, **{"injections_per_layer": 5, name: value})
+
+    with pytest.raises(TextguardError) as raised:
+        work()
+    assert line.format(f"argument {argument}") in str(raised.value)
+    assert "params.yaml" not in str(raised.value)
+    assert in_stage(work).startswith(f"{type(raised.value).__name__}: ")
+    assert line.format(f"params.yaml {place}") in in_stage(work)
+
+
+def test_settings_of_other_sections_have_their_places(in_stage, resnet, images):
+    assert "params.yaml statistics.nonfinite is 'drop'; allowed" in in_stage(lambda: cap_of("drop"))
+    line = in_stage(lambda: protect(resnet, images[0], {}, "tmr"))
+    assert line.startswith("UnknownName: mitigation 'tmr' in params.yaml inject.mitigation; known: ")
+
+
+def test_an_error_is_one_line_and_survives_what_users_write():
+    error = InvalidParameter(Setting("plan"), " is {0} %s\n  argument; ", "twice ", Setting("plan"))
+    assert str(error) == "argument plan is {0} %s argument; twice argument plan"
+    assert error.told(str.upper) == "PLAN is {0} %s argument; twice PLAN"
+    assert str(UnknownName("run", "a", ["c", "b"], "params.yaml runs")) == "run 'a' in params.yaml runs; known: b, c"
+
+
+def test_every_key_of_section_inject_reaches_the_campaign():
+    inject = asdict(load_params(SMOKE).inject)
+    inject["number_format"], inject["fault_model"] = inject.pop("format"), FaultModel(**inject.pop("faults"))
+    del inject["mitigation"]  # the model is protected before
+    assert vars(campaign_settings(load_params(SMOKE).inject)) == inject
+
+
+def test_assess_has_the_defaults_of_the_settings(loader, monkeypatch):
+    given = []
+
+    class Recorded(Campaign):
+        def __init__(self, model, loader, settings, profiled):
+            given.append((settings, profiled))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("textguard.faults.assessment.Campaign", Recorded)
+    with pytest.raises(KeyboardInterrupt):
+        assess(nn.Linear(2, 2), torch.utils.data.DataLoader(torch.zeros(1)))
+    assert given == [(CampaignSettings(), None)]
