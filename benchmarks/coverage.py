@@ -13,7 +13,7 @@ from benchmarks.common import SEED, digits_campaign
 from textguard.faults.campaign import image_chances, run_campaign
 from textguard.faults.plans import draw_plan
 from textguard.faults.sampling import _neyman, _spread
-from textguard.faults.statistics import CONFIDENCE, Sample, _studentised, mean_interval, quantile, sample_mean
+from textguard.faults.statistics import CONFIDENCE, Sample, mean_interval, quantile, sample_mean, studentised
 
 BITS = 32
 PLANS = ("uniform", "neyman")
@@ -117,7 +117,7 @@ class _Tally:
         half = Z * sample.variance**0.5
         limits = (
             (sample.value - half, sample.value + half),
-            (sample.value - _studentised(sample, Z), sample.value - _studentised(sample, -Z)),
+            (sample.value - studentised(sample, Z), sample.value - studentised(sample, -Z)),
             (ours.low, ours.high),
         )
         self._found.append([(low <= truth <= high, (high - low) / 2 / truth) for low, high in limits])
