@@ -133,14 +133,15 @@ def make_faults(
     position: Tensor | Sequence[int],
     image: Tensor | Sequence[int],
     neuron: Tensor | Sequence[int],
-    mask: Tensor | Sequence[int],
+    mask: Tensor | Sequence[int] | int,
     limit: float | Sequence[float] = OFF,
     model: FaultModel = SINGLE_FLIP,
 ) -> Faults:
-    """Faults in one value each, one entry per fault; `limit` may be one number for all."""
-    position, image, neuron, mask = (torch.as_tensor(column) for column in (position, image, neuron, mask))
-    count = len(position)
-    return Faults(model, position, image, torch.as_tensor(limit).float().expand(count), torch.arange(count), neuron, mask)
+    """Faults in one value each, one entry per fault; `mask` and `limit` may be one number for all."""
+    position, image, neuron = (torch.as_tensor(column) for column in (position, image, neuron))
+    row = torch.arange(len(position))
+    mask, limit = (torch.as_tensor(column).expand(len(row)) for column in (mask, limit))
+    return Faults(model, position, image, limit.float(), row, neuron, mask)
 
 
 def random_faults(

@@ -188,7 +188,7 @@ def test_faults_that_a_second_reader_carries_on_are_not_masked(images):
     negative = (model.stem(images) < -0.1).flatten(1).nonzero()[:200:4]
     count = len(negative)
     # Bit 23 changes the exponent by one: a negative number stays negative, and ReLU still gives 0.
-    faults = make_faults([0] * count, negative[:, 0], negative[:, 1], [1 << 23] * count, 50.0)
+    faults = make_faults([0] * count, negative[:, 0], negative[:, 1], 1 << 23, 50.0)
     outcomes = assert_hooks_agree(model, images, engine, faults)
     assert not outcomes.masked.any()
     assert (outcomes.logits != outcomes.golden_logits[faults.image]).any(dim=1).float().mean() > 0.9
