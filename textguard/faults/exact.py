@@ -202,15 +202,14 @@ def flip_logits(engine: ReplayEngine, outputs: Tensor, factor: float, labels: Te
 
     logits = outputs * factor
     own = F.one_hot(labels, logits.shape[1]).bool()
-    # log(sum(exp)) of all logits but one, from those before it and those behind it. Subtracting the one from the sum over all
-    # could cancel.
+    # log(sum(exp)) of all logits but one, from those before and those behind it. Subtracting one from the sum could cancel.
     edge = logits.new_full((len(logits), 1), -torch.inf)
     before = torch.cat([edge, logits.logcumsumexp(dim=1)[:, :-1]], dim=1)
     behind = torch.cat([logits.flip(1).logcumsumexp(dim=1).flip(1)[:, 1:], edge], dim=1)
     others = torch.logaddexp(before, behind)
     target = torch.where(own[..., None], faulty, logits.gather(1, labels[:, None])[..., None])
     loss = torch.logaddexp(others[..., None], faulty) - target
-    # An infinite logit makes the cross entropy NaN, unless it is the -inf of a wrong class.
+    # Cross entropy makes NaN of a logit of +inf, where this difference is an infinity for a wrong class.
     loss = torch.where(faulty == torch.inf, torch.nan, loss)
     delta_loss = (loss - F.cross_entropy(logits, labels, reduction="none")[:, None, None]).abs()
 

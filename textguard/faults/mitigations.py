@@ -9,8 +9,8 @@ from textguard.errors import InvalidParameter, UnknownName
 from textguard.faults.detectors import Bound
 from textguard.faults.graph import ACTIVATIONS, TracedModel
 
-# Every bound is wider by this share, so that the profiled extremes stay in range in other batch sizes too: these add in another
-# order, so their sums round differently.
+# Every bound is wider by this share of the larger one. In other batch sizes sums round differently, because these add in
+# another order, and the profiled extremes have to stay in range there too.
 ROUNDING = 1e-5
 MITIGATIONS = ("none", "ranger", "clip_to_zero")
 Mitigation = Literal["none", "ranger", "clip_to_zero"]

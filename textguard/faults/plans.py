@@ -43,7 +43,7 @@ def draw_plan(
     counts : int, or mapping of str to int or ndarray
         Injections per layer, or layer -> its injections, or layer -> its injections of each bit, int [bits].
     seed : int
-        Of all draws.
+        The seed of all draws.
     fault_model : FaultModel
         What one injection damages.
     number_format : Format

@@ -503,7 +503,7 @@ def planned_injections(population: int, half_width: float, confidence: float = C
     half_width : float
         The wanted half-width of the interval, as a proportion: 0.01 for +- 1 %.
     confidence : float
-        Of the interval, between 0 and 1.
+        The confidence of that interval, between 0 and 1.
 
     Returns
     -------
@@ -533,7 +533,7 @@ def planned_half_width(population: int, injections: int, confidence: float = CON
     injections : int
         How many of them are injected.
     confidence : float
-        Of the interval, between 0 and 1.
+        The confidence of that interval, between 0 and 1.
 
     Returns
     -------
