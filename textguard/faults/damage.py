@@ -34,6 +34,7 @@ class FaultModel:
 
     Examples
     --------
+    >>> from textguard.faults import FaultModel
     >>> FaultModel()
     FaultModel(target='neuron', operation='flip', bits=1, values=1)
     >>> in_two_weights = FaultModel(target="weight", operation="stuck_at_1", values=2)
@@ -232,6 +233,8 @@ def operate(codes: Tensor, mask: Tensor, operation: Operation) -> Tensor:
 
     Examples
     --------
+    >>> import torch
+    >>> from textguard.faults.damage import operate
     >>> flipped = operate(torch.tensor([0b1100]), torch.tensor([0b0101]), "flip")
     >>> f"{flipped.item():04b}"
     '1001'

@@ -34,6 +34,8 @@ def clamp_to_range(values: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
 
     Examples
     --------
+    >>> import torch
+    >>> from textguard.faults.detectors import clamp_to_range
     >>> clamp_to_range(torch.tensor([1.0, -7.0, float("nan")]), torch.tensor(4.0))
     (tensor([ 1., -4.,  4.]), tensor([False,  True,  True]))
     """
@@ -69,6 +71,7 @@ def detector_limits(detector: str, layers: Sequence[str], profiled: Mapping[str,
 
     Examples
     --------
+    >>> from textguard.faults.detectors import detector_limits
     >>> detector_limits("profiled", ["conv1", "fc"], {"conv1": 2.5, "fc": 11.0})
     {'conv1': 2.5, 'fc': 11.0}
     >>> detector_limits("fixed:65536", ["conv1", "fc"], {})
@@ -107,6 +110,8 @@ class Bound(nn.Module):
 
     Examples
     --------
+    >>> import torch
+    >>> from textguard.faults.detectors import Bound
     >>> values = torch.tensor([-3.0, 0.5, 9.0, float("nan")])
     >>> Bound(-1.0, 2.0, to_zero=False)(values)
     tensor([-1.0000,  0.5000,  2.0000, -1.0000])

@@ -49,12 +49,15 @@ def affordable(engine: Engine, images: int, fault_model: FaultModel, up_to: int)
 
     Examples
     --------
-    >>> from textguard.faults.engines import ReplayEngine
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).eval()
-    >>> engine = ReplayEngine(model, torch.zeros(4), batch_size=64)
-    >>> [site.layer for site in affordable(engine, images=10, fault_model=SINGLE_FLIP, up_to=1)]
+    >>> import torch
+    >>> from torch import nn
+    >>> from textguard.faults import FaultModel, make_engine
+    >>> from textguard.faults.exact import affordable
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    >>> engine = make_engine("replay", model, torch.zeros(4), batch_size=64)
+    >>> [site.layer for site in affordable(engine, images=10, fault_model=FaultModel(), up_to=1)]
     ['2']
-    >>> [site.layer for site in affordable(engine, images=10, fault_model=SINGLE_FLIP, up_to=10 * 8 * 32)]
+    >>> [site.layer for site in affordable(engine, images=10, fault_model=FaultModel(), up_to=10 * 8 * 32)]
     ['0', '2']
     """
     if not up_to or fault_model != SINGLE_FLIP or not isinstance(engine, ReplayEngine):
@@ -107,11 +110,13 @@ def enumerate_layer(
 
     Examples
     --------
-    >>> from torch.utils.data import TensorDataset
-    >>> from textguard.faults.engines import ReplayEngine
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).eval()
+    >>> import torch
+    >>> from torch import nn
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> from textguard.faults import enumerate_layer, make_engine
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     >>> loader = DataLoader(TensorDataset(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])), batch_size=5)
-    >>> engine = ReplayEngine(model, torch.zeros(4), batch_size=64)
+    >>> engine = make_engine("replay", model, torch.zeros(4), batch_size=64)
     >>> totals = enumerate_layer(engine, loader, [0, 1, 4], engine.sites[-1], limit=float("inf"))
     >>> int(totals.faults.sum()) == 3 * 3 * 32  # images, neurons, bits
     True

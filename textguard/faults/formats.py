@@ -36,6 +36,8 @@ class Format(ABC):
     --------
     Flip the highest exponent bit of 1.0 in fp16:
 
+    >>> import torch
+    >>> from textguard.faults import parse_format
     >>> fp16 = parse_format("fp16")
     >>> limit, shared = torch.tensor(4.0), torch.tensor(0)
     >>> code = fp16.encode(torch.tensor(1.0), limit, shared)
@@ -120,6 +122,8 @@ class Format(ABC):
 
         Examples
         --------
+        >>> import torch
+        >>> from textguard.faults import parse_format
         >>> parse_format("int(8)").round(torch.tensor([[0.30, 5.0]]), limit=torch.tensor(2.54))
         tensor([[0.3000, 2.5400]])
         """
@@ -399,6 +403,7 @@ def parse_format(text: str, where: str = "params.yaml inject.format") -> Format:
 
     Examples
     --------
+    >>> from textguard.faults import parse_format
     >>> parse_format("fp16").bits
     16
     >>> bfp = parse_format("bfp(8,7,16)")

@@ -149,6 +149,9 @@ class TracedModel:
 
     Examples
     --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from textguard.faults.graph import TracedModel
     >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)).eval()
     >>> traced = TracedModel(model, torch.zeros(1, 4, 4))
     >>> [step.name for step in traced.steps]

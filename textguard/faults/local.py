@@ -86,6 +86,8 @@ def neuron_patch(shape: tuple[int, ...], neuron: Tensor, values: Tensor) -> Patc
 
     Examples
     --------
+    >>> import torch
+    >>> from textguard.faults.local import neuron_patch
     >>> patch = neuron_patch((2, 3, 4), torch.tensor([23]), torch.tensor([0.5]))
     >>> patch.channel.item(), patch.top.item(), patch.left.item()
     (1, 2, 3)

@@ -70,8 +70,10 @@ def protect(model: nn.Module, image: Tensor, bounds: Mapping[str, tuple[float, f
 
     Examples
     --------
-    >>> import torch
     >>> from collections import OrderedDict
+    >>> import torch
+    >>> from torch import nn
+    >>> from textguard.faults import protect
     >>> model = nn.Sequential(OrderedDict(fc=nn.Linear(2, 2, bias=False), act=nn.ReLU())).eval()
     >>> _ = nn.init.eye_(model.fc.weight)
     >>> protected = protect(model, torch.zeros(2), {"act": (0.0, 1.5)}, "ranger")

@@ -64,6 +64,9 @@ def draw_plan(
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from textguard.faults import draw_plan
+    >>> from textguard.faults.sites import Site
     >>> sites = [Site("fc", "Linear", position=0, shape=(10,), weights=320)]
     >>> draw_plan(sites, chances=np.array([1.0, 0.0, 1.0]), counts=3, seed=0)
       layer  index  image  neuron  bit  weight
@@ -200,7 +203,8 @@ def bits_of(fault_model: FaultModel, number_format: Format) -> int:
 
     Examples
     --------
-    >>> from textguard.faults.formats import parse_format
+    >>> from textguard.faults import FaultModel, parse_format
+    >>> from textguard.faults.plans import bits_of
     >>> bits_of(FaultModel(), parse_format("fp16"))
     16
     >>> bits_of(FaultModel(target="metadata"), parse_format("bfp(5,7,16)"))

@@ -53,6 +53,7 @@ class Site:
 
     Examples
     --------
+    >>> from textguard.faults.sites import Site
     >>> site = Site("layer1.0.conv1", "Conv2d", position=1, shape=(64, 8, 8), weights=36_864)
     >>> site.neurons, site.multiply_adds, site.parameter
     (4096, 2359296, 'layer1.0.conv1.weight')
@@ -124,6 +125,9 @@ class Calls(TorchFunctionMode):
 
     Examples
     --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from textguard.faults.sites import Calls
     >>> seen = []
     >>> with Calls(lambda call: seen.append(call.kind) or call.output):
     ...     logits = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))(torch.zeros(1, 1, 4, 4))

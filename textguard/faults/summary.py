@@ -147,6 +147,8 @@ def summarise(
 
     Examples
     --------
+    >>> import pandas as pd
+    >>> from textguard.faults import summarise
     >>> records = pd.DataFrame({
     ...     "layer": "fc", "index": range(4), "bit": [3, 30, 7, 31], "weight": 1.0,
     ...     "golden_loss": 0.5, "faulty_loss": [0.5, 2.5, 0.5, 1.5],
