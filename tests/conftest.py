@@ -12,6 +12,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as stages/__main__.py does, 
 # The tests run in about as many processes as there are cores: more threads would only stand in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import pytest
 import torch
 from filelock import FileLock
@@ -27,7 +29,6 @@ from textguard.params import FiguresParams, GateParams, Params, Run, load_params
 from textguard.report.gate import read_runs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
 
 # What a checkout needs for `dvc repro`; the tests copy it, so that they can change and break it.
 CHECKOUT = ("dvc.yaml", "params.yaml", ".dvc", ".dvcignore", ".gitignore", "stages", "textguard", "prompts/cache")

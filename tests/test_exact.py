@@ -12,11 +12,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from conftest import DigitsNetwork, digits, trained
+from fault_helpers import make_faults
 from textguard.errors import InvalidParameter
 from textguard.estimates.statistics import average, mean_interval, rate_interval
 from textguard.estimates.summary import Totals, summarise, summarise_totals
 from textguard.faults import FaultModel, enumerate_layer, exact, image_chances, parse_format, profile_ranges, run_design
-from textguard.faults.damage import SINGLE_FLIP, Faults, Storage
+from textguard.faults.damage import SINGLE_FLIP, Storage
 from textguard.faults.engines import PyTorchFIEngine, ReplayEngine, WholeEngine
 from textguard.faults.exact import affordable, flip_logits, has_closed_form
 from textguard.faults.plans import draw_plan
@@ -61,15 +62,7 @@ def brute_force(engine, images: Tensor, labels: Tensor, position: int, limit: fl
     found = {name: np.zeros(bits) for name in (*COUNTS, "delta_loss")}
     bit, image = (index.flatten() for index in torch.meshgrid(torch.arange(bits), torch.arange(len(images)), indexing="ij"))
     for neuron in range(site.neurons):
-        faults = Faults(
-            model=SINGLE_FLIP,
-            position=torch.full_like(image, site.position),
-            image=image,
-            limit=torch.full(image.shape, limit),
-            row=torch.arange(len(image)),
-            neuron=torch.full_like(image, neuron),
-            mask=1 << bit,
-        )
+        faults = make_faults(torch.full_like(image, site.position), image, torch.full_like(image, neuron), 1 << bit, limit)
         outcomes = engine.run(images, faults)
         golden = outcomes.golden_logits[image]
         before, after = (F.cross_entropy(logits, labels[image], reduction="none") for logits in (golden, outcomes.logits))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from conftest import TINY, settle
+from fault_helpers import make_faults
 from textguard.errors import InvalidParameter, UnsupportedModel
-from textguard.faults.damage import Call, FaultModel, Faults, Storage, damage_output, damage_weights, operate, weight_limits
+from textguard.faults.damage import FaultModel, Faults, weight_limits
 from textguard.faults.engines import Outcomes, PyTorchFIEngine, ReplayEngine, WholeEngine, make_engine
 from textguard.faults.formats import Format, parse_format
 
@@ -292,19 +293,6 @@ def test_the_golden_run_is_in_the_format(text, tiny_model, images):
         assert torch.isclose(engine.run(images, no_faults).golden_logits, logits, atol=1e-5).float().mean() > 0.95
 
 
-def faults_in(position: list[int], image: list[int], neuron: list[int], mask: int, model: FaultModel) -> Faults:
-    count = len(position)
-    return Faults(
-        model=model,
-        position=torch.tensor(position),
-        image=torch.tensor(image),
-        limit=torch.full((count,), math.inf),
-        row=torch.arange(count),
-        neuron=torch.tensor(neuron),
-        mask=torch.full((count,), mask),
-    )
-
-
 @pytest.mark.parametrize("build", ENGINES)
 @pytest.mark.parametrize("text", ["fp32", "fp16", "int(8)", "bfp(8,7,16)"])
 def test_a_bit_that_is_already_there_changes_nothing(text, build, resnet, images):
@@ -315,11 +303,11 @@ def test_a_bit_that_is_already_there_changes_nothing(text, build, resnet, images
     sign = 1 << (form.bits - 1)
     signed = {op: [] for op in ("stuck_at_0", "stuck_at_1")}
     for position, output in enumerate(outputs):
-        for operation, places in (("stuck_at_0", output > 0), ("stuck_at_1", output < 0)):
-            image, neuron = places.nonzero()[:3].T.tolist()
+        for operation, already in (("stuck_at_0", output > 0), ("stuck_at_1", output < 0)):
+            image, neuron = already.nonzero()[:3].T.tolist()
             signed[operation] += [(position, i, n) for i, n in zip(image, neuron, strict=True)]
     for operation, there in signed.items():
-        found = engine.run(images, faults_in(*map(list, zip(*there, strict=True)), sign, FaultModel(operation=operation)))
+        found = engine.run(images, make_faults(*zip(*there, strict=True), sign, model=FaultModel(operation=operation)))
         assert torch.equal(found.golden_value, found.faulty_value)
         assert not found.detected.any()
         golden = found.golden_logits[[i for _, i, _ in there]]
@@ -327,7 +315,7 @@ def test_a_bit_that_is_already_there_changes_nothing(text, build, resnet, images
         if text == "fp32" and build is ReplayEngine:  # those of layers with a ReLU behind them
             assert found.masked[: 3 * 2].all()
         opposite = FaultModel(operation="stuck_at_1" if operation == "stuck_at_0" else "stuck_at_0")
-        changed = engine.run(images, faults_in(*map(list, zip(*there, strict=True)), sign, opposite))
+        changed = engine.run(images, make_faults(*zip(*there, strict=True), sign, model=opposite))
         assert (changed.golden_value != changed.faulty_value).all()
         if text != "int(8)":  # in two's complement the sign bit changes the magnitude too
             assert torch.equal(changed.faulty_value, -changed.golden_value)
@@ -367,80 +355,6 @@ def test_faulty_weights_last_for_one_inference(text, build, tiny_model, images):
         torch.testing.assert_close(
             engine.run(images, alone).logits[0], first.logits[number], rtol=1e-3, atol=1e-5, equal_nan=True
         )
-
-
-def test_weights_are_restored_when_an_inference_fails():
-    weight, inputs = torch.randn(4, 3), torch.randn(2, 3)
-    before, calls = weight.clone(), []
-
-    def fail_at_the_second(x, w):
-        calls.append(w.clone())
-        if len(calls) == 2:
-            raise RuntimeError("out of memory")
-        return x @ w.t()
-
-    faults = faults_in([0, 0], [0, 1], [1, 7], 1 << 30, FaultModel(target="weight"))
-    call = Call(fail_at_the_second, "Linear", (inputs, weight), {}, inputs @ weight.t())
-    storage = Storage(parse_format("fp32"), 1.0, 12, weight.device)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        damage_weights(storage, call, faults)
-    assert torch.equal(weight, before)
-    assert [(found != before).flatten().nonzero().tolist() for found in calls] == [[[1]], [[7]]]
-
-
-def test_a_block_of_values_follows_its_exponent_and_no_other_does():
-    # 37 values per image in blocks of 16: the last has 5.
-    form = parse_format("bfp(8,7,16)")
-    storage = Storage(form, 0.0, 37, torch.device("cpu"))
-    output = storage.round(torch.randn(3, 37, generator=torch.Generator().manual_seed(0)))
-    golden = output.clone()
-    faults = Faults(
-        model=FaultModel(target="metadata"),
-        position=torch.zeros(3, dtype=torch.int64),
-        image=torch.arange(3),
-        limit=torch.tensor([math.inf, math.inf, 20.0]),
-        row=torch.tensor([0, 0, 1, 2]),
-        neuron=torch.tensor([0, 2, 2, 1]),
-        mask=torch.tensor([1, 4, 2, 8]),
-    )
-    damage = damage_output(storage, output, faults)
-    blocks = [(0, 0, 16), (0, 32, 37), (1, 32, 37), (2, 16, 32)]
-    codes = [math.frexp(float(golden[row, start:end].abs().max()))[1] - 1 + 127 for row, start, end in blocks]
-    assert damage.golden.tolist() == codes
-    assert damage.faulty.tolist() == [code ^ mask for code, mask in zip(codes, (1, 4, 2, 8), strict=True)]
-    expected = golden.clone()
-    for (row, start, end), code, mask in zip(blocks, codes, (1, 4, 2, 8), strict=True):
-        expected[row, start:end] *= 2.0 ** ((code ^ mask) - code)
-    beyond = expected[2, 16:32].abs() > 20
-    expected[2, 16:32] = expected[2, 16:32].clamp(-20, 20)
-    assert torch.equal(output, expected)
-    assert damage.detected.tolist() == [False, False, False, bool(beyond.any())]
-
-
-def test_adaptivfloats_bias_moves_the_whole_layer():
-    form = parse_format("adaptivfloat(4,3)")
-    storage = Storage(form, 5.3, 11, torch.device("cpu"))
-    output = storage.round(torch.randn(2, 11, generator=torch.Generator().manual_seed(1)))
-    golden = output.clone()
-    faults = faults_in([0, 0], [0, 1], [0, 0], 0b10, FaultModel(target="metadata"))
-    faults.mask[1] = 0b1000_0000
-    damage = damage_output(storage, output, faults)
-    bias = 2 - 15  # 5.3 lies in [4, 8), and the largest exponent is 15
-    assert damage.golden.tolist() == [bias & 0xFF] * 2 == [0b1111_0011] * 2
-    assert damage.faulty.tolist() == [0b1111_0001, 0b0111_0011]
-    assert torch.equal(output[0], golden[0] * 2.0**-2)
-    # 2**(0b0111_0011) is 128 binades further: beyond fp32 for values from 1 on.
-    expected = (golden[1].double() * 2.0**128).float()
-    assert torch.equal(output[1], expected)
-    assert expected.isinf().any()
-    assert not expected.isinf().all()
-
-
-def test_operations_on_codes():
-    codes, mask = torch.tensor([0b1100, 0b0011]), torch.tensor([0b0101, 0b0101])
-    assert operate(codes, mask, "flip").tolist() == [0b1001, 0b0110]
-    assert operate(codes, mask, "stuck_at_0").tolist() == [0b1000, 0b0010]
-    assert operate(codes, mask, "stuck_at_1").tolist() == [0b1101, 0b0111]
 
 
 @pytest.mark.parametrize("name", ["replay", "whole"])

@@ -1,4 +1,4 @@
-"""Where faults go: every backbone of the paper, layers that functions call, other kinds of operations, and what is skipped."""
+"""Where faults go: every backbone of the paper, layers that functions call, and other kinds of operations."""
 
 import contextlib
 import io
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from conftest import TINY, settle
-from textguard.errors import UnknownName, UnsupportedModel
-from textguard.faults.damage import FaultModel, Faults
+from fault_helpers import make_faults
+from textguard.faults.damage import Faults
 from textguard.faults.engines import ENGINES, ReplayEngine, WholeEngine, make_engine
 from textguard.runtime import import_torchvision
 
@@ -122,19 +122,6 @@ def plain_inference(model: nn.Module, image: Tensor, layer: str, neuron: int, li
         return model(image[None])[0]
 
 
-def make_faults(position: list[int], image: list[int], neuron: list[int], limit: list[float]) -> Faults:
-    count = len(position)
-    return Faults(
-        model=FaultModel(),
-        position=torch.tensor(position),
-        image=torch.tensor(image),
-        limit=torch.tensor(limit),
-        row=torch.arange(count),
-        neuron=torch.tensor(neuron),
-        mask=torch.full((count,), 1 << BIT),
-    )
-
-
 def outputs_of(engine, images: Tensor) -> dict[str, Tensor]:
     """Layer -> its fault-free output, one image's share per row."""
     outputs = {}
@@ -152,7 +139,7 @@ def loud_faults(engine, images: Tensor, positions: list[int]) -> Faults:
     image = [number % len(images) for number in range(len(positions))]
     shares = [outputs[engine.sites[position].layer][i] for position, i in zip(positions, image, strict=True)]
     neuron = [int(share.argmax()) for share in shares]
-    return make_faults(positions, image, neuron, [50 * float(share.max()) for share in shares])
+    return make_faults(positions, image, neuron, 1 << BIT, [50 * float(share.max()) for share in shares])
 
 
 def assert_same_change(found: Tensor, expected: Tensor, golden: Tensor, loud: float = 0.6, floor: float = 1e-5) -> None:
@@ -248,7 +235,7 @@ def test_a_fault_in_a_window_belongs_to_the_windows_image(images):
     draw = torch.Generator().manual_seed(2)
     image = torch.randint(len(images), (40,), generator=draw).tolist()
     neuron = torch.randint(4 * 4 * 8, (40,), generator=draw).tolist()
-    faults = make_faults([1] * 40, image, neuron, [50.0] * 40)
+    faults = make_faults([1] * 40, image, neuron, 1 << BIT, 50.0)
     for engine in (replay, WholeEngine(model, images[0], 7)):
         found = engine.run(images, faults)
         expected = torch.stack([outputs[i][n] for i, n in zip(image, neuron, strict=True)])
@@ -257,14 +244,14 @@ def test_a_fault_in_a_window_belongs_to_the_windows_image(images):
         assert_same_change(found.logits, logits, found.golden_logits[faults.image], loud=0.3)
 
 
-def in_second_call(pre: bool, neuron: int, limit: float) -> Callable:
-    """A hook that damages what its module gets (pre) or returns at its second call."""
+def before_second_call(neuron: int, limit: float) -> Callable:
+    """A hook that damages what its module gets at its second call."""
     count = 0
 
-    def hook(module, inputs, *output):
+    def hook(module, inputs):
         nonlocal count
         count += 1
-        return edit(inputs[0] if pre else output[0], neuron, BIT, limit) if count == 2 else None
+        return edit(inputs[0], neuron, BIT, limit) if count == 2 else None
 
     return hook
 
@@ -284,7 +271,7 @@ def test_residual_additions_of_resnet18_on_request():
     for position, image, neuron, limit in zip(positions, faults.image, faults.neuron, faults.limit, strict=True):
         # The second call of a block's relu is behind its addition.
         relu = model.get_submodule(engine.sites[position].layer.removesuffix(".add")).relu
-        handle = relu.register_forward_pre_hook(in_second_call(True, int(neuron), float(limit)))
+        handle = relu.register_forward_pre_hook(before_second_call(int(neuron), float(limit)))
         with torch.no_grad():
             expected.append(model(images[image][None])[0])
         handle.remove()
@@ -425,107 +412,3 @@ def test_other_convolutions_on_request(engine_of, depth):
     assert build(model, signals[0], 5).skipped == [
         (layer, f"{kind} is not among the wanted kinds of sites") for layer, kind, _ in expected_sites[:-1]
     ]
-
-
-class Odd(nn.Module):
-    """Layers in which no fault of an image's own can happen, each for another reason."""
-
-    def __init__(self, across: bool) -> None:
-        super().__init__()
-        self.table = nn.Linear(2, 8)
-        self.register_buffer("places", torch.randn(5, 2))
-        self.across = nn.Linear(8, 8) if across else nn.Identity()
-        self.short = nn.Linear(8, 8).bfloat16()
-        self.unused = nn.Conv2d(3, 3, 1)
-        self.named = nn.Embedding(4, 4)
-        self.twice = nn.Linear(8, 8)
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = images.flatten(2)[:, :, :8] + self.table(self.places).mean()
-        if isinstance(self.across, nn.Linear):
-            x = self.across(x.transpose(0, 1)).transpose(0, 1)
-        x = self.short(x.bfloat16()).float()
-        return self.head(self.twice(self.twice(x).relu()).mean(dim=1))
-
-
-@pytest.mark.parametrize("engine_of", ["replay", "whole"])
-def test_what_is_no_site_says_why(engine_of, images):
-    across = engine_of == "whole"
-    engine = ENGINES[engine_of](Odd(across).eval(), images[0], 4)
-    assert [site.layer for site in engine.sites] == ["twice", "twice#2", "head"]
-    assert [site.parameter for site in engine.sites] == ["twice.weight", "twice.weight", "head.weight"]
-    elsewhere = {"across": "its output of shape [3, 2, 8] does not have its batch in dimension 0"} if across else {}
-    unread = {
-        "unused": "no injectable operation reads the weights of this Conv2d",
-        "named": "no injectable operation reads the weights of this Embedding",
-    }
-    if engine_of == "replay":
-        unread = {layer: reason for layer, reason in engine.skipped if layer in unread}  # see the next test
-    assert (
-        dict(engine.skipped)
-        == elsewhere
-        | {
-            "table": "its output has no batch dimension: all images share its values",
-            "short": "its output is torch.bfloat16, not float32",
-        }
-        | unread
-    )
-
-
-def test_layers_that_are_never_called_are_skipped_by_both_engines(images):
-    skipped = [build(Odd(across=False).eval(), images[0], 4).skipped for build in (ReplayEngine, WholeEngine)]
-    assert skipped[0] == skipped[1]
-
-
-def test_a_batch_outside_dimension_0_is_for_the_slow_engine(images, capsys):
-    model = Odd(across=True).eval()
-    with pytest.raises(UnsupportedModel, match="batch"):
-        ReplayEngine(model, images[0], 4)
-    engine = make_engine("replay", model, images[0], 4)
-    assert type(engine) is WholeEngine
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "going on with 'whole'" in said
-
-
-def test_weights_that_a_function_makes_have_no_owner(images):
-    class Made(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.randn(4, 1))
-            self.head = nn.Linear(3, 4)
-
-        def forward(self, x):
-            x = x.mean(dim=(2, 3))
-            return self.head(x) + F.linear(x, self.scale * torch.ones(4, 3))
-
-    for build in (ReplayEngine, WholeEngine):
-        sites = build(Made().eval(), images[0], 4).sites
-        assert [(site.layer, site.weights) for site in sites] == [("head", 12), ("linear", 12)]
-
-
-def test_projections_inside_torchs_own_attention_are_not_heard_and_said_so(images):
-    class Attending(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-            self.head = nn.Linear(8, 4)
-
-        def forward(self, x):
-            x = x.reshape(-1, 96, 8)
-            return self.head(self.attention(x, x, x, need_weights=False)[0].mean(dim=1))
-
-    for build in (ReplayEngine, WholeEngine):
-        engine = build(Attending().eval(), images[0], 4)
-        assert [site.layer for site in engine.sites] == ["head"]
-        assert {layer for layer, _ in engine.skipped} == {"attention", "attention.out_proj"}
-        assert all(reason.startswith("no injectable operation reads the weights") for _, reason in engine.skipped)
-
-
-@pytest.mark.parametrize("engine_of", ["replay", "whole"])
-def test_unknown_kinds_and_models_without_sites_are_refused(engine_of, resnet, images):
-    with pytest.raises(UnknownName, match=r"'Softmax'.*known: Add, Conv1d, Conv2d, Conv3d, ConvTranspose2d, Linear, MatMul"):
-        ENGINES[engine_of](resnet, images[0], 4, kinds=("Conv2d", "Softmax"))
-    with pytest.raises(UnsupportedModel, match="no Conv3d or Conv1d output"):
-        ENGINES[engine_of](resnet, images[0], 4, kinds=("Conv3d", "Conv1d"))

@@ -1,13 +1,12 @@
-"""What the records of a campaign say, each number with its interval.
+"""What the records of a campaign say: each number with its interval.
 
-DeltaLoss of an injection is |CE(faulty) - CE(golden)|, the absolute change of the cross entropy (natural logarithm) on its
-image. Source: Mahmoud et al., ISSRE 2021, as used by GoldenEye, DSN 2022.
+DeltaLoss of an injection is |CE(faulty) - CE(golden)|, in nats: the absolute change of the cross entropy (natural logarithm) on
+its image. Source: Mahmoud et al., ISSRE 2021, as used by GoldenEye, DSN 2022.
 
-DeltaLoss is skewed beyond what the usual interval, mean +- 2.576 standard errors, can bear: of six layers of a ResNet-18, with
-a skewness of 59 to 142, it covers the truth in 73 to 88 % of campaigns of 4,096 injections instead of in 99 %. The interval
-here corrects for the skewness that is seen (Hall, 1992), and for what is not: its upper limit is that of the sample with one
-more injection, which does twice the worst that was seen. `make bench` measures both (benchmarks/coverage.py; these are the
-numbers in benchmarks/results.json).
+DeltaLoss is so skewed that the usual interval, the mean +- a normal quantile of standard errors, holds far less often than it
+says. The interval here corrects for the skewness of the sample (Hall, 1992). The sample may also have missed the worst faults.
+The upper limit is therefore that of the same sample with one more injection, whose DeltaLoss is twice the largest in it.
+benchmarks/coverage.py measures how often either interval holds, and benchmarks/results.md has its numbers.
 """
 
 import math
@@ -23,7 +22,22 @@ CONFIDENCE = 0.99
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, its interval, and the number of observations behind it. NaN where there are none; low = high if exact."""
+    """A number with its interval.
+
+    Attributes
+    ----------
+    value : float
+        The number; NaN where nothing was observed.
+    low, high : float
+        The ends of the interval. Both equal `value` where the number is exact, and both are NaN where nothing tells its error.
+    n : int
+        The number of observations behind it.
+
+    Examples
+    --------
+    >>> Estimate(0.25, 0.125, 0.5, n=400).times(100)
+    Estimate(value=25.0, low=12.5, high=50.0, n=400)
+    """
 
     value: float
     low: float
@@ -31,20 +45,40 @@ class Estimate:
     n: int
 
     def as_json(self) -> dict[str, float | int | None]:
-        """The estimate as metrics files hold it; NaN and infinities become null."""
+        """The estimate as metrics files hold it.
+
+        Returns
+        -------
+        dict of str to float, int or None
+            Keys `value`, `low`, `high` and `n`. NaN and infinities are None, which JSON writes as null.
+        """
         numbers = {"value": self.value, "low": self.low, "high": self.high}
         return {name: number if math.isfinite(number) else None for name, number in numbers.items()} | {"n": self.n}
 
     def times(self, factor: float) -> "Estimate":
-        """The same in another unit."""
+        """The same estimate in another unit, which is `factor` times smaller."""
         return Estimate(self.value * factor, self.low * factor, self.high * factor, self.n)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A mean as estimated from a sample of n: its value, and variance and third central moment of its error.
+    """A mean as estimated from a sample, and the moments of its error.
 
-    unseen: what these three would change by, had there been one more observation, as bad as `sample_mean` was told.
+    `mean_interval` and `rate_interval` make an interval of it, `combine` and `average` a mean over several samples.
+
+    Attributes
+    ----------
+    value : float
+        The estimated mean.
+    variance : float
+        The variance of its error, the square of its standard error.
+    third : float
+        The third central moment of its error.
+    n : int
+        The number of observations.
+    unseen : (float, float, float)
+        By how much `value`, `variance` and `third` would change if the sample held one more observation, as bad as the `worst`
+        that `sample_mean` was given.
     """
 
     value: float
@@ -55,21 +89,59 @@ class Sample:
 
     @property
     def with_unseen(self) -> "Sample":
-        """The sample with that observation."""
+        """The sample as it would be with that one more observation."""
         value, variance, third = self.unseen
         return Sample(self.value + value, self.variance + variance, self.third + third, self.n)
 
 
 def exact(value: float, n: int) -> Sample:
-    """A mean over all there is."""
+    """The mean of a whole population, which has no error.
+
+    Parameters
+    ----------
+    value : float
+        The mean.
+    n : int
+        The size of the population.
+
+    Returns
+    -------
+    Sample
+        Its variance and third moment are 0.
+
+    Examples
+    --------
+    >>> mean_interval(exact(0.5, n=1000))
+    Estimate(value=0.5, low=0.5, high=0.5, n=1000)
+    """
     return Sample(value, 0.0, 0.0, n)
 
 
 def sample_mean(strata: Sequence[np.ndarray], shares: Sequence[float], worst: Sequence[float]) -> Sample:
-    """The mean of a population from independent samples of its strata.
+    """Estimate the mean of a population from independent samples of its strata.
 
-    strata: the observations of each, one or more, float [n]. shares: of each stratum in the population. worst: what one more
-    observation would be; it goes to the stratum where it changes the mean most.
+    Parameters
+    ----------
+    strata : sequence of ndarray
+        The observations of each stratum, float [n], n of at least 1.
+    shares : sequence of float
+        The share of each stratum in the population.
+    worst : sequence of float
+        For each stratum, the value that one more observation might have. It counts for the stratum where it changes the mean
+        most.
+
+    Returns
+    -------
+    Sample
+        The mean. Its variance and third moment are NaN where a stratum has only one observation.
+
+    Examples
+    --------
+    >>> sample = sample_mean([np.array([0.0, 2.0, 4.0])], shares=[1.0], worst=[8.0])
+    >>> sample.value, round(sample.variance, 4), sample.third, sample.n
+    (2.0, 1.3333, 0.0, 3)
+    >>> sample.with_unseen.value
+    3.5
     """
     sizes, parts = np.array([len(sample) for sample in strata]), np.asarray(shares, dtype=float)
     starts = np.cumsum(sizes) - sizes
@@ -83,7 +155,7 @@ def sample_mean(strata: Sequence[np.ndarray], shares: Sequence[float], worst: Se
     before = _moments(strata[at] - means[one], np.zeros(1, dtype=int), sizes[one], means[one], parts[one])
     after = _moments(larger - mean, np.zeros(1, dtype=int), sizes[one] + 1, mean, parts[one])
     unseen = tuple(new - old for new, old in zip(after, before, strict=True)) if shifts[at] > 0 else (0.0, 0.0, 0.0)
-    if not everything.any() and not np.any(worst):  # nothing has happened, and nobody knows what could
+    if not everything.any() and not np.any(worst):  # Nothing has happened, so nothing tells what could.
         unseen = (0.0, math.nan, math.nan)
     return Sample(*moments, int(sizes.sum()), unseen)
 
@@ -91,9 +163,11 @@ def sample_mean(strata: Sequence[np.ndarray], shares: Sequence[float], worst: Se
 def _moments(
     difference: np.ndarray, starts: np.ndarray, sizes: np.ndarray, means: np.ndarray, shares: np.ndarray
 ) -> tuple[float, float, float]:
-    """Value, variance and third central moment of strata's mean; NaN where one observation of a stratum tells no more.
+    """Value, variance and third central moment of the mean over strata.
 
-    difference: of each observation to its stratum's mean, one stratum behind the other.
+    The last two are NaN where a stratum has only one observation, because that tells nothing of its spread. difference: each
+    observation minus its stratum's mean, float [N], one stratum behind the other. starts, sizes, means, shares: of each
+    stratum.
     """
     squared = difference * difference
     squares, cubes = np.add.reduceat(squared, starts), np.add.reduceat(squared * difference, starts)
@@ -104,7 +178,25 @@ def _moments(
 
 
 def combine(samples: Sequence[Sample], weights: Sequence[float]) -> Sample:
-    """The weighted sum of independent estimates."""
+    """The weighted sum of independent estimates.
+
+    Parameters
+    ----------
+    samples : sequence of Sample
+        The estimates, at least one.
+    weights : sequence of float
+        What each is multiplied with.
+
+    Returns
+    -------
+    Sample
+        The sum. Its `unseen` is that of the sample which changes the sum most.
+
+    Examples
+    --------
+    >>> combine([Sample(2.0, 0.5, 0.0, 10), Sample(3.0, 0.25, 0.0, 20)], [2.0, -1.0])
+    Sample(value=1.0, variance=2.25, third=0.0, n=30, unseen=(0.0, 0.0, 0.0))
+    """
     unseen = max(
         (
             (weight * sample.unseen[0], weight**2 * sample.unseen[1], weight**3 * sample.unseen[2])
@@ -123,29 +215,103 @@ def combine(samples: Sequence[Sample], weights: Sequence[float]) -> Sample:
 
 
 def average(samples: Sequence[Sample], weights: Sequence[float] | None = None) -> Sample:
-    """The mean of independent estimates, plain or weighted; weights need not sum to 1."""
+    """The mean of independent estimates.
+
+    Parameters
+    ----------
+    samples : sequence of Sample
+        The estimates, at least one.
+    weights : sequence of float, optional
+        What each counts for; their sum need not be 1. By default all count the same.
+
+    Returns
+    -------
+    Sample
+        The mean.
+
+    Examples
+    --------
+    >>> average([exact(1.0, n=10), exact(2.0, n=10)], weights=[3, 1]).value
+    1.25
+    """
     weights = [1.0] * len(samples) if weights is None else weights
     return combine(samples, [weight / sum(weights) for weight in weights])
 
 
 def quantile(confidence: float) -> float:
-    """How many standard errors of a normal distribution a two-sided interval reaches to each side."""
+    """How many standard errors of a normal distribution a two-sided interval reaches to each side.
+
+    Parameters
+    ----------
+    confidence : float
+        Between 0 and 1.
+
+    Returns
+    -------
+    float
+        The quantile.
+
+    Examples
+    --------
+    >>> round(quantile(0.99), 3)
+    2.576
+    """
     return NormalDist().inv_cdf(0.5 + confidence / 2)
 
 
 def mean_interval(sample: Sample, confidence: float = CONFIDENCE) -> Estimate:
-    """The mean of values that cannot be negative, with the interval described at the top of this module.
+    """The interval of a mean of values that cannot be negative, as the top of this module describes it.
 
-    Source: Hall, Journal of the Royal Statistical Society B 54, 1992 (the cubic transformation).
+    Parameters
+    ----------
+    sample : Sample
+        The estimated mean.
+    confidence : float
+        How often such intervals shall hold, between 0 and 1.
+
+    Returns
+    -------
+    Estimate
+        The mean and its interval, whose lower end is at least 0.
+
+    References
+    ----------
+    Hall, "On the Removal of Skewness by Transformation", Journal of the Royal Statistical Society B 54, 1992: the cubic
+    transformation.
+
+    Examples
+    --------
+    >>> losses = np.repeat([0.0, 0.5, 2.0], [300, 80, 20])
+    >>> found = mean_interval(sample_mean([losses], shares=[1.0], worst=[2 * losses.max()]))
+    >>> [round(number, 3) for number in (found.low, found.value, found.high)]
+    [0.148, 0.2, 0.287]
     """
     z = quantile(confidence)
-    low = sample.value - _studentised(sample, z)
-    high = sample.value + sample.unseen[0] - _studentised(sample.with_unseen, -z)
+    low = sample.value - studentised(sample, z)
+    high = sample.value + sample.unseen[0] - studentised(sample.with_unseen, -z)
     return Estimate(sample.value, float(np.maximum(low, 0.0)), high, sample.n)
 
 
-def _studentised(sample: Sample, z: float) -> float:
-    """What lies between value and limit: standard error times the quantile z, corrected for skewness."""
+def studentised(sample: Sample, z: float) -> float:
+    """How far a limit of Hall's interval lies below the mean.
+
+    Parameters
+    ----------
+    sample : Sample
+        The estimated mean.
+    z : float
+        The normal quantile: positive for the lower limit, negative for the upper one.
+
+    Returns
+    -------
+    float
+        The standard error times the quantile, corrected for the skewness of the sample.
+
+    Examples
+    --------
+    >>> studentised(Sample(value=5.0, variance=4.0, third=0.0, n=100), z=1.5)
+    3.0
+    """
     if not sample.variance > 0:
         return 0.0 * sample.variance  # 0, or NaN
     error = math.sqrt(sample.variance)
@@ -156,10 +322,36 @@ def _studentised(sample: Sample, z: float) -> float:
 
 
 def rate_interval(sample: Sample, confidence: float = CONFIDENCE) -> Estimate:
-    """A proportion with Wilson's score interval, which also holds for 0 and for few hits.
+    """The interval of a proportion: Wilson's score interval [1]_, which also holds for no hits and for few.
 
-    Of a stratified or weighted sample, with the size of the simple one that would be worth as much once it held one more hit.
-    Sources: Wilson, Journal of the American Statistical Association 22, 1927; Korn and Graubard, Survey Methodology 24, 1998.
+    A stratified or weighted sample is worth as much as a simple one of another size. The interval takes that size, as it would
+    be if the sample held one more hit [2]_.
+
+    Parameters
+    ----------
+    sample : Sample
+        The estimated proportion.
+    confidence : float
+        How often such intervals shall hold, between 0 and 1.
+
+    Returns
+    -------
+    Estimate
+        The proportion and its interval, within [0, 1].
+
+    References
+    ----------
+    .. [1] Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", Journal of the American Statistical
+       Association 22, 1927.
+    .. [2] Korn and Graubard, "Confidence Intervals for Proportions with Small Expected Number of Positive Counts Estimated from
+       Survey Data", Survey Methodology 24, 1998.
+
+    Examples
+    --------
+    >>> hits = np.array([1.0] * 5 + [0.0] * 395)
+    >>> found = rate_interval(sample_mean([hits], shares=[1.0], worst=[1.0]))
+    >>> [round(number, 4) for number in (found.low, found.value, found.high)]
+    [0.0042, 0.0125, 0.0367]
     """
     if not sample.n:
         return Estimate(math.nan, math.nan, math.nan, 0)
@@ -175,14 +367,54 @@ def rate_interval(sample: Sample, confidence: float = CONFIDENCE) -> Estimate:
 
 
 def mean_estimate(values: np.ndarray, confidence: float = CONFIDENCE) -> Estimate:
-    """The mean of independent observations, none of them negative, float [N]."""
+    """The mean of independent observations, with its interval.
+
+    Parameters
+    ----------
+    values : ndarray
+        float [N], none of them negative.
+    confidence : float
+        How often such intervals shall hold, between 0 and 1.
+
+    Returns
+    -------
+    Estimate
+        The mean; NaN where there are no observations.
+
+    Examples
+    --------
+    >>> found = mean_estimate(np.repeat([0.0, 0.5, 2.0], [300, 80, 20]))
+    >>> [round(number, 3) for number in (found.low, found.value, found.high)]
+    [0.148, 0.2, 0.287]
+    """
     if not len(values):
         return Estimate(math.nan, math.nan, math.nan, 0)
     return mean_interval(sample_mean([values], [1.0], [2 * float(np.max(values))]), confidence)
 
 
 def rate_estimate(hits: int, count: int, confidence: float = CONFIDENCE) -> Estimate:
-    """The proportion of `hits` among `count` independent trials."""
+    """The proportion of hits among independent trials, with its interval.
+
+    Parameters
+    ----------
+    hits : int
+        How many trials hit.
+    count : int
+        How many trials there were.
+    confidence : float
+        How often such intervals shall hold, between 0 and 1.
+
+    Returns
+    -------
+    Estimate
+        The proportion; NaN where there were no trials.
+
+    Examples
+    --------
+    >>> found = rate_estimate(5, 400)
+    >>> [round(number, 4) for number in (found.low, found.value, found.high)]
+    [0.0042, 0.0125, 0.0367]
+    """
     if not count:
         return Estimate(math.nan, math.nan, math.nan, 0)
     rate = hits / count
@@ -190,12 +422,31 @@ def rate_estimate(hits: int, count: int, confidence: float = CONFIDENCE) -> Esti
 
 
 def _one_more_trial(hits: int, count: int) -> tuple[float, float, float]:
+    """What one more trial, a hit where hits are the rarer outcome, changes: the `unseen` of a Sample."""
     rate = (hits + (2 * hits <= count)) / (count + 1)
     return rate - hits / count, rate * (1 - rate) / count, 0.0
 
 
 def difference(minuend: Estimate, subtrahend: Estimate) -> Estimate:
-    """Difference of two independent estimates; the parts of their intervals on either side add in quadrature."""
+    """The difference of two independent estimates.
+
+    The parts of both intervals that reach in one direction add in quadrature.
+
+    Parameters
+    ----------
+    minuend, subtrahend : Estimate
+        The difference is `minuend` - `subtrahend`.
+
+    Returns
+    -------
+    Estimate
+        The difference; its `n` is the smaller one.
+
+    Examples
+    --------
+    >>> difference(Estimate(4.0, 1.0, 8.0, n=10), Estimate(1.0, 0.0, 5.0, n=20))
+    Estimate(value=3.0, low=-2.0, high=7.123105625617661, n=10)
+    """
     value = minuend.value - subtrahend.value
     below = math.hypot(minuend.value - minuend.low, subtrahend.high - subtrahend.value)
     above = math.hypot(minuend.high - minuend.value, subtrahend.value - subtrahend.low)
@@ -203,11 +454,34 @@ def difference(minuend: Estimate, subtrahend: Estimate) -> Estimate:
 
 
 def over_trainings(draws: Sequence[np.ndarray], values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """The interval of a mean over trainings, from the bootstrap draws [R] of each training's own value: hierarchically.
+    """The interval of a mean over trainings, by a hierarchical bootstrap: trainings are resampled, then the injections of each.
 
-    Trainings are resampled, then their injections. So few trainings show too little of their spread: it is widened by
-    sqrt(K / (K - 1)) and takes Student's quantile with K - 1 degrees of freedom. Source: Hesterberg, The American Statistician
-    69, 2015. K is 2 or more. Returns low and high.
+    A few trainings show too little of their spread. It is therefore widened by sqrt(K / (K - 1)) for K trainings, and
+    multiplied with Student's quantile for K - 1 degrees of freedom.
+
+    Parameters
+    ----------
+    draws : sequence of ndarray
+        The bootstrap draws of each training's own value, float [R]; 2 trainings or more.
+    values : sequence of float
+        Each training's own value.
+    confidence : float
+        How often such intervals shall hold, between 0 and 1.
+
+    Returns
+    -------
+    low, high : float
+        The ends of the interval, whose centre is the mean of `values`.
+
+    References
+    ----------
+    Hesterberg, "What Teachers Should Know About the Bootstrap", The American Statistician 69, 2015.
+
+    Examples
+    --------
+    >>> low, high = over_trainings([np.full(1000, 1.0), np.full(1000, 2.0)], [1.0, 2.0], confidence=0.8)
+    >>> round((low + high) / 2, 6), round((high - low) / 2, 1)
+    (1.5, 1.5)
     """
     count, size = len(draws), len(draws[0])
     generator = np.random.Generator(np.random.Philox(key=[count, size]))
@@ -220,16 +494,57 @@ def over_trainings(draws: Sequence[np.ndarray], values: Sequence[float], confide
 
 
 def planned_injections(population: int, half_width: float, confidence: float = CONFIDENCE) -> int:
-    """How many injections bring any rate to +- half_width, out of a population of faults.
+    """How many injections bring any rate to a half-width.
 
-    Source: Leveugle et al., DATE 2009, with the rate that needs most, 0.5.
+    Parameters
+    ----------
+    population : int
+        How many faults there are.
+    half_width : float
+        The wanted half-width of the interval, as a proportion: 0.01 for +- 1 %.
+    confidence : float
+        The confidence of that interval, between 0 and 1.
+
+    Returns
+    -------
+    int
+        The number of injections for the rate that needs most, 0.5.
+
+    References
+    ----------
+    Leveugle et al., "Statistical Fault Injection: Quantified Error and Confidence", DATE 2009.
+
+    Examples
+    --------
+    >>> planned_injections(1_000_000_000, half_width=0.01, confidence=0.95)
+    9604
     """
     z = quantile(confidence)
     return math.ceil(population / (1 + half_width**2 * (population - 1) / (z**2 * 0.25)))
 
 
 def planned_half_width(population: int, injections: int, confidence: float = CONFIDENCE) -> float:
-    """The same formula the other way round: what a number of injections brings a rate to."""
+    """The half-width that a number of injections brings any rate to: the inverse of `planned_injections`.
+
+    Parameters
+    ----------
+    population : int
+        How many faults there are.
+    injections : int
+        How many of them are injected.
+    confidence : float
+        The confidence of that interval, between 0 and 1.
+
+    Returns
+    -------
+    float
+        The half-width for the rate that needs most, 0.5, as a proportion; 0 where all faults are injected.
+
+    Examples
+    --------
+    >>> round(planned_half_width(1_000_000_000, injections=9604, confidence=0.95), 4)
+    0.01
+    """
     if injections >= population:
         return 0.0
     return quantile(confidence) * math.sqrt(0.25 * (population - injections) / ((population - 1) * injections))

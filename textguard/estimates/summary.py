@@ -15,13 +15,38 @@ GOLDENEYE = "goldeneye"  # the policy that leaves injections with a NaN or infin
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One layer's campaign.
+    """What one layer's campaign found.
 
-    method: `sampled`, or `exact` where every fault on every eligible image was enumerated. injections, masked, detected,
-    nonfinite: how many; masked ones left no trace, those with a non-finite loss are SDCs. delta_loss: their mean, nats.
-    mismatch: share of changed classes among injections with a finite loss, as the paper has it. sdc: share of changed classes
-    or non-finite losses among all. broken: share of non-finite losses.
-    strata, sdc_strata: of a sampled layer, each stratum's weighted DeltaLoss and SDCs in order of the injections' index.
+    `str` of it is one line for a person.
+
+    Attributes
+    ----------
+    layer : str
+        The layer.
+    neurons : int
+        The number of values in its output for one image.
+    method : str
+        `sampled`, or `exact` where every fault on every eligible image was tried.
+    injections : int
+        The number of injections.
+    masked : int
+        Those that left no trace.
+    detected : int
+        Those whose damaged values the range detector replaced.
+    nonfinite : int
+        Those with a NaN or infinite loss.
+    delta_loss : Sample
+        Mean DeltaLoss, in nats.
+    mismatch : Sample
+        Share of injections that change the class, among those with a finite loss, as in the paper.
+    sdc : Sample
+        Share of silent data corruptions: injections that change the class or make the loss NaN or infinite.
+    broken : Sample
+        Share of injections that make the loss NaN or infinite.
+    shares : ndarray
+        Of a sampled layer: each stratum's share in the estimates, float [strata].
+    strata, sdc_strata : list of ndarray
+        Of a sampled layer: each stratum's weighted DeltaLoss and weighted SDCs, float [n], by the injections' index.
     """
 
     layer: str
@@ -49,9 +74,22 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class Totals:
-    """What all single-bit faults of one layer did on all eligible images, by bit: each an array [bits].
+    """What all single-bit faults of one layer did on all eligible images, by bit.
 
-    faults, masked, detected, mismatches (changed class, finite loss), nonfinite: numbers. delta_loss: sum over finite losses.
+    Attributes
+    ----------
+    layer : str
+        The layer.
+    neurons : int
+        The number of values in its output for one image.
+    faults, masked, detected : ndarray
+        The number of faults, of those that left no trace, and of those that the range detector saw, [bits].
+    mismatches : ndarray
+        The number of faults that change the class and leave the loss finite, [bits].
+    nonfinite : ndarray
+        The number of faults with a NaN or infinite loss, [bits].
+    delta_loss : ndarray
+        The sum of DeltaLoss over the faults with a finite loss, in nats, float [bits].
     """
 
     layer: str
@@ -64,12 +102,18 @@ class Totals:
     delta_loss: np.ndarray
 
     def as_json(self) -> dict[str, Any]:
-        """The totals as metrics files hold them."""
+        """The totals as metrics files hold them: the attributes, with lists for arrays."""
         return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> "Totals":
-        """What `as_json` returned. Raises KeyError, TypeError, ValueError for anything else."""
+        """Read what `as_json` returned.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            `stored` is anything else.
+        """
         arrays = ("faults", "masked", "detected", "mismatches", "nonfinite", "delta_loss")
         return cls(stored["layer"], int(stored["neurons"]), *(np.asarray(stored[name], dtype=float) for name in arrays))
 
@@ -77,12 +121,45 @@ class Totals:
 def summarise(
     records: pd.DataFrame, neurons: dict[str, int], bits: int = 0, nonfinite: str = GOLDENEYE
 ) -> dict[str, LayerResult]:
-    """Layer -> its estimates, for each sampled layer in `neurons` (layer -> their number) that has records.
+    """Estimate what faults do to each sampled layer.
 
-    bits: how many bits a value has, where the plan was drawn by bit; else 0. nonfinite: what an injection with a NaN or
-    infinite loss counts for in DeltaLoss: `goldeneye` leaves it out, `cap:X` makes it X nats. Raises InvalidParameter.
+    Parameters
+    ----------
+    records : DataFrame
+        The records of a campaign, as `run_campaign` returns them.
+    neurons : dict of str to int
+        Layer -> the number of values in its output for one image.
+    bits : int
+        Bits per stored value where the plan was drawn by bit, else 0. Every bit is then a stratum of its own.
+    nonfinite : str
+        What an injection with a NaN or infinite loss counts for in DeltaLoss: `goldeneye` leaves it out, `cap:X` makes it X
+        nats.
+
+    Returns
+    -------
+    dict of str to LayerResult
+        Layer -> its estimates, for the layers of `neurons` that have records, in their order.
+
+    Raises
+    ------
+    InvalidParameter
+        `nonfinite` is none of these.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from textguard.faults import summarise
+    >>> records = pd.DataFrame({
+    ...     "layer": "fc", "index": range(4), "bit": [3, 30, 7, 31], "weight": 1.0,
+    ...     "golden_loss": 0.5, "faulty_loss": [0.5, 2.5, 0.5, 1.5],
+    ...     "detected": [False, True, False, False], "masked": [True, False, False, False],
+    ...     "mismatch": [False, True, False, False],
+    ... })
+    >>> result = summarise(records, {"fc": 10})["fc"]
+    >>> result.injections, result.delta_loss.value, result.sdc.value
+    (4, 0.75, 0.25)
     """
-    # An injection's rows share all but what happened to each value: any of these may have been detected.
+    # An injection has one row per damaged bit. Its rows differ in what happened to each value: one detected value is enough.
     injections = records.drop_duplicates(["layer", "index"])
     if len(injections) < len(records):
         detected = records.groupby(["layer", "index"])["detected"].any()
@@ -99,7 +176,31 @@ def summarise(
 
 
 def summarise_totals(totals: Totals, nonfinite: str = GOLDENEYE) -> LayerResult:
-    """The same for a layer all of whose faults are known. Raises InvalidParameter."""
+    """Say what faults do to a layer all of whose faults are known.
+
+    Parameters
+    ----------
+    totals : Totals
+        What they did, as `enumerate_layer` returns it.
+    nonfinite : str
+        As for `summarise`.
+
+    Returns
+    -------
+    LayerResult
+        Exact numbers: their variance is 0.
+
+    Raises
+    ------
+    InvalidParameter
+        `nonfinite` is none of the policies.
+
+    Examples
+    --------
+    >>> counts = (np.array(part) for part in ([4, 4], [1, 0], [0, 2], [1, 2], [0, 0], [5.0, 7.0]))
+    >>> print(summarise_totals(Totals("fc", 2, *counts)))
+    fc: 8 faults, all there are, 12% masked, 25% detected, DeltaLoss 1.5, SDC 37.50%
+    """
     count, broken, mismatches = (int(part.sum()) for part in (totals.faults, totals.nonfinite, totals.mismatches))
     cap, finite = cap_of(nonfinite), count - broken
     known, loss = (finite, totals.delta_loss.sum()) if cap is None else (count, totals.delta_loss.sum() + cap * broken)
@@ -131,7 +232,18 @@ def without(rows: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
 
 
 def cap_of(nonfinite: str) -> float | None:
-    """What a non-finite loss counts for, None where it is left out. Raises InvalidParameter."""
+    """What a NaN or infinite loss counts for in DeltaLoss, in nats, or None where it is left out.
+
+    Raises
+    ------
+    InvalidParameter
+        `nonfinite` is neither `goldeneye` nor `cap:X` with X above 0.
+
+    Examples
+    --------
+    >>> cap_of("cap:20")
+    20.0
+    """
     if nonfinite == GOLDENEYE:
         return None
     name, _, number = nonfinite.partition(":")
@@ -145,6 +257,7 @@ def cap_of(nonfinite: str) -> float | None:
 
 
 def _summarise_layer(records: pd.DataFrame, layer: str, neurons: int, bits: int, cap: float | None) -> LayerResult:
+    """The estimates of one layer from its records, one row per injection, in order of their index."""
     loss = (records["faulty_loss"].to_numpy(float) - records["golden_loss"].to_numpy(float)).__abs__()
     finite, weight = np.isfinite(loss), records["weight"].to_numpy(float)
     mismatch, everywhere = records["mismatch"].to_numpy(bool), np.ones(len(records), dtype=bool)
@@ -184,10 +297,10 @@ def _summarise_layer(records: pd.DataFrame, layer: str, neurons: int, bits: int,
 def _split(
     values: np.ndarray, counted: np.ndarray, weight: np.ndarray, groups: Sequence[np.ndarray], shares: np.ndarray
 ) -> list[np.ndarray]:
-    """Each stratum's weighted values, such that their mean over strata is that of what is counted.
+    """Each stratum's weighted values, such that the mean over strata is that of the counted values.
 
-    Where something is not, numerator and denominator are both random: the values are then linearised about their quotient.
-    Source: Cochran, Sampling Techniques, 1977, chapter 6.
+    Where some values do not count, the mean is a quotient whose numerator and denominator are both random. The values are then
+    linearised about it. Source: Cochran, Sampling Techniques, 1977, chapter 6.
     """
     if counted.all():
         return [(weight * values)[group] for group in groups]
@@ -201,4 +314,5 @@ def _split(
 
 
 def _counting(sample: Sample, n: int) -> Sample:
+    """The sample with another number of observations."""
     return Sample(sample.value, sample.variance, sample.third, n, sample.unseen)

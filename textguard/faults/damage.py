@@ -20,9 +20,24 @@ Operation = Literal["flip", "stuck_at_0", "stuck_at_1"]
 class FaultModel:
     """What one injection is. It lasts for one inference on one image.
 
-    target: a neuron (one value of a layer's output), a weight, or the metadata that the values of a block share (in formats
-    that have it). operation: what happens to the bits. bits: how many different ones of a value. values: how many different
-    neurons, weights or blocks of one layer.
+    Parameters
+    ----------
+    target : {"neuron", "weight", "metadata"}
+        What is damaged: neurons (values of a layer's output), weights, or the metadata that the values of a block share, in
+        number formats that have it.
+    operation : {"flip", "stuck_at_0", "stuck_at_1"}
+        What happens to the bits.
+    bits : int
+        How many different bits of a value are damaged.
+    values : int
+        How many different neurons, weights or blocks of one layer are damaged.
+
+    Examples
+    --------
+    >>> from textguard.faults import FaultModel
+    >>> FaultModel()
+    FaultModel(target='neuron', operation='flip', bits=1, values=1)
+    >>> in_two_weights = FaultModel(target="weight", operation="stuck_at_1", values=2)
     """
 
     target: Target = "neuron"
@@ -38,9 +53,23 @@ SINGLE_FLIP = FaultModel()
 class Faults:
     """N faults on a batch of images, which damage M >= N stored values.
 
-    position: of the site; image: position in the batch; int64 [N]. limit: float32 [N], what the range detector lets pass.
-    row: which fault damages the value, ascending; neuron: its place in one image's flattened output (in the flattened weights;
-    among the blocks); mask: its damaged bits; int64 [M].
+    Attributes
+    ----------
+    model : FaultModel
+        What each of them is.
+    position : Tensor
+        int64 [N], the position of each fault's site.
+    image : Tensor
+        int64 [N], the index of each fault's image in the batch.
+    limit : Tensor
+        float32 [N], the largest magnitude that the range detector lets pass.
+    row : Tensor
+        int64 [M], ascending: which of the N faults damages the value.
+    neuron : Tensor
+        int64 [M], the index of the damaged value in one image's flattened output, in the flattened weights, or among the
+        blocks.
+    mask : Tensor
+        int64 [M], the value's damaged bits.
     """
 
     model: FaultModel
@@ -57,7 +86,20 @@ class Faults:
         return len(self.row) == len(self.position)
 
     def select(self, rows: Tensor) -> tuple["Faults", Tensor]:
-        """The faults `rows` (int64, ascending), and which of the M values are theirs."""
+        """Some of the faults.
+
+        Parameters
+        ----------
+        rows : Tensor
+            int64 [n], ascending: which of the N faults.
+
+        Returns
+        -------
+        part : Faults
+            These faults.
+        values : Tensor
+            int64 [m], which of the M values are theirs.
+        """
         row, values = torch.arange(len(rows), device=rows.device), rows
         if not self.one_value_each:
             renumbered = torch.full_like(self.position, -1)
@@ -79,8 +121,18 @@ class Faults:
 
 @dataclass(frozen=True)
 class Damage:
-    """M damaged values: golden and faulty [M], before and after (behind the range detector; of metadata, the codes themselves);
-    detected [M]. What has to be written for them: `written` [K] to place `neuron` [K] of fault `row` [K].
+    """What faults did to M stored values, and what has to be written for it.
+
+    Damaged neurons and weights are what has to be written: K = M. A damaged piece of metadata changes all values of its block.
+
+    Attributes
+    ----------
+    golden, faulty : Tensor
+        float32 [M], each value before the fault, and after it behind the range detector. Of metadata, the codes.
+    detected : Tensor
+        bool [M], whether the range detector replaced the value; of metadata, any value of the block.
+    row, neuron, written : Tensor
+        [K]: the number `written` (float32) belongs to index `neuron` (int64) of fault `row` (int64).
     """
 
     golden: Tensor
@@ -92,32 +144,59 @@ class Damage:
 
 
 class Storage:
-    """How one layer's values are stored: a number format, and the largest magnitude that the layer was profiled to have."""
+    """How one layer's values are stored.
+
+    Parameters
+    ----------
+    number_format : Format
+        The format.
+    limit : float
+        The largest magnitude that the layer was profiled to have.
+    size : int
+        How many values one image's output, or the weights, have.
+    device : torch.device
+        Where the values lie.
+    """
 
     def __init__(self, number_format: Format, limit: float, size: int, device: torch.device) -> None:
         self.format, self.size = number_format, size
         self.limit = torch.tensor(limit, dtype=torch.float32, device=device)
 
     def round(self, values: Tensor) -> Tensor:
-        """What is left of values [B * size values in any shape] when they are stored, B images or one weight."""
+        """What is left of values once they are stored.
+
+        values: float32, B * size of them in any shape, of B images or of one weight. Returns float32 of the same shape.
+        """
         return self.format.round(values.reshape(-1, self.size), self.limit).reshape(values.shape)
 
     def damage(self, faults: Faults, read: Callable[[Tensor, Tensor], Tensor]) -> Damage:
-        """Damage the values that `faults` name. read(row, neuron) returns golden values, as stored, float32 of neuron's
-        shape.
+        """Damage the values that faults name.
+
+        Parameters
+        ----------
+        faults : Faults
+            N faults in M values.
+        read : callable
+            read(row, neuron) returns the golden values, as stored, at these indices: float32 of the indices' shape.
+
+        Returns
+        -------
+        Damage
+            What the faults did. Nothing is written.
         """
         model, row, neuron = faults.model, faults.row, faults.neuron
         if not self.format.shared_bits:
             golden = read(row, neuron)
             return self._damage_values(faults, golden, torch.zeros_like(neuron))
-        if not self.format.block and model.target != "metadata":  # the layer's limit is all that its metadata needs
+        if not self.format.block and model.target != "metadata":
+            # The metadata follows from the layer's limit alone, so no other value of the block has to be read.
             golden = read(row, neuron)
             return self._damage_values(faults, golden, self.format.shared(golden[:, None], self.limit))
         block = self.format.block or self.size
         number = neuron if model.target == "metadata" else neuron // block
-        places = number[:, None] * block + torch.arange(block, device=row.device)
-        inside = places < self.size
-        golden = read(row[:, None].expand_as(places), places.clamp(max=self.size - 1)) * inside
+        neurons = number[:, None] * block + torch.arange(block, device=row.device)  # all of each block: [M, block]
+        inside = neurons < self.size  # the last block may be shorter
+        golden = read(row[:, None].expand_as(neurons), neurons.clamp(max=self.size - 1)) * inside
         shared = self.format.shared(golden, self.limit)
         if model.target != "metadata":
             return self._damage_values(faults, golden.gather(1, (neuron % block)[:, None])[:, 0], shared)
@@ -125,38 +204,93 @@ class Storage:
         codes = self.format.encode(golden, self.limit, shared[:, None])
         values = self.format.decode(codes, self.limit, damaged[:, None])
         written, detected = clamp_to_range(values, faults.limit[row][:, None])
-        each = row[:, None].expand_as(places)[inside]
-        return Damage(shared.float(), damaged.float(), (detected & inside).any(dim=1), each, places[inside], written[inside])
+        each = row[:, None].expand_as(neurons)[inside]
+        return Damage(shared.float(), damaged.float(), (detected & inside).any(dim=1), each, neurons[inside], written[inside])
 
     def _damage_values(self, faults: Faults, golden: Tensor, shared: Tensor) -> Damage:
+        """Damage to the M values themselves, float32 [M], each under its metadata, int64 [M]."""
         codes = operate(self.format.encode(golden, self.limit, shared), faults.mask, faults.model.operation)
         faulty, detected = clamp_to_range(self.format.decode(codes, self.limit, shared), faults.limit[faults.row])
         return Damage(golden, faulty, detected, faults.row, faults.neuron, faulty)
 
 
 def operate(codes: Tensor, mask: Tensor, operation: Operation) -> Tensor:
-    """Flip, clear or set the bits of `mask` in each code; int64 [M]."""
+    """Damage the bits of `mask` in each code.
+
+    Parameters
+    ----------
+    codes : Tensor
+        int64 [M].
+    mask : Tensor
+        int64 [M].
+    operation : {"flip", "stuck_at_0", "stuck_at_1"}
+        What happens to the bits.
+
+    Returns
+    -------
+    Tensor
+        int64 [M].
+
+    Examples
+    --------
+    >>> import torch
+    >>> from textguard.faults.damage import operate
+    >>> flipped = operate(torch.tensor([0b1100]), torch.tensor([0b0101]), "flip")
+    >>> f"{flipped.item():04b}"
+    '1001'
+    """
     if operation == "flip":
         return codes ^ mask
     return codes | mask if operation == "stuck_at_1" else codes & ~mask
 
 
 def damage_output(storage: Storage, output: Tensor, faults: Faults) -> Damage:
-    """Damage a layer's output for N images, one per fault, in place. output: [N * rows, ...], as stored."""
-    share = output if len(output) == len(faults.position) else output.unflatten(0, (len(faults.position), -1))
+    """Damage a layer's output for N images in place, one image per fault.
+
+    Parameters
+    ----------
+    storage : Storage
+        How the output is stored.
+    output : Tensor
+        float32 [N * rows, ...], as stored.
+    faults : Faults
+        N faults.
+
+    Returns
+    -------
+    Damage
+        What the faults did.
+    """
+    by_image = output if len(output) == len(faults.position) else output.unflatten(0, (len(faults.position), -1))
 
     def read(row: Tensor, neuron: Tensor) -> Tensor:
-        return share[(row, *torch.unravel_index(neuron, share.shape[1:]))]
+        return by_image[(row, *torch.unravel_index(neuron, by_image.shape[1:]))]
 
     damage = storage.damage(faults, read)
-    share[(damage.row, *torch.unravel_index(damage.neuron, share.shape[1:]))] = damage.written
+    by_image[(damage.row, *torch.unravel_index(damage.neuron, by_image.shape[1:]))] = damage.written
     return damage
 
 
 def damage_weights(storage: Storage, call: Call, faults: Faults) -> tuple[Damage, Tensor]:
-    """Repeat a call, for N images in its input, each with the weights as its fault leaves them.
+    """Repeat a call once per fault, each time with the weights as that fault leaves them.
 
-    Returns the damage and the output. The weights are changed in place, one fault at a time, and restored bit for bit.
+    The weights are changed in place for one fault at a time, and restored bit for bit.
+
+    Parameters
+    ----------
+    storage : Storage
+        How the weights are stored.
+    call : Call
+        The call, with N images in its input.
+    faults : Faults
+        N faults, one per image.
+
+    Returns
+    -------
+    damage : Damage
+        What the faults did.
+    output : Tensor
+        The call's output, each image's share under its own fault.
     """
     weight = call.weight
     damage = storage.damage(faults, lambda row, neuron: weight[torch.unravel_index(neuron, weight.shape)])
@@ -164,29 +298,52 @@ def damage_weights(storage: Storage, call: Call, faults: Faults) -> tuple[Damage
     inputs, outputs = (tensor.unflatten(0, (len(faults.position), -1)) for tensor in (call.args[0], output))
     for number in range(len(faults.position)):
         here = damage.row == number
-        places = torch.unravel_index(damage.neuron[here], weight.shape)
-        kept = weight[places]
+        damaged = torch.unravel_index(damage.neuron[here], weight.shape)
+        kept = weight[damaged]
         try:
-            weight[places] = damage.written[here]
+            weight[damaged] = damage.written[here]
             outputs[number] = call.func(inputs[number], *call.args[1:], **call.kwargs)
         finally:
-            weight[places] = kept
+            weight[damaged] = kept
     return damage, output
 
 
 def make_storages(
     model: nn.Module, sites: Sequence[Site], number_format: Format, profiled: Mapping[str, float], target: Target
 ) -> tuple[list[Storage], list[Storage]]:
-    """One Storage per site for what the faults hit, and one for its output. Rounds the model's weights to the format, in place.
+    """Say how each site's values are stored, and round the model's weights to the format in place.
 
-    profiled: layer -> largest magnitude of its output. Raises InvalidParameter where the format or the target does not fit.
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    sites : sequence of Site
+        Its sites.
+    number_format : Format
+        The format.
+    profiled : mapping of str to float
+        Layer -> the largest magnitude of its output. fp32 does not need it.
+    target : {"neuron", "weight", "metadata"}
+        What faults hit.
+
+    Returns
+    -------
+    targets : list of Storage
+        For each site, of what the faults hit.
+    outputs : list of Storage
+        For each site, of its output.
+
+    Raises
+    ------
+    InvalidParameter
+        The format has no metadata, a layer has no weights, or a layer was not profiled.
     """
     if target == "metadata" and not number_format.shared_bits:
         raise InvalidParameter(f"format {number_format.name} has no metadata; change ", Setting("fault_model.target"))
     parameters = dict(model.named_parameters())
     outputs, weights = [], []
     for site in sites:
-        # fp32 stores any magnitude; other formats may need to know the largest.
+        # fp32 stores any magnitude. Other formats may need to know the largest one.
         limit = profiled.get(site.layer, 0.0 if number_format.name == "fp32" else None)
         if limit is None:
             raise InvalidParameter(f"layer {site.layer!r} has no profiled range; profile the model first (stage 'ranges')")
@@ -203,7 +360,20 @@ def make_storages(
 
 
 def weight_limits(model: nn.Module, sites: Sequence[Site]) -> dict[str, float]:
-    """The largest magnitude among each layer's weights: what a range detector for weights lets pass."""
+    """The largest magnitude among each layer's weights, which is what a range detector for weights lets pass.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    sites : sequence of Site
+        Its sites.
+
+    Returns
+    -------
+    dict of str to float
+        Layer -> magnitude, for the sites with weights.
+    """
     parameters = dict(model.named_parameters())
     return {
         site.layer: float(parameters[site.parameter].detach().abs().max()) for site in sites if site.parameter in parameters

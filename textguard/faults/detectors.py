@@ -9,24 +9,73 @@ from textguard.errors import InvalidParameter, Setting, UnknownName
 
 
 def clamp_to_range(values: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-    """A range detector's view of injected values, and what it puts in their place.
+    """Let a range detector look at values, and replace those that it takes for faults.
 
-    values: float32, shape [N]. limit: float32, shape [N] or [], the largest magnitude seen in fault-free runs.
-    Returns the values, where those that are NaN, infinite or larger in magnitude than `limit` have become -limit if they
-    were negative, else +limit (NaN becomes +limit); and the bool mask [N] of the replaced ones. An infinite limit switches the
-    detector off. Source: GoldenEye, DSN 2022.
+    A value is detected where it is NaN, infinite or larger in magnitude than `limit`. It then becomes -limit where it was
+    negative, else +limit; a NaN becomes +limit. An infinite limit switches the detector off.
+
+    Parameters
+    ----------
+    values : Tensor
+        float32 [N].
+    limit : Tensor
+        float32 [N] or []. The largest magnitude that passes.
+
+    Returns
+    -------
+    passed : Tensor
+        float32 [N], the values behind the detector.
+    detected : Tensor
+        bool [N], which values were replaced.
+
+    References
+    ----------
+    Mahmoud et al., "GoldenEye: A Platform for Evaluating Emerging Numerical Data Formats in DNN Accelerators", DSN 2022.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from textguard.faults.detectors import clamp_to_range
+    >>> clamp_to_range(torch.tensor([1.0, -7.0, float("nan")]), torch.tensor(4.0))
+    (tensor([ 1., -4.,  4.]), tensor([False,  True,  True]))
     """
     armed = torch.isfinite(limit)
-    detected = armed & ~(values.abs() <= limit)  # the negation also holds for NaN
+    detected = armed & ~(values.abs() <= limit)  # unlike `>`, this also holds for NaN
     replaced = torch.where(values < 0, -limit, limit)
     return torch.where(detected, replaced, values), detected
 
 
 def detector_limits(detector: str, layers: Sequence[str], profiled: Mapping[str, float]) -> dict[str, float]:
-    """The magnitude that each layer's detector lets pass.
+    """The largest magnitude that each layer's range detector lets pass.
 
-    detector: `profiled` (each layer's own maximum over the training set), `fixed:X` (X for every layer), or `off`.
-    Returns layer -> limit, infinite for `off`. Raises UnknownName, or InvalidParameter when a layer was not profiled.
+    Parameters
+    ----------
+    detector : str
+        `profiled` for each layer's own profiled maximum, `fixed:X` for X in every layer, or `off`.
+    layers : sequence of str
+        The layers to give limits for.
+    profiled : mapping of str to float
+        Layer -> the largest magnitude of its fault-free outputs. Only `profiled` reads it.
+
+    Returns
+    -------
+    dict of str to float
+        Layer -> limit, infinite for `off`.
+
+    Raises
+    ------
+    UnknownName
+        There is no such detector.
+    InvalidParameter
+        X is not a positive fp32 number, or a layer was not profiled.
+
+    Examples
+    --------
+    >>> from textguard.faults.detectors import detector_limits
+    >>> detector_limits("profiled", ["conv1", "fc"], {"conv1": 2.5, "fc": 11.0})
+    {'conv1': 2.5, 'fc': 11.0}
+    >>> detector_limits("fixed:65536", ["conv1", "fc"], {})
+    {'conv1': 65536.0, 'fc': 65536.0}
     """
     name, _, value = detector.partition(":")
     if detector == "off":
@@ -48,13 +97,34 @@ def detector_limits(detector: str, layers: Sequence[str], profiled: Mapping[str,
 
 
 class Bound(nn.Module):
-    """Replaces values outside [low, high], NaN among them: by the nearer bound, or by zero (NaN by `low`, or by zero)."""
+    """A module that lets only values within [low, high] pass.
+
+    It replaces any other value by the nearer bound, and NaN by `low`. With `to_zero`, it replaces all of these by zero.
+
+    Parameters
+    ----------
+    low, high : float
+        The smallest and the largest value that pass.
+    to_zero : bool
+        Whether zero takes the place of what does not pass.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from textguard.faults.detectors import Bound
+    >>> values = torch.tensor([-3.0, 0.5, 9.0, float("nan")])
+    >>> Bound(-1.0, 2.0, to_zero=False)(values)
+    tensor([-1.0000,  0.5000,  2.0000, -1.0000])
+    >>> Bound(-1.0, 2.0, to_zero=True)(values)
+    tensor([0.0000, 0.5000, 0.0000, 0.0000])
+    """
 
     def __init__(self, low: float, high: float, to_zero: bool) -> None:
         super().__init__()
         self.low, self.high, self.to_zero = low, high, to_zero
 
     def forward(self, values: Tensor) -> Tensor:
+        """The values, float32 of any shape, as the bounds leave them."""
         if self.to_zero:
             return torch.where((values >= self.low) & (values <= self.high), values, 0.0)
         return torch.nan_to_num(values, nan=self.low, posinf=self.high, neginf=self.low).clamp(self.low, self.high)

@@ -16,7 +16,7 @@ from textguard.errors import Setting, UnknownName, UnsupportedModel
 from textguard.faults.damage import Damage, Faults, Storage, Target, damage_output, damage_weights, make_storages
 from textguard.faults.formats import FP32, Format
 from textguard.faults.graph import TracedModel, Values
-from textguard.faults.local import PRODUCTS, LocalFaults, LocalSteps, covers, in_batches, paste_whole, point, whole
+from textguard.faults.local import PRODUCTS, LocalFaults, LocalSteps, covers, in_batches, neuron_patch, paste_whole, whole
 from textguard.faults.sites import DEFAULT_KINDS, SURVEYED, Call, Calls, Site, SiteList
 from textguard.faults.suffix import shortcuts
 
@@ -198,7 +198,7 @@ class ReplayEngine(_Engine):
                 part, lambda row, neuron: output[(part.image[row], *torch.unravel_index(neuron, output.shape[1:]))]
             )
             results.damaged(values, damage)
-            patches = {step: point(site.shape, part.neuron, damage.faulty)}
+            patches = {step: neuron_patch(site.shape, part.neuron, damage.faulty)}
             return [LocalFaults(rows, part.image, patches)]
         for chunk in torch.arange(len(rows), device=rows.device).split(self._batch_size):
             few, few_values = part.select(chunk)

@@ -1,7 +1,7 @@
-"""Layers without sampling: every image, neuron and bit.
+"""Layers without sampling: every image, every neuron and every bit.
 
-For the last layer in closed form: a fault there changes one logit, and what the others add to the softmax's denominator stays
-the same. For others through the engine, as far as there are few enough faults.
+The last layer has a closed form, because a fault there changes one logit and leaves the others' part in the softmax's
+denominator as it is. Other fully connected layers at the end go through the engine, as long as they have few enough faults.
 """
 
 from collections.abc import Sequence
@@ -21,14 +21,44 @@ from textguard.faults.profiling import batches
 from textguard.faults.sites import Site
 from textguard.runtime import progress
 
-FAULTS_AT_ONCE = 2**16
+FAULTS_AT_ONCE = 2**16  # through the engine
 
 
 def affordable(engine: Engine, images: int, fault_model: FaultModel, up_to: int) -> list[Site]:
-    """The fully connected layers at the end that can be enumerated: with a closed form, or with no more than `up_to` faults.
+    """The layers at a model's end that can be enumerated: in closed form, or because they have few faults.
 
-    images: how many are eligible. up_to: 0 for none at all, not even the last. Before them, and with other engines than replay,
-    so many inferences cost more than they tell.
+    Only fully connected layers count, and only single flips with the replay engine. In other layers and engines, an enumeration
+    takes more inferences than it is worth.
+
+    Parameters
+    ----------
+    engine : Engine
+        The model's engine.
+    images : int
+        How many images are eligible.
+    fault_model : FaultModel
+        What one injection is.
+    up_to : int
+        The most faults that a layer without closed form may have, over all images, neurons and bits. 0 for no enumeration at
+        all, not even in closed form.
+
+    Returns
+    -------
+    list of Site
+        The layers, in order of execution.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from textguard.faults import FaultModel, make_engine
+    >>> from textguard.faults.exact import affordable
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    >>> engine = make_engine("replay", model, torch.zeros(4), batch_size=64)
+    >>> [site.layer for site in affordable(engine, images=10, fault_model=FaultModel(), up_to=1)]
+    ['2']
+    >>> [site.layer for site in affordable(engine, images=10, fault_model=FaultModel(), up_to=10 * 8 * 32)]
+    ['0', '2']
     """
     if not up_to or fault_model != SINGLE_FLIP or not isinstance(engine, ReplayEngine):
         return []
@@ -42,7 +72,7 @@ def affordable(engine: Engine, images: int, fault_model: FaultModel, up_to: int)
 
 
 def has_closed_form(engine: ReplayEngine, site: Site) -> bool:
-    """Whether nothing but a factor lies between a site and the logits."""
+    """Whether a site is the last one, and nothing but a factor lies between it and the logits."""
     if site is not engine.sites[-1] or len(site.shape) != 1:
         return False
     try:
@@ -56,9 +86,40 @@ def has_closed_form(engine: ReplayEngine, site: Site) -> bool:
 def enumerate_layer(
     engine: ReplayEngine, loader: DataLoader, images: Sequence[int], site: Site, limit: float, label: str = "enumerate"
 ) -> Totals:
-    """Flip every bit of every output of one layer, for each of the images (positions in the loader's data set).
+    """Flip every bit of every output of one layer, once for each image.
 
-    limit: what the range detector lets pass.
+    Parameters
+    ----------
+    engine : ReplayEngine
+        The model's engine.
+    loader : DataLoader
+        Gives images and labels; a map-style data set.
+    images : sequence of int
+        Indices of the images in the loader's data set.
+    site : Site
+        The layer, one of `engine.sites`.
+    limit : float
+        The largest magnitude that the range detector lets pass.
+    label : str
+        What the progress bar says.
+
+    Returns
+    -------
+    Totals
+        What the faults did, by bit.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> from textguard.faults import enumerate_layer, make_engine
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    >>> loader = DataLoader(TensorDataset(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])), batch_size=5)
+    >>> engine = make_engine("replay", model, torch.zeros(4), batch_size=64)
+    >>> totals = enumerate_layer(engine, loader, [0, 1, 4], engine.sites[-1], limit=float("inf"))
+    >>> int(totals.faults.sum()) == 3 * 3 * 32  # images, neurons, bits
+    True
     """
     bits, closed = engine.number_format.bits, has_closed_form(engine, site)
     at_once = (loader.batch_size or 1) if closed else max(1, FAULTS_AT_ONCE // (site.neurons * bits))
@@ -80,7 +141,7 @@ def enumerate_layer(
 
 
 def _flip_all(engine: ReplayEngine, images: Tensor, labels: Tensor, site: Site, limit: float) -> tuple[Tensor, ...]:
-    """The same as `flip_logits`, one injection for each."""
+    """What `flip_logits` returns, for any layer: each fault is an injection of its own through the engine."""
     shape = (len(images), site.neurons, engine.number_format.bits)
     fault = torch.arange(torch.Size(shape).numel(), device=images.device)
     image, neuron, bit = torch.unravel_index(fault, shape)
@@ -103,15 +164,34 @@ def _flip_all(engine: ReplayEngine, images: Tensor, labels: Tensor, site: Site, 
 
 
 def _columns(masked: Tensor, detected: Tensor, mismatch: Tensor, delta_loss: Tensor) -> tuple[Tensor, ...]:
+    """The five tensors of `flip_logits`, of whatever shape these have."""
     finite = delta_loss.isfinite()
     return masked, detected, mismatch & finite, ~finite, delta_loss.where(finite, 0.0)
 
 
 def flip_logits(engine: ReplayEngine, outputs: Tensor, factor: float, labels: Tensor, limit: float) -> tuple[Tensor, ...]:
-    """What every bit flip in a last layer's outputs [B, C] does, where logits are `factor` times the outputs.
+    """What every bit flip in a last layer's outputs does, where the logits are `factor` times the outputs.
 
-    labels: int64 [B]. Returns five tensors [B, C, bits]: whether it is masked, detected, changes the class though the loss is
-    finite, makes the loss NaN or infinite (bool); and DeltaLoss where it is finite, else 0 (float32).
+    Parameters
+    ----------
+    engine : ReplayEngine
+        Says how the outputs are stored.
+    outputs : Tensor
+        float32 [B, C], fault-free.
+    factor : float
+        The logits are this many times the outputs.
+    labels : Tensor
+        int64 [B].
+    limit : float
+        The largest magnitude that the range detector lets pass.
+
+    Returns
+    -------
+    masked, detected, mismatch, nonfinite : Tensor
+        bool [B, C, bits]: whether the flip leaves no trace, is detected, changes the class though the loss is finite, and makes
+        the loss NaN or infinite.
+    delta_loss : Tensor
+        float32 [B, C, bits], in nats, 0 where it is not finite.
     """
     storage, number_format = engine.storage(-1), engine.number_format
     bits = torch.arange(number_format.bits, device=outputs.device)
@@ -127,14 +207,14 @@ def flip_logits(engine: ReplayEngine, outputs: Tensor, factor: float, labels: Te
 
     logits = outputs * factor
     own = F.one_hot(labels, logits.shape[1]).bool()
-    # log(sum(exp)) of all logits but one, from those before and behind it: no subtraction that could cancel.
+    # log(sum(exp)) of all logits but one, from those before and those behind it. Subtracting one from the sum could cancel.
     edge = logits.new_full((len(logits), 1), -torch.inf)
     before = torch.cat([edge, logits.logcumsumexp(dim=1)[:, :-1]], dim=1)
     behind = torch.cat([logits.flip(1).logcumsumexp(dim=1).flip(1)[:, 1:], edge], dim=1)
     others = torch.logaddexp(before, behind)
     target = torch.where(own[..., None], faulty, logits.gather(1, labels[:, None])[..., None])
     loss = torch.logaddexp(others[..., None], faulty) - target
-    # An infinite logit makes the loss what cross entropy makes of it: NaN, but for -inf of another class.
+    # Cross entropy makes NaN of a logit of +inf, where this difference is an infinity for a wrong class.
     loss = torch.where(faulty == torch.inf, torch.nan, loss)
     delta_loss = (loss - F.cross_entropy(logits, labels, reduction="none")[:, None, None]).abs()
 
@@ -142,7 +222,7 @@ def flip_logits(engine: ReplayEngine, outputs: Tensor, factor: float, labels: Te
     rest = logits.masked_fill(F.one_hot(best[:, 0], logits.shape[1]).bool(), -torch.inf)
     rival, highest = rest.argmax(dim=1, keepdim=True)[..., None], rest.amax(dim=1, keepdim=True)[..., None]
     number = torch.arange(logits.shape[1], device=logits.device)[:, None]
-    # argmax takes the first of equal logits, and NaN before all others.
+    # argmax takes the first of equal logits, and prefers NaN to any number.
     top = logits.gather(1, best)[..., None]
     wins = (faulty > top) | ((faulty == top) & (number < best[..., None])) | faulty.isnan()
     loses = (faulty < highest) | ((faulty == highest) & (rival < number))

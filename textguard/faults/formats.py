@@ -1,7 +1,7 @@
-"""Number formats in which a layer's outputs are stored: where a stored bit flips, and what the flipped code then stands for.
+"""Number formats in which a layer's outputs are stored: how a value becomes a code, and what a damaged code stands for.
 
-All arithmetic is in float64 and on powers of two made from their bits, so each code and each decoded value is the correctly
-rounded one, the same on CPU and CUDA.
+All arithmetic is in float64, on powers of two that are made from their bits. Each code and each decoded value is therefore the
+correctly rounded one, and it is the same on CPU and CUDA.
 """
 
 import re
@@ -16,22 +16,56 @@ from textguard.errors import InvalidParameter, Setting, UnknownName
 
 
 class Format(ABC):
-    """How values are stored: a code of `bits` bits each, and for some formats metadata that a block of values shares.
+    """How values are stored: as codes of `bits` bits, and in some formats with metadata that the values of a block share.
 
-    The tensors given to one call lie on one device. Infinities and NaNs that a format cannot hold become its largest
-    magnitude (at most the largest finite fp32 one) and zero.
+    A format without infinities stores them as its largest magnitude, or as the largest finite fp32 one where that is smaller. A
+    format without NaNs stores them as zero. All tensors of one call lie on one device.
+
+    Attributes
+    ----------
+    name : str
+        The name that `parse_format` takes.
+    bits : int
+        Bits per stored value. Bit 0 is the lowest one, bit `bits` - 1 the sign.
+    shared_bits : int
+        Bits of one piece of metadata, 0 in formats without metadata.
+    block : int
+        How many consecutive values of one image's flattened output share a piece of metadata; 0 stands for all of the layer's.
+
+    Examples
+    --------
+    Flip the highest exponent bit of 1.0 in fp16:
+
+    >>> import torch
+    >>> from textguard.faults import parse_format
+    >>> fp16 = parse_format("fp16")
+    >>> limit, shared = torch.tensor(4.0), torch.tensor(0)
+    >>> code = fp16.encode(torch.tensor(1.0), limit, shared)
+    >>> f"{int(code):016b}"
+    '0011110000000000'
+    >>> fp16.decode(code ^ (1 << 14), limit, shared)
+    tensor(inf)
     """
 
-    name: str  # as `parse_format` takes it
-    bits: int  # per stored value; bit 0 is the lowest, bit bits-1 the sign
-    shared_bits: int = 0  # of each piece of metadata that values share; 0: there is none
-    block: int = 0  # how many consecutive values of one image's flattened output share one piece; 0: all of the layer's
+    name: str
+    bits: int
+    shared_bits: int = 0
+    block: int = 0
 
     def shared(self, blocks: Tensor, limit: Tensor) -> Tensor:
         """The metadata of each block.
 
-        blocks: float32, shape [..., k], k values per block. limit: float32, broadcastable to [...], the largest magnitude that
-        the layer was profiled to produce. Returns codes, int64 [...], zeros for a format without metadata.
+        Parameters
+        ----------
+        blocks : Tensor
+            float32 [..., k], k values per block.
+        limit : Tensor
+            float32, broadcastable to [...]. The largest magnitude that the layer was profiled to produce.
+
+        Returns
+        -------
+        Tensor
+            Codes, int64 [...], 0 to 2**shared_bits - 1. Zeros in formats without metadata.
         """
         return torch.zeros(blocks.shape[:-1], dtype=torch.int64, device=blocks.device)
 
@@ -39,22 +73,59 @@ class Format(ABC):
     def encode(self, values: Tensor, limit: Tensor, shared: Tensor) -> Tensor:
         """Store values, rounding half to even.
 
-        values: float32 [...]. limit, shared: float32 and int64, broadcastable to [...]. Returns codes, int64 [...], 0 to
-        2**bits - 1.
+        Parameters
+        ----------
+        values : Tensor
+            float32 [...].
+        limit : Tensor
+            float32, broadcastable to [...], as for `shared`.
+        shared : Tensor
+            int64, broadcastable to [...]. The metadata under which the values are stored.
+
+        Returns
+        -------
+        Tensor
+            Codes, int64 [...], 0 to 2**bits - 1.
         """
 
     @abstractmethod
     def decode(self, codes: Tensor, limit: Tensor, shared: Tensor) -> Tensor:
         """Read codes back, under any metadata.
 
-        codes: int64 [...], 0 to 2**bits - 1. limit, shared: as for `encode`. Returns float32 [...]; flipped bits may make it
-        infinite or NaN.
+        Parameters
+        ----------
+        codes : Tensor
+            int64 [...], 0 to 2**bits - 1.
+        limit, shared : Tensor
+            As for `encode`.
+
+        Returns
+        -------
+        Tensor
+            float32 [...]. Flipped bits may make it infinite or NaN.
         """
 
     def round(self, values: Tensor, limit: Tensor) -> Tensor:
         """What is left of values once they are stored, each block under its own metadata.
 
-        values: float32 [B, n], one image's flattened layer output per row. limit: float32 []. Returns float32 [B, n].
+        Parameters
+        ----------
+        values : Tensor
+            float32 [B, n], one image's flattened layer output per row.
+        limit : Tensor
+            float32 [], as for `shared`.
+
+        Returns
+        -------
+        Tensor
+            float32 [B, n].
+
+        Examples
+        --------
+        >>> import torch
+        >>> from textguard.faults import parse_format
+        >>> parse_format("int(8)").round(torch.tensor([[0.30, 5.0]]), limit=torch.tensor(2.54))
+        tensor([[0.3000, 2.5400]])
         """
         n = values.shape[1]
         k = min(self.block or n, n)
@@ -66,7 +137,7 @@ class Format(ABC):
 
 @dataclass(frozen=True)
 class Float32(Format):
-    """The bits as they are, NaN payloads included."""
+    """IEEE 754 single precision: the bits as they are, NaN payloads included."""
 
     name = "fp32"
     bits = 32
@@ -83,17 +154,23 @@ class Float32(Format):
 
 @dataclass(frozen=True)
 class Float(Format):
-    """Sign, E exponent bits and M mantissa bits, with subnormals. A NaN becomes a quiet NaN of the same sign.
+    """Floating point: a sign, E exponent bits and M mantissa bits, with subnormals. A NaN becomes a quiet NaN of the same sign.
 
-    With infinities: overflow rounds to infinity; source: IEEE 754-2019, section 3.4. Without: the code of ones is NaN, and
-    whatever is out of range becomes the largest finite value; source: OCP 8-bit Floating Point Specification 1.0, E4M3.
+    With `infinities`, a value out of range becomes an infinity [1]_. Without, it becomes the largest finite value, and NaN is
+    the code whose exponent and mantissa bits are all ones [2]_. `native` is torch's own type of the same values, where there is
+    one.
+
+    References
+    ----------
+    .. [1] IEEE 754-2019, section 3.4.
+    .. [2] OCP 8-bit Floating Point Specification (OFP8) 1.0, format E4M3.
     """
 
     name: str
     exponent_bits: int
     mantissa_bits: int
     infinities: bool = True
-    native: torch.dtype | None = None  # torch's own type of the same values
+    native: torch.dtype | None = None
 
     @property
     def bits(self) -> int:
@@ -101,23 +178,25 @@ class Float(Format):
 
     @property
     def bias(self) -> int:
+        """The difference between the stored exponent and the exponent."""
         return 2 ** (self.exponent_bits - 1) - 1
 
     @property
     def top(self) -> int:
-        """The last code that is no NaN: infinity, or the largest finite value."""
+        """The largest code that is no NaN: that of infinity, or of the largest finite value."""
         ones = 2 ** (self.bits - 1) - 1
         return ones ^ (2**self.mantissa_bits - 1) if self.infinities else ones - 1
 
     @property
     def nan(self) -> int:
+        """The code of a quiet NaN."""
         return self.top + 2 ** (self.mantissa_bits - 1) if self.infinities else self.top + 1
 
     def encode(self, values: Tensor, limit: Tensor, shared: Tensor) -> Tensor:
-        magnitude = values.double().abs().clamp(max=2.0 ** (self.bias + 2))  # out of range, and no infinity
+        magnitude = values.double().abs().clamp(max=2.0 ** (self.bias + 2))  # infinities become finite, and stay out of range
         exponent = _exponent(magnitude).clamp(min=1 - self.bias)
         steps = (magnitude / _power_of_two(exponent - self.mantissa_bits)).round().long()
-        # a subnormal has no leading one; all others have one, which adds 1 to the exponent field, as does a carry
+        # The leading one of a normal number adds 1 to the exponent field, and so does a carry. A subnormal has no leading one.
         codes = (((exponent + self.bias - 1) << self.mantissa_bits) + steps).clamp(max=self.top)
         return _sign_bit(values, self.bits) | torch.where(values.isnan(), self.nan, codes)
 
@@ -136,13 +215,14 @@ class Float(Format):
 
 @dataclass(frozen=True)
 class Integer(Format):
-    """Two's complement, symmetric: the largest code stands for `limit`. The lowest code is reached by a flip only."""
+    """Symmetric integers in two's complement: the largest code stands for `limit`. Only a flipped bit makes the lowest code."""
 
     name: str
     bits: int
 
     @property
     def largest(self) -> int:
+        """The largest code."""
         return 2 ** (self.bits - 1) - 1
 
     def encode(self, values: Tensor, limit: Tensor, shared: Tensor) -> Tensor:
@@ -150,14 +230,14 @@ class Integer(Format):
         return steps.clamp(-self.largest, self.largest).long() & (2**self.bits - 1)
 
     def decode(self, codes: Tensor, limit: Tensor, shared: Tensor) -> Tensor:
-        # a tensor, since CUDA divides by a number as it multiplies by its rounded inverse
+        # A tensor, because CUDA would multiply by the rounded inverse of a plain number.
         largest = torch.full_like(limit, self.largest, dtype=torch.float64)
         return (_twos_complement(codes, self.bits) * limit.double() / largest).float()
 
 
 @dataclass(frozen=True)
 class Fixed(Format):
-    """Two's complement in units of 2**-fraction_bits, saturating."""
+    """Fixed point: two's complement in units of 2**-fraction_bits. Values out of range become the nearest that is in range."""
 
     name: str
     integer_bits: int
@@ -178,10 +258,14 @@ class Fixed(Format):
 
 @dataclass(frozen=True)
 class BlockFloat(Format):
-    """Block floating point: sign and M magnitude bits per value, and one biased E-bit exponent per block of values.
+    """Block floating point: a sign and M magnitude bits per value, and one biased exponent of E bits per block of K values.
 
-    The exponent e is the one of the block's largest magnitude, or the nearest that E bits hold; a magnitude is a multiple of
-    2**(e - M + 1), at most 2**M - 1 of them. Source: Drumond et al., NeurIPS 2018.
+    The block's exponent e is that of its largest magnitude, or the nearest one that E bits hold. A value's magnitude is a
+    multiple of 2**(e - M + 1), up to 2**M - 1 times that.
+
+    References
+    ----------
+    Drumond et al., "Training DNNs with Hybrid Block Floating Point", NeurIPS 2018.
     """
 
     name: str
@@ -199,6 +283,7 @@ class BlockFloat(Format):
 
     @property
     def bias(self) -> int:
+        """The difference between the stored exponent and the exponent."""
         return 2 ** (self.exponent_bits - 1) - 1
 
     def shared(self, blocks: Tensor, limit: Tensor) -> Tensor:
@@ -215,6 +300,7 @@ class BlockFloat(Format):
         return _with_sign(magnitude * self._step(shared), codes, self.bits)
 
     def _step(self, shared: Tensor) -> Tensor:
+        """The distance between neighbouring magnitudes of a block, float64."""
         return _power_of_two(shared - self.bias - self.magnitude_bits + 1)
 
 
@@ -222,9 +308,14 @@ class BlockFloat(Format):
 class AdaptivFloat(Format):
     """Floating point without subnormals, infinities and NaNs, whose exponent bias follows the layer.
 
-    The bias, an 8-bit two's complement number, makes the largest exponent that of `limit`, or the nearest it can. A code of
-    zeros is zero, of either sign; below the smallest magnitude, 2**bias * (1 + 2**-M), values from half of it on become it,
-    others zero. Source: Tambe et al., DAC 2020.
+    The bias is an 8-bit number in two's complement. It makes the largest exponent that of `limit`, or the nearest that 8 bits
+    allow. A code of zeros is a zero, of either sign. The smallest other magnitude is 2**bias * (1 + 2**-M). Magnitudes below it
+    become that magnitude from half of it on, and zero below its half.
+
+    References
+    ----------
+    Tambe et al., "Algorithm-Hardware Co-Design of Adaptive Floating-Point Encodings for Resilient Deep Learning Inference", DAC
+    2020.
     """
 
     name: str
@@ -273,7 +364,8 @@ NAMED = {
     )
 }
 FP32 = NAMED["fp32"]
-SIZED = {  # each capital stands for a number: the class, which numbers it takes, and the same in words
+# Pattern, whose capitals stand for numbers -> the class, which numbers it takes, and the same in words.
+SIZED = {
     "fp(E,M)": (Float, lambda e, m: 2 <= e <= 8 and 1 <= m <= 23, "E from 2 to 8 and M from 1 to 23"),
     "int(B)": (Integer, lambda b: 2 <= b <= 16, "B from 2 to 16"),
     "fixed(I,F)": (Fixed, lambda i, f: 2 <= 1 + i + f <= 24, "1+I+F from 2 to 24"),
@@ -287,7 +379,35 @@ SIZED = {  # each capital stands for a number: the class, which numbers it takes
 
 
 def parse_format(text: str) -> Format:
-    """The format that `text` names, such as fp16 or bfp(8,7,16), without spaces. Raises UnknownName, InvalidParameter."""
+    """The number format that a name stands for.
+
+    Parameters
+    ----------
+    text : str
+        `fp32`, `fp16`, `bf16`, `fp8_e5m2` or `fp8_e4m3`; or, with numbers in the place of the capitals and without spaces,
+        `fp(E,M)`, `int(B)`, `fixed(I,F)`, `bfp(E,M,K)` or `adaptivfloat(E,M)`.
+
+    Returns
+    -------
+    Format
+        The format; formats of the same name are equal.
+
+    Raises
+    ------
+    UnknownName
+        No format has such a name.
+    InvalidParameter
+        A number of bits is not one that the format takes.
+
+    Examples
+    --------
+    >>> from textguard.faults import parse_format
+    >>> parse_format("fp16").bits
+    16
+    >>> bfp = parse_format("bfp(8,7,16)")
+    >>> bfp.bits, bfp.shared_bits, bfp.block
+    (8, 8, 16)
+    """
     if text in NAMED:
         return NAMED[text]
     for pattern, (build, fits, allowed) in SIZED.items():
@@ -301,23 +421,26 @@ def parse_format(text: str) -> Format:
 
 
 def _exponent(values: Tensor) -> Tensor:
-    """floor(log2(|x|)) of float64 values from the bits; -1023 for zero. Every fp32 value is a normal number in float64."""
+    """floor(log2(abs(x))) of float64 values, from their bits; -1023 for zero. No fp32 value is subnormal in float64."""
     return ((values.view(torch.int64) >> 52) & 0x7FF) - 1023
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
-    """2**exponent in float64, for -1022 to 1023; torch.ldexp and torch.exp2 promise no exact one."""
+    """2**exponent in float64, for exponents from -1022 to 1023. torch.ldexp and torch.exp2 do not promise exact ones."""
     return ((exponent + 1023) << 52).view(torch.float64)
 
 
 def _sign_bit(values: Tensor, bits: int) -> Tensor:
+    """The values' signs, as the highest bit of codes of `bits` bits."""
     return torch.signbit(values).long() << (bits - 1)
 
 
 def _with_sign(magnitude: Tensor, codes: Tensor, bits: int) -> Tensor:
+    """Magnitudes with the signs of their codes, as float32."""
     return torch.where(codes >> (bits - 1) == 1, -magnitude, magnitude).float()
 
 
 def _twos_complement(codes: Tensor, bits: int) -> Tensor:
+    """The signed integers that codes of `bits` bits stand for."""
     sign = 1 << (bits - 1)
     return (codes ^ sign) - sign

@@ -1,4 +1,4 @@
-"""A classifier as a list of steps: where faults can be injected, and what is still needed behind each step."""
+"""A classifier as a list of steps: where faults can be injected, and which values later steps still read."""
 
 import copy
 import functools
@@ -14,11 +14,10 @@ from textguard.errors import UnsupportedModel
 from textguard.faults.detectors import Bound
 from textguard.faults.sites import DEFAULT_KINDS, SURVEYED, Call, Calls, SiteList
 
-Values = dict[fx.Node, Any]
-Visit = Callable[[int, Call], Tensor]
+Values = dict[fx.Node, Any]  # step -> its value
+Visit = Callable[[int, Call], Tensor]  # position of a site and its call -> what takes the place of its output
 
-
-# Elementwise functions between the layers, as modules, functions and methods.
+# Elementwise functions between the layers, as modules, as functions and as methods.
 ACTIVATIONS = (
     *(
         nn.ReLU,
@@ -39,10 +38,21 @@ ACTIVATIONS = (
 
 
 class Scaling:
-    """How one step's value grows with the number of images in the batch, found by running two batch sizes.
+    """How one step's value grows with the number of images in the batch.
 
-    A tensor holds `rows` rows per image along dimension 0 (windows, tokens), or does not depend on the batch (rows = 0). A
-    number is proportional to the batch, or does not depend on it.
+    A tensor holds `rows` rows per image along dimension 0, such as windows or tokens. A number is `rows` times the number of
+    images. Where `rows` is 0, the value does not depend on the batch. A tuple or list has a Scaling for each of its items, in
+    `parts`.
+
+    Parameters
+    ----------
+    small, large : Any
+        The step's value with the two batch sizes of SURVEYED.
+
+    Raises
+    ------
+    UnsupportedModel
+        The value is a dictionary, or does not grow along dimension 0 in proportion to the batch.
     """
 
     def __init__(self, small: Any, large: Any) -> None:
@@ -62,6 +72,7 @@ class Scaling:
 
     @staticmethod
     def _per_image(small: int, large: int) -> int:
+        """How many rows one image has, where a dimension grows from `small` to `large`."""
         rows, rest = divmod(small, SURVEYED[0])
         if rest or large != rows * SURVEYED[1]:
             raise UnsupportedModel(
@@ -70,7 +81,20 @@ class Scaling:
         return rows
 
     def select(self, value: Any, images: Tensor) -> Any:
-        """The value that the step would have for these images of its batch (int64 [N]); a copy where it depends on them."""
+        """The value that the step would have for some images of its batch.
+
+        Parameters
+        ----------
+        value : Any
+            The step's value for the whole batch.
+        images : Tensor
+            int64 [N], indices of images in the batch; they may repeat.
+
+        Returns
+        -------
+        Any
+            The value for these N images: a copy where it depends on the batch, else `value` itself.
+        """
         if self.parts:
             return type(value)(part.select(item, images) for part, item in zip(self.parts, value, strict=True))
         if not self.rows:
@@ -80,7 +104,7 @@ class Scaling:
         if self.rows > 1:
             return value.unflatten(0, (-1, self.rows)).index_select(0, images).flatten(0, 1)
         if value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last):
-            # index_select would spread the rows out in the default memory format, seven times slower.
+            # index_select alone would write the rows in the default memory format, which takes seven times as long.
             return value.permute(0, 2, 3, 1).index_select(0, images).permute(0, 3, 1, 2)
         return value.index_select(0, images)
 
@@ -88,13 +112,55 @@ class Scaling:
 class TracedModel:
     """A traced copy of a classifier in evaluation mode.
 
-    model: any nn.Module from images [B, ...] to logits [B, C] that torch.fx can trace. image: one image, shape [...].
-    `steps` run in order; `sites` are the operations of the wanted kinds, `at` maps a step's index to the positions of its
-    sites; `skipped` holds the operations with weights that are no sites, each with the reason. `visit`, where it is set, sees
-    every site's call in a run and may replace its output. Raises UnsupportedModel.
+    Parameters
+    ----------
+    model : nn.Module
+        Any classifier that torch.fx can trace, from images [B, ...] to logits [B, C].
+    image : Tensor
+        One image, shape [...].
+    kinds : sequence of str
+        The wanted kinds of sites.
+
+    Attributes
+    ----------
+    steps : list of fx.Node
+        The steps, in order of execution.
+    index : dict of fx.Node to int
+        Step -> its index in `steps`.
+    modules : dict of str to nn.Module
+        Name -> module of the traced copy, which is `model`.
+    shapes : dict of fx.Node to tuple
+        Step -> the shape of its value without dimension 0, where the value is a tensor.
+    last_reader : dict of fx.Node to int
+        Step -> the index of the last step that reads its value.
+    sites : list of Site
+        The operations of the wanted kinds.
+    skipped : list of (str, str)
+        The layers that have weights and are no sites, each with the reason.
+    at : dict of int to list of int
+        Index of a step -> the positions of the sites in it.
+    visit : callable or None
+        Where it is set, `walk` shows it every site's position and call, and puts what it returns in the place of the output.
+
+    Raises
+    ------
+    UnsupportedModel
+        The model cannot be traced, does something else when it is traced, does not return a tensor of logits, or has no sites.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from textguard.faults.graph import TracedModel
+    >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)).eval()
+    >>> traced = TracedModel(model, torch.zeros(1, 4, 4))
+    >>> [step.name for step in traced.steps]
+    ['input_1', '_0', '_1', '_2', '_3', 'output']
+    >>> [(site.layer, site.shape) for site in traced.sites], traced.at
+    ([('0', (2, 2, 2)), ('3', (3,))], {1: [0], 4: [1]})
     """
 
-    @torch.inference_mode(False)  # whose tensors do not count their versions
+    @torch.inference_mode(False)  # Tensors of inference mode do not count their versions, which the survey compares.
     @torch.no_grad()
     def __init__(self, model: nn.Module, image: Tensor, kinds: Sequence[str] = DEFAULT_KINDS) -> None:
         model = copy.deepcopy(model).eval()
@@ -131,7 +197,7 @@ class TracedModel:
             raise UnsupportedModel(f"{type(model).__name__} does not run on batches of other sizes ({reason})") from error
         if not isinstance(expected, Tensor):
             raise UnsupportedModel(f"{type(model).__name__} returns a {type(expected).__name__}, not a tensor of logits")
-        # torch.fx traces `x += y` as `x = x + y`; where another name holds x, that is another model.
+        # torch.fx traces `x += y` as `x = x + y`. Only the former changes x for whoever else holds it, so the two can differ.
         if not torch.allclose(small[-1], expected, rtol=1e-3, atol=1e-5, equal_nan=True):
             raise UnsupportedModel(
                 f"{type(model).__name__}, when traced, gives other outputs than the model; write `x = x + y` for `x += y`"
@@ -141,10 +207,22 @@ class TracedModel:
         self._find_sites(model, kinds, small_calls, large_calls)
 
     def walk(self, values: Values, start: int = 0) -> Iterator[int]:
-        """Run the steps from `start`, adding to `values`, and yield each one's index when it is done.
+        """Run the steps from `start` on, and yield each one's index when it is done.
 
-        A step whose value is given is not run again. At a yield, `values` holds that step's value, what it was made from, and
-        those of earlier steps that later ones still read.
+        `values` gets the value of each step. A step whose value it holds already is not run again. At a yield, `values` holds
+        that step's value, those that it was made from, and those of earlier steps that later ones still read.
+
+        Parameters
+        ----------
+        values : dict of fx.Node to Any
+            The values so far, such as those of `inputs`; changed in place.
+        start : int
+            Index of the first step.
+
+        Yields
+        ------
+        int
+            The index of the step that is done.
         """
         for index, step in enumerate(self.steps[start:], start):
             if step not in values:
@@ -153,12 +231,27 @@ class TracedModel:
             self.release(index, values)
 
     def release(self, index: int, values: Values) -> None:
-        """Forget the values that no step behind step `index` reads."""
+        """Forget the values that no step after step `index` reads."""
         for read in self._read_last_by.get(index, ()):
             values.pop(read, None)
 
     def run_step(self, index: int, values: Values, visit: Visit | None = None) -> Any:
-        """The value of one step. visit: sees the calls of its sites and may replace their outputs."""
+        """Run one step.
+
+        Parameters
+        ----------
+        index : int
+            Its index.
+        values : dict of fx.Node to Any
+            At least the values that it reads.
+        visit : callable, optional
+            Gets the position and the Call of each of its sites, and returns what takes the place of the output.
+
+        Returns
+        -------
+        Any
+            The step's value.
+        """
         step = self.steps[index]
         if visit is None or index not in self.at:
             return self.call(step, *fx.map_arg((step.args, step.kwargs), values.__getitem__))
@@ -174,7 +267,10 @@ class TracedModel:
             return self.run_step(index, values)
 
     def call(self, step: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """What a step makes of these arguments. fx.Interpreter does the same, but takes as long as a small layer for it."""
+        """What a step makes of these arguments.
+
+        fx.Interpreter does the same, but takes as long for it as a small layer takes to run.
+        """
         if step.op == "call_module":
             return self.modules[step.target](*args, **kwargs)
         if step.op == "call_function":
@@ -184,12 +280,12 @@ class TracedModel:
         return args[0] if step.op == "output" else operator.attrgetter(step.target)(self.model)
 
     def inputs(self, images: Tensor) -> Values:
-        """The values that a run over these images starts with."""
+        """The values that a run over images [B, ...] starts with."""
         return self.constants | {step: images for step in self.steps if step.op == "placeholder"}
 
     @functools.cached_property
     def constants(self) -> Values:
-        """The values of the steps that nothing of the images flows into, such as Swin's position biases."""
+        """The values of the steps that no image flows into, such as Swin's position biases."""
         values: Values = {}
         with torch.inference_mode(False), torch.no_grad():
             for index, step in enumerate(self.steps):
@@ -198,11 +294,14 @@ class TracedModel:
         return values
 
     def live(self, values: Values, start: int) -> list[fx.Node]:
-        """The steps before `start` whose values the steps from `start` on read."""
+        """The steps before index `start` whose values are among `values` and are read by a step from `start` on."""
         return [step for step in values if self.index[step] < start <= self.last_reader.get(step, -1)]
 
     def select(self, step: fx.Node, value: Any, images: Tensor) -> Any:
-        """A copy of a step's value as a batch of these images would have it. images: positions in the batch, int64 [N]."""
+        """A copy of a step's value, as it would be for a batch of these images.
+
+        images: int64 [N], indices of images in the batch of `value`; they may repeat.
+        """
         return self._scalings[step].select(value, images)
 
     def operation(self, step: fx.Node) -> object:
@@ -210,7 +309,7 @@ class TracedModel:
         return type(self.modules[step.target]) if step.op == "call_module" else step.target
 
     def is_plain(self, step: fx.Node) -> bool:
-        """Whether a step is what its operation says and no more: no hooks, and all but the first inputs are no steps."""
+        """Whether a step only applies its operation to the value of one step: it has no hooks, and reads no other step."""
         if step.op == "call_module":
             module = self.modules[step.target]
             return len(step.args) == 1 and not (step.kwargs or module._forward_hooks or module._forward_pre_hooks)
@@ -221,11 +320,14 @@ class TracedModel:
         return bool(self._scalings[step].rows or self._scalings[step].parts)
 
     def is_whole(self, position: int) -> bool:
-        """Whether a site's output is its step's value, and not one of several calls inside the step."""
+        """Whether a site's output is its step's value, and not only that of a call inside the step."""
         return self._whole[position]
 
     def _survey(self, image: Tensor, size: int) -> tuple[list[Any], list[list[Call]]]:
-        """Every step's value and calls for a batch of `size` images, tensors without their contents, but for the last."""
+        """Every step's value and calls for a batch of `size` images.
+
+        The tensors are on the meta device, without their contents. Only the output keeps them.
+        """
         images = image.expand(size, *image.shape).clone()
         values: Values = {step: images for step in self.steps if step.op == "placeholder"}
         found, calls = [], []
@@ -245,7 +347,8 @@ class TracedModel:
         return found, calls
 
     def _find_sites(self, model: nn.Module, kinds: Sequence[str], small: list[list], large: list[list]) -> None:
-        found = SiteList(model, kinds)  # the traced one has forgotten what it does not call
+        """Find the sites in the surveyed calls of all steps, at both batch sizes."""
+        found = SiteList(model, kinds)  # not the traced model, which lacks the modules that it does not call
         self.at: dict[int, list[int]] = {}
         self._number: list[int] = []
         self._whole: list[bool] = []
@@ -263,7 +366,7 @@ class TracedModel:
 
 
 class _Tracer(fx.Tracer):
-    """Takes a mitigation for one step, as it does torch's own modules."""
+    """A tracer that takes a mitigation's Bound for one step, as it does torch's own modules."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, Bound) or super().is_leaf_module(m, module_qualified_name)
@@ -282,6 +385,6 @@ def _on_meta(value: Any) -> Any:
 
 
 def _without_contents(call: Call, value: Any) -> tuple[Call, bool]:
-    """The call, keeping its weights but not its activations, and whether its output is the step's value."""
+    """The call with its weights but without its activations, and whether its output is the step's value."""
     args = tuple(arg.to("meta") for arg in call.args[:2]) if call.kind == "Add" else (None, call.weight)
     return Call(call.func, call.kind, args, {}, call.output.to("meta")), call.output is value

@@ -1,8 +1,10 @@
 """Faults that have not spread yet: compute only what they change, and take the rest from the golden run.
 
-A flipped neuron is a point: one channel of one pixel. Elementwise steps keep it a point, the next convolution or linear layer
-adds its change times one slice of the weights to the golden output, and from there on the changed window grows with every
-kernel. This is incremental inference as in Nakandala et al. (Krypton), SIGMOD 2019, started from a single value.
+A flipped neuron is one channel of one pixel. Elementwise steps change no other pixel and no other channel. The next convolution
+or linear layer adds the neuron's change times one slice of its weights to the golden output. From there on, the changed window
+grows with every kernel.
+
+This is incremental inference as in Nakandala et al. (Krypton), SIGMOD 2019, started from a single value.
 """
 
 import operator
@@ -16,11 +18,12 @@ from torch.nn import functional as F
 from textguard.faults.detectors import Bound
 from textguard.faults.graph import ACTIVATIONS, TracedModel, Values
 
-# Recomputing a window costs more per value than a whole map does: gathering it, and small convolutions.
+# The largest share of a map that is still recomputed as a window. A window costs more per value than a whole map, because it
+# has to be gathered and because its convolutions are small.
 LARGEST_SHARE = 0.4
 
 ELEMENTWISE = (*ACTIVATIONS, nn.Dropout, nn.Dropout2d, nn.Identity, Bound)
-# Behind these a fault may have left no trace: they send different inputs to the same output.
+# Behind these a fault may have left no trace, because they send different inputs to the same output.
 MASKING = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.MaxPool2d, Bound)
 MASKING += (torch.relu, "relu", F.relu, F.relu6, F.hardtanh, F.hardswish, F.max_pool2d)
 ADDITIONS = (operator.add, torch.add)
@@ -29,10 +32,18 @@ PRODUCTS = (operator.mul, torch.mul)
 
 @dataclass(frozen=True)
 class Patch:
-    """The part of a step's value in which N faulty runs may differ from the golden one.
+    """The window of a step's value in which N faulty runs may differ from the golden one.
 
-    values: [N, h, w, c], channels last. top, left: int64 [N], its first row and column in the map. channel: int64 [N] where it
-    is of one channel (c = 1), None where it is of all. A value [B, F] without height and width counts as a map [B, F, 1, 1].
+    A value [B, F] without height and width counts as a map [B, F, 1, 1].
+
+    Attributes
+    ----------
+    values : Tensor
+        float32 [N, h, w, c], channels last.
+    top, left : Tensor
+        int64 [N], the window's first row and first column in the map.
+    channel : Tensor or None
+        int64 [N], the channel of a patch of a single one (c = 1). None for a patch of all channels.
     """
 
     values: Tensor
@@ -41,31 +52,68 @@ class Patch:
     channel: Tensor | None
 
     @property
-    def is_point(self) -> bool:
+    def one_channel(self) -> bool:
         """Whether it is of a single channel."""
         return self.channel is not None
 
     def of(self, rows: Tensor) -> "Patch":
-        """The patch of some of the N faults."""
+        """The patch of some of the N faults; rows: int64 [n]."""
         channel = self.channel[rows] if self.channel is not None else None
         return Patch(self.values[rows], self.top[rows], self.left[rows], channel)
 
 
 def as_map(value: Tensor) -> Tensor:
-    """The value as a map, [B, C, H, W]."""
+    """The value [B, F] or [B, C, H, W] as a map [B, C, H, W]."""
     return value[:, :, None, None] if value.ndim == 2 else value
 
 
-def point(shape: tuple[int, ...], neuron: Tensor, values: Tensor) -> Patch:
-    """The patch of single values [N] at places `neuron` [N] of maps with `shape` (C, H, W) or (F,)."""
+def neuron_patch(shape: tuple[int, ...], neuron: Tensor, values: Tensor) -> Patch:
+    """The patch of single neurons.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        (C, H, W) or (F,), one image's share of the layer's output.
+    neuron : Tensor
+        int64 [N], indices into the flattened output.
+    values : Tensor
+        float32 [N], the neurons' faulty values.
+
+    Returns
+    -------
+    Patch
+        Of one channel and one pixel.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from textguard.faults.local import neuron_patch
+    >>> patch = neuron_patch((2, 3, 4), torch.tensor([23]), torch.tensor([0.5]))
+    >>> patch.channel.item(), patch.top.item(), patch.left.item()
+    (1, 2, 3)
+    """
     channel, top, left = torch.unravel_index(neuron, (*shape, 1, 1)[:3])
     return Patch(values.reshape(-1, 1, 1, 1), top, left, channel)
 
 
 def read(golden: Tensor, image: Tensor, patch: Patch, outside: float | None = None) -> Tensor:
-    """The golden values of a patch's place, like its values; `outside`, which has to be given, where it reaches beyond the map.
+    """The golden values in a patch's window.
 
-    golden: [B, C, H, W]; image: each fault's place in the batch, int64 [N].
+    Parameters
+    ----------
+    golden : Tensor
+        float32 [B, C, H, W].
+    image : Tensor
+        int64 [N], the index of each fault's image in the batch.
+    patch : Patch
+        Says where; its values are not read.
+    outside : float, optional
+        What stands beyond the map. It has to be given where the window may reach beyond.
+
+    Returns
+    -------
+    Tensor
+        float32, of the shape of the patch's values.
     """
     _, _, height, width = golden.shape
     rows = patch.top[:, None] + torch.arange(patch.values.shape[1], device=image.device)
@@ -82,27 +130,27 @@ def read(golden: Tensor, image: Tensor, patch: Patch, outside: float | None = No
 
 
 def paste(target: Patch, patch: Patch) -> None:
-    """Write the values of a patch into those of another one, in place, where it holds their place."""
+    """Write the values of a patch into those of another one, in place, as far as its window holds them."""
     height, width = target.values.shape[1:3]
     rows = (patch.top - target.top)[:, None] + torch.arange(patch.values.shape[1], device=patch.top.device)
     columns = (patch.left - target.left)[:, None] + torch.arange(patch.values.shape[2], device=patch.top.device)
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
     n, i, j = inside.nonzero(as_tuple=True)
-    place = (n, rows[n, i], columns[n, j])
-    if patch.is_point and not target.is_point:
-        target.values[(*place, patch.channel[n])] = patch.values[n, i, j, 0]
+    pixels = (n, rows[n, i], columns[n, j])
+    if patch.one_channel and not target.one_channel:
+        target.values[(*pixels, patch.channel[n])] = patch.values[n, i, j, 0]
     else:
-        target.values[place] = patch.values[n, i, j]
+        target.values[pixels] = patch.values[n, i, j]
 
 
 def covers(patch: Patch, golden: Tensor) -> bool:
-    """Whether the patch holds all of each fault's value, golden: [B, ...]."""
+    """Whether the patch holds all of each fault's value; golden: [B, ...]."""
     shape = as_map(golden).shape[1:]
     return patch.values.shape[1:] == (*shape[1:], shape[0])
 
 
 def whole(patch: Patch, golden: Tensor) -> Tensor:
-    """The whole values of N faulty runs, [N, ...], from a patch that covers them. golden: [B, ...]."""
+    """The whole values of N faulty runs, [N, ...], from a patch that covers them; golden: [B, ...]."""
     return patch.values.permute(0, 3, 1, 2).reshape(-1, *golden.shape[1:])
 
 
@@ -114,8 +162,16 @@ def paste_whole(values: Tensor, patch: Patch) -> None:
 
 @dataclass(frozen=True)
 class LocalFaults:
-    """N faults that have not spread far. rows: which of the campaign's faults they are, image: each one's place in the batch of
-    golden images, int64 [N]; patches: what they changed in the values that later steps read.
+    """N faults that have not spread far.
+
+    Attributes
+    ----------
+    rows : Tensor
+        int64 [N], which of the faults that the engine runs they are.
+    image : Tensor
+        int64 [N], the index of each fault's image in the batch of the golden run.
+    patches : dict of fx.Node to Patch
+        Step -> what they changed in its value, for the values that later steps read.
     """
 
     rows: Tensor
@@ -123,18 +179,18 @@ class LocalFaults:
     patches: dict[fx.Node, Patch]
 
     def of(self, rows: Tensor) -> "LocalFaults":
-        """Some of them."""
+        """Some of the faults; rows: int64 [n]."""
         patches = {step: patch.of(rows) for step, patch in self.patches.items()}
         return LocalFaults(self.rows[rows], self.image[rows], patches)
 
     def split(self, size: int) -> list["LocalFaults"]:
-        """All of them, in groups of at most `size`."""
+        """All of the faults, in groups of at most `size`."""
         if len(self.rows) <= size:
             return [self]
         return [self.of(chunk) for chunk in torch.arange(len(self.rows), device=self.rows.device).split(size)]
 
     def differ(self, golden: Values) -> Tensor:
-        """Which of them differ in any bit from the golden run, bool [N]: NaN equals itself here, and 0 is not -0."""
+        """Which faults differ in any bit from the golden run, bool [N]. So NaN may equal NaN, and 0 is not -0."""
         differs = torch.zeros_like(self.image, dtype=torch.bool)
         for step, patch in self.patches.items():
             twin = read(as_map(golden[step]), self.image, patch)
@@ -143,7 +199,7 @@ class LocalFaults:
 
 
 def in_batches(parts: list[LocalFaults], size: int) -> Iterator[list[LocalFaults]]:
-    """All the faults, in lists that hold at most `size` together."""
+    """All the faults, in lists that hold at most `size` of them together."""
     batch: list[LocalFaults] = []
     for part in (piece for whole_part in parts for piece in whole_part.split(size)):
         if batch and sum(len(one.rows) for one in batch) + len(part.rows) > size:
@@ -163,10 +219,24 @@ class LocalSteps:
         self._scales: dict[fx.Node, tuple[Tensor, Tensor]] = {}
 
     def advance(self, faults: LocalFaults, index: int, golden: Values, batch_size: int) -> list[tuple[LocalFaults, int | None]]:
-        """Follow the golden run, which has just done step `index`.
+        """Follow the golden run, which has just done one step.
 
-        Returns the faults that left a trace, in groups, and for each the step from which on everything has to be computed, or
-        None while they are still local. batch_size: how large a group may be when it spreads to all channels.
+        Parameters
+        ----------
+        faults : LocalFaults
+            The faults so far.
+        index : int
+            Index of the step.
+        golden : dict of fx.Node to Any
+            The golden values of the step and of those that it reads.
+        batch_size : int
+            The size of the largest group that may spread to all channels.
+
+        Returns
+        -------
+        list of (LocalFaults, int or None)
+            The faults that left a trace, in groups. The number is the index of the step from which on all has to be computed
+            for them, None while they are local.
         """
         step = self._traced.steps[index]
         operation = self._traced.operation(step)
@@ -180,18 +250,32 @@ class LocalSteps:
         patches = {**faults.patches, step: patch}
         needed = {read: patch for read, patch in patches.items() if self._traced.last_reader.get(read, -1) > index}
         faults = replace(faults, patches=needed)
-        if operation in MASKING and patch.is_point:
+        if operation in MASKING and patch.one_channel:
             left = faults.differ(golden).nonzero()[:, 0]
             if len(left) < len(faults.rows):
                 return [(faults.of(left), None)] if len(left) else []
         height, width = as_map(golden[step]).shape[2:]
-        wide = not patch.is_point and patch.values.shape[1] * patch.values.shape[2] > LARGEST_SHARE * height * width
+        wide = not patch.one_channel and patch.values.shape[1] * patch.values.shape[2] > LARGEST_SHARE * height * width
         return [(faults, index + 1 if wide else None)]
 
     def run(self, step: fx.Node, patches: dict[fx.Node, Patch], golden: Values, image: Tensor) -> Patch | None:
-        """The patch of a step's value from those of its inputs, or None where the whole value has to be computed.
+        """The patch of a step's value, from the patches of its inputs.
 
-        golden: values of the golden run for the step and its inputs; image: int64 [N], each fault's place in their batch.
+        Parameters
+        ----------
+        step : fx.Node
+            The step.
+        patches : dict of fx.Node to Patch
+            What the faults changed so far.
+        golden : dict of fx.Node to Any
+            The golden values of the step and of its inputs.
+        image : Tensor
+            int64 [N], the index of each fault's image in the batch of the golden run.
+
+        Returns
+        -------
+        Patch or None
+            None where the whole value has to be computed.
         """
         if not isinstance(golden[step], Tensor) or golden[step].ndim not in (2, 4):
             return None
@@ -217,7 +301,7 @@ class LocalSteps:
         return rules[operation](step, patch, source, as_map(golden[step]), image) if operation in rules else None
 
     def _scale(self, step: fx.Node, patches: dict[fx.Node, Patch], golden: Values) -> Patch | None:
-        """A product with one number for all images, as the scale of the text-guided head's logits."""
+        """A product with one number for all images, such as the scale of the text-guided head's logits."""
         if step.kwargs or len(step.args) != 2:
             return None
         own, other = step.args if step.args[0] in patches else reversed(step.args)
@@ -227,9 +311,11 @@ class LocalSteps:
         return replace(patches[own], values=patches[own].values * factor)
 
     def _is_batch(self, step: object) -> bool:
+        """Whether an operand is a step whose value depends on the images."""
         return isinstance(step, fx.Node) and self._traced.depends_on_images(step)
 
     def _add(self, step: fx.Node, patches: dict[fx.Node, Patch], golden: Values, image: Tensor) -> Patch | None:
+        """A sum of two values of one shape."""
         if (
             step.kwargs
             or len(step.args) != 2
@@ -237,7 +323,7 @@ class LocalSteps:
         ):
             return None
         parts = [patches[arg] for arg in step.args if arg in patches]
-        if (len(parts) > 1 and all(part.is_point for part in parts) and _same_place(*parts)) or len(parts) == 1:
+        if (len(parts) > 1 and all(part.one_channel for part in parts) and _same_window(*parts)) or len(parts) == 1:
             box = parts[0]
         else:
             box = _around(parts, golden[step])
@@ -246,7 +332,7 @@ class LocalSteps:
 
     @staticmethod
     def _side(golden: Tensor, patch: Patch | None, box: Patch, image: Tensor) -> Tensor:
-        """One operand of an addition, in the place of `box`."""
+        """The values of one operand of an addition, in the window of `box`."""
         if patch is box:
             return patch.values
         side = replace(box, values=read(as_map(golden), image, box))
@@ -255,6 +341,7 @@ class LocalSteps:
         return side.values
 
     def _normalise(self, step: fx.Node, patch: Patch, source: Tensor, target: Tensor, image: Tensor) -> Patch | None:
+        """BatchNorm as a product and a sum per channel."""
         norm = self._traced.modules[step.target]
         if norm.running_mean is None:
             return None
@@ -264,13 +351,13 @@ class LocalSteps:
                 factor = factor * norm.weight
             self._scales[step] = factor, (norm.bias if norm.affine else 0) - norm.running_mean * factor
         factor, shift = self._scales[step]
-        if patch.is_point:
+        if patch.one_channel:
             factor, shift = (vector[patch.channel][:, None, None, None] for vector in (factor, shift))
         return replace(patch, values=patch.values * factor + shift)
 
     def _multiply(self, step: fx.Node, patch: Patch, source: Tensor, target: Tensor, image: Tensor) -> Patch | None:
         """Linear: one changed input adds its change times one column of the weights."""
-        if not patch.is_point or len(self._traced.shapes[step]) != 1:
+        if not patch.one_channel or len(self._traced.shapes[step]) != 1:
             return None
         if step not in self._weights:
             self._weights[step] = self._traced.modules[step.target].weight.detach().t().contiguous()
@@ -279,6 +366,7 @@ class LocalSteps:
         return Patch(values, patch.top, patch.left, None)
 
     def _convolve(self, step: fx.Node, patch: Patch, source: Tensor, target: Tensor, image: Tensor) -> Patch | None:
+        """Convolution: one channel adds its change times a slice of the weights; all channels are convolved as a small map."""
         conv = self._traced.modules[step.target]
         depthwise = conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or (conv.groups > 1 and not depthwise):
@@ -286,10 +374,10 @@ class LocalSteps:
         kernel = _Kernel(conv)
         output, inputs = _windows(patch, target, kernel)
         rows, columns = output.values.shape[1:3]
-        if not patch.is_point and rows * columns > LARGEST_SHARE * target.shape[2] * target.shape[3]:
+        if not patch.one_channel and rows * columns > LARGEST_SHARE * target.shape[2] * target.shape[3]:
             return None
         output = replace(output, channel=patch.channel if depthwise else None)
-        if not patch.is_point:
+        if not patch.one_channel:
             inputs = replace(inputs, values=read(source, image, inputs, outside=0.0))
             paste(inputs, patch)
             values = F.conv2d(
@@ -298,7 +386,7 @@ class LocalSteps:
             return replace(output, values=values.permute(0, 2, 3, 1))
         inputs = replace(inputs, values=patch.values.new_zeros(len(image), *inputs.values.shape[1:]))
         paste(inputs, replace(patch, values=patch.values - read(source, image, patch)))
-        # [N, outputs, kernel]; F.unfold would copy image by image.
+        # [N, outputs, kernel]. Not by F.unfold, which copies image by image.
         changes = inputs.values[..., 0]
         for axis in (0, 1):
             changes = changes.unfold(1 + axis, kernel.reach[axis], kernel.stride[axis])[..., :: kernel.dilation[axis]]
@@ -312,6 +400,7 @@ class LocalSteps:
         return replace(output, values=values.unflatten(1, (rows, columns)))
 
     def _pool(self, step: fx.Node, patch: Patch, source: Tensor, target: Tensor, image: Tensor) -> Patch | None:
+        """Max pooling of the window, with the golden values round it."""
         pool = self._traced.modules[step.target]
         if pool.return_indices:
             return None
@@ -323,8 +412,13 @@ class LocalSteps:
         return replace(output, values=values.permute(0, 2, 3, 1))
 
     def _flatten(self, step: fx.Node, patch: Patch, source: Tensor, target: Tensor, image: Tensor) -> Patch | None:
+        """Flattening: a single neuron stays one, at another index."""
         images, channels, height, width = source.shape
-        if not patch.is_point or target.shape[:2] != (images, channels * height * width) or patch.values.shape[1:3] != (1, 1):
+        if (
+            not patch.one_channel
+            or target.shape[:2] != (images, channels * height * width)
+            or patch.values.shape[1:3] != (1, 1)
+        ):
             return None
         zero = torch.zeros_like(patch.top)
         return Patch(patch.values, zero, zero, (patch.channel * height + patch.top) * width + patch.left)
@@ -340,10 +434,10 @@ class _Kernel:
 
 
 def _windows(patch: Patch, target: Tensor, kernel: _Kernel) -> tuple[Patch, Patch]:
-    """Which window of a layer's output [B, C, H, W] a patch of its input reaches, and the window of the input behind that.
+    """The window of a layer's output [B, C, H, W] that a patch of its input reaches, and that of the input which this one sees.
 
-    As large for one fault as for another: near a border, outputs beside those that are reached are computed with them. The
-    input's window may reach into the padding. The values of both are not yet read, only their height and width hold.
+    Both are as large for one fault as for another. Near a border they therefore hold some outputs that the patch does not
+    reach. The input's window may reach into the padding. Of the values of both, only height and width are set yet.
     """
     tops, lefts, sizes, input_sizes = [], [], [], []
     for axis, (starts, start) in enumerate(((tops, patch.top), (lefts, patch.left))):
@@ -361,14 +455,15 @@ def _windows(patch: Patch, target: Tensor, kernel: _Kernel) -> tuple[Patch, Patc
     )
 
 
-def _same_place(a: Patch, b: Patch) -> bool:
+def _same_window(a: Patch, b: Patch) -> bool:
+    """Whether two patches of a single channel have the same windows and channels."""
     return a.values.shape == b.values.shape and all(
         torch.equal(x, y) for x, y in ((a.top, b.top), (a.left, b.left), (a.channel, b.channel))
     )
 
 
 def _around(parts: list[Patch], golden: Tensor) -> Patch:
-    """A patch of all channels, its values not yet read, that holds all the parts."""
+    """A patch of all channels whose window holds all the parts. Of its values, only height and width are set yet."""
     height, width = as_map(golden).shape[2:]
     top = torch.stack([part.top for part in parts]).amin(dim=0)
     left = torch.stack([part.left for part in parts]).amin(dim=0)

@@ -1,4 +1,4 @@
-"""Mitigations that the field compares with, as wrappers of any model: every activation kept within its profiled range."""
+"""The mitigations that the field compares with. Each wraps any model and keeps every activation within its profiled range."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -9,23 +9,76 @@ from textguard.errors import InvalidParameter, Setting, UnknownName
 from textguard.faults.detectors import Bound
 from textguard.faults.graph import ACTIVATIONS, TracedModel
 
-# Other batch sizes add in other orders: the profiled extremes themselves must not be out of range.
+# Every bound is wider by this share of the larger one. In other batch sizes sums round differently, because these add in
+# another order, and the profiled extremes have to stay in range there too.
 ROUNDING = 1e-5
 MITIGATIONS = ("none", "ranger", "clip_to_zero")
 Mitigation = Literal["none", "ranger", "clip_to_zero"]
 
 
 def activations(traced: TracedModel) -> dict[int, str]:
-    """Index -> name of the steps that are activations."""
+    """The steps of a traced model that are activation functions.
+
+    Parameters
+    ----------
+    traced : TracedModel
+        The traced model.
+
+    Returns
+    -------
+    dict of int to str
+        Index of the step -> its name.
+    """
     return {index: step.name for index, step in enumerate(traced.steps) if traced.operation(step) in ACTIVATIONS}
 
 
 def protect(model: nn.Module, image: Tensor, bounds: Mapping[str, tuple[float, float]], mitigation: Mitigation) -> nn.Module:
-    """A copy of the model whose activations stay within `bounds` (name of the step -> lowest and highest profiled value).
+    """Keep every activation of a model within its profiled range.
 
-    image: one image, shape [...]. `ranger` puts the nearer bound in the place of values outside, `clip_to_zero` zero. Layers
-    keep their names, so that the sites of a campaign stay the same. Raises UnknownName, UnsupportedModel, or InvalidParameter
-    when an activation was not profiled. Sources: Chen et al., DSN 2021 (Ranger); Hoang et al., DATE 2020 (FT-ClipAct).
+    Layers keep their names, so a campaign finds the same sites in the protected model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any classifier that torch.fx can trace, from images [B, ...] to logits [B, C].
+    image : Tensor
+        One image, shape [...], on the model's device.
+    bounds : mapping of str to (float, float)
+        Name of the activation -> its lowest and its highest fault-free output, as `profile_activations` measures them.
+    mitigation : {"none", "ranger", "clip_to_zero"}
+        What takes the place of a value outside its range: `ranger` puts the nearer bound there [1]_, `clip_to_zero` zero [2]_.
+
+    Returns
+    -------
+    nn.Module
+        A protected copy in evaluation mode; for `none`, the model itself.
+
+    Raises
+    ------
+    UnknownName
+        There is no such mitigation.
+    UnsupportedModel
+        The model cannot be traced.
+    InvalidParameter
+        An activation was not profiled.
+
+    References
+    ----------
+    .. [1] Chen et al., "A Low-cost Fault Corrector for Deep Neural Networks through Range Restriction" (Ranger), DSN 2021.
+    .. [2] Hoang et al., "FT-ClipAct: Resilience Analysis of Deep Neural Networks and Improving their Fault Tolerance using
+       Clipped Activation", DATE 2020.
+
+    Examples
+    --------
+    >>> from collections import OrderedDict
+    >>> import torch
+    >>> from torch import nn
+    >>> from textguard.faults import protect
+    >>> model = nn.Sequential(OrderedDict(fc=nn.Linear(2, 2, bias=False), act=nn.ReLU())).eval()
+    >>> _ = nn.init.eye_(model.fc.weight)
+    >>> protected = protect(model, torch.zeros(2), {"act": (0.0, 1.5)}, "ranger")
+    >>> protected(torch.tensor([[0.25, 1e9]])).detach()
+    tensor([[0.2500, 1.5000]])
     """
     if mitigation not in MITIGATIONS:
         raise UnknownName("mitigation", mitigation, MITIGATIONS, Setting("mitigation"))

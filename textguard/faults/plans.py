@@ -12,10 +12,8 @@ from textguard.faults.formats import FP32, Format
 from textguard.faults.sites import Site
 
 PLAN_COLUMNS = ["layer", "index", "image", "neuron", "bit", "weight"]
-TRIES = 32  # images looked at at once
-
-
-Count = int | np.ndarray  # of a layer's injections; or of those of each bit
+TRIES = 32  # candidate images that each injection draws at once
+Count = int | np.ndarray  # a layer's injections; or those of each bit, int [bits]
 
 
 def draw_plan(
@@ -26,18 +24,55 @@ def draw_plan(
     fault_model: FaultModel = SINGLE_FLIP,
     number_format: Format = FP32,
 ) -> pd.DataFrame:
-    """Draw independent injections for each layer, uniformly over places, and over bits or as many of each bit as `counts` says.
+    """Draw independent injections for each layer.
 
-    chances: float [N], how likely each image of the split is to be drawn, relative to the others; 0 for those that are not
-    eligible (see `image_chances`). counts: injections per layer; or layer -> injections, or -> injections of each bit, int
-    [bits].
-    A fault depends on (seed, position of its layer, its index, and its bit where `counts` sets it) alone, and its image on the
-    chances: more injections extend a plan, and two models whose layers correspond get corresponding faults, on the same image
-    unless it is eligible for one of them only.
-    Returns one row per damaged bit with PLAN_COLUMNS; the rows of one injection share layer and index. neuron: the place in the
-    layer's flattened output for one image (in its flattened weights; among the blocks that share metadata). weight: what an
-    injection counts for, so that averages are over eligible images alike, however likely they were to be drawn.
-    Raises InvalidParameter.
+    The neuron is uniform over the layer. The bit is uniform as well, unless `counts` says how many injections each bit gets.
+    The image is drawn by its chance.
+
+    A fault depends only on the seed, its layer's position, its index within the layer and, where `counts` sets the bit, on its
+    bit; its image also depends on the chances. So a larger count extends a plan, and two models whose layers correspond get
+    corresponding faults. These are on the same image, unless it is eligible for one of the models only.
+
+    Parameters
+    ----------
+    sites : sequence of Site
+        The layers to draw faults for.
+    chances : ndarray
+        float [N], each image's chance to be drawn, relative to the other images of the split. 0 where it is not eligible. See
+        `image_chances`.
+    counts : int, or mapping of str to int or ndarray
+        Injections per layer, or layer -> its injections, or layer -> its injections of each bit, int [bits].
+    seed : int
+        The seed of all draws.
+    fault_model : FaultModel
+        What one injection damages.
+    number_format : Format
+        How values are stored, which says how many bits there are.
+
+    Returns
+    -------
+    DataFrame
+        One row per damaged bit, with PLAN_COLUMNS. The rows of one injection share `layer` and `index`. `neuron` is an index
+        into what faults of this target hit: one image's flattened output, the flattened weights, or the blocks that share
+        metadata. `weight` is what an injection counts for: averages with these weights are over all eligible images alike.
+
+    Raises
+    ------
+    InvalidParameter
+        A count is below 1; no image is eligible; an injection damages more values or bits than there are; or the plan is by
+        bit, and an injection damages several bits or values.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from textguard.faults import draw_plan
+    >>> from textguard.faults.sites import Site
+    >>> sites = [Site("fc", "Linear", position=0, shape=(10,), weights=320)]
+    >>> draw_plan(sites, chances=np.array([1.0, 0.0, 1.0]), counts=3, seed=0)
+      layer  index  image  neuron  bit  weight
+    0    fc      0      2       7   11     1.0
+    1    fc      1      2       1   30     1.0
+    2    fc      2      0       3   23     1.0
     """
     if isinstance(counts, int) and counts < 1:
         raise InvalidParameter(Setting("injections_per_layer"), f" is {counts}; at least 1 is needed")
@@ -68,11 +103,11 @@ def _draw(
     number_format: Format,
     bit: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """The injections of one layer by column; of one bit where it is given."""
+    """The injections of one layer, by column; with `bit`, all of them in that bit."""
     values, bits, all_bits = fault_model.values, fault_model.bits, bits_of(fault_model, number_format)
     stream = f"{site.position}" if bit is None else f"{site.position} bit {bit}"
     uniform = _uniform(seed, stream, count, values * (1 + bits))
-    places = _distinct(uniform[:, :values], _places(site, fault_model, number_format), "values")
+    neurons = _distinct(uniform[:, :values], _targets(site, fault_model, number_format), "values")
     index = np.arange(count, dtype=np.int64)
     if bit is None:
         damaged = _distinct(uniform[:, values:].reshape(-1, bits), all_bits, "bits").reshape(-1)
@@ -84,16 +119,18 @@ def _draw(
         "layer": np.full(count * values * bits, site.layer, dtype=object),
         "index": index.repeat(values * bits),
         "image": image.repeat(values * bits),
-        "neuron": places.reshape(-1).repeat(bits),
+        "neuron": neurons.reshape(-1).repeat(bits),
         "bit": damaged,
         "weight": weight.repeat(values * bits),
     }
 
 
 def _draw_images(chances: np.ndarray, seed: int, stream: str, count: int) -> np.ndarray:
-    """Images by their chances: each injection takes the first of a random sequence of its own that it does not reject.
+    """The image of each injection, int64 [count], drawn by rejection sampling.
 
-    So two models that differ in a few chances share all other images, which makes their campaigns comparable pair by pair.
+    Image i is accepted with probability chances[i] / max(chances). Every injection has a random sequence of candidate images of
+    its own and takes the first that is accepted. So two models whose chances differ for a few images share all other images,
+    and their campaigns can be compared injection by injection.
     """
     accepted = chances / chances.max()
     image, missing, block = np.empty(count, dtype=np.int64), np.arange(count), 0
@@ -108,11 +145,30 @@ def _draw_images(chances: np.ndarray, seed: int, stream: str, count: int) -> np.
 
 
 def check_plan(plan: pd.DataFrame, sites: Sequence[Site], images: int, fault_model: FaultModel, number_format: Format) -> None:
-    """Raise CampaignMismatch unless every fault of a (loaded) plan exists in the model and the split of `images` images."""
-    places = plan["layer"].map({site.layer: _places(site, fault_model, number_format) for site in sites})
-    if places.isna().any():
-        raise CampaignMismatch(f"the plan names layer {plan['layer'][places.isna()].iloc[0]!r}, which the model does not have")
-    ends = {"neuron": places, "image": images, "bit": bits_of(fault_model, number_format)}
+    """Check that a plan, which may come from a file, fits the model and the split.
+
+    Parameters
+    ----------
+    plan : DataFrame
+        As `draw_plan` returns it.
+    sites : sequence of Site
+        The sites of the model.
+    images : int
+        How many images the split has.
+    fault_model : FaultModel
+        What one injection damages.
+    number_format : Format
+        How values are stored.
+
+    Raises
+    ------
+    CampaignMismatch
+        The plan names a layer, neuron, image or bit that does not exist, or has a weight that is not above 0.
+    """
+    targets = plan["layer"].map({site.layer: _targets(site, fault_model, number_format) for site in sites})
+    if targets.isna().any():
+        raise CampaignMismatch(f"the plan names layer {plan['layer'][targets.isna()].iloc[0]!r}, which the model does not have")
+    ends = {"neuron": targets, "image": images, "bit": bits_of(fault_model, number_format)}
     for column, end in ends.items():
         inside = plan[column].between(0, end - 1)
         if not inside.all():
@@ -121,8 +177,8 @@ def check_plan(plan: pd.DataFrame, sites: Sequence[Site], images: int, fault_mod
         raise CampaignMismatch("the plan has weights that are not above 0")
 
 
-def _places(site: Site, fault_model: FaultModel, number_format: Format) -> int:
-    """How many places of a layer a fault can hit."""
+def _targets(site: Site, fault_model: FaultModel, number_format: Format) -> int:
+    """How many different values of a layer (neurons, weights or blocks) a fault can hit."""
     if fault_model.target == "weight":
         return site.weights
     if fault_model.target == "metadata":
@@ -131,19 +187,41 @@ def _places(site: Site, fault_model: FaultModel, number_format: Format) -> int:
 
 
 def bits_of(fault_model: FaultModel, number_format: Format) -> int:
-    """How many bits what a fault hits is stored in."""
+    """How many bits a value that faults hit is stored in.
+
+    Parameters
+    ----------
+    fault_model : FaultModel
+        Its target is a neuron, a weight or a block's metadata.
+    number_format : Format
+        How neurons and weights are stored.
+
+    Returns
+    -------
+    int
+        The number of stored bits; a plan's bits lie below it.
+
+    Examples
+    --------
+    >>> from textguard.faults import FaultModel, parse_format
+    >>> from textguard.faults.plans import bits_of
+    >>> bits_of(FaultModel(), parse_format("fp16"))
+    16
+    >>> bits_of(FaultModel(target="metadata"), parse_format("bfp(5,7,16)"))
+    5
+    """
     return number_format.shared_bits if fault_model.target == "metadata" else number_format.bits
 
 
 def _distinct(uniform: np.ndarray, size: int, what: str) -> np.ndarray:
-    """Different integers below `size` in each row, uniformly, from uniform numbers in [0, 1), [N, k]."""
+    """Integers below `size`, uniformly and all different within a row, from uniform numbers in [0, 1), float [N, k]."""
     count = uniform.shape[1]
     if count > size:
         raise InvalidParameter(Setting(f"fault_model.{what}"), f" is {count}; there are {size} to choose from")
     drawn = np.zeros(uniform.shape, dtype=np.int64)
     for column in range(count):
         chosen = (uniform[:, column] * (size - column)).astype(np.int64)
-        # Counted among those not drawn yet: step over each that is.
+        # So far `chosen` counts only the integers that are not drawn yet. Stepping over each drawn one makes it the integer.
         for earlier in np.sort(drawn[:, :column], axis=1).T:
             chosen += chosen >= earlier
         drawn[:, column] = chosen
@@ -151,7 +229,10 @@ def _distinct(uniform: np.ndarray, size: int, what: str) -> np.ndarray:
 
 
 def _uniform(seed: int, stream: str, count: int, width: int) -> np.ndarray:
-    """Uniform numbers in [0, 1), [count, width]; row i depends on (seed, stream, i) alone: Philox counts up from its key."""
+    """Uniform numbers in [0, 1), float [count, width].
+
+    Row i depends only on (seed, stream, i), because Philox counts up from its key.
+    """
     digest = hashlib.sha256(f"textguard plan {seed} {stream}".encode()).digest()
     words = np.random.Philox(key=int.from_bytes(digest[:16])).random_raw(count * width).reshape(count, width)
     return (words >> np.uint64(11)) * 2.0**-53

@@ -29,17 +29,34 @@ OPERATIONS: dict[Callable, str] = {
 }
 KINDS = tuple(dict.fromkeys(OPERATIONS.values()))
 DEFAULT_KINDS = ("Conv2d", "Linear")
-SURVEYED = (2, 3)  # batch sizes whose comparison shows what grows with the batch
-# Only asked for by name: products and sums of activations, which have no weights of their own.
+SURVEYED = (2, 3)  # a model is run with both batch sizes, and their comparison shows what grows with the batch
+# Products and sums of activations, which have no weights of their own. They are sites only where they are asked for by name.
 WEIGHTLESS = ("MatMul", "Add")
 
 
 @dataclass(frozen=True)
 class Site:
-    """The output of one operation.
+    """The output of one operation: where faults can be injected.
 
-    layer: the module that owns the weights, or that makes the call; #2 and so on where it is called again. position: its place
-    in the order of execution. shape: one image's share of the output. weights: how many it has, 0 for MatMul and Add.
+    Attributes
+    ----------
+    layer : str
+        The module that owns the weights, or that makes the call. From its second call on, `#2` and so on follow.
+    kind : str
+        One of KINDS.
+    position : int
+        The site's index among all sites, in order of execution.
+    shape : tuple of int
+        The shape of one image's share of the output.
+    weights : int
+        How many weights the operation has, 0 for MatMul and Add.
+
+    Examples
+    --------
+    >>> from textguard.faults.sites import Site
+    >>> site = Site("layer1.0.conv1", "Conv2d", position=1, shape=(64, 8, 8), weights=36_864)
+    >>> site.neurons, site.multiply_adds, site.parameter
+    (4096, 2359296, 'layer1.0.conv1.weight')
     """
 
     layer: str
@@ -55,7 +72,7 @@ class Site:
 
     @property
     def multiply_adds(self) -> int | None:
-        """Of one image; None where the shape does not tell, as for MatMul."""
+        """The multiply-adds for one image; None where the shape does not tell them, as for MatMul."""
         if self.kind not in ("Conv1d", "Conv2d", "Conv3d", "Linear"):
             return None
         return self.neurons * self.weights // self.shape[-1 if self.kind == "Linear" else 0]
@@ -68,7 +85,21 @@ class Site:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an injectable operation: what went in and what came out."""
+    """One call of an injectable operation: what went in and what came out.
+
+    Attributes
+    ----------
+    func : callable
+        The torch function.
+    kind : str
+        One of KINDS.
+    args : tuple
+        Its positional arguments.
+    kwargs : dict
+        Its named arguments.
+    output : Tensor
+        What it returned.
+    """
 
     func: Callable
     kind: str
@@ -78,17 +109,30 @@ class Call:
 
     @property
     def weight(self) -> Tensor | None:
-        """The operation's weights, where it has any."""
-        return None if self.kind in WEIGHTLESS else self.argument(1, "weight")
-
-    def argument(self, place: int, name: str, default: Any = None) -> Any:
-        """An argument by its place or its name."""
-        return self.args[place] if place < len(self.args) else self.kwargs.get(name, default)
+        """The operation's weights; None where it has none."""
+        if self.kind in WEIGHTLESS:
+            return None
+        return self.args[1] if len(self.args) > 1 else self.kwargs.get("weight")
 
 
 class Calls(TorchFunctionMode):
-    """While active, shows every call of an injectable operation to `visit`, and puts what that returns in its output's
-    place.
+    """A context in which every call of an injectable operation is shown to `visit`.
+
+    Parameters
+    ----------
+    visit : callable
+        Gets the Call, and returns the tensor that takes the place of its output.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from textguard.faults.sites import Calls
+    >>> seen = []
+    >>> with Calls(lambda call: seen.append(call.kind) or call.output):
+    ...     logits = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))(torch.zeros(1, 1, 4, 4))
+    >>> seen
+    ['Conv2d', 'Linear']
     """
 
     def __init__(self, visit: Callable[[Call], Tensor]) -> None:
@@ -106,20 +150,40 @@ class Calls(TorchFunctionMode):
 
 
 def _adds_tensors(args: tuple) -> bool:
-    """Whether an addition is one of two tensors. Whatever their shapes, so that batches of all sizes have the same calls."""
+    """Whether an addition is of two tensors, whatever their shapes. So batches of all sizes have the same calls."""
     return len(args) == 2 and all(isinstance(arg, Tensor) for arg in args)
 
 
 def joins_branches(call: Call) -> bool:
-    """Whether an addition is of two values of one shape, as in a residual connection, and not of a bias."""
+    """Whether a call can be a site. An addition can where it adds two values of one shape, as a residual connection does."""
     return call.kind != "Add" or call.args[0].shape == call.args[1].shape
 
 
 class SiteList:
-    """Finds the sites of a model, call by call.
+    """The sites of a model, found call by call.
 
-    A site's layer is the owner of its weights, else the module that makes the call. `skipped` holds the operations with weights
-    that are no sites, each with the reason.
+    A site's layer is the owner of its weights, else the module that makes the call.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    kinds : sequence of str
+        The wanted kinds of sites, out of KINDS.
+
+    Attributes
+    ----------
+    sites : list of Site
+        The sites so far, in order of execution.
+    skipped : list of (str, str)
+        The layers that have weights and are no sites, each with the reason.
+
+    Raises
+    ------
+    UnknownName
+        A kind is none of KINDS.
+    UnsupportedModel
+        The model normalises over the batch, so a fault on one image would change the others.
     """
 
     def __init__(self, model: nn.Module, kinds: Sequence[str]) -> None:
@@ -137,9 +201,19 @@ class SiteList:
         self._read: set[int] = set()
 
     def add(self, call: Call, larger: Call, caller: str = "") -> Site | None:
-        """The next call in order of execution as a site, or None where it is none.
+        """Take the next call in order of execution.
 
-        larger: the same call for another batch size; caller: the module that makes the call, where that is known.
+        Parameters
+        ----------
+        call, larger : Call
+            The same call with the two batch sizes of SURVEYED.
+        caller : str
+            The module that makes the call, where that is known.
+
+        Returns
+        -------
+        Site or None
+            The call as a site, None where it is none.
         """
         if not (joins_branches(call) and joins_branches(larger)):
             return None
@@ -160,7 +234,13 @@ class SiteList:
         return self.sites[-1]
 
     def finish(self) -> None:
-        """Note the weights that no call has read. Raises UnsupportedModel where no site was found."""
+        """Note the layers whose weights no call has read.
+
+        Raises
+        ------
+        UnsupportedModel
+            No site was found.
+        """
         unread = {
             name.rpartition(".")[0]: None
             for name, weight in self._model.named_parameters()
@@ -175,7 +255,10 @@ class SiteList:
 
 
 def _share_of_one_image(small: Tensor, large: Tensor) -> tuple[tuple[int, ...], str]:
-    """The shape of one image's share of an output at batch sizes SURVEYED, or the reason why images have no shares of it."""
+    """The shape of one image's share of an output, or the reason why images have no shares of it.
+
+    small, large: the output with the two batch sizes of SURVEYED.
+    """
     if small.dtype != torch.float32:
         return (), f"its output is {small.dtype}, not float32"
     if small.shape == large.shape:

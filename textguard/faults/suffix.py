@@ -1,4 +1,4 @@
-"""Layers as replays run them: what stands behind a fault need not be computed layer by layer, nor be kept."""
+"""Layers as replays run them: what comes after a fault's layer need not be computed layer by layer, and need not be kept."""
 
 import copy
 import operator
@@ -13,17 +13,31 @@ from textguard.faults.graph import ACTIVATIONS, TracedModel
 
 Shortcut = tuple[fx.Node, Callable[[Tensor], Tensor]]
 
-# Their outputs lie in memory of their own.
+# The outputs of these lie in memory of their own.
 FRESH = (nn.Conv2d, nn.BatchNorm2d, nn.Linear, operator.add, torch.add)
 
 
 def shortcuts(traced: TracedModel) -> dict[fx.Node, Shortcut]:
-    """Step -> the step whose value its shortcut gives, and the shortcut, from the first one's input to that value."""
+    """The faster ways to run some steps of a traced model, in replays that start before them.
+
+    Parameters
+    ----------
+    traced : TracedModel
+        The model.
+
+    Returns
+    -------
+    dict of fx.Node to (fx.Node, callable)
+        Step -> the step whose value the shortcut gives, and the shortcut, from the input of the first to that value.
+    """
     return _convolutions(traced) | _activations(traced)
 
 
 def _activations(traced: TracedModel) -> dict[fx.Node, Shortcut]:
-    """Activations that may overwrite their input, in two thirds of the time: it is a copy or fresh, and no one else's."""
+    """Activations that overwrite their input, which takes two thirds of the time.
+
+    They may where no other step reads the input, and where its memory is not that of another value.
+    """
     found: dict[fx.Node, Shortcut] = {}
     for step in traced.steps:
         module = traced.modules.get(step.target) if step.op == "call_module" else None
@@ -38,11 +52,11 @@ def _activations(traced: TracedModel) -> dict[fx.Node, Shortcut]:
 
 
 def _convolutions(traced: TracedModel) -> dict[fx.Node, Shortcut]:
-    """Convolutions that are also what stands behind them, or matrix products.
+    """Convolutions together with the BatchNorm behind them, and convolutions as matrix products.
 
-    BatchNorm is folded into the convolution before it (1.6 times as fast for MobileNet-V2 at 224 x 224), and on maps so small
-    that every output sees every input a convolution is a matrix product (5 times as fast for 512 channels at 1 x 1). A fault in
-    the convolution's own output is never affected: its replay starts behind the convolution.
+    Folding BatchNorm into the convolution makes MobileNet-V2 at 224 x 224 1.6 times as fast. On a map so small that every
+    output sees every input, a convolution is a matrix product, which is 5 times as fast for 512 channels at 1 x 1. A fault in
+    the convolution's own output never meets a shortcut, because its replay starts behind the convolution.
     """
     found = {}
     for step in traced.steps:
@@ -62,13 +76,14 @@ def _convolutions(traced: TracedModel) -> dict[fx.Node, Shortcut]:
             (weight, bias), end = fuse_conv_bn_weights(weight, bias, *statistics), readers[0]
         as_matrix = _as_matrix(conv, weight.detach(), traced.shapes[step.args[0]])
         if as_matrix is not None:
-            found[step] = (end, _matrix_product(as_matrix, bias, traced.shapes[step]))
+            found[step] = (end, matrix_product(as_matrix, bias, traced.shapes[step]))
         elif end is not step:
             found[step] = (end, _convolution(conv, weight.detach(), bias))
     return found
 
 
 def _convolution(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+    """A convolution with these weights, and `conv`'s geometry."""
     weight = weight.contiguous(memory_format=torch.channels_last)
 
     def run(x: Tensor) -> Tensor:
@@ -78,9 +93,9 @@ def _convolution(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> Callable[[Ten
 
 
 def _as_matrix(conv: nn.Conv2d, weight: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """The convolution of maps of `shape` as a matrix [outputs, inputs], both in order height, width, channel.
+    """The convolution of maps of `shape` as a matrix [outputs, inputs], both in the order height, width, channel.
 
-    None where some output does not see some input: the matrix would multiply it by 0, and infinities would become NaN there.
+    None where some output does not see some input. The matrix would multiply that input by 0, which makes NaN of an infinity.
     """
     channels, height, width = shape
     if conv.groups > 1 or height * width > 16:
@@ -89,13 +104,29 @@ def _as_matrix(conv: nn.Conv2d, weight: Tensor, shape: tuple[int, ...]) -> Tenso
     pixels = torch.eye(height * width, device=weight.device).reshape(-1, 1, height, width)
     if not F.conv2d(pixels, torch.ones_like(weight[:1, :1]), *settings).all():
         return None
-    # Contiguous in its own order: oneDNN (torch 2.13) errs on permuted inputs with one channel and unequal strides.
+    # Made in this order, not permuted to it: oneDNN (torch 2.13) errs on permuted inputs with one channel and unequal strides.
     inputs = torch.eye(channels * height * width, device=weight.device).reshape(-1, channels, height, width)
     found = F.conv2d(inputs, weight, *settings).unflatten(0, (channels, height, width))
     return found.permute(4, 5, 3, 1, 2, 0).flatten(3).flatten(0, 2).contiguous()
 
 
-def _matrix_product(matrix: Tensor, bias: Tensor | None, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+def matrix_product(matrix: Tensor, bias: Tensor | None, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    """A convolution as a matrix product.
+
+    Parameters
+    ----------
+    matrix : Tensor
+        float32 [H * W * C, inputs], both in the order height, width, channel.
+    bias : Tensor or None
+        float32 [C].
+    shape : tuple of int
+        (C, H, W) of the output.
+
+    Returns
+    -------
+    callable
+        From maps [N, channels, height, width] to maps [N, C, H, W].
+    """
     channels, height, width = shape
     bias = bias if bias is None else bias.detach().repeat(height * width)
 
