@@ -1,11 +1,9 @@
 """Train one classifier of the grid, or take its weights from elsewhere."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import pandas as pd
 from torch import Tensor, nn
@@ -30,22 +28,22 @@ HEAD_MAKERS = {"baseline": "data", "random": "encoder"}
 
 def main(params: Params, key: str) -> None:
     run = params.runs[key]
-    recipe = params.recipes[run.recipe]
+    recipe, head_file, checkpoint = params.recipes[run.recipe], Path(run.head_from), run.checkpoint
     folder, dataset = Path("data") / run.dataset, params.datasets[run.dataset]
     split = load_split(folder, "train", data_root(dataset.source, dataset.folder, Path(params.root)))
     prepared = recipe.image_size, recipe.resize_size, recipe.interpolation
-    width, class_embeddings = (0, None) if run.checkpoint else load_head(run, split.classes)
+    width, class_embeddings = (0, None) if checkpoint else load_head(run, head_file, split.classes)
     spec = ClassifierSpec(run.dataset, run.backbone, run.variant, *prepared, width, tuple(split.classes))
     mark = fingerprint(
         run=run,
         recipe=recipe,
         data=sha256_of_file(split_file(folder, "train"), "data"),
-        head=sha256_of_file(Path(run.head_from), "" if run.told_by_file else HEAD_MAKERS.get(run.variant, "embeddings")),
+        head=sha256_of_file(head_file, "" if run.told_by_file else HEAD_MAKERS.get(run.variant, "embeddings")),
     )
     first = os.environ.get("RANK", "0") == "0"
-    if run.checkpoint:
+    if checkpoint:
         if first:
-            save(key, *load_checkpoint(run.checkpoint, spec), mark, [])
+            save(key, *load_checkpoint(checkpoint, spec), mark, [])
         return
 
     device = pick_device()
@@ -55,8 +53,8 @@ def main(params: Params, key: str) -> None:
     with work_dir("train", key, mark) as work:
         if first and not any(work.glob("checkpoint-*")):
             rehearse(model, view, recipe, params.inject)
-        with live_curve(key, first) as report:
-            history = train(model, view, len(split.classes), recipe, seed=run.seed, work=work, label=label, report=report)
+        with LiveCurve(key, shown=first) as curve:
+            history = train(model, view, len(split.classes), recipe, seed=run.seed, work=work, label=label, report=curve.add)
         if first:
             save(key, model, spec, mark, history)
 
@@ -69,43 +67,45 @@ def save(key: str, model: nn.Module, spec: ClassifierSpec, mark: str, history: l
     write_csv(Path("metrics") / "runs" / key / "training.csv", curve)
 
 
-@contextmanager
-def live_curve(key: str, first: bool) -> Iterator[Callable[[Epoch], None]]:
-    """Show each epoch as it ends, in metrics/live/KEY, as DVCLive does: DVC's extension for VS Code draws it.
+class LiveCurve:
+    """Shows each epoch as it ends, in metrics/live/KEY, as DVCLive does: DVC's extension for VS Code draws it.
 
-    It is told all epochs of a training that goes on, so that no point is missing or there twice. Where DVCLive cannot work, as
-    in a git repository without a commit, the training does without.
+    It is given all epochs of a training, those before an interruption included, and begins anew with the first: so no point is
+    missing or there twice. Where DVCLive cannot work, as in a git repository without a commit, the training does without.
     """
-    with ExitStack() as opened:
-        live = None
 
-        def report(epoch: Epoch) -> None:
-            nonlocal live
-            if epoch.epoch == 1:
-                live = _start_live(key)
-                if live:
-                    opened.enter_context(live)
-            if live:
-                for name in ("loss", "accuracy", "learning_rate"):
-                    live.log_metric(name, getattr(epoch, name))
-                live.next_step()
+    def __init__(self, key: str, *, shown: bool) -> None:
+        self.key, self.shown = key, shown
+        self._live: Live | None = None
 
-        yield report if first else lambda epoch: None
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.end()
+
+    def add(self, epoch: Epoch) -> None:
+        """Show the next epoch."""
+        if self.shown and epoch.epoch == 1:
+            self._live = self._start()
+        if self._live:
+            for name in ("loss", "accuracy", "learning_rate"):
+                self._live.log_metric(name, getattr(epoch, name))
+            self._live.next_step()
+
+    def _start(self) -> "Live | None":
+        from dvclive import Live  # only where it is used: importing it takes most of a second
+
+        try:
+            return Live(str(Path("metrics") / "live" / self.key), save_dvc_exp=False, dvcyaml=None)
+        except Exception as error:  # of git, of DVC or of the disk: no reason to stop a training
+            announce(f"train {self.key}: no live curve ({error})")
+            return None
 
 
-def _start_live(key: str) -> "Live | None":
-    from dvclive import Live  # only where it is used: importing it takes most of a second
-
-    try:
-        return Live(str(Path("metrics") / "live" / key), save_dvc_exp=False, dvcyaml=None)
-    except Exception as error:  # of git, of DVC or of the disk: no reason to stop a training
-        announce(f"train {key}: no live curve ({error})")
-        return None
-
-
-def load_head(run: RunParams, classes: list[str]) -> tuple[int, Tensor | None]:
+def load_head(run: RunParams, path: Path, classes: list[str]) -> tuple[int, Tensor | None]:
     """Width E and first weights [C, E] of the text-guided head: (0, None) for a baseline, (E, None) for a random head."""
-    path = Path(run.head_from)
     if run.variant == "baseline":
         return 0, None
     if run.variant == "random":
