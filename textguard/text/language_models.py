@@ -131,7 +131,7 @@ def price_of(model: str) -> Price | None:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class CostEstimate:
     """What a run would ask for. most_usd: None where the model's price is not known."""
 
     requests: int
@@ -140,12 +140,12 @@ class Estimate:
     most_usd: float | None
 
 
-def estimate(model: LanguageModel, wanted: Sequence[tuple[str, int]]) -> Estimate:
+def estimate(model: LanguageModel, wanted: Sequence[tuple[str, int]]) -> CostEstimate:
     """Estimate a run without asking: four characters per input token, answers as long as allowed, nothing repeated."""
     characters = sum(len(model.system or "") + len(question) for question, _ in wanted)
     given, taken = round(characters / 4) + MESSAGE_TOKENS * len(wanted), model.max_tokens * len(wanted)
     price = price_of(model.model)
-    return Estimate(len(wanted), given, taken, price and price.of(given, taken))
+    return CostEstimate(len(wanted), given, taken, price and price.of(given, taken))
 
 
 def ask(model: LanguageModel, network: Network, wanted: Sequence[tuple[str, int]], log: AnswerLog, label: str) -> None:

@@ -20,10 +20,10 @@ class Quality:
     summary: dict[str, Any]
 
 
-def assess(
+def measure_quality(
     classes: Sequence[str], matrix_ce: np.ndarray, descriptions: Sequence[Description], rows: np.ndarray, vectors_ne: np.ndarray
 ) -> Quality:
-    """Assess class embeddings [C, E] and the texts behind them.
+    """Measure the quality of class embeddings [C, E] and of the texts behind them.
 
     descriptions: all that was said; rows: which of them were embedded, as vectors [N, E]. Per class:
     nearest_wrong, cosine: the class whose embedding is most similar, and how similar it is.
