@@ -2,13 +2,12 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from torch.nn import functional as F
 
 from textguard.artifacts import read_json
 from textguard.faults.campaign import loader_of, measure_pace, profile_ranges
@@ -18,13 +17,13 @@ from textguard.faults.engines import make_engine
 from textguard.faults.formats import parse_format
 from textguard.faults.plans import draw_plan
 from textguard.params import ENCODER_FILE, Params, RunParams
-from textguard.planning import Speeds, Workload
+from textguard.planning import Speeds, Workload, disk_size, duration
 from textguard.runtime import announce, describe_device, pick_device
 from textguard.vision.classifiers import ClassifierSpec, build_classifier
 from textguard.vision.datasets import expected_sizes
-from textguard.vision.optimisation import make_optimizer
 from textguard.vision.order import steps_per_epoch
 from textguard.vision.recipe import Recipe
+from textguard.vision.training import Trainer
 
 PAPERS_WIDTH = 512
 SECONDS = 2.0  # that training, and classification, are measured for
@@ -35,6 +34,7 @@ def main(params: Params) -> None:
     width = int(read_json(Path(ENCODER_FILE), "encoder")["width"]) if Path(ENCODER_FILE).exists() else PAPERS_WIDTH
     measured: dict[tuple[str, int], tuple[Speeds, int]] = {}
     rows = []
+    total = np.zeros(3)  # seconds, bytes, injections
     for key, run in params.runs.items():
         recipe = params.recipes[run.recipe]
         size = _sizes(params, run)
@@ -44,31 +44,36 @@ def main(params: Params) -> None:
             measured[kind] = _measure(params, run, recipe, size[2], device)
         speeds, sites = measured[kind]
         work = _workload(params, run, recipe, size, sites, width)
-        hours = work.hours(speeds)
+        seconds = work.seconds(speeds)
+        whole = sum(seconds.values())
+        total += whole, work.disk_bytes, work.injections
         rows.append(
             {
                 "run": key,
-                "train images": work.train_images,
-                "test images": work.test_images,
+                "images": f"{work.train_images:,}+{work.test_images:,}",
                 "epochs": 0 if run.checkpoint else recipe.epochs,
                 "sites": work.sites,
-                "injections": work.injections,
-                "disk (MB)": work.disk_bytes / 1e6,
-                **{f"{stage} (h)": value for stage, value in hours.items()},
-                "all (h)": sum(hours.values()),
+                "injections": f"{work.injections:,}",
+                "disk": disk_size(work.disk_bytes),
+                "train": duration(seconds["train"]),
+                "evaluate+ranges": duration(seconds["evaluate"] + seconds["ranges"]),
+                "inject": duration(seconds["inject"]),
+                "all": duration(whole),
             }
         )
-    table = pd.DataFrame(rows).set_index("run")
-    table.loc["total"] = table.drop(columns=["train images", "test images", "epochs", "sites"]).sum()
-    shown = dict.fromkeys(table.columns, "{:,.0f}".format)
-    shown |= {name: "{:,.3f}".format for name in table.columns if name.endswith("(h)")}
-    print(table.to_string(formatters=shown, na_rep=""))
-    speeds = {f"{name} at {side}": asdict(speed) for (name, side), (speed, _) in measured.items()}
-    print(f"\n{pd.DataFrame(speeds).T.round(1).to_string()}")
     print(
-        f"\nDevice-hours on {describe_device(device)}, from small batches, random images and untrained networks just now, in "
-        "images and injections per second. Not counted: reading and augmenting images, compiling, layers that are enumerated "
-        f"(the last), closeup, stages without a network. Sizes of data sets are the published ones, E = {width}."
+        f"All {len(rows)} runs take {duration(total[0])} of one device like this ({describe_device(device)}); two such devices "
+        f"halve it.\nThey make {total[2]:,.0f} injections and leave {disk_size(total[1])} on the disk.\n"
+    )
+    print(pd.DataFrame(rows).to_string(index=False))
+    speeds = {f"{name} at {side}": asdict(speed) for (name, side), (speed, _) in measured.items()}
+    print(f"\nMeasured just now, in images and injections per second:\n{pd.DataFrame(speeds).T.round(1).to_string()}")
+    print(
+        "\nAll times are device time, estimated from small batches, random images and untrained networks.\n"
+        "Images are those to train on + those to test with; sizes of data sets are the published ones.\n"
+        f"Class embeddings have E = {width} numbers.\n"
+        "Not counted: reading and augmenting images, compiling, layers that are enumerated (the last), closeup,\n"
+        "stages without a network."
     )
 
 
@@ -108,18 +113,10 @@ def _measure(params: Params, run: RunParams, recipe: Recipe, classes: int, devic
     count = 64 if device.type == "cuda" or side <= 64 else 4
     model = build_classifier(_spec(run, recipe, classes, 0)).to(device)
     images, labels = torch.randn(count, 3, side, side, device=device), torch.randint(classes, (count,), device=device)
-    optimizer = make_optimizer(model, recipe)
     # On CPUs half precision is slower than fp32 by orders of magnitude, and is no sensible choice there.
-    half = recipe.precision != "fp32" and device.type == "cuda"
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast(device.type, dtype=torch.float16 if recipe.precision == "fp16" else torch.bfloat16, enabled=half):
-            loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-
-    training = count * _pace(step, device)
+    trained = recipe if device.type == "cuda" else replace(recipe, precision="fp32")
+    trainer = Trainer(model, count, classes, trained, seed=0, label="plan")
+    training = (count - trainer.before) * _pace(lambda: trainer.step(images, labels), device)
     model.eval()
     with torch.inference_mode():
         inference = count * _pace(lambda: model(images), device)
