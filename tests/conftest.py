@@ -3,7 +3,7 @@
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as stages/__main__.py does, and before torch is loaded
@@ -211,6 +211,42 @@ def finished(make_checkout: Callable[[], Path], tmp_path_factory: pytest.TempPat
 def checkout(finished: Path, tmp_path: Path) -> Path:
     """A copy of the finished checkout, cache and all."""
     return Path(shutil.copytree(finished, tmp_path / "checkout", symlinks=True))
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator:
+    """Headless Chromium without a network, or a skipped test."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    from selenium.webdriver.chrome.options import Options
+    from selenium.webdriver.chrome.service import Service
+
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("no browser: install chromium and chromium-driver to run this test")
+    options = Options()
+    options.binary_location = chromium
+    for argument in (
+        *("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"),
+        *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"),
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with webdriver.Chrome(options=options, service=Service(driver)) as started:
+        yield started
+
+
+def show(browser, width: int, path: Path) -> None:
+    """Open a file in the browser, in a window of this width, and wait until it is loaded."""
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    address = path.resolve().as_uri()
+    browser.get(address)
+    # On a busy machine `get` can return while the old document makes way for the new one.
+    loaded = "return document.URL === arguments[0] && document.readyState === 'complete' && document.body !== null"
+    WebDriverWait(browser, timeout=30).until(lambda _: browser.execute_script(loaded, address))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
