@@ -3,8 +3,10 @@
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as stages/__main__.py does, and before torch is loaded
 # The tests run in about as many processes as there are cores: more threads would only stand in each other's way.
@@ -17,6 +19,9 @@ from filelock import FileLock
 from torch import nn
 
 from smoke_grid import ALL, GRID, GUIDED, change, repro, run
+
+if TYPE_CHECKING:
+    from answer_server import Server
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -249,10 +254,26 @@ def show(browser, width: int, path: Path) -> None:
     WebDriverWait(browser, timeout=30).until(lambda _: browser.execute_script(loaded, address))
 
 
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator["Server"]:
+    """A running server of answers, and its key in the environment."""
+    from answer_server import SECRET, Server
+
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest start first, so that no process waits for them at the end.
 
     With two processes, the third begins when the first has made the checkout that both use.
     """
-    first = ["test_dag.py", "test_language_models.py", "test_interruptions.py"]
+    first = ["test_dag.py", "test_responses_stage.py", "test_interruptions.py"]
     items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
