@@ -3,37 +3,34 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from torch.nn import functional as F
 
 from stages.settings import campaign_settings
-from textguard.artifacts import read_json
 from textguard.faults import Campaign
 from textguard.faults.profiling import loader_of
-from textguard.params import ENCODER_FILE, Params, RunParams
-from textguard.planning import Speeds, Workload
+from textguard.params import BackboneParams, Params, Run
+from textguard.planning import Speeds, Workload, disk_size, duration
 from textguard.runtime import announce, describe_device, pick_device
+from textguard.text.encoders import encoder_width
 from textguard.vision.classifiers import ClassifierSpec, build_classifier
 from textguard.vision.datasets import expected_sizes
-from textguard.vision.optimisation import make_optimizer
 from textguard.vision.order import steps_per_epoch
-from textguard.vision.recipe import Recipe
+from textguard.vision.training import Trainer
 
-PAPERS_WIDTH = 512
 SECONDS = 2.0  # that training, and classification, are measured for
 
 
 def main(params: Params) -> None:
     device = pick_device()
-    width = int(read_json(Path(ENCODER_FILE), "encoder")["width"]) if Path(ENCODER_FILE).exists() else PAPERS_WIDTH
+    width = encoder_width(params.encoder)
     measured: dict[tuple[str, int], tuple[Speeds, int]] = {}
     rows = []
+    total = np.zeros(3)  # seconds, bytes, injections
     for key, run in params.runs.items():
-        recipe = params.recipes[run.recipe]
+        recipe = params.backbones[run.backbone]
         size = _sizes(params, run)
         kind = (run.backbone, recipe.image_size)
         if kind not in measured:
@@ -41,41 +38,46 @@ def main(params: Params) -> None:
             measured[kind] = _measure(params, run, recipe, size[2], device)
         speeds, sites = measured[kind]
         work = _workload(params, run, recipe, size, sites, width)
-        hours = work.hours(speeds)
+        seconds = work.seconds(speeds)
+        whole = sum(seconds.values())
+        total += whole, work.disk_bytes, work.injections
         rows.append(
             {
                 "run": key,
-                "train images": work.train_images,
-                "test images": work.test_images,
-                "epochs": 0 if run.checkpoint else recipe.epochs,
+                "images": f"{work.train_images:,}+{work.test_images:,}",
+                "epochs": 0 if run.weights_key in params.weights else recipe.epochs,
                 "sites": work.sites,
-                "injections": work.injections,
-                "disk (MB)": work.disk_bytes / 1e6,
-                **{f"{stage} (h)": value for stage, value in hours.items()},
-                "all (h)": sum(hours.values()),
+                "injections": f"{work.injections:,}",
+                "disk": disk_size(work.disk_bytes),
+                "train": duration(seconds["train"]),
+                "evaluate+ranges": duration(seconds["evaluate"] + seconds["ranges"]),
+                "inject": duration(seconds["inject"]),
+                "all": duration(whole),
             }
         )
-    table = pd.DataFrame(rows).set_index("run")
-    table.loc["total"] = table.drop(columns=["train images", "test images", "epochs", "sites"]).sum()
-    shown = dict.fromkeys(table.columns, "{:,.0f}".format)
-    shown |= {name: "{:,.3f}".format for name in table.columns if name.endswith("(h)")}
-    print(table.to_string(formatters=shown, na_rep=""))
-    speeds = {f"{name} at {side}": asdict(speed) for (name, side), (speed, _) in measured.items()}
-    print(f"\n{pd.DataFrame(speeds).T.round(1).to_string()}")
     print(
-        f"\nDevice-hours on {describe_device(device)}, from small batches, random images and untrained networks just now, in "
-        "images and injections per second. Not counted: reading and augmenting images, compiling, layers that are enumerated "
-        f"(the last), closeup, stages without a network. Sizes of data sets are the published ones, E = {width}."
+        f"All {len(rows)} runs take {duration(total[0])} of one device like this ({describe_device(device)}); two such devices "
+        f"halve it.\nThey make {total[2]:,.0f} injections and leave {disk_size(total[1])} on the disk.\n"
+    )
+    print(pd.DataFrame(rows).to_string(index=False))
+    speeds = {f"{name} at {side}": asdict(speed) for (name, side), (speed, _) in measured.items()}
+    print(f"\nMeasured just now, in images and injections per second:\n{pd.DataFrame(speeds).T.round(1).to_string()}")
+    print(
+        "\nAll times are device time, estimated from small batches, random images and untrained networks.\n"
+        "Images are those to train on + those to test with; sizes of data sets are the published ones.\n"
+        f"Class embeddings have E = {width} numbers.\n"
+        "Not counted: reading and augmenting images, compiling, layers that are enumerated (the last), closeup,\n"
+        "stages without a network."
     )
 
 
-def _sizes(params: Params, run: RunParams) -> tuple[int, int, int]:
+def _sizes(params: Params, run: Run) -> tuple[int, int, int]:
     dataset = params.datasets[run.dataset]
     limits = {"limit_train": dataset.limit_train, "limit_test": dataset.limit_test}
     return expected_sizes(dataset.source, test_share=dataset.test_share, **limits)
 
 
-def _workload(params: Params, run: RunParams, recipe: Recipe, size: tuple[int, int, int], sites: int, width: int) -> Workload:
+def _workload(params: Params, run: Run, recipe: BackboneParams, size: tuple[int, int, int], sites: int, width: int) -> Workload:
     """sites: of the baseline. A text-guided classifier has one more: the head. The last one is enumerated, where any is."""
     train_images, test_images, classes = size
     guided = run.variant != "baseline"
@@ -85,7 +87,7 @@ def _workload(params: Params, run: RunParams, recipe: Recipe, size: tuple[int, i
     return Workload(
         train_images,
         test_images,
-        0 if run.checkpoint else recipe.epochs * steps_per_epoch(train_images, recipe) * batch,
+        0 if run.weights_key in params.weights else recipe.epochs * steps_per_epoch(train_images, recipe) * batch,
         sites + guided - bool(params.inject.enumerate_up_to),
         params.inject.injections_per_layer,
         sum(parameter.numel() for parameter in model.parameters()),
@@ -93,30 +95,22 @@ def _workload(params: Params, run: RunParams, recipe: Recipe, size: tuple[int, i
     )
 
 
-def _spec(run: RunParams, recipe: Recipe, classes: int, width: int) -> ClassifierSpec:
+def _spec(run: Run, recipe: BackboneParams, classes: int, width: int) -> ClassifierSpec:
     prepared = recipe.image_size, recipe.resize_size, recipe.interpolation
-    return ClassifierSpec(run.dataset, run.backbone, run.variant, *prepared, width, tuple(map(str, range(classes))))
+    return ClassifierSpec(run.dataset, recipe.network, run.variant, *prepared, width, tuple(map(str, range(classes))))
 
 
-def _measure(params: Params, run: RunParams, recipe: Recipe, classes: int, device: torch.device) -> tuple[Speeds, int]:
+def _measure(params: Params, run: Run, recipe: BackboneParams, classes: int, device: torch.device) -> tuple[Speeds, int]:
     """Speeds of the baseline, to which a text-guided classifier is close, and its number of sites."""
     torch.manual_seed(0)
     side = recipe.image_size
     count = 64 if device.type == "cuda" or side <= 64 else 4
     model = build_classifier(_spec(run, recipe, classes, 0)).to(device)
     images, labels = torch.randn(count, 3, side, side, device=device), torch.randint(classes, (count,), device=device)
-    optimizer = make_optimizer(model, recipe)
     # On CPUs half precision is slower than fp32 by orders of magnitude, and is no sensible choice there.
-    half = recipe.precision != "fp32" and device.type == "cuda"
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast(device.type, dtype=torch.float16 if recipe.precision == "fp16" else torch.bfloat16, enabled=half):
-            loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-
-    training = count * _pace(step, device)
+    trained = recipe if device.type == "cuda" else replace(recipe, precision="fp32")
+    trainer = Trainer(model, count, classes, trained, seed=0, label="plan")
+    training = (count - trainer.before) * _pace(lambda: trainer.step(images, labels), device)
     model.eval()
     with torch.inference_mode():
         inference = count * _pace(lambda: model(images), device)

@@ -10,7 +10,7 @@ from textguard.params import Params
 from textguard.report.text_figures import draw_projection, draw_similarity
 from textguard.text.answers import Description
 from textguard.text.embeddings import load_class_embeddings
-from textguard.text.quality import assess, principal_components, unit_means
+from textguard.text.quality import measure_quality, principal_components, unit_means
 
 
 def main(params: Params, text: str) -> None:
@@ -25,7 +25,7 @@ def main(params: Params, text: str) -> None:
         if len(rows) != len(vectors_ne) or len(rows) != embeddings.texts or rows.max() >= len(descriptions):
             raise InvalidArtifact("holds other texts than the class embeddings")
 
-    quality = assess(classes, embeddings.matrix.numpy(), descriptions, rows, vectors_ne)
+    quality = measure_quality(classes, embeddings.matrix.numpy(), descriptions, rows, vectors_ne)
     owners = np.array([classes.index(descriptions[row].class_name) for row in rows])
     points_n2, means_c2, shown = principal_components(*unit_means(vectors_ne, owners, len(classes)))
     figures, dpi = Path("plots") / "texts" / text, params.figures.dpi

@@ -1,11 +1,9 @@
 """Train one classifier of the grid, or take its weights from elsewhere."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import pandas as pd
 from torch import nn
@@ -55,8 +53,8 @@ def main(params: Params, key: str) -> None:
     with work_dir("train", key, mark) as work:
         if first and not any(work.glob("checkpoint-*")):
             rehearse(model, view, recipe, params.inject)
-        with live_curve(key, first) as report:
-            history = train(model, view, len(split.classes), recipe, seed=run.seed, work=work, label=label, report=report)
+        with LiveCurve(key, shown=first) as curve:
+            history = train(model, view, len(split.classes), recipe, seed=run.seed, work=work, label=label, report=curve.add)
         if first:
             save(key, model, spec, mark, history)
 
@@ -69,38 +67,41 @@ def save(key: str, model: nn.Module, spec: ClassifierSpec, mark: str, history: l
     write_csv(Path("metrics") / "runs" / key / "training.csv", curve)
 
 
-@contextmanager
-def live_curve(key: str, first: bool) -> Iterator[Callable[[Epoch], None]]:
-    """Show each epoch as it ends, in metrics/live/KEY, as DVCLive does: DVC's extension for VS Code draws it.
+class LiveCurve:
+    """Shows each epoch as it ends, in metrics/live/KEY, as DVCLive does: DVC's extension for VS Code draws it.
 
-    It is told all epochs of a training that goes on, so that no point is missing or there twice. Where DVCLive cannot work, as
-    in a git repository without a commit, the training does without.
+    It is given all epochs of a training, those before an interruption included, and begins anew with the first: so no point is
+    missing or there twice. Where DVCLive cannot work, as in a git repository without a commit, the training does without.
     """
-    with ExitStack() as opened:
-        live = None
 
-        def report(epoch: Epoch) -> None:
-            nonlocal live
-            if epoch.epoch == 1:
-                live = _start_live(key)
-                if live:
-                    opened.enter_context(live)
-            if live:
-                for name in ("loss", "accuracy", "learning_rate"):
-                    live.log_metric(name, getattr(epoch, name))
-                live.next_step()
+    def __init__(self, key: str, *, shown: bool) -> None:
+        self.key, self.shown = key, shown
+        self._live: Live | None = None
 
-        yield report if first else lambda epoch: None
+    def __enter__(self) -> Self:
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.end()
 
-def _start_live(key: str) -> "Live | None":
-    from dvclive import Live  # only where it is used: importing it takes most of a second
+    def add(self, epoch: Epoch) -> None:
+        """Show the next epoch."""
+        if self.shown and epoch.epoch == 1:
+            self._live = self._start()
+        if self._live:
+            for name in ("loss", "accuracy", "learning_rate"):
+                self._live.log_metric(name, getattr(epoch, name))
+            self._live.next_step()
 
-    try:
-        return Live(str(Path("metrics") / "live" / key), save_dvc_exp=False, dvcyaml=None)
-    except Exception as error:  # of git, of DVC or of the disk: no reason to stop a training
-        announce(f"train {key}: no live curve ({error})")
-        return None
+    def _start(self) -> "Live | None":
+        from dvclive import Live  # only where it is used: importing it takes most of a second
+
+        try:
+            return Live(str(Path("metrics") / "live" / self.key), save_dvc_exp=False, dvcyaml=None)
+        except Exception as error:  # of git, of DVC or of the disk: no reason to stop a training
+            announce(f"train {self.key}: no live curve ({error})")
+            return None
 
 
 def check_sha256(file: str | None, wanted: str | None, where: str) -> None:

@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as stages/__main__.py does, and before torch is loaded
 # The tests run in about as many processes as there are cores: more threads would only stand in each other's way.
@@ -27,6 +29,9 @@ from textguard.analysis.regression import compare_all
 from textguard.analysis.results import write_results
 from textguard.params import FiguresParams, GateParams, Params, Run, load_params
 from textguard.report.gate import read_runs
+
+if TYPE_CHECKING:
+    from answer_server import Server
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -285,10 +290,62 @@ def gate(tmp_path: Path) -> Callable[..., tuple[int, str]]:
     return compare
 
 
+@pytest.fixture(scope="session")
+def browser() -> Iterator:
+    """Headless Chromium without a network, or a skipped test."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    from selenium.webdriver.chrome.options import Options
+    from selenium.webdriver.chrome.service import Service
+
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("no browser: install chromium and chromium-driver to run this test")
+    options = Options()
+    options.binary_location = chromium
+    for argument in (
+        *("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"),
+        *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"),
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with webdriver.Chrome(options=options, service=Service(driver)) as started:
+        yield started
+
+
+def show(browser, width: int, path: Path) -> None:
+    """Open a file in the browser, in a window of this width, and wait until it is loaded."""
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    address = path.resolve().as_uri()
+    browser.get(address)
+    # On a busy machine `get` can return while the old document makes way for the new one.
+    loaded = "return document.URL === arguments[0] && document.readyState === 'complete' && document.body !== null"
+    WebDriverWait(browser, timeout=30).until(lambda _: browser.execute_script(loaded, address))
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator["Server"]:
+    """A running server of answers, and its key in the environment."""
+    from answer_server import SECRET, Server
+
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest start first, so that no process waits for them at the end.
 
     With two processes, the third begins when the first has made the checkout that both use.
     """
-    first = ["test_dag.py", "test_language_models.py", "test_interruptions.py"]
+    first = ["test_dag.py", "test_responses_stage.py", "test_interruptions.py"]
     items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))

@@ -1,5 +1,6 @@
 """The grids of the repository: every one can be read, listed by DVC, and planned, before any data set is there."""
 
+import math
 import re
 import shutil
 import sys
@@ -10,7 +11,7 @@ import pytest
 from conftest import CHECKOUT, REPOSITORY
 from smoke_grid import run
 from textguard.params import load_params
-from textguard.planning import Speeds, Workload
+from textguard.planning import Speeds, Workload, disk_size, duration
 from textguard.vision.backbones import BACKBONES
 from textguard.vision.datasets import expected_sizes
 
@@ -66,16 +67,48 @@ def test_table1_has_all_networks():
     }
 
 
-def test_hours_and_bytes_of_a_run_of_table1():
+def test_seconds_and_bytes_of_a_run_of_table1():
     train, test, _ = expected_sizes("imagenet", test_share=0.2, limit_train=0, limit_test=0)
     work = Workload(train, test, 90 * train, 53, 4096, 25_557_032, 2)
-    hours = work.hours(Speeds(training=1000, inference=4000, injections=500))
+    seconds = work.seconds(Speeds(training=1000, inference=4000, injections=500))
     assert work.injections == 217_088
-    assert hours["train"] == pytest.approx(90 * 1_281_167 / 1000 / 3600)
-    assert hours["ranges"] == pytest.approx(2 * 1_281_167 / 4000 / 3600)
-    assert hours["evaluate"] == pytest.approx(50_000 / 4000 / 3600)
-    assert hours["inject"] == pytest.approx((50_000 / 4000 + 217_088 * 1.26 / 500) / 3600)
+    assert seconds["train"] == pytest.approx(90 * 1_281_167 / 1000)
+    assert seconds["ranges"] == pytest.approx(2 * 1_281_167 / 4000)
+    assert seconds["evaluate"] == pytest.approx(50_000 / 4000)
+    assert seconds["inject"] == pytest.approx(50_000 / 4000 + 217_088 * 1.26 / 500)
     assert work.disk_bytes == pytest.approx(4 * 25_557_032 + 217_088 * (23 + 2 * 0.13 * 16) + 17 * 50_000, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0, "0 s"),
+        (0.4, "0.4 s"),
+        (0.0123, "0.012 s"),
+        (59, "59 s"),
+        (90, "90 s"),
+        (119, "120 s"),
+        (150, "2.5 min"),
+        (40 * 60, "40 min"),
+        (2.54 * 3600, "2.5 h"),
+        (3 * 3600, "3 h"),
+        (30 * 3600, "30 h"),
+        (9 * 86_400, "9 days"),
+        (1_581_755.095 * 3600, "180 years"),
+        (2e5 * 365.25 * 86_400, "200,000 years"),
+        (math.inf, "inf years"),
+    ],
+)
+def test_a_time_is_said_in_a_unit_that_a_person_takes_in(seconds, said):
+    assert duration(seconds) == said
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [(0, "0 kB"), (12_345, "12 kB"), (45.6e6, "46 MB"), (999e6, "1,000 MB"), (1.02e9, "1 GB"), (3.14e12, "3.1 TB")],
+)
+def test_a_size_is_said_in_a_unit_that_a_person_takes_in(size, said):
+    assert disk_size(size) == said
 
 
 def test_sizes_of_a_data_set_that_is_split_here():
@@ -85,7 +118,18 @@ def test_sizes_of_a_data_set_that_is_split_here():
 def test_the_smoke_grid_is_planned(clone):
     done = run([sys.executable, str(Path("../../stages")), "plan"], clone / "grids" / "smoke")
     assert done.returncode == 0, done.stderr
-    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.startswith(("digits-", "total"))}
-    assert rows["digits-resnet18-baseline-0"][:5] == ["100", "60", "2", "20", "640"]
-    assert rows["digits-resnet18-descriptions-0"][:5] == ["100", "60", "2", "21", "672"]
+    first, second, *lines = done.stdout.splitlines()
+    assert re.match(r"All 2 runs take [\d.]+ (s|min) of one device like this \(cpu, .*\); two such devices halve it\.", first)
+    assert re.match(r"They make 1,312 injections and leave 9\d MB on the disk\.", second)
+    header = next(line for line in lines if "epochs" in line)
+    expected = "run images epochs sites injections disk train evaluate+ranges inject all"
+    assert " ".join(header.split()) == expected
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line.lstrip().startswith("digits-")}
+    assert rows["digits-resnet18-baseline-0"][:6] == ["100+60", "2", "20", "640", "45", "MB"]
+    assert rows["digits-resnet18-descriptions-0"][:6] == ["100+60", "2", "21", "672", "46", "MB"]
+    for row in rows.values():
+        assert all(re.fullmatch(r"\d+|\d\.\d+", number) for number in row[6::2]), row
+        assert set(row[7::2]) <= {"s", "min"}, row
+        assert len(row[6:]) == 8
+    assert max(map(len, lines)) <= 128
     assert "Not counted: reading and augmenting images" in done.stdout

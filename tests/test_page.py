@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from conftest import REPOSITORY
+from conftest import REPOSITORY, show
 from smoke_grid import run
 from textguard.artifacts import read_json_lines, write_csv, write_json, write_json_lines
 from textguard.errors import InvalidArtifact
@@ -159,41 +158,6 @@ def test_outside_git_there_is_no_revision(tmp_path, monkeypatch):
     assert str(read_revision()) == "not in git"
     run(["git", "init", "-q"], tmp_path)
     assert str(read_revision()) == "not in git"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    """Headless Chromium without a network, or a skipped test."""
-    webdriver = pytest.importorskip("selenium.webdriver")
-    from selenium.webdriver.chrome.options import Options
-    from selenium.webdriver.chrome.service import Service
-
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("no browser: install chromium and chromium-driver to run this test")
-    options = Options()
-    options.binary_location = chromium
-    for argument in (
-        *("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"),
-        *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"),
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with webdriver.Chrome(options=options, service=Service(driver)) as started:
-        yield started
-
-
-def show(browser, width: int, path: Path) -> None:
-    from selenium.webdriver.support.wait import WebDriverWait
-
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    address = path.resolve().as_uri()
-    browser.get(address)
-    # On a busy machine `get` can return while the old document makes way for the new one.
-    loaded = "return document.URL === arguments[0] && document.readyState === 'complete' && document.body !== null"
-    WebDriverWait(browser, timeout=30).until(lambda _: browser.execute_script(loaded, address))
 
 
 @pytest.fixture(params=[390, 1280])

@@ -12,7 +12,7 @@ from matplotlib.text import Text
 
 from textguard.report.text_figures import draw_projection, draw_similarity
 from textguard.text.answers import Description
-from textguard.text.quality import assess, principal_components, unit_means
+from textguard.text.quality import measure_quality, principal_components, unit_means
 
 CLASSES = ["ship", "truck", "horse"]
 
@@ -31,7 +31,7 @@ def test_the_numbers_are_those_of_a_small_example():
         said("horse"),
     ]
     vectors = np.array([[3.0, 0.0], [0.0, 1.0], [0.0, 2.0], [0.6, 0.8]])
-    quality = assess(CLASSES, matrix, descriptions, np.array([0, 1, 2, 4]), vectors)
+    quality = measure_quality(CLASSES, matrix, descriptions, np.array([0, 1, 2, 4]), vectors)
     np.testing.assert_allclose(quality.similarity, [[1, 0, 0.6], [0, 1, 0.8], [0.6, 0.8, 1]])
     table = quality.per_class.set_index("class")
     assert list(table["nearest_wrong"]) == ["horse", "horse", "truck"]
@@ -58,7 +58,7 @@ def test_a_text_that_speaks_of_another_class_is_found():
         vectors += [centres[index] + 0.1 * rng.standard_normal(8) for _ in range(6)]
     vectors[5] = centres[1]  # says nothing of ships
     vectors[0] = centres[2]  # names ships, and speaks of horses
-    quality = assess(CLASSES, centres, descriptions, np.arange(18), np.array(vectors))
+    quality = measure_quality(CLASSES, centres, descriptions, np.arange(18), np.array(vectors))
     assert list(quality.per_class["strays"]) == [2, 0, 0]
     assert list(quality.per_class["off_class"]) == [1, 0, 0]
 

@@ -28,7 +28,7 @@ from textguard.vision.datasets import PackedSplit
 from textguard.vision.evaluation import predict
 from textguard.vision.order import epoch_order
 from textguard.vision.recipe import Recipe, load_recipe
-from textguard.vision.training import Epoch, train
+from textguard.vision.training import Epoch, Trainer, train
 from textguard.vision.transforms import TrainingView, evaluation_view, training_view
 
 CLASSES = 4
@@ -147,6 +147,34 @@ def test_wherever_it_is_killed_it_ends_with_the_same_bits(tmp_path, monkeypatch,
     model, found = trained(used, tmp_path / "killed", kind, report=seen.append)
     assert found == seen == history
     assert same(model, expected)
+
+
+def test_a_trainer_goes_on_from_the_state_of_another():
+    used = recipe(**EVERYTHING, precision="fp16")
+    one, other = (Trainer(network(TinyMobileNet), 40, CLASSES, used, seed=3, label="t") for _ in range(2))
+    batches = [*one.batches(view_of(used))]
+    assert len(batches) == STEPS
+    losses = [one.step(*batch) for batch in batches[:3]]
+    assert one.progress.loss == pytest.approx(8 * sum(losses))
+    assert one.progress.seen == 24
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    assert other.progress == one.progress
+    rest = [*other.batches(view_of(used))]
+    assert [labels.tolist() for _, labels in rest] == [labels.tolist() for _, labels in batches[3:]]
+    assert [one.step(*batch) for batch in batches[3:]] == [other.step(*batch) for batch in rest]
+    assert one.end_epoch() == other.end_epoch() == one.progress.history[0]
+    for trainer in (one, other):
+        trainer.end()
+    assert same(one.model, other.model)
+    assert same(one.model, one.average.module)
+
+
+def test_a_state_of_another_training_is_not_taken():
+    state = Trainer(network(), 40, CLASSES, recipe(), seed=3, label="t").state_dict()
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        Trainer(network(TinyMobileNet), 40, CLASSES, recipe(), seed=3, label="t").load_state_dict(state)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        Trainer(network(), 40, CLASSES, recipe(ema=True), seed=3, label="t").load_state_dict(state)
 
 
 def test_between_two_checkpoints_no_more_than_their_distance_is_lost(tmp_path, monkeypatch):

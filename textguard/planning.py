@@ -1,5 +1,6 @@
-"""What a run of the grid will take: images, injections, disk and hours, from measured speeds. Nothing here runs anything."""
+"""What a run of the grid will take: images, injections, disk and time, from measured speeds. Nothing here runs anything."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 # As the demo's campaigns left them in compressed Parquet: a row of plan.parquet and injections.parquet together; of
@@ -43,8 +44,8 @@ class Workload:
         per_injection = BYTES_PER_INJECTION + self.detectors * RERUN_SHARE * BYTES_PER_RERUN
         return round(4 * self.parameters + per_injection * self.injections + BYTES_PER_PREDICTION * self.test_images)
 
-    def hours(self, speeds: Speeds) -> dict[str, float]:
-        """Device-hours per stage.
+    def seconds(self, speeds: Speeds) -> dict[str, float]:
+        """Seconds of one device, per stage.
 
         `ranges` goes through the training images twice; `evaluate`, and `inject` to find out which images are eligible, once
         through the test images. Injections that a compared detector repeats are counted, layers that are enumerated are not.
@@ -53,4 +54,25 @@ class Workload:
         seconds = {"train": self.trained_images / speeds.training}
         seconds |= {stage: images / speeds.inference for stage, images in passes.items()}
         seconds["inject"] += self.injections * (1 + self.detectors * RERUN_SHARE) / speeds.injections
-        return {stage: value / 3600 for stage, value in seconds.items()}
+        return seconds
+
+
+DURATIONS = {"years": 365.25 * 86_400, "days": 86_400, "h": 3600, "min": 60, "s": 1}
+SIZES = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
+
+
+def duration(seconds: float) -> str:
+    """A time as a person says it: "40 min", "2.5 h", "180 years"; two digits, in the largest unit that it holds twice."""
+    return _rounded(seconds, DURATIONS, 2)
+
+
+def disk_size(size: float) -> str:
+    """A number of bytes as a person says it: "46 MB"; two digits, in the largest unit that it holds once."""
+    return _rounded(size, SIZES, 1)
+
+
+def _rounded(value: float, units: Mapping[str, float], least: float) -> str:
+    """The value to two digits, in the largest of the units of which it holds at least `least`, or in the smallest one."""
+    unit = next((name for name, size in units.items() if value >= least * size), list(units)[-1])
+    digits = float(f"{value / units[unit]:.2g}")
+    return f"{digits:,.0f} {unit}" if digits >= 10 else f"{digits:g} {unit}"

@@ -1,7 +1,7 @@
 """Stored answers: append-only JSON Lines, addressed by everything that can change an answer.
 
 One line per answer. `key` is a hash of the question, the number of the sample and the request (model, server, sampling
-parameters ...); `checksum` covers all else on the line, so that a damaged line is found and costs no other.
+parameters ...); `checksum` covers the rest of the line, so that a damaged line is found, and no other line is lost with it.
 """
 
 import errno
@@ -22,7 +22,7 @@ from textguard.errors import InvalidArtifact
 
 @dataclass(frozen=True)
 class StoredAnswer:
-    """One answer, as it was given. What nobody knows of it is None.
+    """One answer, as it was given. A field is None where its value is not known.
 
     request: what was asked for beside the question, None where a person wrote the answer. model: as the server names it.
     time: UTC, ISO 8601. finish_reason: stop, length (cut at the request's max_tokens), content_filter, refusal ...
@@ -50,7 +50,7 @@ class Store:
 
 
 def answer_key(question: str, sample: int, request: dict[str, Any] | None) -> str:
-    """32 hexadecimal digits that address the answer number `sample` (from 0) to a question asked like this."""
+    """32 hexadecimal digits: the address of answer number `sample` (from 0) to a question, under these request settings."""
     return _sha256({"question": question, "sample": sample, "request": request})[:32]
 
 
@@ -148,7 +148,7 @@ def open_log(path: Path) -> Iterator[AnswerLog]:
 
 
 def _mend_tail(file: FileIO) -> None:
-    """Complete a last line that lacks only its end, and cut off one of which a crash left a part."""
+    """Add the line end that a complete last line lacks, or cut off the part of a line that a crash left."""
     file.seek(0)
     tail = file.readall().rpartition(b"\n")[2]
     if not tail:

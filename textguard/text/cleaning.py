@@ -13,7 +13,7 @@ import ftfy
 from textguard.text.answers import Answer, Description
 
 FEWEST_WORDS = 4
-SURE = 0.5  # probability from which on another language is believed
+SURE = 0.5  # a text counts as another language from this probability on
 FLAGS = ("empty", "duplicate", "too_short", "unnamed", "not_english", "cut", "filtered", "refused")
 
 _OPENINGS = re.compile(
@@ -57,7 +57,7 @@ RULES: dict[str, Callable[[str], str]] = {
 
 
 def clean(answer: str) -> str:
-    """The answer without what RULES name, until none of them finds anything."""
+    """Apply RULES to an answer, again and again until none of them changes it."""
     before = None
     while answer != before:
         before = answer
@@ -67,7 +67,7 @@ def clean(answer: str) -> str:
 
 
 def describe(answers: Iterable[Answer]) -> list[Description]:
-    """Clean and flag answers; a duplicate is the second of two texts of a class that differ in case or punctuation at most."""
+    """Clean and flag answers. A text is a duplicate of an earlier one of its class if at most case and punctuation differ."""
     seen: set[tuple[str, str]] = set()
     descriptions = []
     for answer in answers:

@@ -35,18 +35,19 @@ PRICES = Path(__file__).with_name("prices.yaml")
 OPENAI_HOST = "https://api.openai.com/"
 LONGEST_BACKOFF_S = 60.0
 LONGEST_WAIT_S = 300.0  # a server that asks for more is asked again by the next run, not by this one
-FAILURES_IN_A_ROW = 10  # questions given up without an answer in between: the server is down
+FAILURES_IN_A_ROW = 10  # questions given up one after the other: the server is down
 PASSING = (408, 409, 425, 429)  # and 5xx: may succeed when repeated
 MESSAGE_TOKENS = 20  # around each message: role and separators, a generous guess
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """Whom to ask, and how: together with question and sample this is an answer's key.
+    """Which model to ask, and with which settings. With question and sample, they are the key of an answer.
 
     endpoint: responses, chat.completions or completions, below base_url. system: the system prompt, or None. temperature: None
-    leaves it to the server. max_tokens: an answer is cut there. stop: where an answer ends. seed: of sample 0, the next one's
-    is one more; None sends none. Raises InvalidParameter for what the endpoint does not take.
+    leaves it to the server. max_tokens: longer answers are cut. stop: texts at which an answer ends. seed: for sample 0; each
+    further sample has the next number; None sends no seed. Raises InvalidParameter for a setting that the endpoint does not
+    take.
     """
 
     endpoint: str
@@ -71,7 +72,7 @@ class LanguageModel:
                 )
 
     def request(self) -> dict[str, Any]:
-        """What is part of every key: all that is not None, so that a parameter added later leaves older keys as they are."""
+        """The settings in an answer's key: those that are not None, so that a setting added later leaves older keys valid."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def body(self, question: str, sample: int) -> dict[str, Any]:
@@ -90,17 +91,17 @@ class LanguageModel:
         return {name: value for name, value in body.items() if value not in (None, [])}
 
     def most_input_tokens(self, question: str) -> int:
-        """No tokenizer needs more: each token covers at least one byte."""
+        """The most tokens that any tokenizer can make of a request, because each token covers at least one byte."""
         return len((self.system or "").encode()) + len(question.encode()) + 2 * MESSAGE_TOKENS
 
 
 @dataclass(frozen=True)
 class Network:
-    """How to ask; changes no answer.
+    """How requests are sent. Nothing here changes an answer.
 
-    concurrency: requests at a time. timeout_s: the longest silence of a server within one request. attempts: for one answer.
-    backoff_s: the longest wait before the second attempt, doubled before each further one. max_requests, max_usd: of one run
-    of the stage, None for no limit.
+    concurrency: requests at a time. timeout_s: the longest silence of a server within one request. attempts: how often one
+    answer is asked for. backoff_s: the longest wait before the second attempt; it doubles before each further one.
+    max_requests, max_usd: limits for one run of the stage; None for no limit.
     """
 
     concurrency: int
@@ -124,14 +125,14 @@ class Price:
 
 
 def price_of(model: str) -> Price | None:
-    """The price of a model or of the model that this is a dated version of; None for one that prices.yaml does not list."""
+    """The price of a model. A dated version has its model's price. None for a model that prices.yaml does not list."""
     listed = yaml.safe_load(PRICES.read_text())["models"]
     price = listed.get(model) or listed.get(re.sub(r"-\d{4}-\d{2}-\d{2}$", "", model))
     return Price(price["input"] / 1e6, price["output"] / 1e6) if price else None
 
 
 @dataclass(frozen=True)
-class Estimate:
+class CostEstimate:
     """What a run would ask for. most_usd: None where the model's price is not known."""
 
     requests: int
@@ -140,19 +141,19 @@ class Estimate:
     most_usd: float | None
 
 
-def estimate(model: LanguageModel, wanted: Sequence[tuple[str, int]]) -> Estimate:
+def estimate(model: LanguageModel, wanted: Sequence[tuple[str, int]]) -> CostEstimate:
     """Estimate a run without asking: four characters per input token, answers as long as allowed, nothing repeated."""
     characters = sum(len(model.system or "") + len(question) for question, _ in wanted)
     given, taken = round(characters / 4) + MESSAGE_TOKENS * len(wanted), model.max_tokens * len(wanted)
     price = price_of(model.model)
-    return Estimate(len(wanted), given, taken, price and price.of(given, taken))
+    return CostEstimate(len(wanted), given, taken, price and price.of(given, taken))
 
 
 def ask(model: LanguageModel, network: Network, wanted: Sequence[tuple[str, int]], log: AnswerLog, label: str) -> None:
     """Ask for every (question, sample) and store each answer in `log` the moment it arrives.
 
-    Transport errors, HTTP 408, 409, 425, 429 and 5xx, bodies that are no answer and empty answers are asked for again. An
-    answer that was refused, filtered or cut was given and paid for: it is stored, and its finish_reason says so.
+    A request is repeated after a transport error, after HTTP 408, 409, 425, 429 and 5xx, and where the body holds no answer or
+    an empty one. An answer that was refused, filtered or cut is stored, because it was paid for; its finish_reason says so.
     Raises LanguageModelError when the server refuses (401, 403, 404, other 4xx) or keeps failing, BudgetExhausted, CannotWrite,
     InvalidParameter. Whatever was answered until then is stored.
     """
@@ -185,7 +186,7 @@ def _secret() -> str:
 
 
 class _Budget:
-    """Counts requests and dollars. No request starts that could exceed either, whatever those under way will cost."""
+    """Counts requests and dollars. A request starts only if both limits hold even when all requests under way cost the most."""
 
     def __init__(self, network: Network, price: Price | None) -> None:
         self._network, self.price = network, price
@@ -231,7 +232,7 @@ class _Budget:
 
 @dataclass
 class _Bill:
-    """The tokens of one request: the most it can need until its answer, or its failure, says otherwise."""
+    """The tokens of one request: the most that it can need, until its answer or its failure says how many they were."""
 
     input_tokens: int
     output_tokens: int
@@ -241,7 +242,7 @@ class _Bill:
 
 
 class _Passing(Exception):
-    """An attempt failed in a way that another one may not. wait_s: how long the server asks to wait."""
+    """An attempt failed, and the next one may succeed. wait_s: how long the server asks to wait."""
 
     def __init__(self, reason: str, wait_s: float = 0.0) -> None:
         super().__init__(reason)
@@ -316,7 +317,7 @@ class _Asker:
                     raise LanguageModelError(message) from None
                 self._resume_at = max(self._resume_at, time.monotonic() + failure.wait_s)
                 longest = min(LONGEST_BACKOFF_S, self._network.backoff_s * 2**attempt)
-                self._stop.wait(random.uniform(0, longest))  # jittered, so that the threads do not come back as one
+                self._stop.wait(random.uniform(0, longest))  # at random, so that the threads do not all come back at once
             else:
                 self._log.append(stored)
                 self._failed_in_a_row = 0
@@ -355,8 +356,8 @@ class _Asker:
     def _send(self, body: dict[str, Any], bill: _Bill) -> "_Reply":
         import openai
 
-        # Errors are told in words here and raised below, outside the handlers: the client's exceptions hold the request, and
-        # with it the key, and must not hang on to ours.
+        # The client's exceptions hold the request, and with it the key. Ours must not refer to them: so they are only made
+        # here, and raised below, outside the handlers.
         try:
             create = operator.attrgetter(self._model.endpoint)(self._client).with_raw_response.create
             content = create(**body).content
@@ -366,7 +367,7 @@ class _Asker:
                 return _Reply("", self._model.model, "content_filter", None, None)
             failure = self._refused(error)
         except openai.APIConnectionError as error:
-            # Whether the server answered, and bills, nobody knows: the reservation stands.
+            # Nobody knows whether the server answered and bills the request: what was reserved counts as spent.
             cause = error.__cause__ or error
             failure = _Passing(self._words(f"{type(cause).__name__}: {cause}"))
         else:
@@ -378,7 +379,7 @@ class _Asker:
 
     def _read(self, content: bytes) -> "_Reply":
         reply = READERS[self._model.endpoint](json.loads(content.decode()))
-        reply.text.encode()  # JSON can smuggle in halves of a surrogate pair, which no file takes
+        reply.text.encode()  # JSON can hold half of a surrogate pair, which cannot be written to a file
         return _Reply(
             reply.text.replace(self._secret, f"[{KEY_VARIABLE}]"),
             self._words(reply.model),
@@ -419,7 +420,7 @@ class _Asker:
         return f"{url} has no model {wanted!r} (any more); it offers {', '.join(names) or 'none'}"
 
     def _words(self, text: str) -> str:
-        """What a server says, fit to be shown: it may repeat the key."""
+        """What a server says, without the key, which it may repeat, and without control characters."""
         return printable(text.replace(self._secret, f"[{KEY_VARIABLE}]"))
 
 

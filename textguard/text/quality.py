@@ -20,16 +20,17 @@ class Quality:
     summary: dict[str, Any]
 
 
-def assess(
+def measure_quality(
     classes: Sequence[str], matrix_ce: np.ndarray, descriptions: Sequence[Description], rows: np.ndarray, vectors_ne: np.ndarray
 ) -> Quality:
-    """Assess class embeddings [C, E] and the texts behind them.
+    """Measure the quality of class embeddings [C, E] and of the texts behind them.
 
-    descriptions: all that was said; rows: which of them were embedded, as vectors [N, E]. Per class:
+    descriptions: all answers; rows: those that were embedded, as vectors [N, E]. Per class:
     nearest_wrong, cosine: the class whose embedding is most similar, and how similar it is.
-    spread: mean cosine distance of the texts from their mean direction; 0 where all say the same.
-    strays: texts that are nearer to another class's texts than to the others of their own; off_class: strays that do not even
-    name their class. Flags are counted over all answers, whether they were embedded or not.
+    spread: mean cosine distance of its texts from their mean direction; 0 where all texts have the same direction.
+    strays: texts that are more similar to another class's texts than to the other texts of their own class.
+    off_class: strays that do not name their class.
+    Flags are counted over all answers, whether they were embedded or not.
     """
     similarity = cosines(matrix_ce)
     others = similarity - 2 * np.eye(len(classes))
@@ -101,9 +102,9 @@ def unit_means(vectors_ne: np.ndarray, owners: np.ndarray, classes: int) -> tupl
 
 
 def _strays(unit_ne: np.ndarray, means_ce: np.ndarray, owners: np.ndarray) -> np.ndarray:
-    """Which texts are more similar to another class's mean than to that of their own without them."""
+    """Which texts are more similar to another class's mean than to the mean of the other texts of their own class."""
     counts = np.bincount(owners)[owners]
-    rest = means_ce[owners] * counts[:, None] - unit_ne  # zero for a class's only text, which has nothing to stray from
+    rest = means_ce[owners] * counts[:, None] - unit_ne  # zero where a class has one text, which is no stray
     own = (unit_ne * rest).sum(axis=1) / np.maximum(np.linalg.norm(rest, axis=1), 1e-12)
     cosine = unit_ne @ _unit(means_ce).T
     cosine[np.arange(len(owners)), owners] = -np.inf

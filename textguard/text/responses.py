@@ -19,7 +19,7 @@ from textguard.artifacts import read_json, reading, sha256_of_file
 from textguard.errors import InvalidArtifact, InvalidParameter, MissingAnswer, UnknownName
 from textguard.text.answers import Answer
 from textguard.text.cache import Store, answer_key, open_log, read_answers
-from textguard.text.language_models import Estimate, LanguageModel, Network, ask, estimate
+from textguard.text.language_models import CostEstimate, LanguageModel, Network, ask, estimate
 from textguard.text.providers import FEATURES
 from textguard.text.questions import Question
 
@@ -55,7 +55,7 @@ def ask_model(questions: list[Question], sources: Sources) -> list[Answer]:
     return _collect(questions, sources, read_answers([*sources.files, sources.log]))
 
 
-def estimate_model(questions: list[Question], sources: Sources) -> Estimate:
+def estimate_model(questions: list[Question], sources: Sources) -> CostEstimate:
     """What `ask_model` would ask for now. Asks nothing."""
     return estimate(_model(sources), _missing(questions, sources))
 

@@ -59,7 +59,7 @@ def _pretrained(spec: ClassifierSpec) -> dict[str, Tensor]:
         )
     try:
         return find_backbone(spec.backbone).pretrained()
-    except Exception as error:  # of two libraries, their servers and their caches
+    except Exception as error:  # two libraries, their servers and their caches have errors of their own
         raise InvalidArtifact(
             f"pretrained weights of {spec.backbone} cannot be had ({type(error).__name__}: {printable(str(error), 120)}); "
             "without a network, put them where torch hub (TORCH_HOME) or Hugging Face (HF_HOME) keeps its files, or "
@@ -75,7 +75,7 @@ def _published(path: Path) -> dict[str, Tensor]:
             f"a dictionary of {', '.join(map(str, content))}" if isinstance(content, dict) else f"a {type(content).__name__}"
         )
         raise InvalidArtifact(f"{path} holds no state dict, alone or under 'model', but {printable(found, 100)}; {WHERE}")
-    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}  # which DistributedDataParallel adds
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}  # DistributedDataParallel adds "module."
 
 
 def _ours(path: Path, spec: ClassifierSpec) -> dict[str, Tensor]:

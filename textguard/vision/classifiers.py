@@ -41,9 +41,10 @@ class TextGuidedClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class ClassifierSpec:
-    """What it takes to build a classifier and to prepare its images. width: E of the text-guided head; 0 for a baseline.
+    """All that is needed to build a classifier and to prepare its images.
 
-    image_size, resize_size, interpolation: see textguard.vision.transforms.evaluation_view.
+    width: E of the text-guided head; 0 for a baseline. image_size, resize_size, interpolation: see
+    textguard.vision.transforms.evaluation_view.
     """
 
     dataset: str
@@ -90,9 +91,9 @@ def load_classifier(path: Path) -> tuple[nn.Module, ClassifierSpec]:
 
 
 def misfit(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
-    """How tensors differ, by name and shape, from those that a model has; empty where they do not.
+    """How tensors differ from a model's, by name and shape. Empty where they do not differ.
 
-    The counters of BatchNorm may be missing, as they are in files from before there were any: nothing reads them.
+    BatchNorm's counters may be missing: older versions of torch wrote none, and nothing reads them.
     """
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: list(tensor.shape) for name, tensor in tensors.items()}

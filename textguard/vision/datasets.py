@@ -67,7 +67,7 @@ class IndexedSplit(Split):
 
     def __init__(self, index: pd.DataFrame, root: Path, *described: object) -> None:
         super().__init__(*described)
-        # Arrow's and numpy's arrays, since lists would be copied to every process that loads images, object by object.
+        # Arrays of Arrow and numpy, because a list's objects would be copied one by one to every process that loads images.
         self.paths, self.checksums = (index[name].astype("string[pyarrow]").array for name in ("path", "sha256"))
         self.sizes, self.root = index["bytes"].to_numpy(), root
 
@@ -113,8 +113,10 @@ def load_split(folder: Path, split: str, root: Path | None) -> Split:
 
 
 def data_root(source: str, folder: str | None, repository: Path) -> Path | None:
-    """The folder that holds a data set as it comes: `folder` (from the repository's root), or TEXTGUARD_DATA/SOURCE, or, for
-    what can be downloaded, data/downloads/SOURCE of the repository. None for a source without files. Raises InvalidParameter.
+    """The folder that holds a data set's own files; None for a source without files. Raises InvalidParameter.
+
+    It is `folder` (from the repository's root) where that is given, else TEXTGUARD_DATA/SOURCE where that is set, else, for a
+    data set that can be downloaded, data/downloads/SOURCE of the repository.
     """
     if source not in SOURCES:
         raise UnknownName("data set", source, SOURCES, "params.yaml datasets.*.source")
@@ -138,13 +140,16 @@ class Part:
 
     @property
     def packed(self) -> bool:
-        """Whether the pixels are at hand."""
+        """Whether `images` holds pixels, and not paths."""
         return isinstance(self.images, Tensor)
 
 
 @dataclass(frozen=True)
 class Content:
-    """A data set as it comes. parts: `train` and `test`, or `all`. mean, std: published ones; None: of the training images."""
+    """A data set as its files hold it.
+
+    parts: `train` and `test`, or `all`. mean, std: the published ones; with None, those of the training images are used.
+    """
 
     parts: dict[str, Part]
     classes: list[str]
@@ -256,7 +261,7 @@ def _imagenet(root: Path) -> Content:
 def imagenet_classes() -> list[str]:
     """ImageNet's 1,000 class names in the order of their WNIDs: OpenCLIP's, which are Radford et al.'s (2021).
 
-    Two of these stand for two classes each (`missile`, `sunglasses`). There, WordNet's first word takes over.
+    Two of these names stand for two classes each (`missile`, `sunglasses`). These classes get WordNet's first word instead.
     """
     import_torchvision()
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES as NAMES
@@ -282,7 +287,7 @@ def _own_folder(root: Path) -> Content:
 
 
 def spoken(folder: str) -> str:
-    """A folder's name as one would say it: `apple_pie` is "apple pie"."""
+    """A folder's name as a person would say it: `apple_pie` is "apple pie"."""
     return folder.replace("_", " ").strip()
 
 
@@ -291,7 +296,7 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 def _image_folder(root: Path, part: str, folders: list[str]) -> Part:
-    """The images of root/part/CLASS, for the class folders that there are to be. Raises InvalidArtifact for others."""
+    """The images of root/part/CLASS. Raises InvalidArtifact where the class folders are others than `folders`."""
     import_torchvision()
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
@@ -331,7 +336,7 @@ SOURCES = {
     "imagenet": Source(_imagenet, "local", "train/WNID/*.JPEG and val/WNID/*.JPEG"),
     "folder": Source(_own_folder, "local", "train/CLASS/ and test/CLASS/ (or val), or CLASS/ alone"),
 }
-# Images for training and for testing, and classes, as published; for what must be known before the data set is there.
+# Images for training, images for testing and classes, as published: for plans made before the data set is there.
 STANDARD_SIZES = {
     "digits": (1797, 0, 10),  # all in one
     "cifar10": (50_000, 10_000, 10),
@@ -355,7 +360,7 @@ def expected_sizes(source: str, *, test_share: float, limit_train: int, limit_te
 
 
 def read_source(source: str, root: Path | None) -> Content:
-    """A data set as it comes, downloaded where it is to lie in data/downloads and does not.
+    """Read a data set. One that belongs in data/downloads and is missing there is downloaded first.
 
     Raises InvalidArtifact for files that are missing or damaged, InvalidParameter for a folder that does not exist.
     """
@@ -375,7 +380,7 @@ def read_source(source: str, root: Path | None) -> Content:
                 )
     except TextguardError:
         raise
-    except Exception as error:  # of torchvision and of whatever unpacks the files
+    except Exception as error:  # torchvision and the libraries that unpack have errors of their own
         raise InvalidArtifact(f"{root} is no {source} ({error}); it must hold {known.layout}, complete") from error
     if len(set(content.classes)) < max(2, len(content.classes)) or not all(content.classes):
         twice = sorted({name for name in content.classes if content.classes.count(name) > 1})
@@ -384,7 +389,7 @@ def read_source(source: str, root: Path | None) -> Content:
 
 
 def _download(source: str, name: str, root: Path) -> None:
-    """Download by torchvision, which compares MD5s; the folder gets its name when all is there."""
+    """Download with torchvision, which compares MD5s. The folder gets its name when it is complete."""
     import_torchvision()
     from torchvision import datasets
 
@@ -404,7 +409,7 @@ def _download(source: str, name: str, root: Path) -> None:
 def make_splits(
     content: Content, source: str, *, test_share: float, split_seed: int, limit_train: int, limit_test: int
 ) -> dict[str, Part]:
-    """Training and test images: as they come, or drawn from the whole, stratified by class.
+    """Training and test images: the published split, or one that is drawn from all images, stratified by class.
 
     limit_train, limit_test: keep that many images of each split, stratified; 0 keeps all. Raises InvalidParameter for a split
     or limit that leaves a class without an image.
@@ -470,7 +475,7 @@ def index_files(part: Part, root: Path, *, checksum: bool, corrupt_share: float,
     found = []
     with ProcessPoolExecutor(processes) as pool:
         results = pool.map(look, part.images, chunksize=64)
-        # Behind the start of the processes, which would copy the locks of the bar's thread.
+        # The bar comes after the start of the processes, because they would copy the locks of the bar's thread.
         with progress(total=len(part.images), label=label, unit="img") as bar:
             for result in results:
                 found.append(result)
@@ -497,7 +502,7 @@ def _look(root: Path, checksum: bool, path: str) -> tuple[int, int, int, str, st
         content = (root / path).read_bytes()
         image = Image.open(io.BytesIO(content))
         width, height = image.size
-        image.draft("RGB", (1, 1))  # of a JPEG, all is read, but decoded at an eighth of its size
+        image.draft("RGB", (1, 1))  # a JPEG is read to its end, but decoded at an eighth of its size
         image.load()
     except Exception as error:
         return 0, 0, 0, "", printable(f"{type(error).__name__}: {error}", 100)

@@ -23,7 +23,7 @@ class Cost:
 
 @torch.inference_mode()
 def predict(model: nn.Module, view: EvaluationView, batch_size: int, label: str = "evaluate") -> pd.DataFrame:
-    """Predict every image of a view, on the model's device; with WORLD_SIZE in the environment, each process its part.
+    """Predict every image of a view, on the model's device. With WORLD_SIZE in the environment, each process predicts a part.
 
     Returns, in every process, one row per image: image (position), label, prediction, loss (cross entropy, nats), top2diff
     (0 to 1).
@@ -32,7 +32,7 @@ def predict(model: nn.Module, view: EvaluationView, batch_size: int, label: str 
     device = next(model.parameters()).device
     rank, processes = join_processes(device)
     rows = torch.arange(rank, len(view), processes)
-    found = torch.zeros(len(view), 3, device=device)  # others' rows stay 0, and are added up
+    found = torch.zeros(len(view), 3, device=device)  # rows of other processes stay 0: the sum over processes holds all rows
     with progress(total=len(rows), label=label, unit="img", shown=rank == 0) as bar:
         batches = rows.split(batch_size)
         for part, (images, labels) in zip(
@@ -67,7 +67,7 @@ def measure_cost(model: nn.Module, image: Tensor) -> Cost:
 
 
 def score_scale(model: nn.Module) -> float:
-    """What the last layer's outputs are multiplied by to give the logits: 1, but for a text-guided head."""
+    """The factor between the last layer's outputs and the logits. It is 1 for all heads but the text-guided one."""
     return model.logit_scale.exp().item() if isinstance(model, TextGuidedClassifier) else 1.0
 
 

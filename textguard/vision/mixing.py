@@ -8,12 +8,12 @@ from textguard.vision.recipe import Recipe
 
 
 def mix(images: Tensor, labels: Tensor, classes: int, recipe: Recipe, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Images [B, 3, H, W] and labels [B] as mixed images and targets [B, C], float32 with rows that sum to 1.
+    """Mix images [B, 3, H, W] and labels [B]. Returns mixed images and targets [B, C], float32 with rows that sum to 1.
 
-    By mixup or CutMix, one of the two at random for the whole batch where the recipe has both; with neither, only the labels
-    become one-hot. An image's partner is the one before it, the first one's the last. So a process that holds a part of a batch
-    gets its part of the whole batch's result by handing in the image before its first as well, with a generator of the same
-    state as the others', and dropping the first row of what comes out.
+    The recipe has mixup, CutMix, or both; of both, one is drawn for the whole batch. With neither, the images stay as they are
+    and the labels become one-hot. An image's partner is the image before it; the first one's partner is the last.
+    A process that holds a part of a batch gets its part of the whole batch's result like this: it hands in the image before its
+    part too, with a generator of the same state as the other processes', and drops the first row of the result.
 
     Source: Zhang et al., "mixup", ICLR 2018; Yun et al., "CutMix", ICCV 2019; as in torchvision's references/classification.
     """
@@ -31,12 +31,12 @@ def mix(images: Tensor, labels: Tensor, classes: int, recipe: Recipe, generator:
 
 
 def mixup(images: Tensor, targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """`share` of each image and of its target [B, C], and the rest of their partners'."""
+    """Each image and target [B, C] times `share`, plus its partner times the rest."""
     return tuple(own * share + own.roll(1, 0) * (1 - share) for own in (images, targets))
 
 
 def cutmix(images: Tensor, targets: Tensor, cut: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
-    """The partners' pixels inside the rows and columns `cut`, each image's own outside; targets [B, C] by area."""
+    """Each image with its partner's pixels inside the rows and columns `cut`. Targets [B, C] are mixed by area."""
     mixed = images.clone()
     mixed[..., *cut] = images.roll(1, 0)[..., *cut]
     share = 1 - mixed[0, 0, *cut].numel() / mixed[0, 0].numel()
@@ -44,7 +44,7 @@ def cutmix(images: Tensor, targets: Tensor, cut: tuple[slice, slice]) -> tuple[T
 
 
 def box(height: int, width: int, centre: tuple[int, int], share: float) -> tuple[slice, slice]:
-    """Rows and columns around `centre` that take 1 - share of an image's area, where they do not end at its edge."""
+    """Rows and columns around `centre` that have 1 - share of an image's area, or less where its edge cuts them off."""
     side = 0.5 * (1 - share) ** 0.5
     halves = int(side * height), int(side * width)
     return tuple(

@@ -20,10 +20,10 @@ POSITION_TABLES = ("class_token", "position_embedding", "relative_position_bias_
 def learning_rate_at(step: int, steps_per_epoch: int, recipe: Recipe) -> float:
     """The learning rate of optimiser step `step`, counted from 0 over the whole training.
 
-    Linearly from warmup_start of the peak to the peak over warmup_epochs; then multiplied by gamma every step_epochs (`step`)
-    or every epoch (`exponential`), or along half a cosine to min_learning_rate, which would be reached after the last epoch. It
-    changes from epoch to epoch, as in torchvision's references, or from step to step (schedule_per). Peak and minimum grow
-    linearly with batch_size from what the recipe states for base_batch_size.
+    Over warmup_epochs it grows linearly, from warmup_start times the peak to the peak. Then it is multiplied by gamma every
+    step_epochs (`step`) or every epoch (`exponential`), or follows half a cosine (`cosine`) that would reach min_learning_rate
+    after the last epoch. schedule_per says whether it changes from epoch to epoch, as in torchvision's references, or from step
+    to step. The recipe states peak and minimum for base_batch_size; both grow linearly with batch_size.
     """
     scale = recipe.batch_size / recipe.base_batch_size
     peak, lowest = scale * recipe.learning_rate, scale * recipe.min_learning_rate
@@ -41,8 +41,9 @@ def learning_rate_at(step: int, steps_per_epoch: int, recipe: Recipe) -> float:
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     """The trained parameters of a model for an optimiser, one group per weight decay.
 
-    A bias, also that of a norm layer, has bias_weight_decay; a position table or class token position_weight_decay; what else a
-    norm layer has norm_weight_decay; all others, and those whose own is null, weight_decay.
+    Biases, those of norm layers included, have bias_weight_decay. Position tables and class tokens have position_weight_decay.
+    The other parameters of norm layers have norm_weight_decay. All other parameters have weight_decay, and so have those whose
+    own value is null.
     """
     groups: dict[float, list[Tensor]] = {}
     for module in model.modules():
@@ -67,10 +68,10 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> optim.Optimizer:
 
 
 class Ema(AveragedModel):
-    """The exponential moving average of a model's parameters and buffers, which is what is evaluated and saved.
+    """The exponential moving average of a model's parameters and buffers. It is what is evaluated and saved.
 
-    `module` is the averaged model, state_dict() all of the state. Every ema_steps steps, the average takes over a share of
-    (1 - ema_decay) * batch_size * ema_steps / epochs, at most all, of the model.
+    `module` is the averaged model. Every ema_steps steps, the average moves towards the model by a share of
+    (1 - ema_decay) * batch_size * ema_steps / epochs of their distance, or by all of it where that is more than 1.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
@@ -79,9 +80,10 @@ class Ema(AveragedModel):
         self.every, self.warmup_epochs = recipe.ema_steps, recipe.warmup_epochs
 
     def after_step(self, model: nn.Module, step: int, steps_per_epoch: int) -> None:
-        """To be called after each optimiser step, counted from 0 over the whole training.
+        """Move the average, if it is time to; to be called after each optimiser step, counted from 0 over the whole training.
 
-        Averages after the first step of an epoch and every ema_steps thereafter; while the learning rate warms up, it copies.
+        It is time after an epoch's first step and after every ema_steps steps from there. While the learning rate warms up, the
+        average becomes a copy of the model.
         """
         epoch, place = divmod(step, steps_per_epoch)
         if place % self.every == 0:

@@ -16,13 +16,14 @@ def steps_per_epoch(samples: int, recipe: Recipe) -> int:
 def epoch_order(samples: int, recipe: Recipe, seed: int, epoch: int) -> Tensor:
     """What an epoch, counted from 0, looks at: int64 [steps * B, 2] of (image, visit), with B = min(batch_size, samples).
 
-    B rows are the batch of one step, for all processes together; a process takes a part of each batch. A visit is the number of
-    the look at an image, as augmentation needs it. A rest smaller than a batch is left out, other images in each epoch: every
-    step has the batch that the learning rate is meant for. The order depends on (seed, epoch) and the sizes alone.
+    B rows are the batch of one step, for all processes together; a process takes a part of each batch. A visit is the number
+    of a look at an image, on which augmentation depends. Images that do not fill a last batch are left out, since the learning
+    rate is meant for whole batches; every epoch leaves out others. The order depends on (seed, epoch) and the sizes alone.
 
-    With repeated augmentation the epoch is as long, over fewer images: each is in it repeated_augmentation times, all in one
-    batch unless that ends in between. In a batch all first visits come before all second ones, so that neighbours, which are
-    mixed, are different images. Source: Hoffer et al., "Augment your batch", CVPR 2020, as torchvision's references' RASampler.
+    With repeated augmentation, an epoch has as many steps, but fewer images, each repeated_augmentation times. The visits of an
+    image are in one batch, unless the batch ends between them. A batch has all first visits before all second ones, so that
+    neighbours are different images: mixing mixes neighbours. Source: Hoffer et al., "Augment your batch", CVPR 2020, as the
+    RASampler of torchvision's references.
     """
     times, steps = recipe.repeated_augmentation, steps_per_epoch(samples, recipe)
     digest = hashlib.sha256(f"textguard order {seed} {epoch}".encode()).digest()

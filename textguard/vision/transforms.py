@@ -20,12 +20,12 @@ import_torchvision()
 from torchvision.transforms import InterpolationMode, v2  # noqa: E402 (as import_torchvision imports it)
 from torchvision.transforms.v2 import functional as F  # noqa: E402
 
-PREPARED_BYTES = 2**28  # resized images of a split that are kept in memory, at most
-SMALL = 64  # pixels a side, up to which packed images are prepared faster than processes could send them
+PREPARED_BYTES = 2**28  # a split's resized images are kept in memory up to this size
+SMALL = 64  # pixels a side; smaller packed images are prepared faster than another process could send them
 
 
 class ImageRecipe(Protocol):
-    """What of a recipe concerns images; see textguard.vision.recipe.Recipe."""
+    """The fields of a recipe that concern images; see textguard.vision.recipe.Recipe."""
 
     image_size: int
     resize_size: int
@@ -56,7 +56,7 @@ class EvaluationView(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
-        indices = [int(index) for index in indices]  # of a list, range, array or tensor
+        indices = [int(index) for index in indices]  # from a list, range, array or tensor
         if self.prepared is not None:
             images = self._normalise(self.prepared[indices])
         elif isinstance(self.split, PackedSplit):
@@ -129,12 +129,12 @@ def training_view(split: Split, recipe: ImageRecipe, seed: int) -> TrainingView:
 
 
 def augmentation(recipe: ImageRecipe, mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:
-    """From uint8 [3, H, W] to float32 [3, S, S], drawing from the global generators.
+    """A function from uint8 [3, H, W] to float32 [3, S, S] that draws from the global generators.
 
-    In the order of torchvision's references/classification, ClassificationPresetTrain: crop, flip, automatic augmentation,
-    normalisation, random erasing. crop: `none` resizes and crops as for evaluation; `padded` resizes in the same way and crops
-    at random, with crop_padding black pixels around. auto_augment: `trivial_augment_wide`, or a policy of timm, as in
-    `rand-m9-mstd0.5-inc1`. Raises InvalidParameter for a policy that timm does not know.
+    Its steps have the order of ClassificationPresetTrain in torchvision's references/classification: crop, flip, automatic
+    augmentation, normalisation, random erasing. crop: `none` resizes and crops as for evaluation; `padded` resizes in the same
+    way, adds crop_padding black pixels on each side, and crops at random. auto_augment: `trivial_augment_wide`, or a policy of
+    timm such as `rand-m9-mstd0.5-inc1`. Raises InvalidParameter for a policy that timm does not know.
     """
     how, size = InterpolationMode(recipe.interpolation), recipe.image_size
     steps: list[Callable[[Tensor], Tensor]] = []
@@ -179,7 +179,7 @@ def _timm_policy(recipe: ImageRecipe, mean: Sequence[float]) -> Callable:
 
 @contextmanager
 def _seeded(seed: int, index: int, visit: int) -> Iterator[None]:
-    """torch's, numpy's and Python's global generators start from these three numbers, and are put back afterwards."""
+    """Seed torch's, numpy's and Python's global generators with these three numbers, and put them back afterwards."""
     digest = hashlib.sha256(f"textguard image {seed} {index} {visit}".encode()).digest()
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     # Not torch.manual_seed, which would reseed every GPU as well.
@@ -201,10 +201,10 @@ def image_loader(
     batches: Iterable[Sequence] | None = None,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Batches of a view: `batch_size` images each in their order, or what `batches` lists (keys of the view, per batch).
+    """Batches of a view: `batch_size` images each, in their order, or those that `batches` lists, as keys of the view.
 
-    TEXTGUARD_WORKERS processes read ahead; by default none for small images that lie in memory. Neither draws from torch's
-    global generator.
+    TEXTGUARD_WORKERS processes read ahead; by default none do for small images that lie in memory. Loading draws nothing from
+    torch's global generator.
     """
     at_hand = isinstance(view.split, PackedSplit) and view.image_size <= SMALL
     order = {"batch_size": batch_size} if batches is None else {"batch_sampler": batches}
