@@ -20,7 +20,6 @@ from textguard.text.embeddings import (
     save_class_embeddings,
 )
 from textguard.text.encoders import EncodedTexts, encode
-from textguard.text.providers import FEATURES
 
 
 def main(params: Params, key: str) -> None:
@@ -38,9 +37,9 @@ def main(params: Params, key: str) -> None:
         raise InvalidParameter(f"class {silent[0]!r} has no text left (and {len(silent) - 1} more); see {where}")
 
     make_deterministic(0)
-    if wanted.provider == FEATURES:
-        file = Path(params.root) / texts.files[0]
-        encoder = f"{FEATURES}:{file.name}"
+    if texts.features:
+        file = Path(params.root) / texts.features
+        encoder = f"features:{file.name}"
         encoded = EncodedTexts(load_text_features(file, classes), sha256_of_file(file, ""), 0)
     else:
         encoder, encoded = params.encoder, encode(params.encoder, [said.text for said in used], pick_device())

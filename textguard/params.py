@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from textguard.errors import InvalidParameter, UnknownName
-from textguard.text.providers import with_defaults
+from textguard.text.providers import FEATURES, with_defaults
 from textguard.vision.recipe import FAMILIES, Recipe, library_fields
 
 PARAMS_FILE = Path("params.yaml")
@@ -184,6 +184,11 @@ class ClassTexts:
     def files(self) -> list[str]:
         """The files that answers come from, relative to the repository's root."""
         return [file.replace("{dataset}", self.dataset) for file in self.params.cache]
+
+    @property
+    def features(self) -> str | None:
+        """The file of published text features that takes the place of encoded texts; None where texts are encoded."""
+        return self.files[0] if self.params.provider == FEATURES else None
 
 
 @dataclass(frozen=True, config=_strict)

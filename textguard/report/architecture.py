@@ -21,7 +21,6 @@ from textguard.report.drawing import NOTE_SIZE
 from textguard.report.theme import backbone_name
 from textguard.report.variants import Variant
 from textguard.schema.results import BASELINE, RunResult
-from textguard.text.providers import FEATURES
 
 INK = "#333333"
 WIDTH = 7.8  # inches, as is every length below
@@ -138,7 +137,7 @@ def _source(run: RunResult, params: Params) -> str:
     if weights := params.weights.get(f"{run.backbone}-{run.variant}"):
         return Path(weights.file or weights.source).name
     texts = params.class_texts.get(f"{run.dataset}-{run.variant}")
-    return Path(texts.files[0]).name if texts and texts.params.provider == FEATURES else ""
+    return Path(texts.features).name if texts and texts.features else ""
 
 
 def draw_architecture(variants: Sequence[Variant], title: str, params: Params) -> tuple[Figure, pd.DataFrame]:
