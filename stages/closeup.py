@@ -8,12 +8,14 @@ import pandas as pd
 
 from stages.loading import LoadedRun, load_run
 from stages.settings import campaign_settings
-from textguard.artifacts import read_parquet, write_json, write_parquet
+from textguard.artifacts import read_parquet, write_parquet
 from textguard.closeup import LOOKS, CamModel, count_magnitudes, damaged_states, look_at, shifts, worst_injection
 from textguard.errors import UnsupportedModel
 from textguard.faults import CampaignSettings, protect
 from textguard.faults.profiling import largest_outputs
 from textguard.params import CloseupParams, Params
+from textguard.schema.base import write
+from textguard.schema.closeup import CloseUp
 from textguard.vision.transforms import image_loader
 
 RECORDS = ["layer", "index", "neuron", "bit", "golden_loss", "faulty_loss"]
@@ -33,9 +35,9 @@ def main(params: Params, key: str) -> None:
     except UnsupportedModel as error:
         looks, content["cam"] = pd.DataFrame(columns=LOOKS), {"skipped": str(error)}
     else:
-        looks, content["cam"] = _look(cam, run, records, settings, profiled, params.closeup)
+        looks, content["cam"] = _look(cam, run, records, settings, profiled, params.closeup, params.statistics.confidence)
     write_parquet(Path("metrics") / "closeup" / f"{key}.parquet", looks)
-    write_json(Path("metrics") / "closeup" / f"{key}.json", content)
+    write(Path("metrics") / "closeup" / f"{key}.json", CloseUp, content)
 
 
 def _look(
@@ -45,6 +47,7 @@ def _look(
     settings: CampaignSettings,
     profiled: dict[str, float],
     closeup: CloseupParams,
+    confidence: float,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The class activation maps before and after faults, and what they come to."""
     # The backbone's last layer and the head differ from variant to variant: only before them can faults be the same.
@@ -55,7 +58,7 @@ def _look(
     positions = np.sort(np.random.default_rng(closeup.seed).choice(len(run.view), count, replace=False)).tolist()
     looks = look_at(cam, run.view, positions, states, settings.batch_size, f"closeup {run.key}")
     found = {"layer": cam.place.name, "places": cam.place.side**2, "images": count, "detector": settings.detector}
-    found |= shifts(looks)
+    found |= {"confidence": confidence, **shifts(looks, confidence)}
     if not weights.empty:
         found["weights"] |= {"flips": len(weights)}
     if not worst.empty:

@@ -1,10 +1,12 @@
 """Measure one classifier without faults: accuracy, loss, Top2Diff, parameters, multiply-adds."""
 
 from stages.loading import load_run
-from textguard.artifacts import write_csv, write_json, write_parquet
+from textguard.artifacts import write_csv, write_parquet
 from textguard.estimates.statistics import mean_estimate, rate_estimate
 from textguard.params import Params
 from textguard.runtime import describe_device, join_processes
+from textguard.schema.base import write
+from textguard.schema.evaluation import Evaluation
 from textguard.vision.evaluation import accuracy_by_threshold, measure_cost, predict, score_scale
 
 BATCH_SIZE = 256
@@ -19,8 +21,9 @@ def main(params: Params, key: str) -> None:
     correct = int((predictions["prediction"] == predictions["label"]).sum())
     write_parquet(run.records / "predictions.parquet", predictions)
     write_csv(run.folder / "thresholds.csv", accuracy_by_threshold(predictions))
-    write_json(
+    write(
         run.folder / "evaluation.json",
+        Evaluation,
         {
             "top1": rate_estimate(correct, len(predictions)).as_json(),
             "loss": mean_estimate(predictions["loss"].to_numpy(dtype=float)).as_json(),

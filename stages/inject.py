@@ -7,13 +7,15 @@ import pandas as pd
 
 from stages.loading import load_run
 from stages.settings import campaign_settings
-from textguard.artifacts import fingerprint, work_dir, write_json, write_parquet
+from textguard.artifacts import fingerprint, work_dir, write_parquet
 from textguard.faults import Campaign, protect
 from textguard.faults.execution import no_records
 from textguard.faults.plans import PLAN_COLUMNS
 from textguard.faults.profiling import largest_outputs
 from textguard.params import Params
 from textguard.runtime import describe_device, join_processes
+from textguard.schema.base import write
+from textguard.schema.campaign import StoredCampaign
 from textguard.vision.transforms import image_loader
 
 
@@ -36,4 +38,4 @@ def main(params: Params, key: str) -> None:
         write_parquet(run.records / "plan.parquet", records[PLAN_COLUMNS], {"seed": str(inject.seed)})
         write_parquet(run.records / "injections.parquet", records, metadata)
         write_parquet(run.records / "detectors.parquet", pd.concat(changed), metadata)
-        write_json(run.folder / "campaign.json", campaign.as_json(totals) | {"settings": settings})
+        write(run.folder / "campaign.json", StoredCampaign, campaign.as_json(totals) | {"settings": settings})

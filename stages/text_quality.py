@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
-from textguard.artifacts import read_classes, read_records, read_safetensors, reading, write_csv, write_json
+from textguard.artifacts import read_classes, read_records, read_safetensors, reading, write_csv
 from textguard.errors import InvalidArtifact
 from textguard.params import Params
 from textguard.report.text_figures import draw_projection, draw_similarity
+from textguard.schema.base import write
+from textguard.schema.texts import TextQuality
 from textguard.text.answers import Description
 from textguard.text.embeddings import load_class_embeddings
 from textguard.text.quality import measure_quality, principal_components, unit_means
@@ -33,4 +35,5 @@ def main(params: Params, text: str) -> None:
     draw_projection(points_n2, owners, means_c2, classes, shown, f"{text}: texts", figures / "projection", dpi)
     metrics = Path("metrics") / "texts"
     write_csv(metrics / f"{text}.csv", quality.per_class)
-    write_json(metrics / f"{text}.json", quality.summary | {"encoder": embeddings.encoder, "shortened": embeddings.shortened})
+    said = {"encoder": embeddings.encoder, "shortened": embeddings.shortened}
+    write(metrics / f"{text}.json", TextQuality, quality.summary | said)

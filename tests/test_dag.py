@@ -63,7 +63,7 @@ def test_dvc_draws_every_plot_for_every_run_of_the_grid(finished):
 
 def test_another_confidence_reruns_no_campaign(checkout):
     change(checkout, "statistics.confidence", 0.95)
-    assert repro(checkout)[0] == stages("results", "tables", "figures", "report")
+    assert repro(checkout)[0] == stages("closeup", "results", "tables", "figures", "report")
 
 
 def test_a_question_retrains_all_but_the_baseline(checkout):

@@ -394,7 +394,7 @@ def _png(view: EvaluationView, image: Tensor) -> bytes:
     return file.getvalue()
 
 
-def shifts(looks: pd.DataFrame) -> dict[str, Any]:
+def shifts(looks: pd.DataFrame, confidence: float = CONFIDENCE) -> dict[str, Any]:
     """State -> how far its maps are from the golden ones, with intervals over images. looks: as `look_at` returns them."""
     by_state = dict(iter(looks.groupby("state", sort=False)))
     golden = by_state.pop("golden")
@@ -404,9 +404,9 @@ def shifts(looks: pd.DataFrame) -> dict[str, Any]:
         same = (golden["prediction"].to_numpy() == faulty["prediction"].to_numpy()) & faulty["finite"].to_numpy()
         found[state] = {
             "finite": int(faulty["finite"].sum()),
-            "rank_correlation": mean_over_images([rank_correlation(*pair) for pair in pairs]).as_json(),
-            "overlap": mean_over_images([overlap(*pair) for pair in pairs]).as_json(),
-            "changed": rate_estimate(int((~same).sum()), len(faulty)).as_json(),
+            "rank_correlation": mean_over_images([rank_correlation(*pair) for pair in pairs], confidence).as_json(),
+            "overlap": mean_over_images([overlap(*pair) for pair in pairs], confidence).as_json(),
+            "changed": rate_estimate(int((~same).sum()), len(faulty), confidence).as_json(),
         }
     return found
 

@@ -1,6 +1,8 @@
 """What all models share: estimates with their intervals, units, reading with one clear error."""
 
+import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -16,7 +18,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from textguard.artifacts import reading
+from textguard.artifacts import reading, write_json
 from textguard.errors import InvalidArtifact
 from textguard.estimates.statistics import Estimate
 
@@ -76,6 +78,11 @@ class Measured(Estimate):
 
 def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
+
+
+def write(path: Path, kind: type[Stored], content: Mapping[str, Any]) -> None:
+    """Write what a stage has found as JSON. content: the model's fields, as JSON has them, of which it must have every one."""
+    write_json(path, kind.model_validate_json(json.dumps(content)).as_json())
 
 
 def read(path: Path, made_by: str, kind: type[Kind]) -> Kind:
