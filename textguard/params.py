@@ -8,7 +8,6 @@ defaults, and a grid may leave it out.
 
 import itertools
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -324,7 +323,10 @@ class Params:
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML 1.2's booleans, as DVC reads and writes them: true and false. In YAML 1.1 "off", a detector, is false."""
+    """YAML 1.2's booleans and numbers, as DVC reads and writes them.
+
+    In YAML 1.1, PyYAML's, "off", a detector, is false, and 1e-05 is a text.
+    """
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (as PyYAML has it)
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
@@ -333,6 +335,9 @@ class _Yaml(yaml.SafeLoader):
 
 
 _Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
@@ -478,20 +483,11 @@ def _one_line(error: ValidationError, kind: type, path: Path, section: tuple[str
         message = f"unknown key {place!r} in {path}; known: {', '.join(known)}"
     elif first["type"] in ("missing", "missing_argument"):
         message = f"key {place!r} is missing in {path}"
-    elif first["type"] == "float_type" and _is_number(first["input"]):
-        message = f"{place} is {first['input']} in {path}, which YAML takes for a text; write 0.001 or 1.0e-3, not 1e-3"
     elif first["type"] == "value_error":  # of a dataclass's own check, which names the key
         message = f"{place}.{first['ctx']['error']}, in {path}"
     else:
         message = f"{place} is {json.dumps(first['input'])[:60]} in {path}: {first['msg']}"
     return message + (f" (and {len(more)} more)" if more else "")
-
-
-def _is_number(text: object) -> bool:
-    try:
-        return math.isfinite(float(str(text)))
-    except ValueError:
-        return False
 
 
 def _known_keys(schema: dict[str, Any], loc: tuple[int | str, ...]) -> list[str]:
