@@ -21,7 +21,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from textguard.errors import InvalidParameter, UnknownName
-from textguard.text.providers import with_defaults
+from textguard.text.providers import FEATURES, with_defaults
 from textguard.vision.recipe import FAMILIES, Recipe, library_fields
 
 PARAMS_FILE = Path("params.yaml")
@@ -430,6 +430,10 @@ def _check_references(params: Params, path: Path) -> None:
         if text.limit_questions > len(text.questions):
             given = f"texts.{name}.limit_questions is {text.limit_questions}"
             raise InvalidParameter(f"{path} {given}, but there are {len(text.questions)} questions")
+        if text.provider == FEATURES and text.templates:
+            raise InvalidParameter(
+                f"{path} texts.{name}.templates must be []: {FEATURES!r} has vectors, which no text can join"
+            )
     known = dict.fromkeys([BASELINE, RANDOM, *params.texts])
     for number, variant in enumerate(params.variants):
         lookup(known, "variant", variant, f"{path} variants.{number}; all but baseline and random are described in texts")
