@@ -20,6 +20,8 @@ from smoke_grid import ALL, repro, run
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+pytest_plugins = ["bad_input_grid"]
+
 # What a checkout needs for `dvc repro`; the tests copy it, so that they can change and break it.
 CHECKOUT = ("dvc.yaml", "params.yaml", ".dvc", ".dvcignore", ".gitignore", "stages", "textguard", "prompts/cache")
 GRID_FILES = ("dvc.yaml", "params.yaml", ".dvc", ".dvcignore")
