@@ -203,14 +203,23 @@ def test_names_whose_hyphens_make_two_into_one_are_refused(untouched, names, mes
     says(untouched.fails("check"), "InvalidParameter", "params.yaml", message, "hyphen")
 
 
-def test_hyphens_that_keep_names_apart_are_welcome(untouched):
-    untouched.change("backbones", {"resnet-18": {"network": "resnet18"}, "resnet": {"network": "resnet34"}})
-    assert untouched.run("check") == (0, [])
+RIGHT_VALUES = {
+    "variants without and with texts": ("variants", ["random", "descriptions", "baseline"]),
+    "several seeds": ("seeds", [1, 0, 2**63 - 1]),
+    "nothing but a recipe's fields": ("backbones.resnet18", {}),
+    "recipe of another family": ("backbones.resnet18.recipe", "mobilenet"),
+    "network of a library with a recipe": ("backbones.small", {"network": "timm:resnet18d", "recipe": "resnet"}),
+    "two backbones of one network": ("backbones.resnet-18_b", {"network": "resnet18", "epochs": 7}),
+    "hyphens that keep names apart": ("backbones", {"a-b": {"network": "resnet18"}, "a": {"network": "resnet34"}}),
+    "nothing but a provider and questions": ("texts.descriptions", TEMPLATE),
+    "texts that no run needs": ("texts.template", TEMPLATE),
+    "colour of a variant": ("figures.colours", {"descriptions": "#0072B2", "random": "#000000"}),
+}
 
 
-def test_what_a_recipe_or_provider_or_section_has_by_default_may_be_left_out(untouched):
-    untouched.change("backbones.resnet18", {})
-    untouched.change("texts.descriptions", dict(TEMPLATE))
+@pytest.mark.parametrize(("place", "value"), RIGHT_VALUES.values(), ids=RIGHT_VALUES)
+def test_a_right_value_is_taken(untouched, place, value):
+    untouched.change(place, value)
     assert untouched.run("check") == (0, [])
 
 

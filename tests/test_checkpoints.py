@@ -253,6 +253,14 @@ def test_weights_are_checked_before_anything_runs(grid, name, source, sha256, me
     assert f"weights.{name}" in str(raised.value)
 
 
+def test_the_file_of_weights_is_known_from_their_source(grid):
+    pretrained, published = {"source": "torchvision", "sha256": None}, {"source": "published:w/m.pth", "sha256": SHA256}
+    weights = grid(weights={BASELINE_WEIGHTS: pretrained, GUIDED_WEIGHTS: published}).weights
+    assert (weights[BASELINE_WEIGHTS].file, weights[GUIDED_WEIGHTS].file) == (None, "w/m.pth")
+    own = {"source": "m.safetensors", "sha256": SHA256}
+    assert grid(weights={BASELINE_WEIGHTS: own}).weights[BASELINE_WEIGHTS].file == "m.safetensors"
+
+
 def test_a_campaign_can_be_run_without_training(grid, tmp_path):
     """The stage writes what the others read: a model with the run's spec, and a curve without points."""
     params = grid()
