@@ -20,11 +20,7 @@ TEMPLATES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("questions", "parts"),
-    TEMPLATES.values(),
-    ids=TEMPLATES,
-)
+@pytest.mark.parametrize(("questions", "parts"), TEMPLATES.values(), ids=TEMPLATES)
 def test_a_question_that_cannot_be_asked_is_named(grid, questions, parts):
     grid.change("texts.descriptions.questions", questions)
     says(grid.fails("prompts", TEXT), "params.yaml texts.descriptions.questions", *parts)
