@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+pytest_plugins = ["bad_input_grid"]
+
 # What a checkout needs for `dvc repro`; the tests copy it, so that they can change and break it.
 CHECKOUT = ("dvc.yaml", "params.yaml", ".dvc", ".dvcignore", ".gitignore", "stages", "textguard", "prompts/cache")
 GRID_FILES = ("dvc.yaml", "params.yaml", ".dvc", ".dvcignore")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import yaml
+from dvc.utils.serialize import modify_yaml
 
 GRID = Path("grids/smoke")
 RUNS = ("digits-resnet18-baseline-0", "digits-resnet18-descriptions-0")
@@ -50,12 +50,10 @@ def repro(checkout: Path) -> tuple[set[str], str]:
 
 
 def change(checkout: Path, key: str, value: object) -> None:
-    """Set a value in the smoke grid's params.yaml; key: "inject.seed", list positions as numbers."""
-    path = checkout / GRID / "params.yaml"
-    params = yaml.safe_load(path.read_text())
-    *parents, last = [int(part) if part.isdigit() else part for part in key.split(".")]
-    functools.reduce(lambda node, part: node[part], parents, params)[last] = value
-    path.write_text(yaml.safe_dump(params, sort_keys=False))
+    """Set a value in the smoke grid's params.yaml as DVC does; key: "inject.seed", list positions as numbers, also a new one."""
+    with modify_yaml(str(checkout / GRID / "params.yaml")) as params:
+        *parents, last = [int(part) if part.isdigit() else part for part in key.split(".")]
+        functools.reduce(lambda node, part: node[part], parents, params)[last] = value
 
 
 def results(checkout: Path) -> dict[str, bytes]:

@@ -80,7 +80,7 @@ def test_replayed_answers_keep_class_order_and_samples(tmp_path):
 def test_a_template_answers_itself():
     questions = ask(["zero"], ["a photo of a {class}"])
     assert [given.answer for given in answer("template", questions, given_by())] == ["a photo of a zero"]
-    with pytest.raises(UnknownName, match="import, openai, replay, template"):
+    with pytest.raises(UnknownName, match="features, import, openai, replay, template"):
         answer("gpt-3", questions, given_by())
 
 

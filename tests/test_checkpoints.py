@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,15 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-import yaml
+from dvc.utils.serialize import modify_yaml
 from safetensors.torch import save_file
 from torch import nn
 
 from conftest import REPOSITORY, TinyMobileNet
-from stages import data, train
+from stages import data, embeddings, heads, prompts, responses, train
+from textguard.artifacts import sha256_of_file
 from textguard.errors import InvalidArtifact, InvalidEmbeddings, InvalidParameter, UnknownName
-from textguard.params import load_params
+from textguard.params import Params, load_params
 from textguard.text.embeddings import load_text_features
 from textguard.vision.checkpoints import load_checkpoint
 from textguard.vision.classifiers import ClassifierSpec, build_classifier, load_classifier, save_classifier
@@ -25,7 +27,7 @@ from textguard.vision.datasets import imagenet_classes
 
 BASELINE = ClassifierSpec("d", "resnet18", "baseline", 32, 32, "bilinear", 0, ("a", "b", "c"))
 GUIDED = replace(BASELINE, variant="descriptions")
-BASELINE_KEY, GUIDED_KEY = "digits-resnet18-baseline-0", "digits-resnet18-descriptions-0"
+BASELINE_WEIGHTS, GUIDED_WEIGHTS = "resnet18-baseline", "resnet18-descriptions"
 
 
 def network(spec: ClassifierSpec = BASELINE, width: int = 0) -> nn.Module:
@@ -192,7 +194,7 @@ def test_text_features_are_read_and_normalised(tmp_path):
 )
 def test_text_features_that_do_not_fit_are_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "t.pth")
-    with pytest.raises(InvalidEmbeddings, match=rf"t.pth.*{message}.*runs.\*.head_from"):
+    with pytest.raises(InvalidEmbeddings, match=rf"t.pth.*{message}.*texts.\*.cache"):
         load_text_features(tmp_path / "t.pth", ["a", "b", "c"])
 
 
@@ -211,50 +213,65 @@ def test_the_published_text_features_are_read(name):
 
 
 @pytest.fixture
-def grid(tmp_path, monkeypatch) -> Callable[..., None]:
-    """The smoke grid in a folder of its own, with some keys of its runs changed."""
+def grid(tmp_path, monkeypatch) -> Callable[..., Params]:
+    """The smoke grid in a folder of its own, the working directory, with some of its sections changed."""
 
-    def write(**changes: dict[str, Any]) -> None:
-        params = yaml.safe_load((REPOSITORY / "grids" / "smoke" / "params.yaml").read_text())
-        for key, change in changes.items():
-            params["runs"][key.replace("_", "-")] |= change
-        (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    def write(**sections: Any) -> Params:
+        shutil.copy(REPOSITORY / "grids" / "smoke" / "params.yaml", tmp_path)
+        with modify_yaml("params.yaml") as params:
+            params.update(sections, root=str(REPOSITORY))
+        return load_params()
 
     monkeypatch.chdir(tmp_path)
     return write
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"checkpoint": "torchvison"}, "allowed: null, torchvision, published:PATH.pth, PATH.safetensors"),
-        ({"checkpoint": "published:m.safetensors.zip"}, "allowed: null"),
-        ({"checkpoint": "torchvision"}, "whose networks are baselines; variant is 'descriptions'"),
-        ({"checkpoint": "published:m.pth"}, "checkpoint 'published:m.pth' starts from 'm.pth'"),
-        (
-            {"checkpoint": "m.safetensors", "head_from": "n.safetensors"},
-            "checkpoint 'm.safetensors' starts from 'm.safetensors'",
-        ),
-        ({"variant": "baseline", "head_from": "t.pth"}, "a baseline run on digits starts from 'data/digits/classes.json'"),
-        ({"variant": "unheard-of", "head_from": "t.pth"}, r"'unheard-of' in .*; colours are in figures.colours"),
-    ],
-)
-def test_checkpoints_are_checked_before_anything_runs(grid, change, message):
-    grid(**{GUIDED_KEY.replace("-", "_"): change})
-    with pytest.raises((InvalidParameter, UnknownName), match=message):
-        load_params()
+SHA256 = "0" * 64
+WEIGHTS = {
+    "misspelt": (GUIDED_WEIGHTS, "torchvison", None, "allowed: torchvision, published:PATH.pth, PATH.safetensors"),
+    "archive": (GUIDED_WEIGHTS, "published:m.safetensors.zip", SHA256, "allowed: torchvision, published:PATH.pth"),
+    "published without saying so": (GUIDED_WEIGHTS, "m.pth", SHA256, "allowed: torchvision, published:PATH.pth"),
+    "pretrained with texts": (GUIDED_WEIGHTS, "torchvision", None, "whose networks are baselines, not 'descriptions'"),
+    "no SHA-256": (BASELINE_WEIGHTS, "published:w/m.pth", None, r"sha256 is null; give the SHA-256 of w/m\.pth"),
+    "needless SHA-256": (BASELINE_WEIGHTS, "torchvision", SHA256, "sha256 must be null: 'torchvision' checks its files itself"),
+    "half a SHA-256": (BASELINE_WEIGHTS, "m.safetensors", SHA256[:32], r"sha256 is \"0{32}\" in params\.yaml: .*\{64\}"),
+    "other variant": (
+        "resnet18-random",
+        "m.safetensors",
+        SHA256,
+        "'resnet18-random' .* known: resnet18-baseline, resnet18-desc",
+    ),
+    "other backbone": ("resnet34-baseline", "torchvision", None, "'resnet34-baseline' in params.yaml weights"),
+    "run": ("digits-resnet18-baseline-0", "torchvision", None, "classifier BACKBONE-VARIANT 'digits-resnet18-baseline-0' in"),
+}
+
+
+@pytest.mark.parametrize(("name", "source", "sha256", "message"), WEIGHTS.values(), ids=WEIGHTS)
+def test_weights_are_checked_before_anything_runs(grid, name, source, sha256, message):
+    with pytest.raises((InvalidParameter, UnknownName), match=message) as raised:
+        grid(weights={name: {"source": source, "sha256": sha256}})
+    assert f"weights.{name}" in str(raised.value)
+
+
+def test_the_file_of_weights_is_known_from_their_source(grid):
+    pretrained, published = {"source": "torchvision", "sha256": None}, {"source": "published:w/m.pth", "sha256": SHA256}
+    weights = grid(weights={BASELINE_WEIGHTS: pretrained, GUIDED_WEIGHTS: published}).weights
+    assert (weights[BASELINE_WEIGHTS].file, weights[GUIDED_WEIGHTS].file) == (None, "w/m.pth")
+    own = {"source": "m.safetensors", "sha256": SHA256}
+    assert grid(weights={BASELINE_WEIGHTS: own}).weights[BASELINE_WEIGHTS].file == "m.safetensors"
 
 
 def test_a_campaign_can_be_run_without_training(grid, tmp_path):
     """The stage writes what the others read: a model with the run's spec, and a curve without points."""
-    grid()
-    data.main(load_params(), "digits")
+    params = grid()
+    for stage in (data, heads):
+        stage.main(params, "digits")
+    shutil.copy("embeddings/digits-random.safetensors", "embeddings/digits-descriptions.safetensors")
     classes = tuple(f"class {number}" for number in range(10))
-    for key, spec, width in ((BASELINE_KEY, BASELINE, 0), (GUIDED_KEY, GUIDED, 12)):
-        model = network(replace(spec, classes=classes), width)
+    for name, spec, width in ((BASELINE_WEIGHTS, BASELINE, 0), (GUIDED_WEIGHTS, GUIDED, 12)):
+        model, key = network(replace(spec, classes=classes), width), f"digits-{name}-0"
         torch.save({"model": model.state_dict()}, tmp_path / "m.pth")
-        grid(**{key.replace("-", "_"): {"checkpoint": "published:m.pth", "head_from": "m.pth"}})
-        train.main(load_params(), key)
+        train.main(grid(weights={name: {"source": "published:m.pth", "sha256": sha256_of_file(Path("m.pth"), "")}}), key)
         found, found_spec = load_classifier(Path("models") / f"{key}.safetensors")
         assert_same(found, model)
         assert (found_spec.width, found_spec.dataset, found_spec.variant) == (width, "digits", spec.variant)
@@ -264,11 +281,18 @@ def test_a_campaign_can_be_run_without_training(grid, tmp_path):
 
 
 def test_training_starts_from_published_text_features(grid, tmp_path, monkeypatch):
-    grid(**{GUIDED_KEY.replace("-", "_"): {"head_from": "t.pth"}})
-    data.main(load_params(), "digits")
     features = torch.randn(10, 6) * 3
     torch.save(features, tmp_path / "t.pth")
-    heads = []
-    monkeypatch.setattr(train, "train", lambda model, *_, **__: heads.append(model.head.weight.detach().clone()) or [])
-    train.main(load_params(), GUIDED_KEY)
-    torch.testing.assert_close(heads[0].cpu(), nn.functional.normalize(features, dim=1))
+    published = {
+        "provider": "features",
+        "questions": ["A published description of {a_class}"],
+        "cache": [str(tmp_path / "t.pth")],
+    }
+    params = grid(texts={"descriptions": published})
+    data.main(params, "digits")
+    for stage in (prompts, responses, embeddings):
+        stage.main(params, "digits-descriptions")
+    starts = []
+    monkeypatch.setattr(train, "train", lambda model, *_, **__: starts.append(model.head.weight.detach().clone()) or [])
+    train.main(params, f"digits-{GUIDED_WEIGHTS}-0")
+    torch.testing.assert_close(starts[0].cpu(), nn.functional.normalize(features, dim=1))

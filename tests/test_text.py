@@ -20,8 +20,10 @@ from textguard.text.embeddings import (
     average_by_class,
     control,
     load_class_embeddings,
+    load_head,
     mean_cosine,
     save_class_embeddings,
+    save_width,
 )
 from textguard.text.encoders import encode, encoder_width, fitting
 from textguard.text.quality import cosines
@@ -357,6 +359,46 @@ def test_rows_of_any_length_are_read_where_they_were_asked_for(tmp_path):
     save_class_embeddings(tmp_path / "e.safetensors", replace(saved, matrix=torch.zeros(2, 3)))
     with pytest.raises(InvalidEmbeddings, match="zero"):
         load_class_embeddings(tmp_path / "e.safetensors", "d", ["a", "b"])
+
+
+def test_a_head_starts_without_a_width_with_one_or_from_class_embeddings(tmp_path):
+    save_width(tmp_path / "d-baseline.safetensors", "d", ["a", "b"], 0)
+    save_width(tmp_path / "d-random.safetensors", "d", ["a", "b"], 384)
+    save_class_embeddings(tmp_path / "d-told.safetensors", embeddings(torch.eye(2, 3)))
+    assert load_head(tmp_path / "d-baseline.safetensors", "d", ["a", "b"]) == (0, None)
+    assert load_head(tmp_path / "d-random.safetensors", "d", ["a", "b"]) == (384, None)
+    width, matrix = load_head(tmp_path / "d-told.safetensors", "d", ["a", "b"])
+    assert width == 3
+    assert torch.equal(matrix, torch.eye(2, 3))
+
+
+def test_a_width_is_written_with_the_same_bytes_each_time(tmp_path):
+    for name in ("first", "second"):
+        save_width(tmp_path / name, "d", ["a", "b"], 0)
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
+@pytest.mark.parametrize(("dataset", "classes"), [("e", ["a", "b"]), ("d", ["b", "a"]), ("d", ["a"]), ("d", ["a", "b", "c"])])
+def test_a_head_of_other_classes_is_refused(tmp_path, dataset, classes):
+    save_width(tmp_path / "d-random.safetensors", "d", ["a", "b"], 384)
+    with pytest.raises(
+        InvalidArtifact, match=r"d-random\.safetensors was made for other classes, of data set 'd'; delete it and"
+    ):
+        load_head(tmp_path / "d-random.safetensors", dataset, classes)
+    save_class_embeddings(tmp_path / "d-told.safetensors", embeddings(torch.eye(2, 3)))
+    with pytest.raises(InvalidEmbeddings, match=r"d-told\.safetensors (was made for data set 'd'|has other classes)"):
+        load_head(tmp_path / "d-told.safetensors", dataset, classes)
+
+
+@pytest.mark.parametrize(("variant", "stage"), [("baseline", "heads"), ("random", "heads"), ("told", "embeddings")])
+def test_a_damaged_or_missing_head_is_named_with_the_stage_that_writes_it(tmp_path, variant, stage):
+    file = tmp_path / f"d-{variant}.safetensors"
+    with pytest.raises(InvalidArtifact, match=rf"d-{variant}\.safetensors is missing; stage '{stage}' writes it"):
+        load_head(file, "d", ["a", "b"])
+    save_width(file, "d", ["a", "b"], 0)
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(InvalidArtifact, match=rf"d-{variant}\.safetensors cannot be read .*: stage '{stage}' writes it"):
+        load_head(file, "d", ["a", "b"])
 
 
 def test_published_text_features_are_in_order_and_have_the_norms_and_cosines_that_were_measured(tmp_path):

@@ -8,8 +8,9 @@ defaults, and a grid may leave it out.
 
 import itertools
 import json
-import math
 import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import field
 from functools import cached_property
 from pathlib import Path
@@ -312,8 +313,11 @@ class Params:
     @cached_property
     def runs(self) -> dict[str, Run]:
         """Key -> run, in DVC's order."""
-        runs = itertools.starmap(Run, itertools.product(self.datasets, self.backbones, self.variants, self.seeds))
-        return {run.key: run for run in runs}
+        return {run.key: run for run in self.all_runs()}
+
+    def all_runs(self) -> Iterator[Run]:
+        """The product, in which two runs may have the same key until load_params has refused that."""
+        return itertools.starmap(Run, itertools.product(self.datasets, self.backbones, self.variants, self.seeds))
 
     @cached_property
     def class_texts(self) -> dict[str, ClassTexts]:
@@ -324,7 +328,10 @@ class Params:
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML 1.2's booleans, as DVC reads and writes them: true and false. In YAML 1.1 "off", a detector, is false."""
+    """YAML 1.2's booleans and numbers, as DVC reads and writes them.
+
+    In YAML 1.1, PyYAML's, "off", a detector, is false, and 1e-05 is a text.
+    """
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (as PyYAML has it)
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
@@ -333,6 +340,9 @@ class _Yaml(yaml.SafeLoader):
 
 
 _Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
@@ -366,7 +376,7 @@ def _with_defaults(content: Any, path: Path) -> Any:
     backbones, texts = content.get("backbones"), content.get("texts")
     if isinstance(backbones, dict):
         backbones = {
-            name: _with_recipe(name, fields, f"{path} backbones.{name}") if isinstance(fields, dict) else fields
+            name: _with_recipe(str(name), fields, path) if isinstance(fields, dict) else fields
             for name, fields in backbones.items()
         }
     if isinstance(texts, dict):
@@ -377,13 +387,19 @@ def _with_defaults(content: Any, path: Path) -> Any:
     return content | {key: value for key, value in (("backbones", backbones), ("texts", texts)) if key in content}
 
 
-def _with_recipe(name: str, fields: dict[str, Any], where: str) -> dict[str, Any]:
-    network = fields.get("network", name)
-    recipe = fields.get("recipe", FAMILIES.get(network) if isinstance(network, str) else None)
-    if recipe is None:
-        known = ", ".join(sorted(set(FAMILIES.values())))
-        raise InvalidParameter(f"key '{where}.recipe' is missing: {network!r} is of no family with a recipe; known: {known}")
-    return {"network": network, "recipe": recipe} | library_fields(recipe, f"{where}.recipe") | fields
+def _with_recipe(name: str, fields: dict[str, Any], path: Path) -> dict[str, Any]:
+    place = f"backbones.{name}"
+    network = _check(fields.get("network", name), str, path, f"{place}.network")
+    if "recipe" in fields:
+        recipe = _check(fields["recipe"], str, path, f"{place}.recipe")
+    elif network in FAMILIES:
+        recipe = FAMILIES[network]
+    else:
+        raise InvalidParameter(
+            f"network {network!r} in {path} {place} has no recipe of its own; set {place}.recipe to one of "
+            f"{', '.join(sorted(set(FAMILIES.values())))}; networks that have one: {', '.join(sorted(FAMILIES))}"
+        )
+    return {"network": network, "recipe": recipe} | library_fields(recipe, f"{path} {place}.recipe") | fields
 
 
 def library_recipes(params: Params) -> dict[str, dict[str, Any]]:
@@ -419,19 +435,31 @@ def _check_references(params: Params, path: Path) -> None:
         if text.limit_questions > len(text.questions):
             given = f"texts.{name}.limit_questions is {text.limit_questions}"
             raise InvalidParameter(f"{path} {given}, but there are {len(text.questions)} questions")
+        if text.provider == FEATURES and text.templates:
+            raise InvalidParameter(
+                f"{path} texts.{name}.templates must be []: {FEATURES!r} has vectors, which no text can join"
+            )
     known = dict.fromkeys([BASELINE, RANDOM, *params.texts])
     for number, variant in enumerate(params.variants):
         lookup(known, "variant", variant, f"{path} variants.{number}; all but baseline and random are described in texts")
+    for variant in params.figures.colours:
+        lookup(known, "variant", variant, f"{path} figures.colours")
     for name, values in (("variants", params.variants), ("seeds", params.seeds)):
-        if twice := [value for value in values if values.count(value) > 1]:
-            raise InvalidParameter(f"{path} {name} holds {twice[0]} twice; every run needs a name of its own")
-    count = len(params.datasets) * len(params.backbones) * len(params.variants) * len(params.seeds)
-    if len(params.runs) < count or len(params.class_texts) < len(params.datasets) * len(params.texts):
-        raise InvalidParameter(
-            f"{path}: two runs or texts have the same name, DATASET-BACKBONE-VARIANT-SEED; "
-            "rename a data set, a backbone or a variant whose name holds a hyphen"
-        )
+        if (twice := _repeated(values)) is not None:
+            raise InvalidParameter(f"{path} {name} holds {twice!r} twice; every run needs a name of its own")
+    runs = [run.key for run in params.all_runs()]
+    heads = [f"{dataset}-{variant}" for dataset, variant in itertools.product(params.datasets, known)]
+    for kind, keys in (("runs DATASET-BACKBONE-VARIANT-SEED", runs), ("heads DATASET-VARIANT", heads)):
+        if twice := _repeated(keys):
+            raise InvalidParameter(
+                f"{path}: two {kind} have the name {twice!r}; rename a data set, backbone or variant with a hyphen in its name"
+            )
     _check_weights(params, path)
+
+
+def _repeated(values: Iterable[Any]) -> Any:
+    """The first of those values that are there several times, or None."""
+    return next((value for value, count in Counter(values).items() if count > 1), None)
 
 
 def _check_weights(params: Params, path: Path) -> None:
@@ -455,26 +483,20 @@ def _one_line(error: ValidationError, kind: type, path: Path, section: tuple[str
     """The first problem of a validation, with what is allowed and how many more there are."""
     # A misspelt key is also a missing one: say how it is spelt.
     first, *more = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] not in UNKNOWN_KEY)
-    place = ".".join(str(part) for part in (*section, *first["loc"])) or "the file"
+    loc = [str(part) for part in (*section, *first["loc"])]
+    place = ".".join(loc) or "the file"
+    if loc[-1:] == ["[key]"]:  # as pydantic calls what is wrong with the key itself
+        place = f"a name in {'.'.join(loc[:-2])}"
     if first["type"] in UNKNOWN_KEY:
         known = _known_keys(TypeAdapter(kind).json_schema(), first["loc"][:-1])
         message = f"unknown key {place!r} in {path}; known: {', '.join(known)}"
     elif first["type"] in ("missing", "missing_argument"):
         message = f"key {place!r} is missing in {path}"
-    elif first["type"] == "float_type" and _is_number(first["input"]):
-        message = f"{place} is {first['input']} in {path}, which YAML takes for a text; write 0.001 or 1.0e-3, not 1e-3"
     elif first["type"] == "value_error":  # of a dataclass's own check, which names the key
         message = f"{place}.{first['ctx']['error']}, in {path}"
     else:
         message = f"{place} is {json.dumps(first['input'])[:60]} in {path}: {first['msg']}"
     return message + (f" (and {len(more)} more)" if more else "")
-
-
-def _is_number(text: object) -> bool:
-    try:
-        return math.isfinite(float(str(text)))
-    except ValueError:
-        return False
 
 
 def _known_keys(schema: dict[str, Any], loc: tuple[int | str, ...]) -> list[str]:

@@ -218,12 +218,14 @@ def load_head(path: Path, dataset: str, classes: list[str]) -> tuple[int, Tensor
     Returns (0, None) for no text-guided head, (E, None) for one that starts at random, (E, float32 [C, E]) for one that starts
     from class embeddings. Raises InvalidArtifact, InvalidEmbeddings.
     """
-    _, metadata = read_safetensors(path, "embeddings")
+    # Which of two stages writes the file, the name says: it may be missing.
+    made_by = "heads" if path.stem in (f"{dataset}-baseline", f"{dataset}-random") else "embeddings"
+    _, metadata = read_safetensors(path, made_by)
     if "head" not in metadata:
         matrix_ce = load_class_embeddings(path, dataset, classes).matrix
         return matrix_ce.shape[1], matrix_ce
     with reading(path, "heads"):
         stated = json.loads(metadata["head"])
         if (stated["dataset"], stated["classes"]) != (dataset, classes):
-            raise InvalidArtifact(f"was made for other classes, of data set {stated['dataset']!r}; delete it")
+            raise InvalidArtifact(f"was made for other classes, of data set {stated['dataset']!r}")
         return int(stated["width"]), None

@@ -1,0 +1,257 @@
+"""Bad input: files of other stages that are missing, damaged, or of something else."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from bad_input_grid import DIGITS, EMBEDDINGS, MODEL, QUESTIONS, RECORDS, RUN, WIDTH, Grid, embeddings, says
+from smoke_grid import BASELINE, GUIDED, TEXT
+from textguard.artifacts import read_safetensors, write_safetensors
+from textguard.text.embeddings import ClassEmbeddings, save_class_embeddings, save_width
+
+HEAD = "embeddings/digits-baseline.safetensors"
+
+MISSING = [
+    ("prompts", TEXT, "data/digits/classes.json", "data"),
+    ("responses", TEXT, QUESTIONS, "prompts"),
+    ("text_quality", TEXT, f"embeddings/{TEXT}.texts.safetensors", "embeddings"),
+    ("embeddings", TEXT, f"prompts/{TEXT}/responses.jsonl", "responses"),
+    ("train", BASELINE, "data/digits/train/images.safetensors", "data"),
+    ("train", BASELINE, HEAD, "heads"),
+    ("train", GUIDED, EMBEDDINGS, "embeddings"),
+    ("evaluate", BASELINE, MODEL, "train"),
+    ("evaluate", BASELINE, "data/digits/test/images.safetensors", "data"),
+    ("ranges", BASELINE, MODEL, "train"),
+    ("inject", BASELINE, f"{RUN}/ranges.csv", "ranges"),
+    ("inject", BASELINE, f"{RUN}/activations.csv", "ranges"),
+    ("closeup", BASELINE, f"{RUN}/ranges.csv", "ranges"),
+    ("closeup", BASELINE, f"{RECORDS}/injections.parquet", "inject"),
+    ("results", None, f"{RUN}/evaluation.json", "evaluate"),
+    ("results", None, f"{RUN}/ranges.csv", "ranges"),
+    ("results", None, f"{RUN}/campaign.json", "inject"),
+    ("results", None, f"{RECORDS}/injections.parquet", "inject"),
+    ("results", None, f"{RECORDS}/detectors.parquet", "inject"),
+    ("results", None, f"{RECORDS}/predictions.parquet", "evaluate"),
+    ("tables", None, f"metrics/results/{BASELINE}.json", "results"),
+    ("tables", None, "metrics/cells.json", "results"),
+    ("tables", None, f"metrics/closeup/{BASELINE}.json", "closeup"),
+    ("figures", None, f"metrics/closeup/{BASELINE}.parquet", "closeup"),
+    ("heads", "digits", "data/digits/classes.json", "data"),
+    ("embeddings", TEXT, "data/digits/classes.json", "data"),
+]
+
+
+@pytest.mark.parametrize(("stage", "key", "name", "maker"), MISSING)
+def test_a_missing_file_is_named_with_the_stage_that_makes_it(grid, stage, key, name, maker):
+    (grid.folder / name).unlink()
+    if not key:
+        grid.change("variants", ["baseline"])  # the other never ran
+    line = grid.fails(stage, *([key] if key else []))
+    says(line, "InvalidArtifact", f"{name} is missing", f"stage '{maker}' writes it", "dvc repro")
+
+
+def changed(**fields: Any) -> Callable[[ClassEmbeddings], ClassEmbeddings]:
+    return lambda good: replace(good, **fields)
+
+
+def with_row(value: float) -> Callable[[ClassEmbeddings], ClassEmbeddings]:
+    def change(good: ClassEmbeddings) -> ClassEmbeddings:
+        matrix = good.matrix.clone()
+        matrix[3] = value
+        return replace(good, matrix=matrix)
+
+    return change
+
+
+EMBEDDED = {
+    "other data set": (changed(dataset="cifar10"), ["'cifar10'", "'digits'"]),
+    "other order": (changed(classes=tuple(reversed(DIGITS))), ["another order", "'nine' instead of 'zero'"]),
+    "fewer classes": (changed(classes=tuple(DIGITS[:9])), ["9 classes instead of 10"]),
+    "NaN": (with_row(float("nan")), ["NaN"]),
+    "infinity": (with_row(float("inf")), ["infinity"]),
+    "zero row": (with_row(0.0), ["zero"]),
+    "long rows": (lambda good: replace(good, matrix=2 * good.matrix), ["not of length 1"]),
+    "other width": (changed(width=WIDTH - 1), [f"[10, {WIDTH}]", f"expected float32 [10, {WIDTH - 1}]"]),
+    "fewer rows": (lambda good: replace(good, matrix=good.matrix[:9]), [f"[9, {WIDTH}]", f"expected float32 [10, {WIDTH}]"]),
+    "other type": (lambda good: replace(good, matrix=good.matrix.double()), ["torch.float64", "expected float32"]),
+}
+
+
+@pytest.mark.parametrize(("spoil", "parts"), EMBEDDED.values(), ids=EMBEDDED)
+def test_unusable_class_embeddings_are_named(grid, spoil, parts):
+    save_class_embeddings(grid.folder / EMBEDDINGS, spoil(embeddings()))
+    says(grid.fails("train", GUIDED), "InvalidEmbeddings", EMBEDDINGS, "dvc repro", *parts)
+
+
+def test_texts_that_belong_to_other_class_embeddings_are_refused(grid):
+    name = f"embeddings/{TEXT}.texts.safetensors"
+    for texts in (torch.arange(19), torch.arange(20) + 1):
+        write_safetensors(grid.folder / name, {"vectors": torch.ones(len(texts), WIDTH), "rows": texts})
+        says(grid.fails("text_quality", TEXT), "InvalidArtifact", name, "other texts", "'embeddings'")
+
+
+def test_other_tensors_are_no_class_embeddings(grid):
+    write_safetensors(grid.folder / EMBEDDINGS, {"weights": torch.zeros(2)})
+    says(grid.fails("train", GUIDED), "InvalidEmbeddings", EMBEDDINGS, "no class embeddings", "'embeddings'")
+
+
+STATED = {
+    "no JSON": '{"width": 3',
+    "a list": "[]",
+    "no keys": "{}",
+    "no number": json.dumps({"dataset": "digits", "classes": DIGITS, "width": "wide"}),
+}
+
+
+@pytest.mark.parametrize("stated", STATED.values(), ids=STATED)
+@pytest.mark.parametrize("variant", ["baseline", "random"])
+def test_a_head_without_a_width_is_refused(grid, variant, stated):
+    grid.change("variants", [variant])
+    name = f"embeddings/digits-{variant}.safetensors"
+    write_safetensors(grid.folder / name, {}, {"head": stated})
+    line = grid.fails("train", f"digits-resnet18-{variant}-0")
+    says(line, "InvalidArtifact", name, "cannot be read", "delete it and run 'dvc repro': stage 'heads' writes it")
+
+
+def test_a_truncated_head_is_named(grid):
+    grid.cut(HEAD)
+    says(grid.fails("train", BASELINE), "InvalidArtifact", HEAD, "cannot be read", "'heads'")
+
+
+@pytest.mark.parametrize(("dataset", "classes"), [("cifar10", DIGITS), ("digits", DIGITS[:9]), ("digits", DIGITS[::-1])])
+def test_a_head_for_other_classes_is_refused(grid, dataset, classes):
+    save_width(grid.folder / HEAD, dataset, classes, 0)
+    line = grid.fails("train", BASELINE)
+    says(line, "InvalidArtifact", HEAD, f"was made for other classes, of data set '{dataset}'; delete it and run 'dvc repro'")
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "inject", "closeup"])
+def test_a_truncated_classifier_is_named(grid, stage):
+    grid.cut(MODEL)
+    says(grid.fails(stage, BASELINE), "InvalidArtifact", MODEL, "cannot be read", "delete it", "'train'")
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "inject", "closeup"])
+def test_a_classifier_of_another_shape_is_named_with_both_shapes(grid, stage):
+    tensors, metadata = read_safetensors(grid.folder / MODEL, "train")
+    write_safetensors(grid.folder / MODEL, {**tensors, "fc.weight": torch.zeros(10, 7)}, metadata)
+    line = grid.fails(stage, BASELINE)
+    says(line, "InvalidArtifact", MODEL, "resnet18", "fc.weight is [10, 7] instead of [10, 512]", "dvc repro")
+
+
+def test_other_tensors_are_no_classifier(grid):
+    write_safetensors(grid.folder / MODEL, {"weights": torch.zeros(2)})
+    says(grid.fails("evaluate", BASELINE), "InvalidArtifact", MODEL, "does not say which classifier", "'train'")
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_truncated_images_are_named(grid, name):
+    grid.cut(f"data/digits/{name}/images.safetensors")
+    line = grid.fails({"train": "ranges", "test": "evaluate"}[name], BASELINE)
+    says(line, "InvalidArtifact", f"data/digits/{name}/images.safetensors", "cannot be read", "'data'")
+
+
+@pytest.mark.parametrize("content", ["[]", '["zero"]', '["zero", 1]', '{"zero": 0}', '["zero", "one"'])
+def test_class_names_that_are_none_are_refused(grid, content):
+    grid.put("data/digits/classes.json", content)
+    says(grid.fails("prompts", TEXT), "InvalidArtifact", "data/digits/classes.json", "'data'")
+
+
+def without_layer(table: pd.DataFrame) -> str:
+    return table[table["layer"] != "fc"].to_csv(index=False)
+
+
+def without_numbers(value: str) -> Callable[[pd.DataFrame], str]:
+    return lambda table: table.assign(max_abs=value).to_csv(index=False)
+
+
+RANGES = {
+    "no table": (lambda _: "\x00\x01", ["lacks the columns layer, max_abs"]),
+    "empty": (lambda _: "", ["cannot be read", "EmptyDataError"]),
+    "no maximum": (lambda table: table[["layer"]].to_csv(index=False), ["lacks the columns max_abs"]),
+    "words": (without_numbers("large"), ["ValueError"]),
+    "blanks": (without_numbers(""), ["max_abs that is no finite number"]),
+}
+
+
+@pytest.mark.parametrize(("spoil", "parts"), RANGES.values(), ids=RANGES)
+def test_damaged_ranges_are_named(grid, spoil, parts):
+    file = f"{RUN}/ranges.csv"
+    grid.put(file, spoil(pd.read_csv(grid.folder / file)))
+    says(grid.fails("inject", BASELINE), "InvalidArtifact", file, "'ranges'", *parts)
+
+
+def test_a_layer_without_a_range_is_named(grid):
+    file = f"{RUN}/ranges.csv"
+    grid.put(file, without_layer(pd.read_csv(grid.folder / file)))
+    says(grid.fails("inject", BASELINE), "layer 'fc' has no profiled range", "stage 'ranges'")
+
+
+def test_an_activation_without_a_range_is_named(grid):
+    file = f"{RUN}/activations.csv"
+    grid.put(file, pd.read_csv(grid.folder / file).query("activation != 'relu'").to_csv(index=False))
+    grid.change("inject.mitigation", "ranger")
+    says(grid.fails("inject", BASELINE), "activation 'relu' has no profiled range", "stage 'ranges'")
+
+
+RESULTS = {
+    "truncated": ("campaign.json", '{"layers": [', "inject"),
+    "other keys": ("campaign.json", "{}", "inject"),
+    "no object": ("campaign.json", "[1]", "inject"),
+    "no layers": ("campaign.json", '{"layers": [], "detectors": [], "exact": {}, "strata": 0, "bits": 32}', "inject"),
+    "evaluation": ("evaluation.json", '{"top1": 0.5}', "evaluate"),
+    "no range of the last layer": ("ranges.csv", "layer,max_abs,mean_abs,images\nconv1,1,1,1\n", "ranges"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "maker"), RESULTS.values(), ids=RESULTS)
+def test_damaged_results_are_named(grid, name, content, maker):
+    grid.change("variants", ["baseline"])  # the other never ran
+    grid.put(f"{RUN}/{name}", content)
+    says(grid.fails("results"), "InvalidArtifact", f"{RUN}/{name}", f"'{maker}'", "delete it")
+
+
+@pytest.fixture
+def interrupted(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], Path]]:
+    """Stops a stage of the baseline before the named function of its module; returns the folder with its partial results."""
+
+    def interrupt(stage: str, function: str) -> Path:
+        def stop(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(f"stages.{stage}.{function}", stop)
+            code, lines = grid.run(stage, BASELINE)
+        assert code == 130, lines
+        (work,) = (path for path in (grid.folder / ".work" / stage / BASELINE).iterdir() if path.is_dir())
+        return work
+
+    return interrupt
+
+
+def test_damaged_shards_of_an_interrupted_campaign_are_run_again(grid, interrupted):
+    work = interrupted("inject", "write_parquet")
+    first, second, *_ = sorted((work / "round-0").glob("shard-*.parquet"))
+    first.write_bytes(first.read_bytes()[:100])
+    pd.DataFrame({"layer": ["fc"]}).to_parquet(second)
+    records = grid.folder / RECORDS / "injections.parquet"
+    undamaged = pd.read_parquet(records)
+    records.unlink()
+    code, lines = grid.run("inject", BASELINE)
+    assert code == 0, lines
+    pd.testing.assert_frame_equal(pd.read_parquet(records), undamaged)
+    assert not work.exists()
+
+
+def test_a_damaged_checkpoint_of_an_interrupted_training_is_named_and_left(grid, interrupted):
+    checkpoint = max(interrupted("train", "save_classifier").glob("checkpoint-*"))
+    grid.cut(str(checkpoint.relative_to(grid.folder)))
+    code, lines = grid.run("train", BASELINE)
+    assert code == 0
+    assert any(checkpoint.name in line and "cannot be read" in line and "the checkpoint before" in line for line in lines)

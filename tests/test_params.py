@@ -1,0 +1,96 @@
+"""The grids' params.yaml: what they hold, how DVC names it and writes it, and which files of a grid are copies."""
+
+import itertools
+import shutil
+from pathlib import Path
+
+import pytest
+from dvc.utils.serialize import load_yaml, modify_yaml
+
+from conftest import GRID_FILES, REPOSITORY, copy_checkout
+from smoke_grid import run
+from textguard.params import load_params
+from textguard.vision.backbones import BACKBONES
+from textguard.vision.recipe import FAMILIES, load_recipe
+
+GRIDS = sorted(path.parent.name for path in REPOSITORY.glob("grids/*/params.yaml"))
+FOLDERS = [Path(), *(Path("grids") / grid for grid in GRIDS)]
+each_grid = pytest.mark.parametrize("folder", FOLDERS, ids=["root", *GRIDS])
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a fresh clone holds of the pipeline and all grids, as a git repository."""
+    folder = tmp_path_factory.mktemp("clone")
+    copy_checkout(folder, *GRIDS)
+    shutil.copy(REPOSITORY / "Makefile", folder)
+    run(["git", "init", "--quiet"], folder)
+    return folder
+
+
+@each_grid
+def test_dvc_writes_a_params_file_as_it_is(folder, tmp_path):
+    """So that `dvc exp run -S` changes the one line that it is asked to change."""
+    file = Path(shutil.copy(REPOSITORY / folder / "params.yaml", tmp_path))
+    with modify_yaml(str(file)):
+        pass
+    assert file.read_text() == (REPOSITORY / folder / "params.yaml").read_text()
+
+
+@each_grid
+def test_the_runs_are_all_combinations(folder):
+    params, written = load_params(REPOSITORY / folder / "params.yaml"), load_yaml(str(REPOSITORY / folder / "params.yaml"))
+    combined = itertools.product(*(written[section] for section in ("datasets", "backbones", "variants", "seeds")))
+    assert list(params.runs) == ["-".join(map(str, parts)) for parts in combined]
+    assert list(params.class_texts) == [
+        f"{dataset}-{variant}" for dataset in written["datasets"] for variant in written["texts"]
+    ]
+
+
+@each_grid
+def test_dvc_calls_the_stages_as_we_do(folder, clone):
+    params = load_params(clone / folder / "params.yaml")
+    listed = run(["dvc", "stage", "list", "--name-only"], clone / folder).stdout.split()
+    keys: dict[str, list[str]] = {}
+    for name in listed:
+        stage, _, key = name.partition("@")
+        keys.setdefault(stage, []).append(key)
+    named = {
+        ("data", "heads"): params.datasets,
+        ("prompts", "responses", "embeddings", "text_quality"): params.class_texts,
+        ("train", "evaluate", "ranges", "inject", "closeup"): params.runs,
+        ("recipes", "results", "tables", "figures", "report"): [""],
+    }
+    assert keys == {stage: list(names) for stages, names in named.items() for stage in stages}
+
+
+@each_grid
+def test_a_backbone_is_its_recipe_but_for_what_the_grid_says(folder):
+    params, written = load_params(REPOSITORY / folder / "params.yaml"), load_yaml(str(REPOSITORY / folder / "params.yaml"))
+    for name, fields in written["backbones"].items():
+        backbone = params.backbones[name]
+        assert (backbone.network, backbone.recipe) == (name, FAMILIES[name])
+        assert vars(load_recipe(backbone.recipe, fields)).items() <= vars(backbone).items()
+
+
+def test_every_network_with_a_name_of_its_own_has_a_recipe():
+    assert set(FAMILIES) == set(BACKBONES)
+
+
+@pytest.mark.parametrize("grid", ["fashion", "table1"])
+def test_the_largest_grids_fit_on_two_pages(grid):
+    assert len((REPOSITORY / "grids" / grid / "params.yaml").read_text().splitlines()) < 120
+
+
+def test_every_grid_is_what_make_grids_makes_of_the_root(clone):
+    copies = [Path("grids") / grid / name for grid in GRIDS for name in GRID_FILES if name != "params.yaml"]
+    for path in copies:
+        shutil.rmtree(clone / path) if (clone / path).is_dir() else (clone / path).unlink()
+    run(["make", "grids"], clone)
+    for path in copies:
+        for file in (REPOSITORY / path).rglob("*") if (REPOSITORY / path).is_dir() else [REPOSITORY / path]:
+            made = clone / file.relative_to(REPOSITORY)
+            if file.is_symlink():
+                assert made.readlink() == file.readlink()
+            elif file.is_file():
+                assert made.read_bytes() == file.read_bytes(), file
