@@ -5,6 +5,7 @@ all, and left out.
 """
 
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import grimp
@@ -31,17 +32,17 @@ def _node(module: str) -> str:
 
 
 def transitively_reduced(found: set[tuple[str, str]]) -> set[tuple[str, str]]:
-    """Without the edges that a longer way makes plain. Raises ValueError where the imports run in a circle."""
+    """Without the edges that a longer way makes plain. Raises CycleError where the imports run in a circle."""
     following: dict[str, set[str]] = {}
     for a, b in found:
         following.setdefault(a, set()).add(b)
 
-    def reached(start: str, seen: frozenset[str] = frozenset()) -> set[str]:
-        if start in seen:
-            raise ValueError(f"imports run in a circle through {start}")
-        return {node for after in following.get(start, ()) for node in {after} | reached(after, seen | {start})}
-
-    return {(a, b) for a, b in found if not any(b in reached(c) for c in following[a] - {b})}
+    order = TopologicalSorter(following).static_order()  # what is imported comes first
+    reached: dict[str, set[str]] = {}
+    for node in order:
+        after = following.get(node, set())
+        reached[node] = after.union(*(reached[other] for other in after))
+    return {(a, b) for a, b in found if not any(b in reached[c] for c in following[a] - {b})}
 
 
 def drawing() -> str:

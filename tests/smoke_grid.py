@@ -50,7 +50,7 @@ def repro(checkout: Path) -> tuple[set[str], str]:
 
 
 def change(checkout: Path, key: str, value: object) -> None:
-    """Set a value in the smoke grid's params.yaml as DVC does; key: "inject.seed", list positions as numbers, also a new one."""
+    """Set a value in the smoke grid's params.yaml as DVC does. key: "inject.seed", list positions as numbers."""
     with modify_yaml(str(checkout / GRID / "params.yaml")) as params:
         *parents, last = [int(part) if part.isdigit() else part for part in key.split(".")]
         functools.reduce(lambda node, part: node[part], parents, params)[last] = value

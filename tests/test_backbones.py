@@ -105,11 +105,11 @@ def test_any_network_of_timm_and_torchvision_needs_no_line(name):
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("resnet51", UnknownName, r"'resnet51' in params.yaml runs.\*.backbone; known: alexnet, .*timm:NAME"),
+        ("resnet51", UnknownName, r"'resnet51' in params.yaml backbones; known: alexnet, .*timm:NAME"),
         ("timm:resnt50", UnknownName, "timm:resnet50,"),
         ("torchvision:resnet5", UnknownName, "torchvision:resnet50"),
         ("timm:", UnknownName, "known: timm:"),
-        ("timm:vit_tiny_patch16_224", InvalidParameter, r"does not run on images of 64 pixels .* recipes.\*.image_size"),
+        ("timm:vit_tiny_patch16_224", InvalidParameter, r"does not run on images of 64 pixels .* backbones.\*.image_size"),
         ("torchvision:googlenet", InvalidParameter, "one number per class when it is trained"),
     ],
 )

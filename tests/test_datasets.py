@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from dvc.utils.serialize import load_yaml
 from PIL import Image
 
 from conftest import REPOSITORY
@@ -412,10 +413,10 @@ def test_an_index_without_its_files_says_where_they_are_looked_for(tmp_path):
 
 def test_stages_read_photos_the_same_with_any_number_of_processes(tmp_path, monkeypatch):
     write_folders(tmp_path / "photos", {"train": 8, "val": 6})
-    params = yaml.safe_load((REPOSITORY / "grids" / "smoke" / "params.yaml").read_text())
+    params = load_yaml(str(REPOSITORY / "grids" / "smoke" / "params.yaml"))
     params["root"] = str(REPOSITORY)
     params["datasets"]["digits"] |= {"source": "folder", "limit_train": 0, "limit_test": 0, "checksum": True}
-    params["recipes"]["resnet"] |= {"batch_size": 8, "image_size": 16, "resize_size": 18}
+    params["backbones"]["resnet18"] |= {"batch_size": 8, "image_size": 16, "resize_size": 18}
     params["inject"] |= {"injections_per_layer": 2, "image_batch": 4}
     monkeypatch.setenv("TEXTGUARD_DATA", str(tmp_path))
     (tmp_path / "folder").symlink_to(tmp_path / "photos")
@@ -427,7 +428,8 @@ def test_stages_read_photos_the_same_with_any_number_of_processes(tmp_path, monk
         monkeypatch.chdir(home)
         (home / "params.yaml").write_text(yaml.safe_dump(params))
         loaded = load_params()
-        importlib.import_module("stages.data").main(loaded, "digits")
+        for stage in ("data", "heads"):
+            importlib.import_module(f"stages.{stage}").main(loaded, "digits")
         for stage in ("train", "evaluate", "ranges", "inject"):
             importlib.import_module(f"stages.{stage}").main(loaded, key)
     files = [{path.name: path.read_bytes() for path in (tmp_path / n / "metrics").glob("r*/*/*.*")} for n in ("0", "2")]

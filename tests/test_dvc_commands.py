@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from dvc.utils.serialize import modify_yaml
 
-from conftest import REPOSITORY
-from smoke_grid import ALL, GRID, GUIDED, change, environment, run
+from smoke_grid import ALL, GRID, GUIDED, environment, run
 
 PLACES = {"root": Path(), "grid": GRID}
 # What `git add` hints at is no warning; a progress bar leaves the rest of its line.
@@ -30,8 +30,9 @@ def project(finished, tmp_path_factory) -> Path:
     shutil.copytree(finished, folder, symlinks=True)
     for name in RESULTS:
         shutil.copytree(folder / GRID / name, folder / name, dirs_exist_ok=True)
-    params = yaml.safe_load((folder / GRID / "params.yaml").read_text())
-    (folder / "params.yaml").write_text(yaml.safe_dump(params | {"root": "."}, sort_keys=False))
+    shutil.copy(folder / GRID / "params.yaml", folder / "params.yaml")
+    with modify_yaml(str(folder / "params.yaml")) as params:
+        params["root"] = "."
     run(["git", "config", "user.name", "a"], folder)
     run(["git", "config", "user.email", "a@b"], folder)
     quiet(folder, "commit", "--force", "--quiet")
@@ -175,4 +176,3 @@ def test_unused_cache_goes_and_what_any_grid_uses_stays(project):
         shutil.rmtree(project / folder / "models")
         quiet(project / folder, "checkout")
         assert (project / folder / "models" / f"{GUIDED}.safetensors").exists()
-    assert change and REPOSITORY

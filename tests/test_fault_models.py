@@ -404,7 +404,7 @@ def test_pytorchfi_refuses_what_it_cannot_do(resnet, images):
         {"kinds": ("Conv2d",)},
         {"kinds": ("Conv2d", "Linear", "Add")},
     ):
-        with pytest.raises(UnsupportedModel, match=r"use inject\.engine: replay"):
+        with pytest.raises(UnsupportedModel, match="set argument engine to replay"):
             make_engine("pytorchfi", resnet, images[0], 4, **options)
     assert len(make_engine("pytorchfi", resnet, images[0], 4, kinds=("Linear", "Conv2d")).sites) == 4
 

@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -151,9 +151,8 @@ def test_a_process_of_its_own_prints_the_line_and_nothing_else(folder):
 
 
 BAD_PARAMETERS = {
-    "no section": ({"inject": {}}, ["'gate' is missing"]),
-    "an empty file": (None, ["'gate' is missing"]),
-    "missing": ({"gate": {"top1_points": 1}}, ["'gate.delta_loss_percent' is missing"]),
+    "an empty section": ({"gate": None}, ["gate is null"]),
+    "an empty file": (None, ["gate is null"]),
     "unknown": ({"gate": asdict(TOLERANCES) | {"alpha": 1}}, ["unknown key 'gate.alpha'", "known: delta_loss_percent"]),
     "text": ({"gate": asdict(TOLERANCES) | {"sdc_percent": "ten"}}, ['gate.sdc_percent is "ten"', "valid number"]),
     "negative": ({"gate": asdict(TOLERANCES) | {"top1_points": -1}}, ["gate.top1_points", "greater than or equal to 0"]),
@@ -168,6 +167,14 @@ def test_bad_tolerances_are_one_line(folder, content, parts, monkeypatch, capsys
     monkeypatch.chdir(folder)
     Path("params.yaml").write_text(yaml.safe_dump(content))
     one_line(main(["good.json", "good.json"]), capsys, "InvalidParameter", "params.yaml", *parts)
+
+
+def test_what_a_grid_says_nothing_of_has_the_usual_tolerances(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    Path("params.yaml").write_text(yaml.safe_dump({"gate": {"sdc_percent": 20}}))
+    assert load_gate_params() == replace(TOLERANCES, sdc_percent=20)
+    Path("params.yaml").write_text(yaml.safe_dump({"inject": {}}))
+    assert load_gate_params() == TOLERANCES
 
 
 def test_the_grids_have_the_same_tolerances():

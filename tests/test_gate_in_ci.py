@@ -71,7 +71,7 @@ def test_make_gate_names_a_revision_without_results(revisions, base):
     done = run(["make", "gate", f"BASE={base}"], revisions, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     line, _ = done.stderr.splitlines()
-    assert line == f"{base} holds no metrics/results; name a revision that does: make gate BASE=origin/main"
+    assert line == f"{base} holds no ./metrics/results; name a revision that does: make gate BASE=origin/main"
 
 
 def ci() -> Any:

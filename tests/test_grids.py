@@ -2,13 +2,12 @@
 
 import math
 import re
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
-from conftest import CHECKOUT, REPOSITORY
+from conftest import REPOSITORY, copy_checkout
 from smoke_grid import run
 from textguard.params import load_params
 from textguard.planning import Speeds, Workload, disk_size, duration
@@ -22,15 +21,8 @@ GRIDS = {"smoke": 2, "table1": 28, "table2": 16, "table3": 4, "fashion": 24}  # 
 def clone(tmp_path_factory):
     """What a fresh clone holds, without any data or result, as a DVC repository."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in CHECKOUT:
-        source = REPOSITORY / name
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, folder / name) if source.is_dir() else shutil.copy(source, folder / name)
-    for name in GRIDS:
-        (folder / "grids" / name).mkdir(parents=True)
-        for file in ("dvc.yaml", "params.yaml"):
-            shutil.copy(REPOSITORY / "grids" / name / file, folder / "grids" / name / file)
-    run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], folder)
+    copy_checkout(folder, *GRIDS)
+    run(["git", "init", "--quiet"], folder)
     return folder
 
 
@@ -41,11 +33,11 @@ def test_no_grid_is_forgotten_here():
 @pytest.mark.parametrize("grid", GRIDS)
 def test_dvc_lists_all_stages_of_a_grid_without_data(grid, clone):
     params = load_params(clone / "grids" / grid / "params.yaml")
-    done = run([sys.executable, "-m", "dvc", "repro", "--dry", "--force", "dvc.yaml"], clone / "grids" / grid)
+    done = run([sys.executable, "-m", "dvc", "repro", "--dry", "--force"], clone / "grids" / grid)
     listed = re.findall(r"Running stage '([^']+)'", done.stdout)
     assert done.returncode == 0, done.stderr
-    assert len(listed) == len(set(listed)) == len(params.datasets) + 4 * len(params.texts) + 5 * len(params.runs) + 5
-    assert len(listed) <= 150  # a repro that has nothing to do takes 5 s then, and 12 s with 300
+    assert len(listed) == len(set(listed)) == 2 * len(params.datasets) + 4 * len(params.class_texts) + 5 * len(params.runs) + 5
+    assert len(listed) <= 155  # a repro that has nothing to do takes 5 s then, and 12 s with 300
 
 
 @pytest.mark.parametrize(("grid", "runs"), GRIDS.items())
@@ -53,11 +45,11 @@ def test_networks_and_recipes_of_a_grid_fit(grid, runs):
     params = load_params(REPOSITORY / "grids" / grid / "params.yaml")
     assert len(params.runs) == runs
     for key, item in params.runs.items():
-        backbone, recipe = BACKBONES[item.backbone], params.recipes[item.recipe]
-        assert key == f"{item.dataset}-{item.backbone}-{item.variant}-s{item.seed}"
-        assert item.backbone.startswith(item.recipe)
+        backbone, recipe = BACKBONES[item.backbone], params.backbones[item.backbone]
+        assert key == f"{item.dataset}-{item.backbone}-{item.variant}-{item.seed}"
+        assert item.backbone.startswith(recipe.recipe)
         assert backbone.smallest <= recipe.image_size <= backbone.largest
-        assert recipe.image_size == (32 if grid in ("smoke", "fashion") else 256 if item.recipe == "swin" else 224)
+        assert recipe.image_size == (32 if grid in ("smoke", "fashion") else 256 if recipe.recipe == "swin" else 224)
 
 
 def test_table1_has_all_networks():

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
+from dvc.utils.serialize import modify_yaml
 from PIL import Image
 
 from conftest import REPOSITORY, show
@@ -58,8 +58,9 @@ def grid(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("grid")
     for name in ("metrics", "plots"):
         shutil.copytree(SMOKE / name, folder / name)
-    params = yaml.safe_load((SMOKE / "params.yaml").read_text())
-    (folder / "params.yaml").write_text(yaml.safe_dump({**params, "root": str(REPOSITORY)}, sort_keys=False))
+    shutil.copy(SMOKE / "params.yaml", folder)
+    with modify_yaml(str(folder / "params.yaml")) as params:
+        params["root"] = str(REPOSITORY)
     for stage, key in (("data", "digits"), ("prompts", TEXT), ("responses", TEXT)):
         run([sys.executable, str(REPOSITORY / "stages"), stage, key], folder)
     return folder
@@ -119,9 +120,8 @@ def test_what_comes_from_outside_stays_text(here):
     classes = Path("metrics/texts") / f"{TEXT}.csv"
     table = pd.read_csv(classes)
     write_csv(classes, table.assign(**{"class": ATTACK, "nearest_wrong": "{{ 7 * 7 }}"}))
-    params = yaml.safe_load(Path("params.yaml").read_text())
-    params["texts"][TEXT]["questions"][0] = f"{{class}} {ATTACK}"
-    Path("params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    with modify_yaml("params.yaml") as params:
+        params["texts"]["descriptions"]["questions"][0] = f"{{class}} {ATTACK}"
     elements = page()
     assert [tag for tag, _ in elements.found].count("script") == 1
     assert elements.attributes("onerror") == []

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from dvc.utils.serialize import modify_yaml
 
 from answer_server import SECRET, Server, leaks, model
 from smoke_grid import TEXT, environment, run
@@ -23,15 +23,16 @@ from textguard.text.cache import read_answers
 def grid(server: Server, make_checkout: Callable[[], Path]) -> Path:
     """The smoke grid, with a language model for its texts."""
     grid = make_checkout() / "grids" / "smoke"
-    change(grid, lambda params: params["texts"][TEXT].update(provider="openai", cache=[], model=asdict(model(server))))
-    change(grid, lambda params: params["network"].update(backoff_s=0.01, max_usd=None))
+    change(
+        grid, lambda params: params["texts"]["descriptions"].update(provider="openai", cache=[], model=asdict(model(server)))
+    )
+    change(grid, lambda params: params.update(network={"backoff_s": 0.01, "max_usd": None}))
     return grid
 
 
 def change(grid: Path, edit: Callable[[dict[str, Any]], None]) -> None:
-    params = yaml.safe_load((grid / "params.yaml").read_text())
-    edit(params)
-    (grid / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    with modify_yaml(str(grid / "params.yaml")) as params:
+        edit(params)
 
 
 def ask_questions(grid: Path) -> None:
@@ -55,7 +56,7 @@ def test_dvc_pays_once_and_only_for_what_is_new(server, grid):
     assert repro(grid)[0] == set()
     assert server.attempts.total() == 20
 
-    change(grid, lambda params: params["texts"][TEXT]["questions"].__setitem__(1, "Draw the digit {class}."))
+    change(grid, lambda params: params["texts"]["descriptions"]["questions"].__setitem__(1, "Draw the digit {class}."))
     assert repro(grid)[0] == {f"prompts@{TEXT}", f"responses@{TEXT}"}
     assert server.attempts.total() == 30
 
@@ -140,7 +141,7 @@ def test_a_dry_run_says_what_it_would_cost(server, grid):
     command = [sys.executable, "../../stages", "estimate", TEXT]
     assert "20 requests" in run(command, grid).stdout
     assert "no price in" in run(command, grid).stdout
-    change(grid, lambda params: params["texts"][TEXT]["model"].update(model="gpt-4.1-mini"))
+    change(grid, lambda params: params["texts"]["descriptions"]["model"].update(model="gpt-4.1-mini"))
     printed = run(command, grid).stdout
     assert re.search(r"20 requests, about \d+ tokens in, at most 800 out, about 0\.00\d+ USD at most", printed)
     assert not server.attempts
