@@ -1,7 +1,7 @@
 """Draw who imports whom into CONTRIBUTING.md: `python tests/import_graph.py`. tests/test_imports.py compares.
 
 A node is a package of textguard, or a module that is in none. Modules that only read, check, write and report are known to
-all, and left out.
+all, and left out. So is what a longer way makes plain.
 """
 
 import sys
@@ -11,6 +11,7 @@ from pathlib import Path
 import grimp
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))  # where grimp looks for the stages
 PAGE = REPOSITORY / "CONTRIBUTING.md"
 FIRST, LAST = "<!-- imports: drawn by tests/import_graph.py -->\n", "<!-- end of imports -->\n"
 PLUMBING = {"textguard.errors", "textguard.artifacts", "textguard.runtime"}
