@@ -18,7 +18,7 @@ RECORDS = ["layer", "index", "bit", "weight", "detected", "masked", "golden_loss
 
 
 @dataclass(frozen=True)
-class Campaign:
+class CampaignRecords:
     """One run's faults. detectors: name -> its layers' results, in order of execution; the first is the one that counts.
 
     stored: campaign.json. records, totals: of the first detector, as `summarise` and `summarise_totals` take them.
@@ -35,7 +35,7 @@ class Campaign:
         return next(iter(self.detectors.values()))
 
 
-def load_campaign(key: str, run: Run, statistics: StatisticsParams) -> Campaign:
+def load_campaign(key: str, run: Run, statistics: StatisticsParams) -> CampaignRecords:
     """Read one run's campaign.json and records. Raises InvalidArtifact, InvalidParameter."""
     file = RUNS_DIR / key / "campaign.json"
     stored = read(file, "inject", StoredCampaign)
@@ -55,7 +55,7 @@ def load_campaign(key: str, run: Run, statistics: StatisticsParams) -> Campaign:
         if missing:
             raise InvalidArtifact(f"{file}: layer {missing[0]!r} has no records; run 'dvc repro': stage 'inject' writes them")
         detectors[name] = [found[layer] for layer in neurons]
-    return Campaign(detectors, stored, records, next(iter(totals.values())))
+    return CampaignRecords(detectors, stored, records, next(iter(totals.values())))
 
 
 def last_layer_weights(run: Run, layers: Sequence[LayerResult], weights: str) -> list[float]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import stdtrit
 
-from textguard.analysis.campaigns import Campaign, last_layer_weights
+from textguard.analysis.campaigns import CampaignRecords, last_layer_weights
 from textguard.analysis.improvement import Draws, Ratio, across, draw_pairs, improvement, verdict, weigh
 from textguard.estimates.statistics import Estimate, difference
 from textguard.params import Run, StatisticsParams
@@ -50,7 +50,9 @@ class Comparison:
     layers: list[Estimate]
 
 
-def compare(baseline_run: Run, baseline: Campaign, run: Run, guided: Campaign, statistics: StatisticsParams) -> Comparison:
+def compare(
+    baseline_run: Run, baseline: CampaignRecords, run: Run, guided: CampaignRecords, statistics: StatisticsParams
+) -> Comparison:
     """Improvements under every detector that both campaigns have, and by layer under the one that counts."""
     shared = [name for name in guided.detectors if name in baseline.detectors]
     drawn = {

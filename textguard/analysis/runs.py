@@ -6,7 +6,7 @@ from dataclasses import asdict
 import numpy as np
 
 from textguard.analysis.breakdown import convergence, describe_layer, sums_by_bit, sums_of_totals
-from textguard.analysis.campaigns import Campaign, last_layer_weights
+from textguard.analysis.campaigns import CampaignRecords, last_layer_weights
 from textguard.analysis.files import RECORDS_DIR, RUNS_DIR, load_ranges
 from textguard.artifacts import fingerprint, read_parquet, reading
 from textguard.errors import InvalidArtifact
@@ -22,7 +22,7 @@ BLOCKS = 32  # parts of a sample whose means are kept, so that two campaigns wit
 FEWEST_BLOCKS = 8
 
 
-def describe_run(key: str, run: Run, campaign: Campaign, statistics: StatisticsParams) -> RunResult:
+def describe_run(key: str, run: Run, campaign: CampaignRecords, statistics: StatisticsParams) -> RunResult:
     """All that is known of one run without its baseline. Raises InvalidArtifact."""
     evaluation = read(RUNS_DIR / key / "evaluation.json", "evaluate", Evaluation)
     predictions = read_parquet(
@@ -68,7 +68,7 @@ def describe_run(key: str, run: Run, campaign: Campaign, statistics: StatisticsP
     )
 
 
-def _plan(campaign: Campaign) -> Plan:
+def _plan(campaign: CampaignRecords) -> Plan:
     settings = campaign.stored.settings
     injected = {"sampled": 0, "exact": 0}
     for layer in campaign.layers:
@@ -84,7 +84,7 @@ def _plan(campaign: Campaign) -> Plan:
     )
 
 
-def _overall(campaign: Campaign, statistics: StatisticsParams) -> Overall:
+def _overall(campaign: CampaignRecords, statistics: StatisticsParams) -> Overall:
     layers, confidence = campaign.layers, statistics.confidence
     means = headline(layers, [1.0] * len(layers), confidence)
     by_neurons = average([layer.delta_loss for layer in layers], [layer.neurons for layer in layers])
@@ -100,7 +100,7 @@ def _overall(campaign: Campaign, statistics: StatisticsParams) -> Overall:
     )
 
 
-def _layers(campaign: Campaign, statistics: StatisticsParams) -> list[Layer]:
+def _layers(campaign: CampaignRecords, statistics: StatisticsParams) -> list[Layer]:
     stored, confidence = campaign.stored, statistics.confidence
     failures = stored.bits * statistics.fit_per_bit
     sums = {layer: sums_by_bit(part, stored.bits) for layer, part in campaign.records.groupby("layer", sort=False)}
@@ -138,7 +138,7 @@ def _largest_value(key: str, layer: str) -> float:
         return float(ranges[layer.removeprefix("backbone.")])
 
 
-def _convergence(campaign: Campaign, statistics: StatisticsParams) -> list[Convergence]:
+def _convergence(campaign: CampaignRecords, statistics: StatisticsParams) -> list[Convergence]:
     """How DeltaLoss settled; nothing where the first injections decided which others were made."""
     if campaign.stored.strata or campaign.stored.settings["stop_at"] != "never":
         return []

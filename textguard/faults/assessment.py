@@ -1,7 +1,7 @@
 """One call from a classifier and its data to the resilience of each layer, with intervals."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from torch import nn
@@ -10,17 +10,34 @@ from torch.utils.data import DataLoader
 from textguard.estimates.statistics import mean_interval, rate_interval
 from textguard.estimates.summary import LayerResult
 from textguard.faults.campaign import Campaign, CampaignSettings
+from textguard.faults.damage import FaultModel
 from textguard.faults.profiling import largest_outputs, profile_ranges
 from textguard.faults.sites import Site
+
+USUAL = CampaignSettings()
 
 
 def assess(
     model: nn.Module,
     loader: DataLoader,
     *,
+    injections_per_layer: int = USUAL.injections_per_layer,
+    seed: int = USUAL.seed,
+    plan: str = USUAL.plan,
+    images: str = USUAL.images,
+    pilot: int = USUAL.pilot,
+    stop_at: str = USUAL.stop_at,
+    confidence: float = USUAL.confidence,
+    enumerate_up_to: int = USUAL.enumerate_up_to,
+    detector: str = USUAL.detector,
+    number_format: str = USUAL.number_format,
+    fault_model: FaultModel = USUAL.fault_model,
+    kinds: Sequence[str] = USUAL.kinds,
+    engine: str = USUAL.engine,
+    batch_size: int = USUAL.batch_size,
+    image_batch: int = USUAL.image_batch,
     profile: DataLoader | None = None,
     shard_dir: Path | None = None,
-    **settings: Any,
 ) -> pd.DataFrame:
     """Inject faults into every layer of a classifier and measure what they do to its predictions.
 
@@ -30,13 +47,13 @@ def assess(
         From images [B, ...] to logits [B, C], on the device to use.
     loader : DataLoader
         Gives the images to inject on and their labels, from a map-style data set. Its order does not matter.
+    injections_per_layer, seed, plan, images, pilot, stop_at, confidence, enumerate_up_to, detector, number_format, \
+fault_model, kinds, engine, batch_size, image_batch
+        See `CampaignSettings`, which has the same defaults.
     profile : DataLoader, optional
         Gives the images from which the layers' ranges are taken; by default those of `loader`.
     shard_dir : pathlib.Path, optional
         A folder in which an interrupted assessment goes on.
-    **settings
-        Any field of `CampaignSettings` but `compare_detectors`, such as injections_per_layer=1000, seed=0,
-        detector="profiled", number_format="fp32" or enumerate_up_to=0, which are their defaults.
 
     Returns
     -------
@@ -70,11 +87,27 @@ def assess(
     0     0  Conv2d        8  sampled          20
     1     3  Linear        3    exact         576
     """
-    wanted = CampaignSettings(compare_detectors=(), **settings)
-    profiled = largest_outputs(profile_ranges(model, profile, wanted.kinds)) if profile else None
-    campaign = Campaign(model, loader, wanted, profiled)
+    settings = CampaignSettings(
+        injections_per_layer=injections_per_layer,
+        seed=seed,
+        plan=plan,
+        images=images,
+        pilot=pilot,
+        stop_at=stop_at,
+        confidence=confidence,
+        enumerate_up_to=enumerate_up_to,
+        detector=detector,
+        number_format=number_format,
+        fault_model=fault_model,
+        kinds=kinds,
+        engine=engine,
+        batch_size=batch_size,
+        image_batch=image_batch,
+    )
+    profiled = largest_outputs(profile_ranges(model, profile, kinds)) if profile else None
+    campaign = Campaign(model, loader, settings, profiled)
     layers = campaign.run(shard_dir).layers
-    return pd.DataFrame(_row(site, layers[site.layer], wanted.confidence) for site in campaign.engine.sites)
+    return pd.DataFrame(_row(site, layers[site.layer], confidence) for site in campaign.engine.sites)
 
 
 def _row(site: Site, result: LayerResult, confidence: float) -> dict[str, str | int | float]:
