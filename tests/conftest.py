@@ -349,5 +349,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     With two processes, the third begins when the first has made the checkout that both use.
     """
-    first = ["test_dag.py", "test_responses_stage.py", "test_interruptions.py"]
+    first = ["test_dag.py", "test_responses_stage.py", "test_dvc_commands.py", "test_interruptions.py"]
     items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))

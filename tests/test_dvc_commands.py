@@ -45,7 +45,8 @@ def project(finished, tmp_path_factory) -> Path:
 def quiet(folder: Path, *arguments: str) -> str:
     """Run `dvc ARGUMENTS`, which must end with exit code 0 and without a warning. Returns what it printed."""
     done = run(["dvc", *arguments], folder, COLUMNS="200")
-    loud = [line for line in (done.stdout + done.stderr).splitlines() if NOISE.search(line)]
+    loud = [line for line in done.stderr.splitlines() if NOISE.search(line)]
+    loud += [line for line in done.stdout.splitlines() if line.startswith(("WARNING", "ERROR", "DVC failed"))]
     assert loud == [], (arguments, loud[:5], len(loud))
     return done.stdout
 
@@ -94,32 +95,23 @@ def test_metrics_are_one_row(place):
 
 
 def test_an_experiment_from_its_run_to_its_branch(place):
-    """The way through README.md, "Ablations"."""
-    name = f"finer-{place.name}"
-    output = quiet(place, "exp", "run", "-S", "figures.dpi=81", "-n", name)
-    assert ran(output) == {"figures", "report", "text_quality@digits-descriptions"}
-    assert quiet(place, "params", "diff").split() == [
-        "Path",
-        "Param",
-        "HEAD",
-        "workspace",
-        "params.yaml",
-        "figures.dpi",
-        "80",
-        "81",
-    ]
+    """The way through README.md, "Ablations". In the grid it redraws figures; in the root, for speed, it runs nothing."""
+    name, real = f"other-{place.name}", place.name == GRID.name
+    key, before, after = ("figures.dpi", "80", "81") if real else ("network.attempts", "-", "7")
+    output = quiet(place, "exp", "run", "-S", f"{key}={after}" if real else f"+{key}={after}", "-n", name)
+    assert ran(output) == ({"figures", "report", "text_quality@digits-descriptions"} if real else set())
+    changed = ["Path", "Param", "HEAD", "workspace", "params.yaml", key, before, after]
+    assert quiet(place, "params", "diff").split() == changed
     run(["git", "reset", "--hard", "--quiet"], place)
-    for arguments in (["metrics", "diff", "HEAD", name], ["plots", "diff", "HEAD", name, "--json"]):
-        quiet(place, *arguments)
+    quiet(place, "metrics", "diff", "HEAD", name)
+    quiet(place, "plots", "diff", "HEAD", name, "--json")
     shown = quiet(place, "exp", "show", "--only-changed", "--csv").splitlines()
-    columns = shown[0].split(",")
-    assert any(name in line and line.rstrip().endswith("81") for line in shown[1:]) or "figures.dpi" in shown[0]
-    assert len(columns) < 20, columns
-    whole = json.loads(quiet(place, "exp", "show", "--json"))
-    assert name in json.dumps(whole)
+    assert key in shown[0].split(",")
+    assert any(name in line for line in shown[1:])
+    assert len(shown[0].split(",")) < 20, shown[0]
     assert len(quiet(place, "exp", "show", "--csv").splitlines()[0].split(",")) <= 260
     quiet(place, "exp", "apply", name)
-    assert yaml.safe_load((place / "params.yaml").read_text())["figures"]["dpi"] == 81
+    assert quiet(place, "params", "diff").split() == changed
     run(["git", "reset", "--hard", "--quiet"], place)
     quiet(place, "exp", "branch", name, f"branch-{name}")
     quiet(place, "checkout", "--quiet")
