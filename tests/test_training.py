@@ -360,7 +360,8 @@ def grid(tmp_path_factory) -> Path:
     """The smoke grid with its data set, nothing trained."""
     folder = tmp_path_factory.mktemp("grid")
     shutil.copy(REPOSITORY / "grids" / "smoke" / "params.yaml", folder / "params.yaml")
-    run([sys.executable, str(REPOSITORY / "stages"), "data", "digits"], folder)
+    for stage in ("data", "heads"):
+        run([sys.executable, str(REPOSITORY / "stages"), stage, "digits"], folder)
     return folder
 
 
