@@ -25,8 +25,10 @@ def main(params: Params, key: str) -> None:
 def sources(params: Params, key: str) -> Sources:
     """Where the answers of one text variant come from. Paid ones go to a file that is no output: DVC deletes outputs."""
     texts, root = params.class_texts[key], Path(params.root)
-    # `dvc exp run --temp` and queued experiments work in a copy of the repository that is deleted afterwards.
-    repository = Path(str(root.resolve()).partition("/.dvc/tmp/exps/")[0])
+    # `dvc exp run --temp` and queued experiments work in a copy of the repository that is deleted afterwards. It lies in the
+    # grid's own folder, from which `root` leads to the repository that stays.
+    home, copied, _ = str(root.resolve()).partition("/.dvc/tmp/exps/")
+    repository = (Path(home) / root).resolve() if copied else Path(home)
     return Sources(
         samples=texts.params.samples,
         files=[root / file for file in texts.files],

@@ -82,8 +82,7 @@ def test_an_experiment_in_a_copy_of_the_repository_does_not_lose_what_it_paid_fo
     repository = grid.parent.parent
     for command in (["git", "add", "-A"], ["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "all"]):
         run(command, repository)
-    target = f"grids/smoke/dvc.yaml:responses@{TEXT}"
-    run(["dvc", "exp", "run", "--temp", "-S", f"grids/smoke/params.yaml:texts.{TEXT}.samples=2", target], repository)
+    run(["dvc", "exp", "run", "--temp", "-S", "+texts.descriptions.samples=2", f"responses@{TEXT}"], grid)
     assert server.attempts.total() == 40
     repro(grid)
     assert server.attempts.total() == 40
