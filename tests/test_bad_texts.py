@@ -208,7 +208,7 @@ def test_missing_text_features_are_named(told_by_features):
 @pytest.mark.parametrize("files", [[], ["a.pth", "b.pth"]])
 def test_text_features_are_one_file(told_by_features, files):
     told_by_features.change("texts.descriptions.cache", files)
-    says(told_by_features.fails("responses", TEXT), "InvalidParameter", "one .pth file in cache", "params.yaml texts")
+    says(told_by_features.fails("check"), "InvalidParameter", "texts.descriptions.cache", "one .pth file")
 
 
 def test_text_features_answer_one_question_and_stand_alone(told_by_features):

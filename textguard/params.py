@@ -435,6 +435,8 @@ def _check_references(params: Params, path: Path) -> None:
         if text.limit_questions > len(text.questions):
             given = f"texts.{name}.limit_questions is {text.limit_questions}"
             raise InvalidParameter(f"{path} {given}, but there are {len(text.questions)} questions")
+        if text.provider == FEATURES and len(text.cache) != 1:
+            raise InvalidParameter(f"{path} texts.{name}.cache must name one .pth file: {FEATURES!r} reads its vectors there")
         if text.provider == FEATURES and text.templates:
             raise InvalidParameter(
                 f"{path} texts.{name}.templates must be []: {FEATURES!r} has vectors, which no text can join"

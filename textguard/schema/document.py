@@ -28,7 +28,7 @@ FILES: dict[str, tuple[str, str, type[Stored]]] = {
 HEAD = """# What the stages' JSON files hold
 
 Written by `python -m textguard.schema.document > docs/outputs.md`; the models are in `textguard/schema/`.
-RUN is a key of `runs` in `params.yaml`, TEXT a key of `texts`. NaN and infinities are null.
+RUN is DATASET-BACKBONE-VARIANT-SEED, TEXT is DATASET-VARIANT. NaN and infinities are null.
 Readers ignore keys that they do not know.
 `data/DATASET/classes.json` is a plain list of class names in label order.
 """
