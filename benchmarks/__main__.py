@@ -67,11 +67,11 @@ def table(results: dict) -> str:
         f"{shares['movement']:.0%} in data movement, {shares['other']:.0%} elsewhere.",
         f"Peak memory, ResNet-50 at 224 x 224: {peak['ratio']:.2f} times that of a plain forward pass with the same batch.",
         f"Last layer in closed form: {last['faults']:,} faults in {last['seconds']:.2f} s.",
-        f"ResNet-18, every layer's DeltaLoss as well known (99 % half-width) as from {one['uniform_per_layer']:,} uniform "
-        f"injections with PyTorchFI: {_spread(reach['times_fewer'], 1)} times fewer injections, "
-        f"{_spread(reach['times_faster'], 0)} times less time. {reach['reached']} of {reach['sampled']} sampled layers of "
-        f"{reach['trainings']} trainings got there; in brackets the lowest and the highest of these; PyTorchFI's "
-        f"time is scaled from {one['pytorchfi_timed']:,} of its {one['pytorchfi_injections']:,} injections.",
+        f"ResNet-18, until every layer's DeltaLoss has the 99 % half-width that {one['uniform_per_layer']:,} uniform "
+        f"injections with PyTorchFI give: {_spread(reach['times_fewer'], 1)} times fewer injections, "
+        f"{_spread(reach['times_faster'], 0)} times less time. Brackets hold the lowest and the highest of "
+        f"{reach['trainings']} trainings. {reach['reached']} of their {reach['sampled']} sampled layers reached the half-width. "
+        f"PyTorchFI ran {one['pytorchfi_timed']:,} of its {one['pytorchfi_injections']:,} injections; its time is scaled up.",
         f"Training ResNet-50 at 224 x 224 from JPEGs, batches of {trained['batch']}, fp32: {trained['ours']:.2f} images/s, "
         f"{_spread(trained['times_ours'], 2)} times a plain loop after torchvision's references; "
         f"{_spread(trained['times_ours_channels_last'], 2)} times with TEXTGUARD_CHANNELS_LAST=1. In brackets, of "
