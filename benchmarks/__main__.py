@@ -70,8 +70,9 @@ def table(results: dict) -> str:
         f"ResNet-18, until every layer's DeltaLoss has the 99 % half-width that {one['uniform_per_layer']:,} uniform "
         f"injections with PyTorchFI give: {_spread(reach['times_fewer'], 1)} times fewer injections, "
         f"{_spread(reach['times_faster'], 0)} times less time. Brackets hold the lowest and the highest of "
-        f"{reach['trainings']} trainings. {reach['reached']} of their {reach['sampled']} sampled layers reached the half-width. "
-        f"PyTorchFI ran {one['pytorchfi_timed']:,} of its {one['pytorchfi_injections']:,} injections; its time is scaled up.",
+        f"{reach['trainings']} trainings. {reach['reached']} of their {reach['sampled']} sampled layers reached the "
+        f"half-width. PyTorchFI ran {one['pytorchfi_timed']:,} of its {one['pytorchfi_injections']:,} injections; its time is "
+        "scaled up.",
         f"Training ResNet-50 at 224 x 224 from JPEGs, batches of {trained['batch']}, fp32: {trained['ours']:.2f} images/s, "
         f"{_spread(trained['times_ours'], 2)} times a plain loop after torchvision's references; "
         f"{_spread(trained['times_ours_channels_last'], 2)} times with TEXTGUARD_CHANNELS_LAST=1. In brackets, of "
