@@ -30,7 +30,7 @@ def main(names: list[str]) -> int:
         "device": describe_device(pick_device()),
         "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
     }
-    results = json.loads((HERE / "results.json").read_text()) if names else {}
+    results = json.loads((HERE / "results.json").read_text(encoding="utf-8")) if names else {}
     if names and {name: results[name] for name in where} != where:
         print(f"the other numbers are of {results['device']}, {results['machine']}; measure everything", file=sys.stderr)
         return 1
@@ -41,7 +41,7 @@ def main(names: list[str]) -> int:
         results["dates"] = results.get("dates", {}) | {name: today}
     write_json(HERE / "results.json", results)
     write_text(HERE / "results.md", table(results))
-    print((HERE / "results.md").read_text())
+    print((HERE / "results.md").read_text(encoding="utf-8"))
     return 0
 
 

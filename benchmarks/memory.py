@@ -21,13 +21,15 @@ def measure() -> dict[str, float]:
 
 
 def _in_a_process(what: str) -> float:
-    done = subprocess.run([sys.executable, "-m", "benchmarks.memory", what], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "benchmarks.memory", what], capture_output=True, encoding="utf-8", check=True)
     return float(done.stdout)
 
 
 def _memory_mb(field: str) -> float:
     """This process's memory as Linux counts it: VmRSS now, VmHWM at its highest since the last reset."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:")]
+    (line,) = [
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith(f"{field}:")
+    ]
     return int(line.split()[1]) / 1024
 
 
@@ -37,7 +39,7 @@ def _main(what: str) -> None:
     # Making the model took memory too: give it back, and forget that it was ever used.
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before = _memory_mb("VmRSS")
     with torch.inference_mode():
         if engine:

@@ -232,8 +232,8 @@ def finished(make_checkout: Callable[[], Path], tmp_path_factory: pytest.TempPat
             checkout = make_checkout()
             ran, _ = repro(checkout)
             assert ran == ALL
-            (shared / "finished").write_text(str(checkout))
-    return Path((shared / "finished").read_text())
+            (shared / "finished").write_text(str(checkout), encoding="utf-8")
+    return Path((shared / "finished").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -285,7 +285,7 @@ def gate(tmp_path: Path) -> Callable[..., tuple[int, str]]:
             shutil.rmtree(tmp_path / side, ignore_errors=True)
             (tmp_path / side).mkdir()
             for name, text in files.items():
-                (tmp_path / side / name).write_text(json.dumps(text))
+                (tmp_path / side / name).write_text(json.dumps(text), encoding="utf-8")
             runs.append(read_runs(tmp_path / side))
         return report(compare_all(*runs, tolerances), tolerances)
 

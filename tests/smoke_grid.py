@@ -23,7 +23,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def run(command: list[str], folder: Path, *, check: bool = True, **more: str) -> subprocess.CompletedProcess[str]:
     """Run a command in a folder and return what it printed."""
-    done = subprocess.run(command, cwd=folder, env=environment(**more), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=folder, env=environment(**more), capture_output=True, encoding="utf-8", check=False)
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)} exited with {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done

@@ -127,13 +127,13 @@ def test_seeds_of_a_cell_share_a_row(runs, tmp_path):
 
 def test_the_summary_keeps_networks_apart(runs):
     """A second network that lacks a variant, and whose numbers are others, changes no number of the first."""
-    before = json.loads(Path("metrics/summary.json").read_text())["d"]["resnet18"]
+    before = json.loads(Path("metrics/summary.json").read_text(encoding="utf-8"))["d"]["resnet18"]
     for variant, layers in (("baseline", {"conv1": (100, 9.0), "fc": (10, 30.0)}), ("descriptions", GUIDED_LAYERS)):
         key = f"d-alexnet-{variant}-0"
         runs[key] = run_of("d", "alexnet", variant)
         store(key, runs[key], layers, 50)
     write_results(runs, STATISTICS)
-    summary = json.loads(Path("metrics/summary.json").read_text())
+    summary = json.loads(Path("metrics/summary.json").read_text(encoding="utf-8"))
     assert {dataset: {name: list(lines) for name, lines in networks.items()} for dataset, networks in summary.items()} == {
         "d": {"resnet18": ["baseline", "template", "descriptions"], "alexnet": ["baseline", "descriptions"]},
         "e": {"alexnet": ["baseline"]},
@@ -154,7 +154,7 @@ def test_the_summary_averages_over_seeds(runs):
         runs[key] = run_of("e", "alexnet", "baseline", seed)
         store(key, runs[key], {"conv1": (100, 0.2), "fc": (10, 1.0)}, correct, seed)
     write_results(runs, STATISTICS)
-    line = json.loads(Path("metrics/summary.json").read_text())["e"]["alexnet"]["baseline"]
+    line = json.loads(Path("metrics/summary.json").read_text(encoding="utf-8"))["e"]["alexnet"]["baseline"]
     assert line["top1"] == pytest.approx((50 + 90 + 80) / 3)
 
 
@@ -196,19 +196,19 @@ def test_convergence_ends_at_the_sampled_layers_mean(runs):
 def test_damaged_inputs_are_named(runs):
     for name, maker in (("evaluation.json", "evaluate"), ("campaign.json", "inject")):
         path = Path("metrics/runs/d-resnet18-baseline-0") / name
-        whole = path.read_text()
+        whole = path.read_text(encoding="utf-8")
         for damage in ("{", "[]", "{}", '{"layers": [{"layer": "x"}]}', '{"layers": []}'):
-            path.write_text(damage)
+            path.write_text(damage, encoding="utf-8")
             with pytest.raises(InvalidArtifact, match=rf"{name} is not what .*: stage '{maker}' writes it"):
                 write_results(runs, STATISTICS)
-        path.write_text(whole)
+        path.write_text(whole, encoding="utf-8")
 
 
 def test_a_campaign_of_another_variant_is_named(runs):
     """A text-guided classifier has two layers or more."""
     path = Path("metrics/runs/d-resnet18-descriptions-0/campaign.json")
-    stored = json.loads(path.read_text())
-    path.write_text(json.dumps(stored | {"layers": stored["layers"][:1]}))
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(stored | {"layers": stored["layers"][:1]}), encoding="utf-8")
     with pytest.raises(InvalidArtifact, match=r"campaign\.json lacks layers; .*stage 'inject' writes it"):
         write_results(runs, STATISTICS)
 

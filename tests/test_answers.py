@@ -157,7 +157,10 @@ class FullDisk:
 
 def test_published_descriptions_are_matched_by_their_normalised_names(tmp_path):
     file = tmp_path / "published.json"
-    file.write_text(json.dumps({"Crème_Brûlée": ["Sweet.", "Brown.", "Soft."], "ice-cream": ["Cold.", "White."], "rice": []}))
+    file.write_text(
+        json.dumps({"Crème_Brûlée": ["Sweet.", "Brown.", "Soft."], "ice-cream": ["Cold.", "White."], "rice": []}),
+        encoding="utf-8",
+    )
     questions = ask(["creme brulee", "Ice Cream"], ["Published descriptions of {a_class}"])
     answers = answer("import", questions, given_by(file, samples=2))
     assert [(given.class_name, given.answer, given.provider) for given in answers] == [
@@ -173,7 +176,7 @@ def test_published_descriptions_are_matched_by_their_normalised_names(tmp_path):
     with pytest.raises(InvalidParameter, match="takes one question"):
         answer("import", ask(["tea"], ["{class}", "a {class}"]), given_by(file))
     for content, message in (("[]", "JSON object"), ('{"tea": "hot"}', "'tea' a list"), ('{"a b": [], "A_b": []}', "again")):
-        file.write_text(content)
+        file.write_text(content, encoding="utf-8")
         with pytest.raises(InvalidArtifact, match=message):
             answer("import", ask(["tea"], ["{class}"]), given_by(file))
 
@@ -183,7 +186,7 @@ def test_descriptions_published_for_other_data_sets_can_be_imported(name, classe
     file = REPOSITORY.parent / "shared" / "data" / "cupl" / f"{name}.json"
     if not file.is_file():
         pytest.skip("the published descriptions are not here")
-    names = [normalised(name).upper() for name in json.loads(file.read_text())]
+    names = [normalised(name).upper() for name in json.loads(file.read_text(encoding="utf-8"))]
     answers = answer("import", ask(names, ["Published descriptions of {a_class}"]), given_by(file, samples=sentences))
     assert len(names) == classes
     assert len(answers) == classes * sentences

@@ -73,7 +73,7 @@ def put_older(grid: Grid) -> None:
 def assert_only_older(grid: Grid) -> None:
     """The files of put_older are as they were, and nothing lies beside them."""
     files = [path for path in (grid.folder / "data" / "digits").rglob("*") if path.is_file()]
-    found = {str(path.relative_to(grid.folder)): path.read_text() for path in files}
+    found = {str(path.relative_to(grid.folder)): path.read_text(encoding="utf-8") for path in files}
     assert found == {name: f"an older {name}" for name in OUTPUTS}
 
 

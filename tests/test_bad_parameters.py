@@ -225,7 +225,7 @@ def test_a_right_value_is_taken(untouched, place, value):
 
 def test_a_number_is_one_as_dvc_writes_it(untouched):
     untouched.change("backbones.resnet18.learning_rate", 1e-5)
-    assert "learning_rate: 1e-05\n" in (untouched.folder / "params.yaml").read_text()
+    assert "learning_rate: 1e-05\n" in (untouched.folder / "params.yaml").read_text(encoding="utf-8")
     assert load_params(untouched.folder / "params.yaml").backbones["resnet18"].learning_rate == 1e-5
     untouched.change("backbones.resnet18.learning_rate", "1e-5")
     says(untouched.fails("check"), 'backbones.resnet18.learning_rate is "1e-5" in params.yaml', "valid number")

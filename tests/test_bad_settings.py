@@ -100,7 +100,7 @@ def test_weights_from_elsewhere_must_have_the_sha256_that_params_yaml_says(grid)
     assert grid.run("train", BASELINE) == (0, [])
     taken, _ = read_safetensors(grid.folder / MODEL, "train")
     assert all(taken[name].equal(tensor) for name, tensor in trained.items())
-    assert len((grid.folder / RUN / "training.csv").read_text().splitlines()) == 1  # the curve's header
+    assert len((grid.folder / RUN / "training.csv").read_text(encoding="utf-8").splitlines()) == 1  # the curve's header
     file.unlink()
     says(grid.fails("train", BASELINE), "InvalidArtifact", f"{file.name} is missing", "name another one")
 

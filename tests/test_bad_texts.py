@@ -54,7 +54,7 @@ CACHES = {
 
 @pytest.mark.parametrize(("spoil", "reason"), CACHES.values(), ids=CACHES)
 def test_a_damaged_answer_is_named_with_file_and_line(grid, spoil, reason):
-    questions = [json.loads(line)["text"] for line in (grid.folder / QUESTIONS).read_text().splitlines()]
+    questions = [json.loads(line)["text"] for line in (grid.folder / QUESTIONS).read_text(encoding="utf-8").splitlines()]
     lines = [stored(question, "Round and white.") for question in questions]
     file = grid.put("answers.jsonl", b"".join([*lines[1:], spoil(lines[0])]))
     grid.change("texts.descriptions.cache", [str(file)])
@@ -67,7 +67,7 @@ def test_a_missing_answers_file_is_named_with_the_parameter(grid):
 
 
 def test_an_answer_with_a_line_separator_can_be_read_again(grid):
-    questions = [json.loads(line)["text"] for line in (grid.folder / QUESTIONS).read_text().splitlines()]
+    questions = [json.loads(line)["text"] for line in (grid.folder / QUESTIONS).read_text(encoding="utf-8").splitlines()]
     file = grid.put("answers.jsonl", b"".join(stored(question, "One.\u2028Two.") for question in questions))
     grid.change("texts.descriptions.cache", [str(file)])
     grid.change("encoder", "nobody")
@@ -127,7 +127,7 @@ def test_a_language_model_that_cannot_be_asked_is_refused(untouched, changes, pa
 
 
 def test_a_class_that_loses_all_its_texts_is_named(grid):
-    questions = [json.loads(line)["text"] for line in (grid.folder / QUESTIONS).read_text().splitlines()]
+    questions = [json.loads(line)["text"] for line in (grid.folder / QUESTIONS).read_text(encoding="utf-8").splitlines()]
     file = grid.put("answers.jsonl", b"".join(stored(question, "Round.") for question in questions))
     grid.change("texts.descriptions.cache", [str(file)])
     grid.change("texts.descriptions.drop", ["too_short"])
@@ -188,7 +188,11 @@ FEATURES = {
     "too few rows": (lambda file: torch.save(torch.ones(9, WIDTH), file), "InvalidEmbeddings", ["holds [9, 16] torch.float32"]),
     "a dictionary": (lambda file: torch.save({"zero": torch.ones(WIDTH)}, file), "InvalidEmbeddings", ["holds dict"]),
     "zeros": (lambda file: torch.save(torch.zeros(10, WIDTH), file), "InvalidEmbeddings", ["vector is zero"]),
-    "a text": (lambda file: file.write_text("zero,0.1,0.2\n"), "InvalidArtifact", ["is damaged, or holds other things"]),
+    "a text": (
+        lambda file: file.write_text("zero,0.1,0.2\n", encoding="utf-8"),
+        "InvalidArtifact",
+        ["is damaged, or holds other things"],
+    ),
 }
 
 

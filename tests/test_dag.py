@@ -34,7 +34,7 @@ def watching(checkout: Path) -> set[str]:
 
 
 def test_nothing_changed_nothing_runs(checkout):
-    (checkout / "README.md").write_text("# a comment more\n")
+    (checkout / "README.md").write_text("# a comment more\n", encoding="utf-8")
     assert repro(checkout)[0] == set()
 
 
@@ -45,7 +45,9 @@ def test_a_figure_colour_redraws_the_figures(checkout):
 
 def test_dvc_draws_every_plot_for_every_run_of_the_grid(finished):
     defined = {
-        name: plot for item in yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["plots"] for name, plot in item.items()
+        name: plot
+        for item in yaml.safe_load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["plots"]
+        for name, plot in item.items()
     }
     done = run(["dvc", "plots", "show", "--json"], finished / GRID)
     shown = json.loads(done.stdout)
@@ -110,9 +112,9 @@ def test_a_new_backbone_and_a_new_seed_run_and_nothing_else(checkout):
 )
 def test_a_recipe_of_the_library_retrains_the_runs_that_it_changes(checkout, name, old, new, retrained):
     path = checkout / "textguard" / "vision" / "recipes" / f"{name}.yaml"
-    content = path.read_text()
+    content = path.read_text(encoding="utf-8")
     assert content.count(old) == 1
-    path.write_text(content.replace(old, new))
+    path.write_text(content.replace(old, new), encoding="utf-8")
     run(["dvc", "repro", "recipes"], checkout / GRID)
     assert watching(checkout) == retrained | RENDERED
 
@@ -120,7 +122,7 @@ def test_a_recipe_of_the_library_retrains_the_runs_that_it_changes(checkout, nam
 def test_each_stage_depends_on_exactly_the_modules_that_it_uses():
     graph = grimp.build_graph("textguard", "stages", cache_dir=None)
     graph.remove_module("stages.rehearsal")  # it changes no result
-    for name, stage in yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"].items():
+    for name, stage in yaml.safe_load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"].items():
         deps = [dep.removeprefix("${root}/") for dep in stage["deps"]]
         listed = {
             module

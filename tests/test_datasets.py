@@ -101,7 +101,7 @@ def write_stl10(root: Path, patch: pytest.MonkeyPatch) -> dict[str, tuple[np.nda
         (np.array(labels, np.uint8) + 1).tofile(home / f"{split}_y.bin")
         expected[split] = (images, labels)
     pixels(1, 3, 96, 96).tofile(home / "unlabeled_X.bin")
-    (home / "class_names.txt").write_text("airplane\nbird\ncar\n")
+    (home / "class_names.txt").write_text("airplane\nbird\ncar\n", encoding="utf-8")
     for listed in ("train_list", "test_list"):
         files = [file for file, _ in getattr(datasets.STL10, listed)]
         patch.setattr(datasets.STL10, listed, [[file, md5(home / file)] for file in files])
@@ -132,7 +132,7 @@ def write_food(root: Path) -> None:
                 write_jpeg(root / "food-101" / "images" / f"{photo}.jpg", number)
     (root / "food-101" / "meta").mkdir()
     for split, photos in listed.items():
-        (root / "food-101" / "meta" / f"{split}.json").write_text(json.dumps(photos))
+        (root / "food-101" / "meta" / f"{split}.json").write_text(json.dumps(photos), encoding="utf-8")
 
 
 def write_folders(root: Path, parts: dict[str, int], folders: tuple[str, ...] = ("hot_dog", "no_hot_dog")) -> None:
@@ -248,10 +248,10 @@ def test_own_folders_with_and_without_test_images(tmp_path):
     assert (torch.bincount(train.labels).tolist(), torch.bincount(test.labels).tolist()) == ([8, 8], [2, 2])
     assert not set(train.paths) & set(test.paths)
     assert train.classes == ["hot dog", "no hot dog"]
-    (tmp_path / "whole" / "classes.json").write_text('{"no_hot_dog": "anything else"}')
+    (tmp_path / "whole" / "classes.json").write_text('{"no_hot_dog": "anything else"}', encoding="utf-8")
     assert store(tmp_path / "b", "folder", tmp_path / "whole")[0].classes == ["hot dog", "anything else"]
     for names in ('{"no_hot_dog": "hot dog"}', '{"cat": "cat"}', "[1]"):
-        (tmp_path / "whole" / "classes.json").write_text(names)
+        (tmp_path / "whole" / "classes.json").write_text(names, encoding="utf-8")
         with pytest.raises(InvalidArtifact, match=r"names|classes\.json must map"):
             read_source("folder", tmp_path / "whole")
     write_folders(tmp_path / "split", {"val": 1}, ("cat",))
@@ -269,7 +269,7 @@ def test_digits_are_split_by_class_once_and_for_all(tmp_path):
     assert torch.equal(store(tmp_path, "digits", None)[0].images, train.images)
     assert not torch.equal(store(tmp_path, "digits", None, split_seed=1)[0].labels, train.labels)
     assert read_classes(tmp_path / "classes.json")[3] == "three"
-    (tmp_path / "classes.json").write_text('["only one"]')
+    (tmp_path / "classes.json").write_text('["only one"]', encoding="utf-8")
     with pytest.raises(InvalidArtifact, match="at least two"):
         read_classes(tmp_path / "classes.json")
 
@@ -310,7 +310,7 @@ def test_corrupt_images_are_named_counted_left_out_or_refused(tmp_path, capsys):
     damaged = [tmp_path / "raw" / "train" / "hot_dog" / f"{number}.jpg" for number in (2, 5, 7)]
     damaged[0].write_bytes(damaged[0].read_bytes()[:-200])
     damaged[1].write_bytes(b"")
-    damaged[2].write_text("<html>404</html>")
+    damaged[2].write_text("<html>404</html>", encoding="utf-8")
     with pytest.raises(InvalidArtifact, match=r"3 of 20 images.*hot_dog/2\.jpg.*truncated.*5\.jpg.*7\.jpg.*corrupt_share"):
         store(tmp_path / "data", "folder", tmp_path / "raw", corrupt_share=0.1)
     assert not (tmp_path / "data").exists()
@@ -426,7 +426,7 @@ def test_stages_read_photos_the_same_with_any_number_of_processes(tmp_path, monk
         home = tmp_path / workers
         home.mkdir()
         monkeypatch.chdir(home)
-        (home / "params.yaml").write_text(yaml.safe_dump(params))
+        (home / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
         loaded = load_params()
         for stage in ("data", "heads"):
             importlib.import_module(f"stages.{stage}").main(loaded, "digits")

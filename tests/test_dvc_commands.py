@@ -36,7 +36,7 @@ def project(finished, tmp_path_factory) -> Path:
     run(["git", "config", "user.name", "a"], folder)
     run(["git", "config", "user.email", "a@b"], folder)
     quiet(folder, "commit", "--force", "--quiet")
-    assert set(yaml.safe_load((folder / "dvc.lock").read_text())["stages"]) == ALL
+    assert set(yaml.safe_load((folder / "dvc.lock").read_text(encoding="utf-8"))["stages"]) == ALL
     run(["git", "add", "--all"], folder)
     run(["git", "commit", "--quiet", "--message", "Results"], folder)
     return folder
@@ -145,7 +145,7 @@ def test_a_seed_a_backbone_and_a_data_set_more_are_one_option(place):
         quiet(place, "exp", "run", "--queue", "-S", option, "-n", f"more-{len(option)}-{place.name}")
         quiet(place, "queue", "remove", "--all")
         edited = place / "params.yaml"
-        before = edited.read_text()
+        before = edited.read_text(encoding="utf-8")
         subprocess.run(
             ["python", "-c", f"from dvc.utils.hydra import apply_overrides; apply_overrides('params.yaml', [{option!r}])"],
             cwd=place,
@@ -154,7 +154,7 @@ def test_a_seed_a_backbone_and_a_data_set_more_are_one_option(place):
         )
         listed = set(quiet(place, "stage", "list", "--name-only").split())
         assert {name.partition("@")[2] for name in listed - ALL} == new
-        edited.write_text(before)
+        edited.write_text(before, encoding="utf-8")
 
 
 def test_unused_cache_goes_and_what_any_grid_uses_stays(project):

@@ -35,20 +35,20 @@ def page(tmp_path_factory) -> Path:
         {"training": {"template": "lines", "x": "epoch", "y": {"training.csv": "loss"}}},
         {"layers": {"template": "layers", "x": "value", "y": {"layers.csv": "layer"}}},
     ]
-    (folder / "dvc.yaml").write_text(yaml.safe_dump({"plots": plots}))
+    (folder / "dvc.yaml").write_text(yaml.safe_dump({"plots": plots}), encoding="utf-8")
     run(["dvc", "plots", "show"], folder)
     return folder / "dvc_plots" / "index.html"
 
 
 def test_the_page_loads_nothing(page):
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     assert re.findall(r"\b(?:src|href)\s*=\s*[\"']?https?:[^>]*", text) == []
     assert re.findall(r"<script>/\* ([a-z-]+)@\d", text) == ["vega", "vega-lite", "vega-embed"]
     assert text.count("vegaEmbed('#") == 2
 
 
 def test_the_page_holds_the_licences_of_its_scripts():
-    text = (REPOSITORY / ".dvc" / "plots" / "page.html").read_text().partition("<script>")[0]
+    text = (REPOSITORY / ".dvc" / "plots" / "page.html").read_text(encoding="utf-8").partition("<script>")[0]
     for owner in ("University of Washington Interactive Data Lab", "Mike Bostock"):
         assert owner in text
     assert text.count("Redistributions in binary form must reproduce the above copyright notice") >= 3

@@ -9,7 +9,9 @@ EXAMPLE = REPOSITORY / "examples" / "own_classifier.py"
 
 
 def test_the_readme_shows_the_example():
-    assert EXAMPLE.read_text().split('"""\n\n', 1)[1].strip() in (REPOSITORY / "README.md").read_text()
+    assert EXAMPLE.read_text(encoding="utf-8").split('"""\n\n', 1)[1].strip() in (REPOSITORY / "README.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_the_example_prints_each_layer_with_intervals(tmp_path):

@@ -288,10 +288,10 @@ torch.distributed.destroy_process_group()
 def test_processes_of_torchrun_share_the_shards_of_each_round(resnet, images, tmp_path):
     script = tmp_path / "process.py"
     tests = str(Path(__file__).parent)
-    script.write_text(PROCESS.format(repository=str(REPOSITORY), tests=tests, folder=str(tmp_path)))
+    script.write_text(PROCESS.format(repository=str(REPOSITORY), tests=tests, folder=str(tmp_path)), encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     alone = {name: value for name, value in environment(OMP_NUM_THREADS="1").items() if name not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, encoding="utf-8", check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     campaign = SmallCampaign(resnet, loader_of(images, resnet(images).argmax(dim=1), 5), image_batch=2)
     expected = campaign.run()

@@ -69,9 +69,9 @@ def test_folders_with_nothing_in_common_pass(gate, usual):
 @pytest.fixture
 def folder(tmp_path: Path, usual: Metrics) -> Path:
     """A folder with two runs' files, good.json and bad.json, and parameters of which only the gate's are sound."""
-    (tmp_path / "good.json").write_text(json.dumps(usual))
-    (tmp_path / "bad.json").write_text(json.dumps(changed(usual, "layers.2.delta_loss", scaled(2))))
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"gate": asdict(TOLERANCES), "inject": "later"}))
+    (tmp_path / "good.json").write_text(json.dumps(usual), encoding="utf-8")
+    (tmp_path / "bad.json").write_text(json.dumps(changed(usual, "layers.2.delta_loss", scaled(2))), encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"gate": asdict(TOLERANCES), "inject": "later"}), encoding="utf-8")
     return tmp_path
 
 
@@ -127,7 +127,7 @@ def test_bad_folders_are_one_line(folder, monkeypatch, capsys):
     Path("mixed").mkdir()
     shutil.copy("good.json", "mixed")
     one_line(main(["mixed", "good.json"]), capsys, "mixed and good.json must be two files or two folders")
-    Path("mixed/half.json").write_text("{")
+    Path("mixed/half.json").write_text("{", encoding="utf-8")
     one_line(main(["mixed", "mixed"]), capsys, "mixed/half.json cannot be read")
 
 
@@ -165,15 +165,15 @@ BAD_PARAMETERS = {
 @pytest.mark.parametrize(("content", "parts"), BAD_PARAMETERS.values(), ids=BAD_PARAMETERS)
 def test_bad_tolerances_are_one_line(folder, content, parts, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    Path("params.yaml").write_text(yaml.safe_dump(content))
+    Path("params.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     one_line(main(["good.json", "good.json"]), capsys, "InvalidParameter", "params.yaml", *parts)
 
 
 def test_what_a_grid_says_nothing_of_has_the_usual_tolerances(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    Path("params.yaml").write_text(yaml.safe_dump({"gate": {"sdc_percent": 20}}))
+    Path("params.yaml").write_text(yaml.safe_dump({"gate": {"sdc_percent": 20}}), encoding="utf-8")
     assert load_gate_params() == replace(TOLERANCES, sdc_percent=20)
-    Path("params.yaml").write_text(yaml.safe_dump({"inject": {}}))
+    Path("params.yaml").write_text(yaml.safe_dump({"inject": {}}), encoding="utf-8")
     assert load_gate_params() == TOLERANCES
 
 

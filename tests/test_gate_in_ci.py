@@ -54,8 +54,8 @@ def head(folder: Path) -> str:
 def put(folder: Path, content: Metrics, delta_loss: float) -> None:
     results = folder / "metrics" / "results"
     results.mkdir(parents=True, exist_ok=True)
-    (results / "a.json").write_text(json.dumps(content))
-    (folder / "metrics" / "summary.json").write_text(json.dumps({"a": {"delta_loss": delta_loss}}))
+    (results / "a.json").write_text(json.dumps(content), encoding="utf-8")
+    (folder / "metrics" / "summary.json").write_text(json.dumps({"a": {"delta_loss": delta_loss}}), encoding="utf-8")
 
 
 @pytest.mark.parametrize("arguments", [[], ["BASE=HEAD"]])
@@ -75,7 +75,7 @@ def test_make_gate_names_a_revision_without_results(revisions, base):
 
 
 def ci() -> Any:
-    return yaml.safe_load((REPOSITORY / ".github" / "workflows" / "ci.yml").read_text())
+    return yaml.safe_load((REPOSITORY / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
 
 
 def test_what_ci_posts_compares_two_runs_on_one_machine(make_repository, usual, tmp_path):
@@ -83,27 +83,30 @@ def test_what_ci_posts_compares_two_runs_on_one_machine(make_repository, usual, 
     folder = make_repository()
     scripts = {step["name"]: step["run"] for step in ci()["jobs"]["demo"]["steps"] if "run" in step}
     make = tmp_path / "make"
-    make.write_text(f"""#!/bin/sh
+    make.write_text(
+        f"""#!/bin/sh
 test "$1" = repro || exec {shutil.which("make")} "$@"
 mkdir -p plots metrics/results && cp code.json metrics/results/a.json
 test -e results-of-the-base || cp summary.json metrics/summary.json
 touch results-of-the-base dvc.lock plots/plot.png
-""")
+""",
+        encoding="utf-8",
+    )
     make.chmod(0o755)
     worse = changed(usual, "layers.2.delta_loss", scaled(2))
-    (folder / ".gitignore").open("a").write("/results-of-the-base\n")
+    (folder / ".gitignore").open("a", encoding="utf-8").write("/results-of-the-base\n")
     put(folder, worse, 0.1)  # by another machine
-    (folder / "summary.json").write_text(json.dumps({"a": {"delta_loss": 0.5}}))
+    (folder / "summary.json").write_text(json.dumps({"a": {"delta_loss": 0.5}}), encoding="utf-8")
     for content in (usual, worse):
-        (folder / "code.json").write_text(json.dumps(content))
+        (folder / "code.json").write_text(json.dumps(content), encoding="utf-8")
         commit(folder)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "GITHUB_ENV": str(tmp_path / "env"), "GITHUB_SHA": head(folder)}
     for name, code in (("Demo of the base", 0), ("Demo of this revision", 0), ("Compare the two", 2)):
         done = run(["bash", "-eo", "pipefail", "-c", scripts[name]], folder, check=False, **environment)
         assert done.returncode == code, done
-        environment["BASE"] = (tmp_path / "env").read_text().strip().removeprefix("BASE=")
+        environment["BASE"] = (tmp_path / "env").read_text(encoding="utf-8").strip().removeprefix("BASE=")
     assert head(folder) == environment["GITHUB_SHA"]
-    report = (folder / "report.md").read_text()
+    report = (folder / "report.md").read_text(encoding="utf-8")
     assert "a.delta_loss" not in report  # which the other machine's would differ by
     assert row(report, "DeltaLoss, conv2")[-1] == "worse"
     assert report.splitlines()[-1].startswith("**FAIL: 1 worse")

@@ -58,12 +58,12 @@ def forget(checkout: Path, stage: str) -> None:
     """Make a stage of every run and all behind it run again, for real: no lock entry, no cached result, no output."""
     shutil.rmtree(checkout / GRID / ".dvc" / "tmp" / "rwlock", ignore_errors=True)
     lock = checkout / GRID / "dvc.lock"
-    entries = yaml.safe_load(lock.read_text())
+    entries = yaml.safe_load(lock.read_text(encoding="utf-8"))
     for name in stages(stage):
         for out in entries["stages"].pop(name)["outs"]:
             (checkout / GRID / out["path"]).unlink()
             (checkout / ".dvc/cache/files/md5" / out["md5"][:2] / out["md5"][2:]).unlink(missing_ok=True)
-    lock.write_text(yaml.safe_dump(entries))
+    lock.write_text(yaml.safe_dump(entries), encoding="utf-8")
     shutil.rmtree(checkout / ".dvc" / "cache" / "runs", ignore_errors=True)
 
 
@@ -82,7 +82,7 @@ def test_a_stage_waits_for_the_one_that_a_killed_dvc_left_behind(checkout, finis
     work = checkout / GRID / ".work" / "inject" / BASELINE
     with FileLock(work / "lock"):
         command = [sys.executable, "../../stages", "inject", BASELINE]
-        waiting = subprocess.Popen(command, cwd=checkout / GRID, env=environment(), stderr=subprocess.PIPE, text=True)
+        waiting = subprocess.Popen(command, cwd=checkout / GRID, env=environment(), stderr=subprocess.PIPE, encoding="utf-8")
         assert "another process is at work" in waiting.stderr.readline()
         assert [path.name for path in work.iterdir()] == ["lock"]
     waiting.communicate()

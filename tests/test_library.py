@@ -61,7 +61,7 @@ def test_estimates_need_no_torch():
         "import sys, textguard.estimates.statistics as s, textguard.estimates.summary;"
         "print(s.rate_estimate(1, 4).value, sorted({'torch', 'torchvision', 'textguard.faults'} & sys.modules.keys()))"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, encoding="utf-8", check=True)
     assert done.stdout == "0.25 []\n"
 
 

@@ -76,7 +76,7 @@ def here(grid, tmp_path, monkeypatch) -> Path:
 
 def page(name: str = "page.html") -> Elements:
     write_page(Path(name), load_params(), REVISION)
-    return Elements(Path(name).read_text())
+    return Elements(Path(name).read_text(encoding="utf-8"))
 
 
 def test_the_page_holds_every_run_table_and_figure_and_needs_nothing_else(here):
@@ -99,7 +99,7 @@ def test_the_page_holds_every_run_table_and_figure_and_needs_nothing_else(here):
 @pytest.mark.parametrize(("verdict", "remarked"), [("not separable at 99%", True), ("better", False)])
 def test_a_last_layer_that_is_better_by_its_weights_alone_is_remarked(here, verdict, remarked):
     file = Path("metrics/cells.json")
-    cells = json.loads(file.read_text())
+    cells = json.loads(file.read_text(encoding="utf-8"))
     cells[0]["verdict"] |= {"last_layer": "better", "head": verdict}
     write_json(file, cells)
     assert ("has another verdict for ResNet-18 on digits with descriptions, " in page().text) == remarked
@@ -143,11 +143,11 @@ def test_what_is_missing_is_named(here, capsys):
 def test_two_revisions_stand_side_by_side(here):
     shutil.copytree("metrics/results", "base")
     file = next(Path("metrics/results").glob("*baseline*"))
-    stored = json.loads(file.read_text())
+    stored = json.loads(file.read_text(encoding="utf-8"))
     stored["top1"]["value"] = 0.123
-    file.write_text(json.dumps(stored))
+    file.write_text(json.dumps(stored), encoding="utf-8")
     assert main(["base", "v1.0", "page.html"]) == 0
-    text = Elements(Path("page.html").read_text()).text
+    text = Elements(Path("page.html").read_text(encoding="utf-8")).text
     assert "Beside v1.0" in text
     assert re.search(r"PASS|FAIL", text)
     assert "12.3" in text

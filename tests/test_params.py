@@ -34,7 +34,7 @@ def test_dvc_writes_a_params_file_as_it_is(folder, tmp_path):
     file = Path(shutil.copy(REPOSITORY / folder / "params.yaml", tmp_path))
     with modify_yaml(str(file)):
         pass
-    assert file.read_text() == (REPOSITORY / folder / "params.yaml").read_text()
+    assert file.read_text(encoding="utf-8") == (REPOSITORY / folder / "params.yaml").read_text(encoding="utf-8")
 
 
 @each_grid
@@ -79,7 +79,7 @@ def test_every_network_with_a_name_of_its_own_has_a_recipe():
 
 @pytest.mark.parametrize("grid", ["fashion", "table1"])
 def test_the_largest_grids_fit_on_two_pages(grid):
-    assert len((REPOSITORY / "grids" / grid / "params.yaml").read_text().splitlines()) < 120
+    assert len((REPOSITORY / "grids" / grid / "params.yaml").read_text(encoding="utf-8").splitlines()) < 120
 
 
 def test_every_grid_is_what_make_grids_makes_of_the_root(clone):

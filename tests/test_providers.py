@@ -16,7 +16,7 @@ WHERE = "params.yaml texts.t.provider"
 
 
 def test_every_provider_has_defaults_and_every_default_a_provider():
-    library = yaml.safe_load(LIBRARY.read_text())
+    library = yaml.safe_load(LIBRARY.read_text(encoding="utf-8"))
     assert set(library) - {SHARED, LANGUAGE_MODEL} == set(PROVIDERS)
 
 

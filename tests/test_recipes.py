@@ -29,7 +29,7 @@ PLAIN = load_recipe("resnet", {"epochs": 7, "batch_size": 6, "base_batch_size": 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_recipe_of_the_library_has_every_field_in_the_order_of_the_dataclass(name):
-    lines = (LIBRARY / f"{name}.yaml").read_text().splitlines()
+    lines = (LIBRARY / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     keys = [line.partition(":")[0] for line in lines if not line.startswith("#")]
     assert keys == list(Recipe.__dataclass_fields__)
     assert lines[0].startswith("# ")

@@ -39,7 +39,7 @@ def ask_questions(grid: Path) -> None:
     """What stages `data` and `prompts` do, in less time."""
     (grid / "data" / "digits").mkdir(parents=True)
     names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-    (grid / "data" / "digits" / "classes.json").write_text(json.dumps(names))
+    (grid / "data" / "digits" / "classes.json").write_text(json.dumps(names), encoding="utf-8")
     run([sys.executable, "../../stages", "prompts", TEXT], grid)
 
 
@@ -71,7 +71,7 @@ def test_dvc_pays_once_and_only_for_what_is_new(server, grid):
     # Every answer repeats the key: it is in no answer, embedding, figure, metric, log, cache or DVC file of the run.
     ran, output = repro(grid, "text_quality")
     assert {f"embeddings@{TEXT}", f"text_quality@{TEXT}"} <= ran
-    assert (grid / "prompts" / TEXT / "responses.jsonl").read_text().count("[OPENAI_API_KEY]") >= 20
+    assert (grid / "prompts" / TEXT / "responses.jsonl").read_text(encoding="utf-8").count("[OPENAI_API_KEY]") >= 20
     places = (".dvc/cache", "prompts/live", "grids/smoke/dvc.lock", f"grids/smoke/metrics/texts/{TEXT}.csv")
     assert all((grid.parent.parent / place).exists() for place in places)
     assert leaks(grid.parent.parent) == []
@@ -95,7 +95,7 @@ def test_a_stage_that_is_stopped_goes_on_where_it_was(server, grid, stop, code):
     ask_questions(grid)
     command = [sys.executable, "../../stages", "responses", TEXT]
     server.reply = lambda request: server.released.clear() or request if server.delivered.total() == 5 else request
-    process = subprocess.Popen(command, cwd=grid, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=grid, env=environment(), stderr=subprocess.PIPE, encoding="utf-8")
     while server.released.is_set() or server.at_once < 8:
         assert process.poll() is None
         time.sleep(0.01)

@@ -44,13 +44,13 @@ def test_files_in_git_are_read_and_written_as_they_are(pattern, tmp_path):
 
 
 def test_the_reference_is_what_the_models_say():
-    assert (REPOSITORY / "docs" / "outputs.md").read_text() == document()
+    assert (REPOSITORY / "docs" / "outputs.md").read_text(encoding="utf-8") == document()
 
 
 def rewrite(path: str, change: dict[str, Any]) -> None:
     """Replace some of a JSON object's entries, or drop those that are to become `...`."""
-    content = json.loads(Path(path).read_text()) | change
-    Path(path).write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
+    content = json.loads(Path(path).read_text(encoding="utf-8")) | change
+    Path(path).write_text(json.dumps({name: value for name, value in content.items() if value is not ...}), encoding="utf-8")
 
 
 def test_keys_of_a_newer_version_are_ignored(runs):
@@ -82,15 +82,15 @@ def test_what_is_missing_or_wrong_is_one_line(runs, change, place):
 @pytest.mark.parametrize("damage", [{}, {"verdict": {}}, {"head": {}}, {"detectors": {"profiled": {}}}])
 def test_damaged_cells_are_named(runs, damage):
     path = Path("metrics/cells.json")
-    cells = json.loads(path.read_text())
-    path.write_text(json.dumps([cells[0] | damage] if damage else {}))
+    cells = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps([cells[0] | damage] if damage else {}), encoding="utf-8")
     with pytest.raises(InvalidArtifact, match=r"cells\.json is not what .*stage 'results' writes it"):
         load_cells(runs)
 
 
 @pytest.mark.parametrize("damage", ["[]", "{}", '{"cam": {}}'])
 def test_a_damaged_closeup_is_named(runs, damage):
-    Path(f"metrics/closeup/{RUN}.json").write_text(damage)
+    Path(f"metrics/closeup/{RUN}.json").write_text(damage, encoding="utf-8")
     with pytest.raises(InvalidArtifact, match=rf"{RUN}\.json is not what .*stage 'closeup' writes it"):
         load_closeup(RUN)
 

@@ -38,7 +38,7 @@ WRONG = [
 @pytest.fixture
 def in_stage(tmp_path, monkeypatch, capsys):
     """Run something as a stage of the smoke grid. Returns the line that it ends with."""
-    (tmp_path / "params.yaml").write_text(SMOKE.read_text())
+    (tmp_path / "params.yaml").write_text(SMOKE.read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("signal.signal", lambda *_: None)
 

@@ -191,18 +191,18 @@ def test_the_table_of_maps_says_what_was_seen_and_at_which_confidence():
 
 def test_tables_are_written_in_three_formats(tmp_path):
     write_table(tables(CELLS)["table1"], tmp_path)
-    markdown = (tmp_path / "table1.md").read_text()
+    markdown = (tmp_path / "table1.md").read_text(encoding="utf-8")
     assert (
         "| digits | resnet18 | this grid | 96.7 [94.7, 98.7] | 96.4 [94.4, 98.4] | +0.25 | -1.50 | 2.50 (exact) | better |"
         in markdown
     )
     assert "| imagenet | resnet18 | paper | 69.60 | 69.68 | 0.26 | 0.26 | 2.87 | - | 1.91 | - | 3.07 | - |" in markdown
-    with (tmp_path / "table1.csv").open() as file:
+    with (tmp_path / "table1.csv").open(encoding="utf-8") as file:
         ours, theirs, *_ = csv.DictReader(file)
     assert float(ours["Improvement in Reliability, Overall (x)"]) > 1
     assert (ours["Acc. Ours (%) n"], ours["Trainings"]) == ("360", "1")
     assert (theirs["Acc. Baseline (%)"], theirs["Acc. Baseline (%) n"], theirs["Trainings"]) == ("69.60", "", "")
-    latex = (tmp_path / "table1.tex").read_text()
+    latex = (tmp_path / "table1.tex").read_text(encoding="utf-8")
     assert r"Acc. Ours (\%)" in latex
     assert latex.count(r"\begin{") == latex.count(r"\end{") == 2
 
@@ -211,7 +211,7 @@ def test_every_estimate_keeps_its_four_columns_together_whatever_the_first_row_h
     table = tables([cell("imagenet", "focalnet_s")], "imagenet")["table1"]
     assert table.rows[0][table.headers.index("Source")] == NOT_RUN
     write_table(table, tmp_path)
-    header = next(csv.reader((tmp_path / "table1.csv").open()))
+    header = next(csv.reader((tmp_path / "table1.csv").open(encoding="utf-8")))
     at = header.index("Acc. Ours (%)")
     assert header[at + 1 : at + 4] == [f"Acc. Ours (%) {part}" for part in ("low", "high", "n")]
 
@@ -240,7 +240,7 @@ def test_empty_tables_and_odd_texts_are_written_safely(tmp_path):
     assert r"a\_1" in as_latex(table)
     assert r"100 \% of a\_b" in as_latex(table)
     write_table(Table("empty", "none", ["a", "b"], []), tmp_path)
-    assert (tmp_path / "empty.csv").read_text() == "a,b\n"
+    assert (tmp_path / "empty.csv").read_text(encoding="utf-8") == "a,b\n"
 
 
 def finding(what: str, where: str, other: str = "", published: Sequence[Published] = ()) -> Finding:
@@ -328,7 +328,7 @@ def test_the_audit_computes_what_it_says():
 
 
 def test_the_readme_quotes_the_audit():
-    text = " ".join((REPOSITORY / "README.md").read_text().split())
+    text = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
     readme_mean = finding("mean of 14 backbones: improvement, last layer", "README, abstract")
     trainings = finding("resnet50 on imagenet, improvement, last layer", "paper Table 1")
     interval = finding("interval of 4,096", "paper, section 5.2")
@@ -358,7 +358,7 @@ def test_hooks_reach_as_many_layers_as_the_audit_counts(backbone, size):
             module.register_forward_hook(lambda *_, name=name: fired.add(name))
     with torch.no_grad():
         network(torch.zeros(1, 3, size, size))
-    assert len(fired) == yaml.safe_load(CLAIMS_FILE.read_text())["hooked_layers"][backbone]
+    assert len(fired) == yaml.safe_load(CLAIMS_FILE.read_text(encoding="utf-8"))["hooked_layers"][backbone]
 
 
 def test_recipes_show_what_was_overridden_and_leave_out_what_has_no_effect():

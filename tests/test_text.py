@@ -148,7 +148,7 @@ def small_clip(tmp_path: Path) -> Path:
     }
     folder = tmp_path / "clip"
     folder.mkdir()
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}), encoding="utf-8")
     torch.manual_seed(0)
     model = open_clip.CLIP(
         embed_dim=config["embed_dim"],
@@ -215,8 +215,10 @@ def test_sentence_transformers_models_are_read_from_a_folder(tmp_path):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(InvalidArtifact, match="cannot be loaded as an encoder"):
         encode(encoder, ["a ship"], CPU)
-    modules = (folder / "modules.json").read_text()
-    (folder / "modules.json").write_text(modules.replace("sentence_transformers.models.Normalize", "os.path.Normalize"))
+    modules = (folder / "modules.json").read_text(encoding="utf-8")
+    (folder / "modules.json").write_text(
+        modules.replace("sentence_transformers.models.Normalize", "os.path.Normalize"), encoding="utf-8"
+    )
     for read in (encoder_width, lambda name: encode(name, ["a ship"], CPU)):
         with pytest.raises(InvalidArtifact, match=r"modules\.json is no sentence-transformers model .*os\.path\.Normalize"):
             read(encoder)

@@ -131,6 +131,6 @@ def test_class_names_are_drawn_and_not_obeyed(tmp_path):
     draw_similarity(np.eye(3), names, "$x^2$", tmp_path / "similarity", 60)
     draw_projection(unit[:, :2], np.arange(3), means[:, :2], names, 1.0, "$x^2$", tmp_path / "projection", 60)
     for name in ("similarity", "projection"):
-        svg = (tmp_path / f"{name}.svg").read_text()
+        svg = (tmp_path / f"{name}.svg").read_text(encoding="utf-8")
         assert "<script" not in svg
         assert all("--" not in comment for comment in re.findall(r"<!--(.*?)-->", svg, re.DOTALL))

@@ -306,12 +306,12 @@ def launch(folder: Path, processes: int, changes: dict, **more: str) -> subproce
     (folder / "work").mkdir(exist_ok=True)
     script = folder / "process.py"
     settings = {"repository": str(REPOSITORY), "tests": str(Path(__file__).parent), "folder": str(folder)}
-    script.write_text(PROCESS.format(**settings, changes=json.dumps(changes)))
+    script.write_text(PROCESS.format(**settings, changes=json.dumps(changes)), encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script)]
     known = {
         name: value for name, value in environment(OMP_NUM_THREADS="1", **more).items() if name not in ("RANK", "WORLD_SIZE")
     }
-    return subprocess.run(command, cwd=folder, env=known, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, cwd=folder, env=known, capture_output=True, encoding="utf-8", check=False, timeout=300)
 
 
 def test_two_processes_train_and_predict_what_one_does(tmp_path):

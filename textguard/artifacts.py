@@ -141,7 +141,7 @@ def reading(path: Path, made_by: str) -> Iterator[None]:
 def read_json(path: Path, made_by: str, fields: Iterable[str] = ()) -> Any:
     """Read a JSON file. fields: what an object must have. Raises InvalidArtifact."""
     with reading(path, made_by):
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         for name in fields:
             operator.getitem(content, name)  # or it says which is missing
         return content
@@ -161,7 +161,7 @@ def read_json_lines(path: Path, made_by: str) -> list[dict[str, Any]]:
     rows = []
     with reading(path, made_by):
         # Not splitlines(): an answer may hold other separators that Unicode counts as line ends.
-        for number, line in enumerate(path.read_text().removesuffix("\n").split("\n"), start=1):
+        for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:

@@ -360,7 +360,7 @@ def load_gate_params(path: Path = PARAMS_FILE) -> GateParams:
 
 def _read(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(), _Yaml)
+        return yaml.load(path.read_text(encoding="utf-8"), _Yaml)
     except FileNotFoundError as error:
         raise InvalidParameter(
             f"{path.resolve()} does not exist; run this in a folder that holds a grid's params.yaml"

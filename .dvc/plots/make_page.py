@@ -49,13 +49,13 @@ def main() -> None:
         notice = "Written by make_page.py. Licences of its scripts and of what they are built from:"
         licences = f"<!-- {notice}\n\n{_licences(modules)}\n-->\n"
         scripts = [f"<script>/* {package}, licence above */\n{_script(modules, package)}\n</script>\n" for package in packages]
-    PAGE.write_text("".join([HEAD, licences, *scripts, BODY]))
+    PAGE.write_text("".join([HEAD, licences, *scripts, BODY]), encoding="utf-8")
 
 
 def _script(modules: Path, package: str) -> str:
     """The minified build of a package ("vega@5.33.1"), without the reference to a file for debuggers."""
     name = package.partition("@")[0]
-    lines = (modules / name / "build" / f"{name}.min.js").read_text().splitlines()
+    lines = (modules / name / "build" / f"{name}.min.js").read_text(encoding="utf-8").splitlines()
     return "\n".join(line for line in lines if not line.startswith("//# sourceMappingURL"))
 
 
@@ -64,9 +64,9 @@ def _licences(modules: Path) -> str:
     owners: dict[str, list[str]] = defaultdict(list)
     for folder in sorted(modules.iterdir()):
         if folder.name in {"vega", *BUNDLED} or folder.name.startswith(("vega-", "d3-")):
-            package = json.loads((folder / "package.json").read_text())
+            package = json.loads((folder / "package.json").read_text(encoding="utf-8"))
             file = next(iter(sorted(folder.glob("LICENSE*"))), None)
-            text = file.read_text().strip() if file else f"{package['license']} (the package holds no text)"
+            text = file.read_text(encoding="utf-8").strip() if file else f"{package['license']} (the package holds no text)"
             owners[text].append(f"{package['name']} {package['version']}")
     return "\n\n".join(f"{', '.join(names)}:\n\n{text}" for text, names in owners.items())
 

@@ -95,7 +95,7 @@ def read_revision() -> Revision:
 
 def _git(*arguments: str) -> str:
     try:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 
@@ -126,12 +126,12 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
     cells, runs = load_cells(params.runs), load_results(params.runs)
     grid = "default" if params.root == "." else Path.cwd().name
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False)
-    template = environment.from_string((HERE / "page.html").read_text())
+    template = environment.from_string((HERE / "page.html").read_text(encoding="utf-8"))
     content = template.render(
         title=f"textguard: {grid} grid",
         version=__version__,
-        style=Markup((HERE / "page.css").read_text()),
-        script=Markup((HERE / "page.js").read_text()),
+        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
         parts=PARTS if compared is None else [PARTS[0], ("compared", "Compared"), *PARTS[1:]],
         headline=[_headline(cell) for cell in cells if cell.variant == PROPOSED] or [_headline(cell) for cell in cells],
         remarks=_remarks(cells, runs),

@@ -76,7 +76,7 @@ class Finding:
 
 def load_published() -> list[Published]:
     """All rows of all published tables, the paper's first."""
-    with TABLES_FILE.open(newline="") as file:
+    with TABLES_FILE.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     published = []
     for row in rows:
@@ -87,7 +87,7 @@ def load_published() -> list[Published]:
 
 def audit(published: Sequence[Published]) -> list[Finding]:
     """Where tables contradict each other, then every claim about them, then the campaign's size and interval."""
-    claims = yaml.safe_load(CLAIMS_FILE.read_text())
+    claims = yaml.safe_load(CLAIMS_FILE.read_text(encoding="utf-8"))
     return [
         *_contradictions(published),
         *(_check_claim(published, **claim) for claim in claims["claims"]),

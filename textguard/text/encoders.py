@@ -91,7 +91,7 @@ def _encode_minilm(texts: list[str], device: "torch.device", batch_size: int) ->
 def _sentence_transformers_width(folder: Path) -> int:
     path = folder / "modules.json"
     try:
-        modules = json.loads(path.read_text())
+        modules = json.loads(path.read_text(encoding="utf-8"))
         width = 0
         for module in modules:
             # Any other class would be imported by its name.
@@ -99,7 +99,7 @@ def _sentence_transformers_width(folder: Path) -> int:
                 raise ValueError(f"a module is {module['type']!r}")
             config = folder / module["path"] / "config.json"
             if module["type"].endswith((".Pooling", ".Dense")):
-                sizes = json.loads(config.read_text())
+                sizes = json.loads(config.read_text(encoding="utf-8"))
                 width = int(sizes.get("out_features") or sizes.get("word_embedding_dimension") or sizes["embedding_dimension"])
         if width < 1:
             raise ValueError("it states no width")
@@ -154,7 +154,7 @@ def _open_clip_config(model: str, pretrained: str) -> dict:
     if model == "local-dir":
         path = Path(pretrained) / "open_clip_config.json"
         try:
-            config = json.loads(path.read_text())["model_cfg"]
+            config = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
             return {**config, "embed_dim": int(config["embed_dim"])}
         except (OSError, KeyError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"

@@ -126,7 +126,7 @@ class Price:
 
 def price_of(model: str) -> Price | None:
     """The price of a model. A dated version has its model's price. None for a model that prices.yaml does not list."""
-    listed = yaml.safe_load(PRICES.read_text())["models"]
+    listed = yaml.safe_load(PRICES.read_text(encoding="utf-8"))["models"]
     price = listed.get(model) or listed.get(re.sub(r"-\d{4}-\d{2}-\d{2}$", "", model))
     return Price(price["input"] / 1e6, price["output"] / 1e6) if price else None
 

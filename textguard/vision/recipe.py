@@ -110,7 +110,7 @@ def library_fields(name: str, where: str) -> dict[str, Any]:
     known = sorted(path.stem for path in LIBRARY.glob("*.yaml"))
     if name not in known:
         raise UnknownName("recipe", name, known, where)
-    return yaml.safe_load((LIBRARY / f"{name}.yaml").read_text())
+    return yaml.safe_load((LIBRARY / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def load_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
