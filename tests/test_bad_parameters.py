@@ -1,14 +1,23 @@
 """Bad input: params.yaml and the command line."""
 
 import datetime
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from dvc.utils.serialize import modify_yaml
+from pydantic import TypeAdapter
 
 from bad_input_grid import REMOVED, says
-from smoke_grid import BASELINE, GUIDED, TEXT
-from textguard.params import load_params
+from conftest import REPOSITORY
+from smoke_grid import BASELINE, GUIDED, TEXT, run
+from textguard.errors import InvalidParameter
+from textguard.params import Params, load_params
 
 TEMPLATE = {"provider": "template", "questions": ["a photo of a {class}"]}
 
@@ -27,7 +36,7 @@ WRONG_VALUES = {
     "unknown plan": ("inject.plan", "sobol", ['"sobol"', "'uniform', 'proportional' or 'neyman'"]),
     "unknown images": ("inject.images", "best", ['"best"', "'uniform' or 'importance'"]),
     "no pilot": ("inject.pilot", 0, ["0", "greater than 0"]),
-    "certainty": ("statistics.confidence", 1.0, ["1.0", "less than 1"]),
+    "certainty": ("statistics.confidence", 1.0, ["1.0", "less than or equal to 0.9999"]),
     "few resamples": ("statistics.bootstrap", 10, ["10", "greater than or equal to 200"]),
     "no failures": ("statistics.fit_per_bit", 0.0, ["0.0", "greater than 0"]),
     "no images": ("closeup.images", 0, ["0", "greater than 0"]),
@@ -66,7 +75,107 @@ WRONG_VALUES = {
     "nothing for an embedding": ("texts.descriptions.embedding", None, ["null", "object"]),
     "no questions": ("texts.descriptions.questions", [], ["at least 1"]),
     "colour without a number": ("figures.colours.baseline", "red", ['"red"', "#"]),
+    "kind twice": ("inject.kinds", ["Conv2d", "Linear", "Conv2d"], ["'Conv2d' once"]),
+    "detector twice": ("inject.compare_detectors", ["off", "off"], ["'off' once"]),
+    "flag twice": ("texts.descriptions.drop", ["cut", "cut"], ["'cut' once"]),
+    "question twice": ("texts.descriptions.questions", ["a {class}", "a {class}"], ["'a {class}' once"]),
+    "file twice": ("texts.descriptions.cache", ["a.jsonl", "a.jsonl"], ["'a.jsonl' once"]),
+    "two lines for an encoder": ("encoder", "minilm\n", ["minilm", "pattern"]),
+    "two lines for a folder": ("datasets.digits.folder", "a\nb", ["pattern"]),
+    "two lines for a file": ("texts.descriptions.cache", ["a\nb"], ["pattern"]),
+    "no way to the code": ("root", "", ["pattern"]),
+    "quotes in the way to the code": ("root", "..'; ls; '", ["pattern"]),
+    "home of nobody": ("datasets.digits.folder", "~nobody-of-this-name/x", ["home directory"]),
 }
+# The largest values that are taken, and something above them.
+LARGEST = {
+    "datasets.digits.split_seed": (2**32 - 1, 2**32),
+    "datasets.digits.limit_train": (10**9, 10**30),
+    "datasets.digits.limit_test": (10**9, 10**30),
+    "backbones.resnet18.epochs": (10**6, 10**30),
+    "backbones.resnet18.batch_size": (2**20, 10**30),
+    "backbones.resnet18.base_batch_size": (10**6, 10**30),
+    "backbones.resnet18.learning_rate": (1000.0, 1e308),
+    "backbones.resnet18.min_learning_rate": (1000.0, math.inf),
+    "backbones.resnet18.weight_decay": (1000.0, math.inf),
+    "backbones.resnet18.mixup": (1000.0, math.inf),
+    "backbones.resnet18.cutmix": (1000.0, math.inf),
+    "backbones.resnet18.clip_norm": (1000.0, math.inf),
+    "backbones.resnet18.eps": (1.0, math.inf),
+    "backbones.resnet18.repeated_augmentation": (100, 10**12),
+    "backbones.resnet18.crop_padding": (4096, 10**9),
+    "backbones.resnet18.step_epochs": (10**6, 10**30),
+    "backbones.resnet18.ema_steps": (10**6, 10**30),
+    "texts.descriptions.samples": (10_000, 10**18),
+    "inject.injections_per_layer": (10**9, 2 * 10**14),
+    "inject.pilot": (10**9, 10**30),
+    "inject.confidence": (0.9999, 0.9999999999999999),
+    "inject.enumerate_up_to": (10**12, 10**30),
+    "inject.batch_size": (2**20, 10**30),
+    "inject.image_batch": (2**20, 10**30),
+    "inject.faults.bits": (64, 10**30),
+    "inject.faults.values": (10**6, 64 * 10**9),
+    "closeup.images": (10**9, 10**30),
+    "closeup.weight_flips": (10**9, 10**30),
+    "closeup.smallest_map": (4096, 10**30),
+    "statistics.confidence": (0.9999, 0.9999999999999999),
+    "statistics.bootstrap": (100_000, 10**30),
+    "statistics.fit_per_bit": (1e12, math.inf),
+    "figures.dpi": (600, 10**30),
+    "network.timeout_s": (86_400, math.inf),
+    "network.backoff_s": (3600, math.inf),
+    "network.attempts": (100, 10**30),
+    "network.concurrency": (256, 10**30),
+    "network.max_requests": (10**9, 10**30),
+    "network.max_usd": (10**6, math.inf),
+    "gate.delta_loss_percent": (10**6, math.inf),
+    "gate.sdc_percent": (10**6, math.inf),
+}
+
+
+@pytest.mark.parametrize(("place", "values"), LARGEST.items(), ids=LARGEST)
+def test_a_number_that_no_grid_has_is_refused(untouched, place, values):
+    largest, larger = values
+    untouched.change(place, largest)
+    load_params(untouched.folder / "params.yaml")
+    untouched.change(place, larger)
+    with pytest.raises(InvalidParameter, match="should be less than") as refused:
+        load_params(untouched.folder / "params.yaml")
+    says(str(refused.value), place, "params.yaml", json.dumps(larger)[:20])
+
+
+def numbers_of(schema: dict, defined: dict) -> Iterator[dict]:
+    """Every number of a JSON schema."""
+    if schema.get("type") in ("integer", "number"):
+        yield schema
+    if reference := schema.get("$ref"):
+        yield from numbers_of(defined[reference.rpartition("/")[2]], defined)
+    for name in ("properties", "patternProperties"):
+        for part in schema.get(name, {}).values():
+            yield from numbers_of(part, defined)
+    inner = [schema.get("items"), schema.get("additionalProperties"), *schema.get("anyOf", []), *schema.get("prefixItems", [])]
+    for part in inner:
+        if isinstance(part, dict):
+            yield from numbers_of(part, defined)
+
+
+def test_every_number_has_bounds():
+    schema = TypeAdapter(Params).json_schema()
+    found = list(numbers_of(schema, schema["$defs"]))
+    assert len(found) > len(LARGEST)
+    for number in found:
+        assert {"minimum", "exclusiveMinimum"} & number.keys(), number
+        assert {"maximum", "exclusiveMaximum"} & number.keys(), number
+
+
+def test_a_grid_has_an_end(untouched):
+    untouched.change("seeds", list(range(5001)))
+    says(untouched.fails("check"), "InvalidParameter", "params.yaml", "10,002 runs", "at most 10,000")
+
+
+def test_a_folder_in_ones_home_is_taken(untouched):
+    untouched.change("datasets.digits.folder", "~/digits")
+    assert untouched.run("check") == (0, [])
 
 
 @pytest.mark.parametrize(("place", "value", "parts"), WRONG_VALUES.values(), ids=WRONG_VALUES)
@@ -234,21 +343,73 @@ def test_a_number_is_one_as_dvc_writes_it(untouched):
 FILES = {
     "broken YAML": (b"root: ../..\nseeds: [\n", ["cannot be read as YAML", "line 3"]),
     "tabs": (b"inject:\n\tseed: 0\n", ["cannot be read as YAML", "line 2"]),
-    "no text": (b"\xff\xfe\x00", ["cannot be read as YAML"]),
+    "no text": (b"\xff\xfe\x00", ["cannot be read as YAML", "byte 0 is no UTF-8"]),
+    "UTF-16": ("root: .".encode("utf-16"), ["cannot be read as YAML", "save it as UTF-8"]),
+    "Latin-1": ("root: é".encode("latin-1"), ["cannot be read as YAML", "byte 6 is no UTF-8"]),
     "empty": (b"", ["null", "object"]),
     "a list": (b"- 1\n- 2\n", ["[1, 2]", "object"]),
+    "a section twice": (b"inject: {}\ninject: {}\n", ["inject is there twice", "line 2"]),
+    "names that are no texts": (b"datasets: {2024-01-01: {}}\n", ["a name in datasets in line 1 is '2024-01-01'"]),
+    "too large": (b"# " + b"x" * 2**20, ["larger than 1 MB"]),
+    "a long name": (b"x" * 1000 + b": 1\n", ["unknown key 'xxx", "known: backbones"]),
 }
 
 
 @pytest.mark.parametrize(("content", "parts"), FILES.values(), ids=FILES)
 def test_a_parameter_file_that_is_none_is_refused(untouched, content, parts):
     untouched.put("params.yaml", content)
-    says(untouched.fails("check"), "InvalidParameter", "params.yaml", *parts)
+    line = untouched.fails("check")
+    says(line, "InvalidParameter", "params.yaml", *parts)
+    assert len(line) < 1000
 
 
 def test_a_date_is_no_number(untouched):
     untouched.change("datasets.digits.split_seed", datetime.date(2024, 1, 1))
     says(untouched.fails("check"), "InvalidParameter", "datasets.digits.split_seed", "2024-01-01", "params.yaml")
+
+
+def a_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def a_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def an_endless_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def itself(path: Path) -> None:
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        (a_pipe, ["no regular file"]),
+        (a_folder, ["no regular file"]),
+        (an_endless_device, ["no regular file"]),
+        (itself, ["levels"]),
+    ],
+)
+def test_something_else_than_a_parameter_file_is_named(tmp_path, make, parts):
+    make(tmp_path / "params.yaml")
+    with pytest.raises(InvalidParameter) as refused:
+        load_params(tmp_path / "params.yaml")
+    says(str(refused.value), "params.yaml", *parts)
+
+
+def test_a_name_that_looks_like_a_number_is_one_for_dvc_too(untouched):
+    """In quotes: the stages of DVC's matrix have it, and their parameters are found."""
+    untouched.change("datasets", {"1e3": asdict(load_params(untouched.folder / "params.yaml").datasets["digits"])})
+    assert untouched.run("check") == (0, [])
+    shutil.copy(REPOSITORY / "dvc.yaml", untouched.folder)
+    run(["git", "init", "--quiet"], untouched.folder)
+    run(["dvc", "init", "--quiet"], untouched.folder)
+    listed = run(["dvc", "repro", "--dry", "--force"], untouched.folder).stdout
+    assert "data@1e3" in listed
+    assert "train@1e3-resnet18-baseline-0" in listed
 
 
 def test_a_missing_parameter_file_is_named(untouched):
@@ -261,6 +422,8 @@ COMMANDS = {
     "run of an unknown seed": (["train", "digits-resnet18-baseline-1"], ["-1'", f"known: {BASELINE}"]),
     "unknown data set": (["data", "svhn"], ["key 'svhn'", "known: digits", "params.yaml names them"]),
     "unknown texts": (["prompts", "svhn-descriptions"], ["key 'svhn-descriptions'", f"known: {TEXT}"]),
+    "key of a thousand letters": (["train", "x" * 1000], [f"'{'x' * 90}", "...", "known:"]),
+    "key that moves the cursor": (["train", "\x1b[2J\n"], ["'\\x1b[2J\\n'", "known:"]),
     "unknown stage": (["paint"], ["stage 'paint'", "known:", "check", "train"]),
     "no stage": ([], ["stage ''", "known:", "python stages NAME"]),
     "no key": (["train"], ["'train' takes one key", "'none'"]),

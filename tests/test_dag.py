@@ -20,6 +20,7 @@ PLUMBING = {
     "textguard.params",
     "textguard.artifacts",
     "textguard.runtime",
+    "textguard.strict_yaml",
     "textguard.text.providers",
     "textguard.vision.recipe",
 }

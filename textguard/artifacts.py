@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from textguard.errors import CannotWrite, InvalidArtifact
+from textguard.errors import CannotWrite, InvalidArtifact, InvalidParameter
 
 # pandas, pyarrow and safetensors are imported where they are used: half of the stages need none of them.
 if TYPE_CHECKING:
@@ -53,6 +53,22 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def absolute(path: Path) -> Path:
+    """The path from the root of the file system, or as it is where the working directory is gone."""
+    try:
+        return path.resolve()
+    except OSError:
+        return path
+
+
+def expanded(folder: str, where: str) -> Path:
+    """The path, with `~` as somebody's home. where: what names it. Raises InvalidParameter."""
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as error:
+        raise InvalidParameter(f"{where} is {folder!r}, and there is no such home directory; name the whole path") from error
 
 
 def cannot_write(path: Path, error: OSError) -> CannotWrite:

@@ -33,7 +33,7 @@ class UnknownName(TextguardError):
     """A name that no registry knows (data set, backbone, variant, encoder, detector, engine ...)."""
 
     def __init__(self, kind: str, name: object, known: Iterable[str], where: str) -> None:
-        super().__init__(f"{kind} {name!r} in ", where, f"; known: {', '.join(sorted(known))}")
+        super().__init__(f"{kind} {printable(repr(name), 100)} in ", where, f"; known: {', '.join(sorted(known))}")
 
 
 class MissingAnswer(TextguardError):

@@ -8,7 +8,8 @@ defaults, and a grid may leave it out.
 
 import itertools
 import json
-import re
+import math
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import field
@@ -16,27 +17,49 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
-from textguard.errors import InvalidParameter, UnknownName
+from textguard import strict_yaml
+from textguard.artifacts import absolute, expanded
+from textguard.errors import InvalidParameter, UnknownName, printable
 from textguard.text.providers import FEATURES, with_defaults
 from textguard.vision.recipe import FAMILIES, Recipe, library_fields
 
 PARAMS_FILE = Path("params.yaml")
+LARGEST_FILE = 1 << 20  # bytes
+MOST_RUNS = 10_000  # of a grid: DVC takes minutes for a tenth of them
 UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 BASELINE, RANDOM = "baseline", "random"  # the variants that no text tells anything
 TORCHVISION, PUBLISHED = "torchvision", "published:"
 
 _strict = ConfigDict(extra="forbid", strict=True)
 # Parts of names of stages and files: no dot, at which DVC would split them, and nothing that a shell or a file system minds.
-Key = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+# The longest name, DATASET-BACKBONE-VARIANT-SEED.safetensors, stays below 255 characters.
+Key = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
+Line = Annotated[str, Field(pattern=r"^[^\n\r]*$", min_length=1, max_length=4000)]  # a path or a name
+# The way to the code that every stage runs: nothing that ends the quotes which dvc.yaml puts it in.
+Root = Annotated[str, Field(pattern=r"^[^'\n\r]+$", max_length=4000)]
+# Upper bounds are far above what anybody runs: they keep numbers out that are slips, or that floats or memory cannot hold.
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Count = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0, le=10**9)]
+Limit = Annotated[int, Field(ge=0, le=10**9)]
+Batch = Annotated[int, Field(gt=0, le=2**20)]
+Confidence = Annotated[float, Field(ge=0.5, le=0.9999)]
+Percent = Annotated[float, Field(ge=0, le=10**6)]
 Flag = Literal["duplicate", "too_short", "unnamed", "not_english", "cut", "filtered", "refused"]
 Colour = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")]
 Checked = TypeVar("Checked")
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    if (twice := _repeated(values)) is not None:
+        raise PydanticCustomError("distinct", "Input should hold {value} once", {"value": repr(twice)})
+    return values
+
+
+Distinct = AfterValidator(_distinct)
 
 
 @dataclass(frozen=True, config=_strict)
@@ -49,12 +72,12 @@ class DatasetParams:
     textguard.text.questions.Wording.
     """
 
-    source: str
-    folder: Annotated[str, Field(min_length=1)] | None
+    source: Line
+    folder: Line | None
     test_share: Annotated[float, Field(gt=0, lt=1)]
-    split_seed: Seed
-    limit_train: Annotated[int, Field(ge=0)]
-    limit_test: Annotated[int, Field(ge=0)]
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)]  # as scikit-learn takes them
+    limit_train: Limit
+    limit_test: Limit
     checksum: bool
     corrupt_share: Annotated[float, Field(ge=0, lt=1)]
     context: str
@@ -68,11 +91,11 @@ class LanguageModelParams:
     endpoint: Literal["responses", "chat.completions", "completions"]
     # No name and password, no query: both would carry secrets into hashes and files.
     base_url: Annotated[str, Field(pattern=r"^https?://[^\s/@?#]+(/[^\s@?#]*)?$")]
-    model: Annotated[str, Field(min_length=1)]
+    model: Line
     system: str | None
-    temperature: Annotated[float, Field(ge=0)] | None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None
     max_tokens: Count
-    stop: list[Annotated[str, Field(min_length=1)]]
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Distinct]
     seed: Seed | None
 
 
@@ -97,14 +120,14 @@ class TextParams:
     answers. drop: which flags keep a text out of the embeddings; see textguard.text.cleaning.
     """
 
-    provider: str
-    questions: Annotated[list[str], Field(min_length=1)]
-    limit_questions: Annotated[int, Field(ge=0)]
-    samples: Count
+    provider: Line
+    questions: Annotated[list[str], Field(min_length=1), Distinct]
+    limit_questions: Limit
+    samples: Annotated[int, Field(gt=0, le=10_000)]
     model: LanguageModelParams | None
-    cache: list[str]
-    templates: list[str]
-    drop: list[Flag]
+    cache: Annotated[list[Line], Distinct]
+    templates: Annotated[list[str], Distinct]
+    drop: Annotated[list[Flag], Distinct]
     embedding: EmbeddingParams
 
 
@@ -116,11 +139,11 @@ class NetworkParams:
     """
 
     concurrency: Annotated[int, Field(ge=1, le=256)] = 8
-    timeout_s: Annotated[float, Field(gt=0)] = 60
+    timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 60
     attempts: Annotated[int, Field(ge=1, le=100)] = 8
-    backoff_s: Annotated[float, Field(ge=0)] = 1
-    max_requests: Annotated[int, Field(ge=0)] | None = 5000
-    max_usd: Annotated[float, Field(ge=0)] | None = 5
+    backoff_s: Annotated[float, Field(ge=0, le=3600)] = 1
+    max_requests: Limit | None = 5000
+    max_usd: Annotated[float, Field(ge=0, le=10**6)] | None = 5
 
 
 @dataclass(frozen=True, config=_strict)
@@ -131,15 +154,15 @@ class BackboneParams(Recipe):
     from, by default that of the network's family.
     """
 
-    network: str
-    recipe: str
+    network: Line
+    recipe: Line
 
 
 @dataclass(frozen=True, config=_strict)
 class WeightsParams:
     """Weights from elsewhere: where they come from (see textguard.vision.checkpoints), and the SHA-256 of the file."""
 
-    source: str
+    source: Line
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
 
     @property
@@ -198,8 +221,8 @@ class FaultParams:
 
     target: Literal["neuron", "weight", "metadata"]
     operation: Literal["flip", "stuck_at_0", "stuck_at_1"]
-    bits: Count
-    values: Count
+    bits: Annotated[int, Field(gt=0, le=64)]
+    values: Annotated[int, Field(gt=0, le=10**6)]
 
 
 @dataclass(frozen=True, config=_strict)
@@ -210,24 +233,26 @@ class InjectParams:
     textguard.faults.sampling.Design. images: how they are drawn. enumerate_up_to: see textguard.faults.exact.affordable.
     """
 
-    engine: str
-    format: str
-    detector: str
-    compare_detectors: list[str]
+    engine: Line
+    format: Line
+    detector: Line
+    compare_detectors: Annotated[list[Line], Distinct]
     mitigation: Literal["none", "ranger", "clip_to_zero"]
     kinds: Annotated[
-        list[Literal["Conv1d", "Conv2d", "Conv3d", "ConvTranspose2d", "Linear", "MatMul", "Add"]], Field(min_length=1)
+        list[Literal["Conv1d", "Conv2d", "Conv3d", "ConvTranspose2d", "Linear", "MatMul", "Add"]],
+        Field(min_length=1),
+        Distinct,
     ]
     faults: FaultParams
     plan: Literal["uniform", "proportional", "neyman"]
     images: Literal["uniform", "importance"]
     injections_per_layer: Count
     pilot: Count
-    stop_at: str
-    confidence: Annotated[float, Field(ge=0.5, lt=1)]
-    enumerate_up_to: Annotated[int, Field(ge=0)]
-    batch_size: Count
-    image_batch: Count
+    stop_at: Line
+    confidence: Confidence
+    enumerate_up_to: Annotated[int, Field(ge=0, le=10**12)]
+    batch_size: Batch
+    image_batch: Batch
     seed: Seed
 
 
@@ -239,7 +264,7 @@ class CloseupParams:
 
     images: Count
     weight_flips: Count
-    smallest_map: Annotated[int, Field(ge=2)]
+    smallest_map: Annotated[int, Field(ge=2, le=4096)]
     seed: Seed
 
 
@@ -252,11 +277,11 @@ class StatisticsParams:
     fit_exposure: what holds the bits, neurons or the results of multiply-adds.
     """
 
-    confidence: Annotated[float, Field(ge=0.5, lt=1)]
+    confidence: Confidence
     bootstrap: Annotated[int, Field(ge=200, le=100_000)]
-    nonfinite: str
+    nonfinite: Line
     last_layer_weights: Literal["neurons", "equal", "head_only"]
-    fit_per_bit: Annotated[float, Field(gt=0)]
+    fit_per_bit: Annotated[float, Field(gt=0, le=10**12)]
     fit_exposure: Literal["neurons", "multiply_adds"]
 
 
@@ -277,8 +302,8 @@ class GateParams:
     """
 
     top1_points: Annotated[float, Field(ge=0, le=100)] = 1.0
-    delta_loss_percent: Annotated[float, Field(ge=0)] = 10
-    sdc_percent: Annotated[float, Field(ge=0)] = 10
+    delta_loss_percent: Percent = 10
+    sdc_percent: Percent = 10
     improvement_percent: Annotated[float, Field(ge=0, lt=100)] = 10
     significance: Annotated[float, Field(gt=0, lt=1)] = 0.01
 
@@ -290,8 +315,8 @@ class Params:
     weights: of all runs of one BACKBONE-VARIANT, that are not trained then.
     """
 
-    root: str
-    encoder: str
+    root: Root
+    encoder: Line
     datasets: Annotated[dict[Key, DatasetParams], Field(min_length=1)]
     backbones: Annotated[dict[Key, BackboneParams], Field(min_length=1)]
     variants: Annotated[list[Key], Field(min_length=1)]
@@ -327,24 +352,6 @@ class Params:
         return {texts.key: texts for texts in found}
 
 
-class _Yaml(yaml.SafeLoader):
-    """YAML 1.2's booleans and numbers, as DVC reads and writes them.
-
-    In YAML 1.1, PyYAML's, "off", a detector, is false, and 1e-05 is a text.
-    """
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 (as PyYAML has it)
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
-)
-
-
 def load_params(path: Path = PARAMS_FILE) -> Params:
     """Read and check a grid's params.yaml. Raises InvalidParameter or UnknownName, in one line."""
     params = _check(_with_defaults(_read(path), path), Params, path)
@@ -360,12 +367,25 @@ def load_gate_params(path: Path = PARAMS_FILE) -> GateParams:
 
 def _read(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Yaml)
+        # Neither a device, which has no end, nor a pipe, which nobody may ever write to.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InvalidParameter(f"{path} is no regular file; put a grid's params.yaml there")
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
     except FileNotFoundError as error:
         raise InvalidParameter(
-            f"{path.resolve()} does not exist; run this in a folder that holds a grid's params.yaml"
+            f"{absolute(path)} does not exist; run this in a folder that holds a grid's params.yaml"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except OSError as error:
+        raise InvalidParameter(f"{path} cannot be read: {error.strerror or error}") from error
+    if len(content) > LARGEST_FILE:
+        raise InvalidParameter(f"{path} is larger than {LARGEST_FILE >> 20} MB, which no grid's params.yaml is")
+    try:
+        return strict_yaml.parse(content.decode())
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.start} is no UTF-8; save it as UTF-8"
+        raise InvalidParameter(f"{path} cannot be read as YAML: {reason}") from error
+    except ValueError as error:
         raise InvalidParameter(f"{path} cannot be read as YAML: {error}") from error
 
 
@@ -411,7 +431,7 @@ def _check(content: Any, kind: type[Checked], path: Path, *section: str) -> Chec
     """The content of a file, or of one of its sections, as a dataclass."""
     try:
         # As JSON, since a strict dataclass takes no dict in Python: no "1" for 1, no 1 for true, no 0.5 for an integer.
-        return TypeAdapter(kind).validate_json(json.dumps(content, default=str))
+        return TypeAdapter(kind).validate_json(json.dumps(content))
     except ValidationError as error:
         raise InvalidParameter(_one_line(error, kind, path, section)) from error
 
@@ -429,6 +449,8 @@ def head_file(run: Run) -> Path:
 
 
 def _check_references(params: Params, path: Path) -> None:
+    for name, dataset in params.datasets.items():
+        expanded(dataset.folder or "", f"{path} datasets.{name}.folder")
     for name, text in params.texts.items():
         if name in (BASELINE, RANDOM):
             raise InvalidParameter(f"{path} texts.{name}: a variant of this name has no texts; call it something else")
@@ -449,6 +471,11 @@ def _check_references(params: Params, path: Path) -> None:
     for name, values in (("variants", params.variants), ("seeds", params.seeds)):
         if (twice := _repeated(values)) is not None:
             raise InvalidParameter(f"{path} {name} holds {twice!r} twice; every run needs a name of its own")
+    count = math.prod(len(part) for part in (params.datasets, params.backbones, params.variants, params.seeds))
+    if count > MOST_RUNS:
+        raise InvalidParameter(
+            f"{path}: datasets, backbones, variants and seeds make {count:,} runs, and a grid has at most {MOST_RUNS:,}"
+        )
     runs = [run.key for run in params.all_runs()]
     heads = [f"{dataset}-{variant}" for dataset, variant in itertools.product(params.datasets, known)]
     for kind, keys in (("runs DATASET-BACKBONE-VARIANT-SEED", runs), ("heads DATASET-VARIANT", heads)):
@@ -486,9 +513,9 @@ def _one_line(error: ValidationError, kind: type, path: Path, section: tuple[str
     # A misspelt key is also a missing one: say how it is spelt.
     first, *more = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] not in UNKNOWN_KEY)
     loc = [str(part) for part in (*section, *first["loc"])]
-    place = ".".join(loc) or "the file"
+    place = printable(".".join(loc)) or "the file"
     if loc[-1:] == ["[key]"]:  # as pydantic calls what is wrong with the key itself
-        place = f"a name in {'.'.join(loc[:-2])}"
+        place = f"a name in {printable('.'.join(loc[:-2]))}"
     if first["type"] in UNKNOWN_KEY:
         known = _known_keys(TypeAdapter(kind).json_schema(), first["loc"][:-1])
         message = f"unknown key {place!r} in {path}; known: {', '.join(known)}"

@@ -25,7 +25,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from textguard.artifacts import locked, read_json, read_safetensors, reading, write_json, write_parquet, write_safetensors
+from textguard.artifacts import (
+    expanded,
+    locked,
+    read_json,
+    read_safetensors,
+    reading,
+    write_json,
+    write_parquet,
+    write_safetensors,
+)
 from textguard.errors import InvalidArtifact, InvalidParameter, TextguardError, UnknownName, UnreadableImage, printable
 from textguard.runtime import announce, import_torchvision, loading_processes, progress
 
@@ -121,11 +130,11 @@ def data_root(source: str, folder: str | None, repository: Path) -> Path | None:
     if source not in SOURCES:
         raise UnknownName("data set", source, SOURCES, "params.yaml datasets.*.source")
     if folder:
-        return repository / Path(folder).expanduser()
+        return repository / expanded(folder, "params.yaml datasets.*.folder")
     if SOURCES[source].files == "none":
         return None
     if shared := os.environ.get("TEXTGUARD_DATA"):
-        return Path(shared).expanduser() / source
+        return expanded(shared, "TEXTGUARD_DATA in the environment") / source
     if SOURCES[source].files == "local":
         raise InvalidParameter(f"data set {source!r} cannot be downloaded; {WHERE}; it must hold {SOURCES[source].layout}")
     return repository / DOWNLOADS / source
