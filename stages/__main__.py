@@ -69,8 +69,7 @@ def main(arguments: list[str]) -> int:
             lookup(getattr(params, section), "key", key, "the command line; params.yaml names them")
         if stage in SHARED and "RANK" not in os.environ and (processes := _processes()) > 1:
             return _share(processes, arguments)
-        if stage != "check":
-            importlib.import_module(f"stages.{stage}").main(params, *keys)
+        importlib.import_module(f"stages.{stage}").main(params, *keys)
     except TextguardError as error:
         return _complain(f"{type(error).__name__}: {error.told(_place)}")
     except OSError as error:

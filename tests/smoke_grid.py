@@ -40,7 +40,7 @@ def stages(*names: str) -> set[str]:
 
 BEHIND_TRAINING = stages("evaluate", "ranges", "inject", "closeup", "results", "tables", "figures", "report")
 TEXTS = stages(f"prompts@{TEXT}", f"responses@{TEXT}", f"embeddings@{TEXT}", f"text_quality@{TEXT}")
-ALL = stages("data@digits", "heads@digits", "recipes", "train") | TEXTS | BEHIND_TRAINING
+ALL = stages("check", "data@digits", "heads@digits", "recipes", "train") | TEXTS | BEHIND_TRAINING
 
 
 def repro(checkout: Path) -> tuple[set[str], str]:

@@ -57,7 +57,7 @@ def test_dvc_pays_once_and_only_for_what_is_new(server, grid):
     assert server.attempts.total() == 20
 
     change(grid, lambda params: params["texts"]["descriptions"]["questions"].__setitem__(1, "Draw the digit {class}."))
-    assert repro(grid)[0] == {f"prompts@{TEXT}", f"responses@{TEXT}"}
+    assert repro(grid)[0] == {"check", f"prompts@{TEXT}", f"responses@{TEXT}"}
     assert server.attempts.total() == 30
 
     for folder in (grid / "prompts", grid.parent.parent / ".dvc" / "cache"):
@@ -66,7 +66,7 @@ def test_dvc_pays_once_and_only_for_what_is_new(server, grid):
     assert f"responses@{TEXT}" in repro(grid)[0]
     assert set(server.delivered.values()) == {1}
     change(grid, lambda params: params["network"].update(max_usd=3.0))
-    assert repro(grid)[0] == set()
+    assert repro(grid)[0] == {"check"}
 
     # Every answer repeats the key: it is in no answer, embedding, figure, metric, log, cache or DVC file of the run.
     ran, output = repro(grid, "text_quality")

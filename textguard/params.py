@@ -135,7 +135,7 @@ class TextParams:
 class NetworkParams:
     """How language models are asked; see textguard.text.language_models.Network.
 
-    Changes no answer, so no stage depends on it: `dvc repro` runs nothing when it changes.
+    Changes no answer, so no stage but `check` runs again when it changes.
     """
 
     concurrency: Annotated[int, Field(ge=1, le=256)] = 8
