@@ -8,6 +8,16 @@ BASE ?= HEAD
 # repro, plan, gate and report take GRID=NAME, for grids/NAME; without it they work on the root's, the demo.
 GRID ?=
 FOLDER = $(if $(GRID),grids/$(GRID),.)
+# Both come from the command line, and neither make nor the shell may read them as code: looked at here, before anything is run.
+LETTERS := a b c d e f g h i j k l m n o p q r s t u v w x y z A B C D E F G H I J K L M N O P Q R S T U V W X Y Z \
+  0 1 2 3 4 5 6 7 8 9 . _ - / @ ^ ~ { }
+without = $(if $2,$(call without,$(subst $(firstword $2),,$1),$(wordlist 2,99,$2)),$1)
+ifneq ($(call without,$(value BASE),$(LETTERS)),)
+$(error BASE must be a revision of letters, digits and ._-/@^~{}, as in BASE=origin/main)
+endif
+ifneq ($(call without,$(value GRID),$(filter-out / @ ^ ~ { },$(LETTERS))),)
+$(error GRID must be the name of a folder in grids/, as in GRID=smoke)
+endif
 GRIDS := $(patsubst grids/%/params.yaml,%,$(wildcard grids/*/params.yaml))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Every stage is a process of its own: without byte code each would compile its packages again, for seconds.
@@ -49,6 +59,9 @@ plan: grid setup  ## say what a grid takes, before it runs: make plan GRID=table
 
 # The results of revision BASE, in .work/base of the grid's folder.
 define get_base
+	@cd '$(FOLDER)' && reason=$$(git cat-file -e '$(BASE)^{commit}' 2>&1) || { \
+	  test "$$(git rev-parse --is-shallow-repository 2>/dev/null)" = true && shallow='; this clone is shallow: git fetch --unshallow'; \
+	  echo "$(BASE) cannot be read:" $$(printf '%s' "$$reason" | tr '\n\t' '  ')"$$shallow" >&2; exit 2; }
 	@cd '$(FOLDER)' && git cat-file -e '$(BASE):./metrics/results' 2>/dev/null || { echo "$(BASE) holds no $(FOLDER)/metrics/results; name a revision that does: make $@ BASE=origin/main" >&2; exit 2; }
 	@cd '$(FOLDER)' && rm -rf .work/base && mkdir -p .work/base && git archive '$(BASE)' metrics/results | tar -x -C .work/base
 endef

@@ -20,9 +20,12 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 # OpenMP's threads spin for milliseconds while they wait. Beside any other busy process they spin away each other's time slices,
 # and a stage can be ten times slower. A short spin before they sleep is as fast alone, and safe. Read when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+# Figures are files: whatever windows matplotlib is told to open elsewhere. Read when matplotlib is loaded.
+os.environ["MPLBACKEND"] = "agg"
 
 from textguard.artifacts import cannot_write  # noqa: E402
-from textguard.errors import InvalidParameter, Setting, TextguardError  # noqa: E402
+from textguard.environment import check_threads, environment_number, process_group, run_command  # noqa: E402
+from textguard.errors import InvalidParameter, Setting, TextguardError, printable  # noqa: E402
 from textguard.params import load_params, lookup  # noqa: E402
 
 SHARED = ("train", "evaluate", "inject")  # stages that several processes can work on
@@ -62,12 +65,19 @@ def main(arguments: list[str]) -> int:
         section = lookup(STAGES, "stage", stage, "the command line 'python stages NAME [KEY]'")
         if len(keys) != (section is not None):
             raise InvalidParameter(
-                f"stage {stage!r} takes {'one key' if section else 'no key'}, not {' '.join(keys) or 'none'!r}"
+                f"stage {stage!r} takes {'one key' if section else 'no key'}, not {printable(' '.join(keys), 100) or 'none'!r}"
+            )
+        check_threads()
+        _, members = process_group()
+        if members > 1 and stage not in SHARED:
+            raise InvalidParameter(
+                f"WORLD_SIZE={members} in the environment, and stage {stage!r} is one process's work; start it without torchrun"
             )
         params = load_params()
         for key in keys:
             lookup(getattr(params, section), "key", key, "the command line; params.yaml names them")
-        if stage in SHARED and "RANK" not in os.environ and (processes := _processes()) > 1:
+        processes = environment_number("TEXTGUARD_PROCESSES", 1, 1024, 1)
+        if stage in SHARED and members == 1 and processes > 1:
             return _share(processes, arguments)
         importlib.import_module(f"stages.{stage}").main(params, *keys)
     except TextguardError as error:
@@ -80,13 +90,16 @@ def main(arguments: list[str]) -> int:
     except (MemoryError, RuntimeError) as error:
         # torch has a class of its own for GPUs, and for CPUs only these words.
         said = f"{type(error).__name__} {error}"
+        if "InvalidCxxCompiler" in said:
+            needed = "a C++ compiler, and none works here; install g++, or unset it"
+            return _complain(f"InvalidParameter: TEXTGUARD_COMPILE=1 in the environment needs {needed}")
         if not isinstance(error, MemoryError) and "OutOfMemoryError" not in said and "can't allocate memory" not in said:
             _let_the_first_speak()
             raise
         reason = str(error).partition("\n")[0] or "none left"
         return _complain(f"OutOfMemory: {reason}; lower the batch sizes in params.yaml, or free memory")
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if _is_first():
             again = "" if stage == "plan" else "; run it again to go on from the last checkpoint"
             print(f"{' '.join(arguments)}: interrupted{again}", file=sys.stderr)
         return 130
@@ -106,8 +119,15 @@ def _place(setting: Setting) -> str:
 
 def _let_the_first_speak() -> None:
     """What ends one process mostly ends all: where it ends the first, the others are stopped before they say the same."""
-    if os.environ.get("RANK", "0") != "0":
+    if not _is_first():
         time.sleep(3)
+
+
+def _is_first() -> bool:
+    try:
+        return process_group()[0] == 0
+    except InvalidParameter:
+        return True
 
 
 def _share(processes: int, arguments: list[str]) -> int:
@@ -143,13 +163,5 @@ def _share(processes: int, arguments: list[str]) -> int:
             member.wait()
 
 
-def _processes() -> int:
-    """How many processes TEXTGUARD_PROCESSES asks for. Raises InvalidParameter."""
-    wanted = os.environ.get("TEXTGUARD_PROCESSES", "1")
-    if not wanted.isdecimal() or not 1 <= int(wanted) <= 1024:
-        raise InvalidParameter(f"TEXTGUARD_PROCESSES={wanted!r} in the environment; it must be a number from 1 to 1024")
-    return int(wanted)
-
-
 if __name__ == "__main__":  # not in processes that read images, where the system starts them afresh
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, 1))

@@ -1,6 +1,5 @@
 """Train one classifier of the grid, or take its weights from elsewhere."""
 
-import os
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -10,6 +9,7 @@ from torch import nn
 
 from stages.rehearsal import rehearse
 from textguard.artifacts import fingerprint, sha256_of_file, work_dir, write_csv
+from textguard.environment import process_group
 from textguard.errors import InvalidArtifact
 from textguard.params import Params, head_file
 from textguard.runtime import announce, make_deterministic, pick_device
@@ -39,7 +39,7 @@ def main(params: Params, key: str) -> None:
         data=sha256_of_file(split_file(folder, "train"), "data"),
         head=sha256_of_file(head, "embeddings"),
     )
-    first = os.environ.get("RANK", "0") == "0"
+    first = process_group()[0] == 0
     if weights:
         if first:
             check_sha256(weights.file, weights.sha256, f"params.yaml weights.{run.weights_key}.sha256")

@@ -16,6 +16,7 @@ from smoke_grid import BASELINE, BEHIND_TRAINING, GRID, GUIDED, RUNS, TEXT, TEXT
 # They read, check, write and report; they do not compute. dvc.yaml says why they are no dependencies.
 PLUMBING = {
     "textguard",
+    "textguard.environment",
     "textguard.errors",
     "textguard.params",
     "textguard.artifacts",

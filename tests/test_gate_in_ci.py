@@ -66,12 +66,84 @@ def test_make_gate_compares_with_a_revision(revisions, arguments):
     assert "Error 1" in done.stderr
 
 
-@pytest.mark.parametrize("base", ["HEAD~1", "no-such-branch"])
-def test_make_gate_names_a_revision_without_results(revisions, base):
-    done = run(["make", "gate", f"BASE={base}"], revisions, check=False)
+def refused(folder: Path, base: str, target: str = "gate", **more: str) -> str:
+    """What make says of a base that it cannot compare with, before its own "Error 2"."""
+    done = run(["make", target, f"BASE={base}"], folder, check=False, **more)
     assert (done.returncode, done.stdout) == (2, "")
     line, _ = done.stderr.splitlines()
-    assert line == f"{base} holds no ./metrics/results; name a revision that does: make gate BASE=origin/main"
+    return line
+
+
+@pytest.mark.parametrize("target", ["gate", "report"])
+def test_make_names_a_revision_without_results(revisions, target):
+    expected = f"HEAD~1 holds no ./metrics/results; name a revision that does: make {target} BASE=origin/main"
+    assert refused(revisions, "HEAD~1", target) == expected
+
+
+def test_make_gate_says_why_git_does_not_know_a_revision(revisions, make_repository, tmp_path):
+    expected = "no-such-branch cannot be read: fatal: Not a valid object name no-such-branch^{commit}"
+    assert refused(revisions, "no-such-branch") == expected
+    other = refused(revisions, "HEAD", GIT_TEST_ASSUME_DIFFERENT_OWNER="1")
+    assert other.startswith("HEAD cannot be read: fatal: detected dubious ownership in repository at")
+    assert "safe.directory" in other
+    run(["git", "clone", "--quiet", "--depth=1", revisions.as_uri(), str(tmp_path / "shallow")], tmp_path)
+    shutil.copytree(revisions / ".venv", tmp_path / "shallow" / ".venv", dirs_exist_ok=True)
+    line = refused(tmp_path / "shallow", "HEAD~1")
+    assert line.startswith("HEAD~1 cannot be read: fatal: ")
+    assert line.endswith("; this clone is shallow: git fetch --unshallow")
+    unborn = make_repository()
+    assert refused(unborn, "HEAD") == "HEAD cannot be read: fatal: Not a valid object name HEAD^{commit}"
+    shutil.rmtree(unborn / ".git")
+    assert "HEAD cannot be read: fatal: not a git repository" in refused(unborn, "HEAD")
+
+
+def test_make_gate_in_a_folder_of_a_larger_repository(revisions, tmp_path):
+    inner = tmp_path / "all" / "textguard"
+    shutil.copytree(revisions, inner, symlinks=True, ignore=shutil.ignore_patterns(".git"))
+    run(["git", "init", "--quiet"], inner.parent)
+    commit(inner.parent)
+    done = run(["make", "gate"], inner)
+    assert done.stdout.splitlines()[-1].startswith("**PASS")
+
+
+@pytest.mark.parametrize(
+    "value", ["HEAD'; touch F; '", "$(shell touch F)", "$$(touch F)", "`touch F`", "a;touch F", 'a"b', "(", "a,b", "a\\b", "é"]
+)
+@pytest.mark.parametrize("name", ["BASE", "GRID"])
+def test_make_reads_no_argument_as_code(revisions, name, value):
+    for arguments, more in (([f"{name}={value}"], {}), ([], {name: value})):
+        done = run(["make", "gate", *arguments], revisions, check=False, **more)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"*** {name} must be" in done.stderr
+    assert not (revisions / "F").exists()
+
+
+@pytest.mark.parametrize("grid", ["../x", "%", "none"])
+def test_make_names_the_grids_that_there_are(revisions, grid):
+    done = run(["make", "plan", f"GRID={grid}"], revisions, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "GRID must be the name of a folder in grids/" in done.stderr or "grids: smoke" in done.stderr
+
+
+def test_a_checkout_has_the_same_bytes_whatever_git_does_with_line_ends(tmp_path):
+    listed = run(["git", "ls-files", "-co", "--exclude-standard"], REPOSITORY).stdout.splitlines()
+    kinds = {Path(name).suffix: name for name in listed if (REPOSITORY / name).is_file()}
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    run(["git", "init", "--quiet"], origin)
+    shutil.copy(REPOSITORY / ".gitattributes", origin)
+    for name in kinds.values():
+        (origin / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / name, origin / name)
+    (origin / "text.pdf").write_bytes(b"%PDF-1.4\r\nonly text\r\n")
+    run(["git", "add", "--all", "--force"], origin)
+    commit(origin)
+    run(
+        ["git", "clone", "--quiet", "-c", "core.autocrlf=true", "-c", "core.eol=crlf", str(origin), str(tmp_path / "clone")],
+        tmp_path,
+    )
+    for name in (*kinds.values(), "text.pdf"):
+        assert (tmp_path / "clone" / name).read_bytes() == (origin / name).read_bytes(), name
 
 
 def ci() -> Any:

@@ -6,6 +6,8 @@ interrupted or failed write leaves the old file as it was.
 
 import argparse
 import errno
+import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -20,11 +22,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, is_dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from filelock import FileLock, Timeout
 
-from textguard.errors import CannotWrite, InvalidArtifact, InvalidParameter
+from textguard.environment import process_group
+from textguard.errors import CannotWrite, InvalidArtifact, InvalidParameter, printable
 
 # pandas, pyarrow and safetensors are imported where they are used: half of the stages need none of them.
 if TYPE_CHECKING:
@@ -39,12 +42,16 @@ Record = TypeVar("Record")
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, delete it on any failure.
 
-    Raises CannotWrite when the file system refuses (read-only, full, no permission).
+    Raises CannotWrite when the file system refuses (read-only, full, no permission). The temporary file is locked while its
+    writer lives, so that others can tell it from one that a killed writer left behind.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
+        _remove_left_behind(path.parent.absolute())
+        with temporary.open("wb") as file:
+            _lock(file)
+            yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -53,6 +60,25 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@functools.cache  # a look at each folder is enough: partial results are many files in one
+def _remove_left_behind(folder: Path) -> None:
+    """Remove the temporary files of writers that were killed."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.[0-9]+\.tmp", path.name):
+            with suppress(OSError), path.open("rb+") as file:
+                if _lock(file):
+                    path.unlink()
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Lock an open file until it is closed. False where another process has it, or the file system knows no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def absolute(path: Path) -> Path:
@@ -77,6 +103,13 @@ def cannot_write(path: Path, error: OSError) -> CannotWrite:
         errno.ENOSPC: "free space on that disk",
         errno.EDQUOT: "free space in your quota",
         errno.EFBIG: "raise the file size limit (ulimit -f)",
+        errno.EEXIST: "move away what lies in its place, or work in another one",
+        errno.ENOTDIR: "move away the file that lies where a folder must be, or work in another one",
+        errno.EISDIR: "move away the folder that lies in its place, or work in another one",
+        errno.ELOOP: "mend the links on the way to it, or work in another one",
+        errno.ENAMETOOLONG: "shorten the names on the way to it, or those in params.yaml",
+        errno.EMFILE: "raise the limit of open files (ulimit -n)",
+        errno.ENOENT: "create the folder, which is gone, or work in another one",
     }.get(error.errno or 0, "make the folder writable, or work in another one")
     return CannotWrite(f"{path}: {error.strerror or error}; nothing was written; {remedy}")
 
@@ -154,10 +187,36 @@ def reading(path: Path, made_by: str) -> Iterator[None]:
         raise InvalidArtifact(f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]}); {how}") from error
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The values of a JSON text, UTF-8. Raises ValueError.
+
+    Also for what Python reads and others do not, or read otherwise: a name twice in one object, and halves of characters.
+    """
+    text = text if isinstance(text, str) else text.decode()
+    try:
+        content = json.loads(text, object_pairs_hook=_object)
+        if half := re.search(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}", text):
+            json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"it holds half of a character, as {half[0]}") from error
+    except RecursionError as error:
+        raise ValueError("its values lie too deep in each other") from error
+    return content
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it holds {printable(repr(twice), 60)} twice")
+    return found
+
+
 def read_json(path: Path, made_by: str, fields: Iterable[str] = ()) -> Any:
     """Read a JSON file. fields: what an object must have. Raises InvalidArtifact."""
     with reading(path, made_by):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
         for name in fields:
             operator.getitem(content, name)  # or it says which is missing
         return content
@@ -179,9 +238,9 @@ def read_json_lines(path: Path, made_by: str) -> list[dict[str, Any]]:
         # Not splitlines(): an answer may hold other separators that Unicode counts as line ends.
         for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InvalidArtifact(f"line {number} is no JSON ({error.msg})") from error
+                row = parse_json(line)
+            except ValueError as error:
+                raise InvalidArtifact(f"line {number} is no JSON ({getattr(error, 'msg', error)})") from error
             if not isinstance(row, dict):
                 raise InvalidArtifact(f"line {number} is no JSON object")
             rows.append(row)
@@ -231,7 +290,7 @@ def read_safetensors(path: Path, made_by: str) -> tuple[dict[str, "Tensor"], dic
     from safetensors import safe_open
 
     with reading(path, made_by), safe_open(path, framework="pt") as file:
-        metadata = json.loads((file.metadata() or {}).get("textguard", "{}"))
+        metadata = parse_json((file.metadata() or {}).get("textguard", "{}"))
         return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dict)
 
 
@@ -295,14 +354,16 @@ def work_dir(stage: str, key: str, mark: str) -> Iterator[Path]:
     """
     home = WORK_DIR / stage / key
     folder = home / fingerprint(inputs=mark, code=_code_in_use())
-    if os.environ.get("RANK", "0") != "0":
+    if process_group()[0]:
         while not folder.exists():
             time.sleep(0.1)
         yield folder
         return
     with locked(home / "lock", f"{stage} {key}"):
         for other in home.iterdir():
-            if other.is_dir() and other != folder:
+            if other.is_symlink():
+                other.unlink()
+            elif other.is_dir() and other != folder:
                 shutil.rmtree(other)
         folder.mkdir(exist_ok=True)
         yield folder

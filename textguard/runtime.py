@@ -12,6 +12,7 @@ TEXTGUARD_PROGRESS      seconds between two progress lines when there is no term
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -21,6 +22,7 @@ from types import ModuleType
 import torch
 from tqdm import tqdm
 
+from textguard.environment import environment_number, process_group, progress_interval
 from textguard.errors import InvalidParameter
 
 _OPERATORS = ("nms", "qnms")
@@ -70,29 +72,34 @@ def _is_compile_supported(device_type: str) -> bool:
 
 def pick_device() -> torch.device:
     """The device that TEXTGUARD_DEVICE names, else CUDA where there is one, else the CPU. Raises InvalidParameter."""
-    local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    local = f"cuda:{environment_number('LOCAL_RANK', 0, 1023)}"
     name = os.environ.get("TEXTGUARD_DEVICE", local if torch.cuda.is_available() else "cpu")
+    refused = f"TEXTGUARD_DEVICE={name[:50]!r}"
+    allowed = "allowed: cpu, or a device that torch sees (cuda, cuda:1, mps, xpu)"
+    # Other names of torch's are no devices that compute, or need packages of their own, and some crash it.
+    if not re.fullmatch(r"cpu|mps|(cuda|xpu)(:[0-9]{1,3})?", name):
+        raise InvalidParameter(f"{refused}: no such device; {allowed}")
     try:
         device = torch.device(local if name == "cuda" else name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise InvalidParameter(f"TEXTGUARD_DEVICE={name!r}: {reason}; allowed: cpu, or a device that torch sees") from error
+        raise InvalidParameter(f"{refused}: {reason}; {allowed}") from error
     return device
 
 
 def join_processes(device: torch.device | None = None) -> tuple[int, int]:
     """This process's number and how many there are, as `torchrun` says in the environment; they join one group.
 
-    device: where they exchange tensors: by NCCL on CUDA, else by gloo.
+    device: where they exchange tensors: by NCCL on CUDA, else by gloo. Raises InvalidParameter for half an environment.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, count = process_group()
     if count > 1 and not torch.distributed.is_initialized():
         on_cuda = device is not None and device.type == "cuda"
         if on_cuda:
             torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if on_cuda else "gloo")
-    return int(os.environ.get("RANK", "0")) if count > 1 else 0, count
+    return rank, count
 
 
 def loading_processes() -> int:
@@ -101,16 +108,8 @@ def loading_processes() -> int:
     Raises InvalidParameter.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return environment_number("TEXTGUARD_WORKERS", max(0, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1), 1024)
-
-
-def environment_number(name: str, default: int, most: int | None = None) -> int:
-    """A number of 0 or more from the environment. Raises InvalidParameter."""
-    wanted = os.environ.get(name, str(default))
-    if not wanted.isdecimal() or (most is not None and int(wanted) > most):
-        allowed = "a number of 0 or more" if most is None else f"a number from 0 to {most}"
-        raise InvalidParameter(f"{name}={wanted!r} in the environment; it must be {allowed}")
-    return int(wanted)
+    ranks = environment_number("LOCAL_WORLD_SIZE", 1, 65_536, 1)
+    return environment_number("TEXTGUARD_WORKERS", max(0, cores // ranks - 1), 1024)
 
 
 def wait_for_all() -> None:
@@ -140,19 +139,11 @@ def progress(*, total: int, label: str, unit: str, shown: bool = True) -> tqdm:
     options = {"total": total, "desc": label, "unit": unit, "disable": not shown}
     if sys.stderr.isatty():
         return tqdm(**options)
-    seconds = _interval()
+    seconds = progress_interval()
     return tqdm(**options, mininterval=seconds, maxinterval=seconds, ascii=True, ncols=100)
 
 
 def announce(line: str) -> None:
     """Say something on stderr, at once. Raises InvalidParameter for a bad TEXTGUARD_PROGRESS, before anything is said."""
-    _interval()
+    progress_interval()
     print(line, file=sys.stderr, flush=True)
-
-
-def _interval() -> float:
-    wanted = os.environ.get("TEXTGUARD_PROGRESS", "10")
-    try:
-        return float(wanted)
-    except ValueError as error:
-        raise InvalidParameter(f"TEXTGUARD_PROGRESS={wanted!r} in the environment; it must be a number of seconds") from error

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from textguard.analysis.regression import Comparison, Judgement, compare_all, judge
 from textguard.artifacts import read_json
+from textguard.environment import run_command
 from textguard.errors import InvalidArtifact, InvalidParameter, TextguardError
 from textguard.params import PARAMS_FILE, load_gate_params
 from textguard.report.rendering import Table, as_markdown
@@ -125,4 +126,4 @@ def _show_value(measured: Measured, unit: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, 2))

@@ -24,6 +24,7 @@ from textguard import __version__
 from textguard.analysis.files import RESULTS_DIR, TEXTS_DIR, load_cells, load_results, load_text_quality
 from textguard.analysis.regression import compare_all, judge
 from textguard.artifacts import read_csv, read_json_lines, write_text
+from textguard.environment import run_command
 from textguard.errors import InvalidArtifact, TextguardError
 from textguard.estimates.statistics import Estimate
 from textguard.params import ClassTexts, Params, load_params
@@ -390,4 +391,4 @@ def _id(name: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, 2))

@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from textguard.artifacts import reading, write_json
+from textguard.artifacts import parse_json, reading, write_json
 from textguard.errors import InvalidArtifact
 from textguard.estimates.statistics import Estimate
 
@@ -89,7 +89,9 @@ def read(path: Path, made_by: str, kind: type[Kind]) -> Kind:
     """Read a JSON file as a model. made_by: the stage that writes it; empty where a person does. Raises InvalidArtifact."""
     with reading(path, made_by):
         try:
-            return TypeAdapter(kind).validate_json(path.read_bytes())
+            content = path.read_bytes()
+            parse_json(content)  # is stricter than pydantic, for which the last of two values of a name counts
+            return TypeAdapter(kind).validate_json(content)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             place = ".".join(str(part) for part in first["loc"]) or "the file"

@@ -16,7 +16,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from textguard.artifacts import cannot_write, locked
+from textguard.artifacts import cannot_write, locked, parse_json
 from textguard.errors import InvalidArtifact
 
 
@@ -87,7 +87,7 @@ def to_line(stored: StoredAnswer) -> bytes:
 def from_line(line: bytes) -> StoredAnswer:
     """Read a line back. Raises ValueError that says what is wrong with it."""
     try:
-        row = json.loads(line.decode())
+        row = parse_json(line)
     except ValueError as error:
         raise ValueError("is no JSON") from error
     names = {field.name for field in fields(StoredAnswer)}

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from textguard.artifacts import read_pth, read_safetensors, reading, write_safetensors
+from textguard.artifacts import parse_json, read_pth, read_safetensors, reading, write_safetensors
 from textguard.errors import InvalidArtifact, InvalidEmbeddings
 
 UNIT_TOLERANCE = 1e-4
@@ -165,10 +165,10 @@ def load_class_embeddings(path: Path, dataset: str, classes: list[str]) -> Class
     tensors, metadata = read_safetensors(path, "embeddings")
     try:
         matrix = tensors["class_embeddings"]
-        described = json.loads(metadata["provenance"])
+        described = parse_json(metadata["provenance"])
         options = EmbeddingOptions(**described["options"])
         found = ClassEmbeddings(matrix, **{**described, "classes": tuple(described["classes"]), "options": options})
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise InvalidEmbeddings(f"{path} holds no class embeddings; stage 'embeddings' writes it") from error
     remedy = "delete it and run 'dvc repro'"
     if found.dataset != dataset:
@@ -225,7 +225,7 @@ def load_head(path: Path, dataset: str, classes: list[str]) -> tuple[int, Tensor
         matrix_ce = load_class_embeddings(path, dataset, classes).matrix
         return matrix_ce.shape[1], matrix_ce
     with reading(path, "heads"):
-        stated = json.loads(metadata["head"])
+        stated = parse_json(metadata["head"])
         if (stated["dataset"], stated["classes"]) != (dataset, classes):
             raise InvalidArtifact(f"was made for other classes, of data set {stated['dataset']!r}")
         return int(stated["width"]), None

@@ -7,7 +7,6 @@ open_clip:local-dir:FOLDER     a folder that holds open_clip_config.json and the
 """
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from textguard.artifacts import sha256_of_file
+from textguard.artifacts import parse_json, sha256_of_file
 from textguard.errors import InvalidArtifact, UnknownName
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ def _encode_minilm(texts: list[str], device: "torch.device", batch_size: int) ->
 def _sentence_transformers_width(folder: Path) -> int:
     path = folder / "modules.json"
     try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
+        modules = parse_json(path.read_bytes())
         width = 0
         for module in modules:
             # Any other class would be imported by its name.
@@ -99,7 +98,7 @@ def _sentence_transformers_width(folder: Path) -> int:
                 raise ValueError(f"a module is {module['type']!r}")
             config = folder / module["path"] / "config.json"
             if module["type"].endswith((".Pooling", ".Dense")):
-                sizes = json.loads(config.read_text(encoding="utf-8"))
+                sizes = parse_json(config.read_bytes())
                 width = int(sizes.get("out_features") or sizes.get("word_embedding_dimension") or sizes["embedding_dimension"])
         if width < 1:
             raise ValueError("it states no width")
@@ -154,7 +153,7 @@ def _open_clip_config(model: str, pretrained: str) -> dict:
     if model == "local-dir":
         path = Path(pretrained) / "open_clip_config.json"
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
+            config = parse_json(path.read_bytes())["model_cfg"]
             return {**config, "embed_dim": int(config["embed_dim"])}
         except (OSError, KeyError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"

@@ -5,14 +5,13 @@ published:PATH.pth  {"model": state dict}, as torchvision's training script writ
 PATH.safetensors    a model of this project, or a state dict
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from textguard.artifacts import read_pth, read_safetensors
+from textguard.artifacts import parse_json, read_pth, read_safetensors
 from textguard.errors import InvalidArtifact, InvalidParameter, printable
 from textguard.vision.backbones import find_backbone
 from textguard.vision.classifiers import ClassifierSpec, build_classifier, misfit
@@ -80,7 +79,7 @@ def _published(path: Path) -> dict[str, Tensor]:
 
 def _ours(path: Path, spec: ClassifierSpec) -> dict[str, Tensor]:
     tensors, metadata = read_safetensors(path, "")
-    stated = json.loads(metadata.get("spec", "{}"))
+    stated = parse_json(metadata.get("spec", "{}"))
     wanted = {**spec.__dict__, "classes": list(spec.classes)}
     differing = [name for name in stated if name not in ("dataset", "width") and stated[name] != wanted.get(name)]
     if differing:

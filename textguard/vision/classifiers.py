@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from textguard.artifacts import read_safetensors, reading, write_safetensors
+from textguard.artifacts import parse_json, read_safetensors, reading, write_safetensors
 from textguard.errors import InvalidArtifact
 from textguard.vision.backbones import build_backbone
 
@@ -80,7 +80,7 @@ def load_classifier(path: Path) -> tuple[nn.Module, ClassifierSpec]:
     with reading(path, "train"):
         if "spec" not in metadata:
             raise InvalidArtifact("does not say which classifier it holds")
-        described = json.loads(metadata["spec"])
+        described = parse_json(metadata["spec"])
         spec = ClassifierSpec(**{**described, "classes": tuple(described["classes"])})
     model = build_classifier(spec)
     with reading(path, "train"):

@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 from textguard.artifacts import (
     expanded,
     locked,
+    parse_json,
     read_json,
     read_safetensors,
     reading,
@@ -112,7 +113,7 @@ def load_split(folder: Path, split: str, root: Path | None) -> Split:
             metadata = {name.decode(): text.decode() for name, text in table.schema.metadata.items()}
             images = table.to_pandas()
             labels = torch.tensor(images["label"].to_numpy(), dtype=torch.int64)
-        described = (labels, *(json.loads(metadata[name]) for name in ("classes", "mean", "std")))
+        described = (labels, *(parse_json(metadata[name]) for name in ("classes", "mean", "std")))
         if isinstance(images, Tensor):
             return PackedSplit(images, *described)
         split_of_files = IndexedSplit(images, root or Path(), *described)

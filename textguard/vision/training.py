@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from textguard.artifacts import read_safetensors, write_safetensors
+from textguard.artifacts import parse_json, read_safetensors, write_safetensors
+from textguard.environment import environment_number
 from textguard.errors import InvalidArtifact, InvalidParameter
-from textguard.runtime import announce, environment_number, join_processes, progress
+from textguard.runtime import announce, join_processes, progress
 from textguard.vision.mixing import mix
 from textguard.vision.optimisation import Ema, learning_rate_at, make_optimizer
 from textguard.vision.order import epoch_order, steps_per_epoch
@@ -347,7 +348,7 @@ class Checkpoints:
 
 def _read_state(path: Path) -> dict[str, dict[str, Any]]:
     tensors, metadata = read_safetensors(path, "train")
-    state = json.loads(metadata["state"])
+    state = parse_json(metadata["state"])
     for key, tensor in tensors.items():
         part, _, name = key.partition(".")
         state[part][name] = tensor
