@@ -1,10 +1,13 @@
 """The grids' params.yaml: what they hold, how DVC names it and writes it, and which files of a grid are copies."""
 
+import functools
 import itertools
+import operator
 import shutil
 from pathlib import Path
 
 import pytest
+from dvc.utils.hydra import apply_overrides
 from dvc.utils.serialize import load_yaml, modify_yaml
 
 from conftest import GRID_FILES, REPOSITORY, copy_checkout
@@ -35,6 +38,23 @@ def test_dvc_writes_a_params_file_as_it_is(folder, tmp_path):
     with modify_yaml(str(file)):
         pass
     assert file.read_text(encoding="utf-8") == (REPOSITORY / folder / "params.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("option", "place", "value"),
+    [
+        ('inject.format="bfp(8,7,16)"', ("inject", "format"), "bfp(8,7,16)"),
+        ('inject.format="int(8)"', ("inject", "format"), "int(8)"),
+        ("inject.detector=off", ("inject", "detector"), "off"),
+        ('datasets.digits.folder="~/data"', ("datasets", "digits", "folder"), "~/data"),
+        ('+figures.colours.random="#ff0000"', ("figures", "colours", "random"), "#ff0000"),
+    ],
+)
+def test_dvc_takes_an_option_as_readme_says(tmp_path, option, place, value):
+    file = Path(shutil.copy(REPOSITORY / "params.yaml", tmp_path))
+    apply_overrides(str(file), [option])
+    assert functools.reduce(operator.getitem, place, load_yaml(str(file))) == value
+    load_params(file)
 
 
 @each_grid

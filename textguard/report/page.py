@@ -25,7 +25,7 @@ from textguard.analysis.files import RESULTS_DIR, TEXTS_DIR, load_cells, load_re
 from textguard.analysis.regression import compare_all, judge
 from textguard.artifacts import read_csv, read_json_lines, write_text
 from textguard.environment import run_command
-from textguard.errors import InvalidArtifact, TextguardError
+from textguard.errors import InvalidArtifact, TextguardError, printable
 from textguard.estimates.statistics import Estimate
 from textguard.params import ClassTexts, Params, load_params
 from textguard.report.gate import read_runs, verdict_table
@@ -125,7 +125,7 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
     compared: the name of another state of the grid, and the gate's table of both.
     """
     cells, runs = load_cells(params.runs), load_results(params.runs)
-    grid = "default" if params.root == "." else Path.cwd().name
+    grid = "default" if params.root == "." else printable(Path.cwd().name)  # it need not be text
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False)
     template = environment.from_string((HERE / "page.html").read_text(encoding="utf-8"))
     content = template.render(
