@@ -104,7 +104,7 @@ def test_what_one_process_does_is_not_done_by_several(grid):
 
 
 def test_a_missing_compiler_is_named(grid, monkeypatch):
-    def compiled(*_: object) -> None:
+    def compiled(*_: object, **__: object) -> None:
         raise RuntimeError("backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler found")
 
     monkeypatch.setattr("stages.train.train", compiled)
@@ -130,9 +130,7 @@ def test_work_is_done_though_nobody_listens(untouched, closed):
     assert not (untouched.folder / OUT).read_bytes().count(b"seed")
 
 
-PRINTS = (
-    "from textguard.environment import run_command; import sys; sys.exit(run_command(lambda _: print('é' * 99_999) or 0, 7))"
-)
+PRINTS = "from textguard.environment import run_command; import sys; sys.exit(run_command(lambda _: print(chr(233) * 99_999) or 0, 7))"
 
 
 @pytest.mark.parametrize(("into", "reason"), [(">/dev/full", "No space left on device"), ("| true", "Broken pipe")])
@@ -154,7 +152,11 @@ def test_what_a_terminal_cannot_show_is_escaped(tmp_path, variables):
 
 @pytest.mark.parametrize("command", ["$STAGES check", "python -m textguard.report.gate a b"])
 def test_a_folder_that_is_gone_is_one_line(untouched, command):
-    done = shell(untouched.folder, f'rmdir "$PWD/gone" 2>&-; mkdir gone && cd gone && rmdir "$PWD" && {command}')
+    done = shell(
+        untouched.folder,
+        f'rmdir "$PWD/gone" 2>&-; mkdir gone && cd gone && rmdir "$PWD" && {command}',
+        PYTHONPATH=str(REPOSITORY),
+    )
     assert done.returncode in (1, 2)
     (line,) = done.stderr.splitlines()
     says(line, "InvalidParameter: params.yaml does not exist")

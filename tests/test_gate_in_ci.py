@@ -87,7 +87,8 @@ def test_make_gate_says_why_git_does_not_know_a_revision(revisions, make_reposit
     assert other.startswith("HEAD cannot be read: fatal: detected dubious ownership in repository at")
     assert "safe.directory" in other
     run(["git", "clone", "--quiet", "--depth=1", revisions.as_uri(), str(tmp_path / "shallow")], tmp_path)
-    shutil.copytree(revisions / ".venv", tmp_path / "shallow" / ".venv", dirs_exist_ok=True)
+    (tmp_path / "shallow" / ".venv").mkdir(exist_ok=True)
+    (tmp_path / "shallow" / ".venv" / ".ready").touch()
     line = refused(tmp_path / "shallow", "HEAD~1")
     assert line.startswith("HEAD~1 cannot be read: fatal: ")
     assert line.endswith("; this clone is shallow: git fetch --unshallow")
