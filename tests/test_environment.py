@@ -130,8 +130,10 @@ def test_work_is_done_though_nobody_listens(untouched, closed):
     assert not (untouched.folder / OUT).read_bytes().count(b"seed")
 
 
-PRINTS = "from textguard.environment import run_command; import sys; "
+PRINTS = (
+    "import sys; from textguard.environment import run_command; "
     "sys.exit(run_command(lambda _: print(chr(233) * 99_999) or 0, 7))"
+)
 
 
 @pytest.mark.parametrize(("into", "reason"), [(">/dev/full", "No space left on device"), ("| true", "Broken pipe")])
