@@ -15,6 +15,8 @@ import re
 import shutil
 import sys
 import time
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, is_dataclass
@@ -151,9 +153,43 @@ def read_classes(path: Path) -> list[str]:
     """The class names of a data set, in label order. Raises InvalidArtifact."""
     classes = read_json(path, "data")
     with reading(path, "data"):
-        if not isinstance(classes, list) or not all(isinstance(name, str) and name for name in classes) or len(classes) < 2:
-            raise InvalidArtifact("must be a list of at least two class names")
+        if problem := misnamed(classes):
+            raise InvalidArtifact(f"must be a list of at least two class names: {problem}")
     return classes
+
+
+def misnamed(classes: Any) -> str:
+    """What is wrong with class names, if anything: they must be two or more texts that a text encoder can tell apart.
+
+    Many encoders read neither case nor the difference between composed and decomposed letters.
+    """
+    if not isinstance(classes, list) or len(classes) < 2:
+        return f"there must be two or more, and there are {len(classes) if isinstance(classes, list) else 'none'}"
+    for name in classes:
+        # Control characters, line and paragraph separators, and halves of characters.
+        if not isinstance(name, str) or name != name.strip() or any(unicodedata.category(c) in UNSPEAKABLE for c in name):
+            return f"{ascii(name)[:80]} is no text, or has blanks at its ends, control characters or broken ones in it"
+        if not name:
+            return "a name is empty"
+    alike = Counter(unicodedata.normalize("NFC", name).casefold() for name in classes)
+    folded, count = alike.most_common(1)[0]
+    if count > 1:
+        twice = [name for name in classes if unicodedata.normalize("NFC", name).casefold() == folded]
+        return (
+            f"{' and '.join(ascii(name)[:80] for name in twice[:3])} are the same, or but for case or how accents are encoded"
+        )
+    return ""
+
+
+UNSPEAKABLE = ("Cc", "Cs", "Zl", "Zp")
+
+
+def without_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`object_pairs_hook` for JSON that must not have a key twice, of which the last would count. Raises InvalidArtifact."""
+    counts = Counter(name for name, _ in pairs)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise InvalidArtifact(f"has the key {ascii(twice[0])[:80]} more than once")
+    return dict(pairs)
 
 
 def read_json_lines(path: Path, made_by: str) -> list[dict[str, Any]]:
@@ -241,6 +277,21 @@ def sha256_of_file(path: Path, made_by: str) -> str:
     """Hexadecimal SHA-256 of a file's bytes. Raises InvalidArtifact when it cannot be read."""
     with reading(path, made_by), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lasting(path: Path) -> Path:
+    """A path from the grid's folder or absolute; in an experiment's copy of the grid, the same path from the grid that stays.
+
+    `dvc exp run --temp` and queued experiments work in a copy of what git knows, which is deleted afterwards. It lies below the
+    grid's own folder.
+    """
+    home, copied, _ = Path.cwd().as_posix().partition("/.dvc/tmp/exps/")
+    return (Path(home) / path).resolve() if copied else path
+
+
+def beside_copy(path: Path) -> Path:
+    """The path where it exists, as in an experiment's copy what git knows does; else its `lasting` one."""
+    return path if path.exists() else lasting(path)
 
 
 def fingerprint(**inputs: Any) -> str:
