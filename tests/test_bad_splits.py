@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -230,14 +232,14 @@ def test_names_are_not_read_in_another_encoding(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_may_not_be_entered_is_named(tmp_path, monkeypatch):
-    root, listed = classes_in(tmp_path, "."), os.listdir
+    root, scan = classes_in(tmp_path, "."), os.scandir
 
-    def refused(path: Path) -> list[str]:
+    def refused(path: Path) -> object:
         if Path(path).name == "dog":
             raise PermissionError(13, "Permission denied", str(path))
-        return listed(path)
+        return scan(path)
 
-    monkeypatch.setattr(image_files.os, "listdir", refused)
+    monkeypatch.setattr(image_files.os, "scandir", refused)
     with pytest.raises(InvalidArtifact, match=r"Permission denied.*dog"):
         read_source("folder", root)
 
@@ -374,6 +376,16 @@ def test_limits_of_just_what_is_there_keep_all(tmp_path):
     assert [len(load_split(tmp_path / "data", split, root)) for split in ("train", "test")] == [4, 2]
 
 
+@pytest.mark.parametrize("change", [{"test_share": 0.1}, {"limit_train": 4}])
+def test_no_class_is_lost_by_a_split_or_a_limit(change, tmp_path):
+    names = [f"cat/{number}.png" for number in range(40)] + [f"dog/{number}.png" for number in range(4)]
+    content = read_source("folder", put(tmp_path, *names))
+    with pytest.raises(
+        InvalidParameter, match=r"folder cannot be split as params\.yaml datasets asks: no (train|test)ing image of 'dog'"
+    ):
+        make_splits(content, "folder", **SPLIT | change)
+
+
 PHOTOS = {
     "up": "../../../photo",
     "half a character": "a/\ud83d",
@@ -503,8 +515,6 @@ INDEXED = {
 
 
 def index(folder: Path, split: str = "train") -> tuple[pd.DataFrame, dict[str, str]]:
-    import pyarrow.parquet as pq
-
     table = pq.read_table(folder / split / "index.parquet")
     return table.to_pandas(), {name.decode(): text.decode() for name, text in table.schema.metadata.items()}
 
@@ -517,6 +527,19 @@ def test_an_index_is_what_it_should_be(change, said, own, tmp_path):
     with pytest.raises(InvalidArtifact, match=r"train/index\.parquet.*stage 'data' writes it") as raised:
         load_split(folder, "train", own[1])
     assert said in str(raised.value)
+
+
+def test_damaged_text_in_an_index_is_found_when_it_is_read(own, tmp_path):
+    folder = copy(own[0], tmp_path)
+    path = folder / "train" / "index.parquet"
+    table, metadata = index(folder)
+    pq.write_table(
+        pa.Table.from_pandas(table).replace_schema_metadata(metadata), path, compression="none", use_dictionary=False
+    )
+    assert len(load_split(folder, "train", own[1])) == 4
+    path.write_bytes(path.read_bytes().replace(b"train/cat/0.png", b"train/c\xfft/0.png"))
+    with pytest.raises(InvalidArtifact, match=r"train/index\.parquet cannot be read .*UTF8.*stage 'data' writes it"):
+        load_split(folder, "train", own[1])
 
 
 @pytest.mark.parametrize(

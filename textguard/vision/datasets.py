@@ -106,7 +106,9 @@ class IndexedSplit(Split):
                 raise ValueError("it is not the file that the index was made from")
             pixels = np.array(decode(content, self.orientation).image)
         except Exception as error:
-            raise UnreadableImage(f"{path} cannot be read ({reason(error)}); put it back, or run stage 'data' again") from error
+            raise UnreadableImage(
+                f"{shown(path)} cannot be read ({reason(error)}); put it back, or run stage 'data' again"
+            ) from error
         return torch.from_numpy(pixels).permute(2, 0, 1), int(self.labels[index])
 
 
@@ -212,6 +214,7 @@ def _checked_index(index: Any) -> pd.DataFrame:
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    index.validate(full=True)  # damaged texts would come to light only where one is used
     if index.column_names != COLUMNS or not len(index):
         raise InvalidArtifact(f"must have rows, and the columns {', '.join(COLUMNS)}")
     for name in COLUMNS:
@@ -623,6 +626,11 @@ def make_splits(
     for (name, part), limit in zip(parts.items(), (limit_train, limit_test), strict=True):
         some = limit and limit != len(rows[name])
         kept = np.sort(choose(part.labels, rows[name], limit)[0] if some else rows[name])
+        if lost := sorted(set(part.labels) - set(part.labels[kept])):
+            raise InvalidParameter(
+                f"{source} cannot be split as params.yaml datasets asks: no {name}ing image of {content.classes[lost[0]]!r} "
+                f"(and {len(lost) - 1} other classes) would be left; change test_share or the limits, or add images"
+            )
         splits[name] = Part(part.images[kept], part.labels[kept])
     return splits
 

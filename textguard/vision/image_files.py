@@ -5,6 +5,7 @@ walked twice, and what cannot be shown in 8 bits per channel without a guess is 
 """
 
 import io
+import logging
 import os
 import stat
 import sys
@@ -19,6 +20,9 @@ from PIL import Image, UnidentifiedImageError
 
 from textguard.errors import InvalidArtifact, printable
 from textguard.runtime import announce
+
+# What Pillow logs of a damaged file it also raises. Without a handler it would be on stderr twice.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 # An allow-list, because Pillow goes by content: it would hand a file x.jpg that holds PostScript to Ghostscript.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
@@ -149,8 +153,7 @@ class ClassFolders:
 
     def names(self, part: str = "") -> list[str]:
         """The folders in root/part, sorted, without those that are hidden or left by machines. Raises InvalidArtifact."""
-        where = self.root / part
-        found = sorted(name for name in os.listdir(where) if _is_visible(name) and (where / name).is_dir())
+        found = sorted(name for name, is_folder in _entries(self.root / part) if is_folder and _is_visible(name))
         for name in found:
             self._check_name(str(Path(part, name)))
         return found
@@ -196,8 +199,8 @@ class ClassFolders:
             place = waiting.pop()
             self.mark(place)
             files = []
-            for name in os.listdir(self.root / place):
-                if _is_visible(name) and (self.root / place / name).is_dir():
+            for name, is_folder in _entries(self.root / place):
+                if is_folder and _is_visible(name):
                     waiting.append(f"{place}/{name}")
                 else:
                     files.append(name)
@@ -212,6 +215,19 @@ class ClassFolders:
             raise InvalidArtifact(
                 f"{shown(self.root / path)} has a name that is no UTF-8 in this locale; set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
             )
+
+
+def _entries(folder: Path) -> list[tuple[str, bool]]:
+    """Names in a folder, and whether each is a folder or leads to one. Most need no look at the file itself."""
+    with os.scandir(folder) as entries:
+        return [(entry.name, _is_folder(entry)) for entry in entries]
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # as of a link to itself
+        return False
 
 
 def _is_visible(name: str) -> bool:
