@@ -34,7 +34,9 @@ def trained_digits(seed: int = SEED) -> tuple[nn.Module, EvaluationView, Evaluat
     content = read_source("digits", None)
     splits = make_splits(content, "digits", test_share=0.2, split_seed=SEED, limit_train=0, limit_test=0)
     with TemporaryDirectory() as folder:
-        save_splits(Path(folder), content, splits, None, source="digits", checksum=False, corrupt_share=0.0)
+        save_splits(
+            Path(folder), content, splits, None, source="digits", checksum=False, corrupt_share=0.0, orientation="stored"
+        )
         train, test = (evaluation_view(load_split(Path(folder), split, None), 32, 32, "bilinear") for split in splits)
     torch.manual_seed(seed)
     model = build_backbone("resnet18", 10, 32).train()

@@ -108,7 +108,7 @@ def _ours(folder: Path, *, channels_last: bool) -> list[float]:
     if not data.exists():
         content = read_source("folder", root)
         splits = make_splits(content, "folder", test_share=0.5, split_seed=0, limit_train=0, limit_test=0)
-        save_splits(data, content, splits, root, source="folder", checksum=False, corrupt_share=0.0)
+        save_splits(data, content, splits, root, source="folder", checksum=False, corrupt_share=0.0, orientation="stored")
     torch.manual_seed(SEED)
     model = build_backbone("resnet50", CLASSES, 224).to(pick_device())
     view, ends = training_view(load_split(data, "train", root), recipe, SEED), []

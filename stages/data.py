@@ -18,5 +18,5 @@ def main(params: Params, key: str) -> None:
         limit_train=dataset.limit_train,
         limit_test=dataset.limit_test,
     )
-    options = {"source": dataset.source, "checksum": dataset.checksum, "corrupt_share": dataset.corrupt_share}
+    options = {name: getattr(dataset, name) for name in ("source", "checksum", "corrupt_share", "orientation")}
     save_splits(Path("data") / key, content, splits, root, **options)

@@ -13,7 +13,7 @@ from textguard.artifacts import read_csv, sha256_of_file
 from textguard.params import Params
 from textguard.runtime import pick_device
 from textguard.vision.classifiers import ClassifierSpec, load_classifier
-from textguard.vision.datasets import Split, data_root, load_split, split_file
+from textguard.vision.datasets import Split, read_split, split_file
 from textguard.vision.transforms import EvaluationView, evaluation_view
 
 
@@ -62,7 +62,7 @@ def load_run(params: Params, key: str, split: str = "test") -> LoadedRun:
     dataset, data, folder = params.datasets[run.dataset], Path("data") / run.dataset, Path("metrics") / "runs" / key
     model_file = Path("models") / f"{key}.safetensors"
     model, spec = load_classifier(model_file)
-    images = load_split(data, split, data_root(dataset.source, dataset.folder, Path(params.root)))
+    images = read_split(data, split, dataset, Path(params.root))
     return LoadedRun(
         key=key,
         device=device,

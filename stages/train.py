@@ -16,7 +16,7 @@ from textguard.runtime import announce, make_deterministic, pick_device
 from textguard.text.embeddings import load_head
 from textguard.vision.checkpoints import load_checkpoint
 from textguard.vision.classifiers import ClassifierSpec, build_classifier, save_classifier
-from textguard.vision.datasets import data_root, load_split, split_file
+from textguard.vision.datasets import read_split, split_file
 from textguard.vision.training import Epoch, train
 from textguard.vision.transforms import training_view
 
@@ -28,7 +28,7 @@ def main(params: Params, key: str) -> None:
     run = params.runs[key]
     recipe, weights, head = params.backbones[run.backbone], params.weights.get(run.weights_key), head_file(run)
     folder, dataset = Path("data") / run.dataset, params.datasets[run.dataset]
-    split = load_split(folder, "train", data_root(dataset.source, dataset.folder, Path(params.root)))
+    split = read_split(folder, "train", dataset, Path(params.root))
     prepared = recipe.image_size, recipe.resize_size, recipe.interpolation
     width, class_embeddings = (0, None) if weights else load_head(head, run.dataset, split.classes)
     spec = ClassifierSpec(run.dataset, recipe.network, run.variant, *prepared, width, tuple(split.classes))

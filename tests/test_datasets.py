@@ -41,7 +41,7 @@ import_torchvision()
 from torchvision import datasets  # noqa: E402 (as import_torchvision imports it)
 
 SPLIT = {"test_share": 0.2, "split_seed": 0, "limit_train": 0, "limit_test": 0}
-CHECKS = {"checksum": False, "corrupt_share": 0.0}
+CHECKS = {"checksum": False, "corrupt_share": 0.0, "orientation": "stored"}
 
 
 def store(folder: Path, source: str, root: Path | None, **options: object) -> tuple[Split, Split]:

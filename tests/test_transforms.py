@@ -1,6 +1,7 @@
 """Views of images: torchvision's presets value by value, and augmentation that depends on (seed, image, visit) alone."""
 
 import random
+import shutil
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -52,9 +53,11 @@ def photos(tmp_path_factory) -> Split:
         folder.mkdir(parents=True, exist_ok=True)
         shape = (30 + number, 60 - number, 3)
         Image.fromarray(np.random.default_rng(number).integers(0, 256, shape, np.uint8)).save(folder / f"{number}.jpg")
-    (root / "test").symlink_to(root / "train")
+    shutil.copytree(root / "train", root / "test")
     content = read_source("folder", root)
-    save_splits(root / "data", content, content.parts, root, source="folder", checksum=False, corrupt_share=0.0)
+    save_splits(
+        root / "data", content, content.parts, root, source="folder", checksum=False, corrupt_share=0.0, orientation="stored"
+    )
     return load_split(root / "data", "train", root)
 
 

@@ -17,6 +17,8 @@ import re
 import shutil
 import sys
 import time
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, is_dataclass
@@ -207,8 +209,7 @@ def parse_json(text: str | bytes) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"it holds {printable(repr(twice), 60)} twice")
     return found
 
@@ -226,9 +227,35 @@ def read_classes(path: Path) -> list[str]:
     """The class names of a data set, in label order. Raises InvalidArtifact."""
     classes = read_json(path, "data")
     with reading(path, "data"):
-        if not isinstance(classes, list) or not all(isinstance(name, str) and name for name in classes) or len(classes) < 2:
-            raise InvalidArtifact("must be a list of at least two class names")
+        if problem := misnamed(classes):
+            raise InvalidArtifact(f"must be a list of at least two class names: {problem}")
     return classes
+
+
+def misnamed(classes: Any) -> str:
+    """What is wrong with class names, if anything: they must be two or more texts that a text encoder can tell apart.
+
+    Many encoders read neither case nor the difference between composed and decomposed letters.
+    """
+    if not isinstance(classes, list) or len(classes) < 2:
+        return f"there must be two or more, and there are {len(classes) if isinstance(classes, list) else 'none'}"
+    for name in classes:
+        # Control characters, line and paragraph separators, and halves of characters.
+        if not isinstance(name, str) or name != name.strip() or any(unicodedata.category(c) in UNSPEAKABLE for c in name):
+            return f"{ascii(name)[:80]} is no text, or has blanks at its ends, control characters or broken ones in it"
+        if not name:
+            return "a name is empty"
+    alike = Counter(unicodedata.normalize("NFC", name).casefold() for name in classes)
+    folded, count = alike.most_common(1)[0]
+    if count > 1:
+        twice = [name for name in classes if unicodedata.normalize("NFC", name).casefold() == folded]
+        return (
+            f"{' and '.join(ascii(name)[:80] for name in twice[:3])} are the same, or but for case or how accents are encoded"
+        )
+    return ""
+
+
+UNSPEAKABLE = ("Cc", "Cs", "Zl", "Zp")
 
 
 def read_json_lines(path: Path, made_by: str) -> list[dict[str, Any]]:
@@ -316,6 +343,21 @@ def sha256_of_file(path: Path, made_by: str) -> str:
     """Hexadecimal SHA-256 of a file's bytes. Raises InvalidArtifact when it cannot be read."""
     with reading(path, made_by), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lasting(path: Path) -> Path:
+    """A path from the grid's folder or absolute; in an experiment's copy of the grid, the same path from the grid that stays.
+
+    `dvc exp run --temp` and queued experiments work in a copy of what git knows, which is deleted afterwards. It lies below the
+    grid's own folder.
+    """
+    home, copied, _ = Path.cwd().as_posix().partition("/.dvc/tmp/exps/")
+    return (Path(home) / path).resolve() if copied else path
+
+
+def beside_copy(path: Path) -> Path:
+    """The path where it exists, as in an experiment's copy what git knows does; else its `lasting` one."""
+    return path if path.exists() else lasting(path)
 
 
 def fingerprint(**inputs: Any) -> str:

@@ -68,8 +68,8 @@ class DatasetParams:
 
     source, folder: see textguard.vision.datasets.data_root. test_share, split_seed: for sources that come without a split.
     limit_train, limit_test: images kept of each split, stratified; 0 keeps all. checksum: the SHA-256 of every file that is
-    left where it is. corrupt_share: of such files, that may be unreadable. context, phrases: see
-    textguard.text.questions.Wording.
+    left where it is. corrupt_share: of such files, that may be unreadable. orientation: whether such files are turned as their
+    EXIF says; see textguard.vision.image_files.decode. context, phrases: see textguard.text.questions.Wording.
     """
 
     source: Line
@@ -80,6 +80,7 @@ class DatasetParams:
     limit_test: Limit
     checksum: bool
     corrupt_share: Annotated[float, Field(ge=0, lt=1)]
+    orientation: Literal["stored", "exif"]
     context: str
     phrases: dict[str, str]
 

@@ -103,7 +103,7 @@ def _short(name: str) -> str:
 
 def _show(axes: Axes, picture: bytes, look: Any) -> None:
     """A picture, and over it where a classifier looks."""
-    pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("L" if look is not None else "RGB"))
+    pixels = np.asarray(Image.open(io.BytesIO(picture), formats=["PNG"]).convert("L" if look is not None else "RGB"))
     axes.imshow(pixels, cmap="gray", extent=(0, 1, 0, 1), interpolation="nearest")
     if look is None:
         return

@@ -6,29 +6,35 @@ split is then an index of their files, in Parquet. Nothing is resized or normali
 
 import gzip
 import hashlib
-import io
 import json
 import math
 import os
+import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from textguard.artifacts import (
+    beside_copy,
     expanded,
+    lasting,
     locked,
+    misnamed,
     parse_json,
+    read_classes,
     read_json,
     read_safetensors,
     reading,
@@ -38,10 +44,21 @@ from textguard.artifacts import (
 )
 from textguard.errors import InvalidArtifact, InvalidParameter, TextguardError, UnknownName, UnreadableImage, printable
 from textguard.runtime import announce, import_torchvision, loading_processes, progress
+from textguard.vision.image_files import (
+    EXTENSIONS,
+    ORIENTATIONS,
+    ClassFolders,
+    announce_left_out,
+    decode,
+    read_regular,
+    reason,
+    shown,
+)
 
 SPLITS = ("train", "test")
 DOWNLOADS = Path("data") / "downloads"
 PACKED, INDEX = "images.safetensors", "index.parquet"
+OUTSIDE = r"^/|^$|(^|/)\.\.(/|$)"  # what no path below a root looks like
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -73,10 +90,11 @@ class PackedSplit(Split):
 
 
 class IndexedSplit(Split):
-    """A split whose images are files below `root`, decoded when they are asked for."""
+    """A split whose images are files below `root`, decoded when they are asked for. orientation: see image_files.decode."""
 
-    def __init__(self, index: pd.DataFrame, root: Path, *described: object) -> None:
+    def __init__(self, index: pd.DataFrame, root: Path, orientation: str, *described: object) -> None:
         super().__init__(*described)
+        self.orientation = orientation
         # Arrays of Arrow and numpy, because a list's objects would be copied one by one to every process that loads images.
         self.paths, self.checksums = (index[name].astype("string[pyarrow]").array for name in ("path", "sha256"))
         self.sizes, self.root = index["bytes"].to_numpy(), root
@@ -84,12 +102,14 @@ class IndexedSplit(Split):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, checksum = self.root / self.paths[index], self.checksums[index]
         try:
-            content = path.read_bytes()
+            content = read_regular(path)
             if len(content) != self.sizes[index] or (checksum and hashlib.sha256(content).hexdigest() != checksum):
                 raise ValueError("it is not the file that the index was made from")
-            pixels = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
+            pixels = np.array(decode(content, self.orientation).image)
         except Exception as error:
-            raise UnreadableImage(f"{path} cannot be read ({error}); put it back, or run stage 'data' again") from error
+            raise UnreadableImage(
+                f"{shown(path)} cannot be read ({reason(error)}); put it back, or run stage 'data' again"
+            ) from error
         return torch.from_numpy(pixels).permute(2, 0, 1), int(self.labels[index])
 
 
@@ -101,44 +121,150 @@ def split_file(folder: Path, split: str) -> Path:
 
 def load_split(folder: Path, split: str, root: Path | None) -> Split:
     """Read one split from data/DATASET. root: where the indexed files lie (see `data_root`). Raises InvalidArtifact."""
-    path = split_file(folder, split)
+    return _load(folder, split, root)[0]
+
+
+class Wanted(Protocol):
+    """What params.yaml says of a data set, as far as it shows in its files; see textguard.params.DatasetParams."""
+
+    source: str
+    folder: str | None
+    test_share: float
+    limit_train: int
+    limit_test: int
+    orientation: str
+
+
+def read_split(folder: Path, split: str, wanted: Wanted, repository: Path) -> Split:
+    """`load_split`, of a data set that must be what params.yaml says.
+
+    Raises InvalidArtifact for files that were made of another source, in another way, or with another number of images.
+    """
+    root = data_root(wanted.source, wanted.folder, repository)
+    found, described = _load(folder, split, root)
+    limits = {"train": wanted.limit_train, "test": wanted.limit_test}
+    with reading(split_file(folder, split), "data"):
+        if described["source"] != wanted.source:
+            raise InvalidArtifact(f"was made of {printable(described['source'])!r}, and params.yaml says {wanted.source!r}")
+        if isinstance(found, IndexedSplit):
+            if found.orientation != wanted.orientation:
+                raise InvalidArtifact(
+                    f"was made with orientation {found.orientation!r}, and params.yaml says {wanted.orientation!r}"
+                )
+            fits = len(found) <= (limits[split] or len(found))  # unreadable images were left out
+        else:
+            sizes = dict(zip(SPLITS, _sizes_of(wanted), strict=True))
+            (other,) = set(SPLITS) - {split}
+            fits = len(found) == sizes[split] or not (limits[split] or len(found) == sizes[other])
+        if not fits:
+            raise InvalidArtifact(f"holds {len(found)} images, which is not what params.yaml asks for as {split}ing images")
+    return found
+
+
+def _sizes_of(wanted: Wanted) -> tuple[int, int]:
+    limits = {"limit_train": wanted.limit_train, "limit_test": wanted.limit_test}
+    return expected_sizes(wanted.source, test_share=wanted.test_share, **limits)[:2]
+
+
+def _load(folder: Path, split: str, root: Path | None) -> tuple[Split, dict[str, str]]:
+    """One split, and what its file says of how it was made."""
+    path, names = split_file(folder, split), folder / "classes.json"
+    stated = read_classes(names) if names.exists() else None
+    packed = read_safetensors(path, "data") if path.name == PACKED else None
     with reading(path, "data"):
-        if path.name == PACKED:
-            tensors, metadata = read_safetensors(path, "data")
-            images, labels = tensors["images"], tensors["labels"]
+        if packed:
+            tensors, metadata = packed
+            images, labels = _checked_pixels(tensors)
         else:
             import pyarrow.parquet as pq
 
             table = pq.read_table(path)
-            metadata = {name.decode(): text.decode() for name, text in table.schema.metadata.items()}
-            images = table.to_pandas()
+            metadata = {name.decode(): text.decode() for name, text in (table.schema.metadata or {}).items()}
+            images = _checked_index(table)
             labels = torch.tensor(images["label"].to_numpy(), dtype=torch.int64)
-        described = (labels, *(parse_json(metadata[name]) for name in ("classes", "mean", "std")))
+        classes, mean, std = _checked_description(metadata)
+        if not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
+            raise InvalidArtifact(f"holds a label that is none of 0 to {len(classes) - 1}, its classes")
+        if stated and classes != stated:
+            raise InvalidArtifact(f"holds other classes than {names}")
         if isinstance(images, Tensor):
-            return PackedSplit(images, *described)
-        split_of_files = IndexedSplit(images, root or Path(), *described)
+            return PackedSplit(images, labels, classes, mean, std), metadata
+        # Files of pixels say no split: theirs can be told by their numbers of images, which are known.
+        if metadata.get("split") != split or metadata.get("orientation") not in ORIENTATIONS:
+            raise InvalidArtifact(f"is no index of {split}ing images, or one of an older version")
+        split_of_files = IndexedSplit(images, root or Path(), metadata["orientation"], labels, classes, mean, std)
     if root is None or not root.is_dir():
         raise InvalidParameter(f"{path} names files below {root}, which is no folder; {WHERE}")
-    return split_of_files
+    return split_of_files, metadata
+
+
+def _checked_pixels(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Images and labels of a packed split. Raises InvalidArtifact."""
+    images, labels = (tensors.get(name, torch.empty(0)) for name in ("images", "labels"))
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or not images.numel():
+        raise InvalidArtifact(f"holds images {list(images.shape)}, {images.dtype}, and not uint8 [N, 1 or 3, H, W]")
+    if labels.dtype != torch.int64 or list(labels.shape) != [len(images)]:
+        raise InvalidArtifact(
+            f"holds labels {list(labels.shape)}, {labels.dtype}, and not int64 [{len(images)}], one per image"
+        )
+    return images, labels
+
+
+def _checked_index(index: Any) -> pd.DataFrame:
+    """The index of a split's files, from its Arrow table. Raises InvalidArtifact."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    index.validate(full=True)  # damaged texts would come to light only where one is used
+    if index.column_names != COLUMNS or not len(index):
+        raise InvalidArtifact(f"must have rows, and the columns {', '.join(COLUMNS)}")
+    for name in COLUMNS:
+        kind, text = index[name].type, name in ("path", "sha256")
+        fits = pa.types.is_string(kind) or pa.types.is_large_string(kind) if text else pa.types.is_int64(kind)
+        if not fits or index[name].null_count:
+            raise InvalidArtifact(f"must hold {'texts' if text else 'whole numbers'} as {name}")
+    if any(pc.min(index[name]).as_py() < 1 for name in ("width", "height", "bytes")):
+        raise InvalidArtifact("holds an image without a size")
+    if not pc.all(pc.match_substring_regex(index["sha256"], "^([0-9a-f]{64})?$")).as_py():
+        raise InvalidArtifact("holds a sha256 that is none")
+    outside = pc.any(pc.match_substring_regex(index["path"], OUTSIDE)).as_py()
+    if outside or pc.count_distinct(index["path"]).as_py() < len(index):
+        raise InvalidArtifact("holds a path twice, or one that leads out of the data set")
+    return index.to_pandas()
+
+
+def _checked_description(metadata: Mapping[str, Any]) -> tuple[list[str], list[float], list[float]]:
+    """Classes, mean and standard deviation, as a split's file states them. Raises InvalidArtifact."""
+    if missing := [name for name in ("source", "classes", "mean", "std") if not isinstance(metadata.get(name), str)]:
+        raise InvalidArtifact(f"does not state its {', '.join(missing)}")
+    classes, mean, std = (parse_json(metadata[name]) for name in ("classes", "mean", "std"))
+    if problem := misnamed(classes):
+        raise InvalidArtifact(f"has bad class names: {problem}")
+    for name, values in (("mean", mean), ("std", std)):
+        numbers = isinstance(values, list) and len(values) == 3 and all(type(value) in (int, float) for value in values)
+        if not numbers or not all(0 <= value <= 1 for value in values) or (name == "std" and not all(values)):
+            raise InvalidArtifact(f"states as its {name} {printable(str(values), 60)}, and not three numbers from 0 to 1")
+    return classes, mean, std
 
 
 def data_root(source: str, folder: str | None, repository: Path) -> Path | None:
     """The folder that holds a data set's own files; None for a source without files. Raises InvalidParameter.
 
     It is `folder` (from the repository's root) where that is given, else TEXTGUARD_DATA/SOURCE where that is set, else, for a
-    data set that can be downloaded, data/downloads/SOURCE of the repository.
+    data set that can be downloaded, data/downloads/SOURCE of the repository. What git does not know is not in the copy of a
+    repository in which DVC runs an experiment: it is read from where the copy was made.
     """
     if source not in SOURCES:
         raise UnknownName("data set", source, SOURCES, "params.yaml datasets.*.source")
     if folder:
-        return repository / expanded(folder, "params.yaml datasets.*.folder")
+        return beside_copy(repository / expanded(folder, "params.yaml datasets.*.folder"))
     if SOURCES[source].files == "none":
         return None
     if shared := os.environ.get("TEXTGUARD_DATA"):
-        return expanded(shared, "TEXTGUARD_DATA in the environment") / source
+        return beside_copy(expanded(shared, "TEXTGUARD_DATA in the environment") / source)
     if SOURCES[source].files == "local":
         raise InvalidParameter(f"data set {source!r} cannot be downloaded; {WHERE}; it must hold {SOURCES[source].layout}")
-    return repository / DOWNLOADS / source
+    return lasting(repository / DOWNLOADS / source)
 
 
 @dataclass(frozen=True)
@@ -263,8 +389,8 @@ def _imagenet(root: Path) -> Content:
     import_torchvision()
     from timm.data import ImageNetInfo
 
-    wnids = ImageNetInfo().label_names()
-    parts = {"train": _image_folder(root, "train", wnids), "test": _image_folder(root, "val", wnids)}
+    wnids, tree = ImageNetInfo().label_names(), ClassFolders(root)
+    parts = {"train": _image_folder(tree, "train", wnids), "test": _image_folder(tree, "val", wnids)}
     return Content(parts, imagenet_classes(), IMAGENET_MEAN, IMAGENET_STD)
 
 
@@ -281,19 +407,54 @@ def imagenet_classes() -> list[str]:
     return [word if NAMES.count(name) > 1 else name for name, word in zip(NAMES, words, strict=True)]
 
 
+# What people and exporters call the folders of the splits, in any case.
+ROLES = {"train": ("train", "training"), "test": ("test", "testing"), "val": ("val", "valid", "validation")}
+
+
 def _own_folder(root: Path) -> Content:
     """train/CLASS/* and test/CLASS/* (or val), or CLASS/* alone. classes.json may map folders to names."""
-    test = next((name for name in ("test", "val") if (root / name).is_dir()), None)
-    if test and (root / "train").is_dir():
-        folders = _class_folders(root / "train")
-        parts = {"train": _image_folder(root, "train", folders), "test": _image_folder(root, test, folders)}
+    tree = ClassFolders(root)
+    top = tree.names()
+    found = {role: [name for name in top if name.lower() in names] for role, names in ROLES.items()}
+    testing = found["test"] or found["val"]
+    if found["train"] and testing:
+        if twice := next((names for names in found.values() if len(names) > 1), None):
+            raise InvalidArtifact(f"{root} holds {' and '.join(twice)}, which mean the same; rename or remove one")
+        (train,), (test,) = found["train"], testing
+        if others := sorted(set(top) - {train, test}):
+            announce(f"{shown(root)}: {test}/ holds the test images; not used: {printable(', '.join(others))}")
+        folders = tree.names(train)
+        parts = {"train": _image_folder(tree, train, folders), "test": _image_folder(tree, test, folders)}
     else:
-        folders = _class_folders(root)
-        parts = {"all": _image_folder(root, "", folders)}
-    names = read_json(root / "classes.json", "") if (root / "classes.json").exists() else {}
-    if not isinstance(names, dict) or not names.keys() <= set(folders):
-        raise InvalidArtifact(f"{root / 'classes.json'} must map folders ({', '.join(folders[:3])}, ...) to class names")
-    return Content(parts, [names.get(folder, spoken(folder)) for folder in folders], IMAGENET_MEAN, IMAGENET_STD)
+        folders = top
+        for folder in folders:
+            if inner := tree.names(folder):
+                raise InvalidArtifact(
+                    f"{shown(root / folder)} holds folders ({printable(', '.join(inner), 60)}); a class must hold images; "
+                    f"{root} must hold {SOURCES['folder'].layout}"
+                )
+        parts = {"all": _image_folder(tree, "", folders)}
+    return Content(parts, _own_classes(root / "classes.json", folders), IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _own_classes(path: Path, folders: list[str]) -> list[str]:
+    """The folders' names, as a person would say them or as the file has them. Raises InvalidArtifact."""
+    names = {}
+    if os.path.lexists(path):
+        if not path.is_file():
+            raise InvalidArtifact(f"{path} is no regular file; it must map folders to class names, or not be there")
+        with reading(path, ""):
+            names = parse_json(path.read_text(encoding="utf-8"))
+    known = f"it must map folders ({', '.join(folders[:3])}{', ...' if len(folders) > 3 else ''}) to class names"
+    if not isinstance(names, dict):
+        raise InvalidArtifact(f"{path} holds a {type(names).__name__}; {known}")
+    for folder, name in names.items():
+        if folder not in folders:
+            raise InvalidArtifact(f"{path} names {printable(ascii(folder), 60)}, which is no class folder; {known}")
+        if not isinstance(name, str):
+            said = printable(ascii(name), 60)
+            raise InvalidArtifact(f"{path} gives {printable(folder, 60)!r} the name {said}; it must be one text, in quotes")
+    return [names.get(folder, spoken(folder)) for folder in folders]
 
 
 def spoken(folder: str) -> str:
@@ -301,27 +462,30 @@ def spoken(folder: str) -> str:
     return folder.replace("_", " ").strip()
 
 
-def _class_folders(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _image_folder(root: Path, part: str, folders: list[str]) -> Part:
+def _image_folder(tree: ClassFolders, part: str, folders: list[str]) -> Part:
     """The images of root/part/CLASS. Raises InvalidArtifact where the class folders are others than `folders`."""
-    import_torchvision()
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
-    where = root / part
-    found = _class_folders(where) if where.is_dir() else []
+    where = tree.root / part
+    found = tree.names(part) if where.is_dir() else []
+    others: Counter[str] = Counter()
+    if outside := sum(name.lower().endswith(EXTENSIONS) for name in os.listdir(where)) if where.is_dir() else 0:
+        others["images outside of class folders"] = outside
     if found != sorted(folders):
         wrong = sorted(set(found) ^ set(folders))
         raise InvalidArtifact(
-            f"{where} holds {len(found)} class folders, not the {len(folders)} that it must; it has no, or should have no: "
-            f"{', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}"
+            f"{where} holds {len(found)} class folders{f' and {outside} images outside of them' if outside else ''}, not the "
+            f"{len(folders)} that it must; it has no, or should have no: "
+            f"{printable(', '.join(wrong[:5]))}{' ...' if len(wrong) > 5 else ''}"
         )
-    labels = {folder: label for label, folder in enumerate(folders)}
-    samples = make_dataset(where, labels, IMG_EXTENSIONS)
-    paths = [Path(path).relative_to(root).as_posix() for path, _ in samples]
-    return Part(np.array(paths, object), np.array([label for _, label in samples], np.int64))
+    tree.mark(part or ".")
+    paths, labels, example = [], [], ""
+    for label, folder in sorted(enumerate(folders), key=lambda entry: entry[1]):
+        images, left_out, named = tree.images(part, folder)
+        paths += images
+        labels += [label] * len(images)
+        others += left_out
+        example = example or named
+    announce_left_out(where, others, example)
+    return Part(np.array(paths, object), np.array(labels, np.int64))
 
 
 @dataclass(frozen=True)
@@ -344,7 +508,7 @@ SOURCES = {
     "fashion_mnist": Source(_fashion_mnist, "FashionMNIST", "train-images-idx3-ubyte.gz and its three companions"),
     "food101": Source(_food101, "Food101", "food-101/images/ and food-101/meta/"),
     "imagenet": Source(_imagenet, "local", "train/WNID/*.JPEG and val/WNID/*.JPEG"),
-    "folder": Source(_own_folder, "local", "train/CLASS/ and test/CLASS/ (or val), or CLASS/ alone"),
+    "folder": Source(_own_folder, "local", "train/CLASS/ and test/CLASS/ (or val, valid, validation), or CLASS/ alone"),
 }
 # Images for training, images for testing and classes, as published: for plans made before the data set is there.
 STANDARD_SIZES = {
@@ -388,14 +552,29 @@ def read_source(source: str, root: Path | None) -> Content:
                 raise ValueError(
                     f"{name}: {len(part.images)} images, {len(part.labels)} labels of {len(content.classes)} classes"
                 )
+            if not part.packed:
+                _check_paths(part.images)
     except TextguardError:
         raise
     except Exception as error:  # torchvision and the libraries that unpack have errors of their own
-        raise InvalidArtifact(f"{root} is no {source} ({error}); it must hold {known.layout}, complete") from error
-    if len(set(content.classes)) < max(2, len(content.classes)) or not all(content.classes):
-        twice = sorted({name for name in content.classes if content.classes.count(name) > 1})
-        raise InvalidArtifact(f"{source} in {root} needs two or more classes with different names; more than once: {twice}")
+        why = printable(str(error), 400)
+        raise InvalidArtifact(f"{root} is no {source} ({why}); it must hold {known.layout}, complete") from error
+    if problem := misnamed(content.classes):
+        rename = f"rename the folder, or give it a name in {root / 'classes.json'}; " if source == "folder" else ""
+        raise InvalidArtifact(f"{source} in {root} has bad class names: {problem}; {rename}it must hold {known.layout}")
     return content
+
+
+def _check_paths(paths: np.ndarray) -> None:
+    """Raises ValueError for a path that no index takes: data sets list their files, and such a list may hold anything."""
+    if bad := next((path for path in paths if re.search(OUTSIDE, path) or not _is_text(path)), None):
+        raise ValueError(f"{ascii(bad)[:80]} is listed, which is no path below it")
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"{Counter(paths).most_common(1)[0][0]} is listed twice")
+
+
+def _is_text(path: str) -> bool:
+    return path.encode(errors="replace").decode() == path
 
 
 def _download(source: str, name: str, root: Path) -> None:
@@ -439,7 +618,13 @@ def make_splits(
         rows = dict(zip(SPLITS, choose(parts["train"].labels, rows["all"], 1 - test_share), strict=True))
     splits = {}
     for (name, part), limit in zip(parts.items(), (limit_train, limit_test), strict=True):
-        kept = np.sort(choose(part.labels, rows[name], limit)[0] if limit else rows[name])
+        some = limit and limit != len(rows[name])
+        kept = np.sort(choose(part.labels, rows[name], limit)[0] if some else rows[name])
+        if lost := sorted(set(part.labels) - set(part.labels[kept])):
+            raise InvalidParameter(
+                f"{source} cannot be split as params.yaml datasets asks: no {name}ing image of {content.classes[lost[0]]!r} "
+                f"(and {len(lost) - 1} other classes) would be left; change test_share or the limits, or add images"
+            )
         splits[name] = Part(part.images[kept], part.labels[kept])
     return splits
 
@@ -453,13 +638,20 @@ def save_splits(
     source: str,
     checksum: bool,
     corrupt_share: float,
+    orientation: str,
 ) -> None:
-    """Write train/, test/ and classes.json below data/DATASET. Raises InvalidArtifact where too many images are unreadable."""
+    """Write train/, test/ and classes.json below data/DATASET.
+
+    checksum: whether an index keeps the SHA-256 of its files. orientation: see image_files.decode. Raises InvalidArtifact where
+    too many images are unreadable, and where a split that is drawn here has the same image on both sides.
+    """
     tables = {
-        name: index_files(part, root, checksum=checksum, corrupt_share=corrupt_share, label=f"data {folder.name} {name}")
+        name: index_files(part, root, corrupt_share=corrupt_share, orientation=orientation, label=f"data {folder.name} {name}")
         for name, part in splits.items()
         if not part.packed
     }
+    if tables:
+        _compare(tables, root, drawn="all" in content.parts, label=f"data {folder.name}")
     mean, std = content.mean, content.std
     if mean is None:
         pixels = splits["train"].images.double() / 255
@@ -470,50 +662,88 @@ def save_splits(
             tensors = {"images": part.images, "labels": torch.from_numpy(part.labels)}
             write_safetensors(folder / name / PACKED, tensors, described)
         else:
-            write_parquet(folder / name / INDEX, tables[name], described)
+            table = tables[name] if checksum else tables[name].assign(sha256="")
+            write_parquet(folder / name / INDEX, table, described | {"split": name, "orientation": orientation})
         (folder / name / (INDEX if part.packed else PACKED)).unlink(missing_ok=True)
     write_json(folder / "classes.json", content.classes)
 
 
-def index_files(part: Part, root: Path, *, checksum: bool, corrupt_share: float, label: str) -> pd.DataFrame:
-    """Open every image and list them: path, label, width, height (pixels), bytes, sha256 (empty without `checksum`).
+def _compare(tables: Mapping[str, pd.DataFrame], root: Path, *, drawn: bool, label: str) -> None:
+    """Find images that both splits hold, byte for byte. Raises InvalidArtifact where the split was drawn here.
+
+    A split that comes with the data set is taken as it is, as others take it, and what it shares is announced.
+    """
+    first = dict(zip(tables["train"]["sha256"], tables["train"]["path"], strict=True))
+    both = tables["test"][tables["test"]["sha256"].isin(first.keys())]
+    if both.empty:
+        return
+    path, checksum = both.iloc[0][["path", "sha256"]]
+    said = (
+        f"{label}: {len(both)} of the test images are training images as well, byte for byte (as {printable(path)} and "
+        f"{printable(first[checksum])})"
+    )
+    if drawn:
+        raise InvalidArtifact(f"{said}; remove the copies below {root}, or split the images into train/ and test/ yourself")
+    announce(f"{said}; they are kept")
+
+
+def index_files(part: Part, root: Path, *, corrupt_share: float, orientation: str, label: str) -> pd.DataFrame:
+    """Open every image and list them: path, label, width, height (pixels), bytes, sha256.
 
     Images that PIL cannot read to their end are named and left out. Raises InvalidArtifact for more than `corrupt_share` of
     them, and where a class is left without any.
     """
-    look, processes = partial(_look, root, checksum), max(1, loading_processes())
+    look, processes = partial(_look, root, orientation), max(1, loading_processes())
     found = []
     with ProcessPoolExecutor(processes) as pool:
         results = pool.map(look, part.images, chunksize=64)
         # The bar comes after the start of the processes, because they would copy the locks of the bar's thread.
         with progress(total=len(part.images), label=label, unit="img") as bar:
-            for result in results:
-                found.append(result)
-                bar.update(1)
-    table = pd.DataFrame(found, columns=["width", "height", "bytes", "sha256", "problem"])
+            try:
+                for result in results:
+                    found.append(result)
+                    bar.update(1)
+            except BrokenProcessPool as error:
+                raise InvalidArtifact(
+                    f"{label}: a process that reads images was killed, maybe for want of memory, soon after it began with "
+                    f"{root / part.images[len(found)]}; remove the image that did it, or lower TEXTGUARD_WORKERS"
+                ) from error
+    table = pd.DataFrame(found, columns=["width", "height", "bytes", "sha256", "problem", *ODDITIES])
     table.insert(0, "path", part.images)
     table.insert(1, "label", part.labels)
     bad = table[table["problem"] != ""]
     if len(bad):
-        named = "; ".join(f"{path}: {problem}" for path, problem in bad[["path", "problem"]].head(5).itertuples(index=False))
+        named = "; ".join(
+            f"{printable(path)}: {problem}" for path, problem in bad[["path", "problem"]].head(5).itertuples(index=False)
+        )
         said = f"{label}: {len(bad)} of {len(table)} images below {root} are corrupt ({named}{'; ...' if len(bad) > 5 else ''})"
         if len(bad) > corrupt_share * len(table):
             raise InvalidArtifact(f"{said}; replace them, or raise params.yaml datasets.*.corrupt_share")
         announce(f"{said}; left out")
-    table = table[table["problem"] == ""].drop(columns="problem").reset_index(drop=True)
+    table = table[table["problem"] == ""].reset_index(drop=True)
     if empty := set(part.labels) - set(table["label"]):
         raise InvalidArtifact(f"{label}: no image of {len(empty)} classes can be read; replace the files below {root}")
-    return table
+    for oddity, said in ODDITIES.items():
+        if (count := int(table[oddity].sum())) > 0:
+            announce(f"{label}: {count} of {len(table)} images {said} (as {printable(table['path'][table[oddity].idxmax()])})")
+    return table[COLUMNS]
 
 
-def _look(root: Path, checksum: bool, path: str) -> tuple[int, int, int, str, str]:
-    """Width, height, bytes, SHA-256 or "", and what is wrong with the image, if anything."""
+COLUMNS = ["path", "label", "width", "height", "bytes", "sha256"]
+# See image_files.Decoded.
+ODDITIES = {
+    "turned": "are to be turned, says their EXIF, and are not; datasets.*.orientation: exif in params.yaml turns them",
+    "transparent": "have transparent pixels, whose colours are used",
+    "deep": "have 16 bits per channel, of which the upper 8 are used",
+}
+
+
+def _look(root: Path, orientation: str, path: str) -> tuple[int, int, int, str, str, bool, bool, bool]:
+    """Width, height, bytes, SHA-256, what is wrong with the image, if anything, and its oddities."""
     try:
-        content = (root / path).read_bytes()
-        image = Image.open(io.BytesIO(content))
-        width, height = image.size
-        image.draft("RGB", (1, 1))  # a JPEG is read to its end, but decoded at an eighth of its size
-        image.load()
+        content = read_regular(root / path)
+        found = decode(content, orientation, small=True)
     except Exception as error:
-        return 0, 0, 0, "", printable(f"{type(error).__name__}: {error}", 100)
-    return width, height, len(content), hashlib.sha256(content).hexdigest() if checksum else "", ""
+        return 0, 0, 0, "", reason(error), False, False, False
+    oddities = found.turned, found.transparent, found.deep
+    return *found.size, len(content), hashlib.sha256(content).hexdigest(), "", *oddities
