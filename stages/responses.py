@@ -3,18 +3,19 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from textguard.artifacts import read_records, write_json_lines
+from stages.texts import read_questions
+from textguard.artifacts import lasting, write_json_lines
 from textguard.params import Params
 from textguard.text.cleaning import describe
 from textguard.text.language_models import LanguageModel, Network
-from textguard.text.questions import Question, Wording, ask
+from textguard.text.questions import Wording, ask
 from textguard.text.responses import Sources, answer, self_answered
 
 
 def main(params: Params, key: str) -> None:
     folder, texts = Path("prompts") / key, params.class_texts[key]
     dataset, wanted = params.datasets[texts.dataset], texts.params
-    questions = read_records(folder / "questions.jsonl", "prompts", Question)
+    questions = read_questions(params, key)
     answers = answer(wanted.provider, questions, sources(params, key))
     classes = list(dict.fromkeys(question.class_name for question in questions))
     wording = Wording(dataset.context, dataset.phrases)
@@ -25,15 +26,11 @@ def main(params: Params, key: str) -> None:
 def sources(params: Params, key: str) -> Sources:
     """Where the answers of one text variant come from. Paid ones go to a file that is no output: DVC deletes outputs."""
     texts, root = params.class_texts[key], Path(params.root)
-    # `dvc exp run --temp` and queued experiments work in a copy of the repository that is deleted afterwards. It lies in the
-    # grid's own folder, from which `root` leads to the repository that stays.
-    home, copied, _ = str(root.resolve()).partition("/.dvc/tmp/exps/")
-    repository = (Path(home) / root).resolve() if copied else Path(home)
     return Sources(
         samples=texts.params.samples,
         files=[root / file for file in texts.files],
         model=LanguageModel(**asdict(texts.params.model)) if texts.params.model else None,
         network=Network(**asdict(params.network)),
-        log=repository / "prompts" / "live" / "answers.jsonl",
+        log=lasting(root / "prompts" / "live" / "answers.jsonl").resolve(),
         label=f"responses {key}",
     )

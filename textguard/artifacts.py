@@ -6,6 +6,7 @@ interrupted or failed write leaves the old file as it was.
 
 import argparse
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -15,7 +16,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, is_dataclass
 from io import BytesIO
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from textguard.errors import CannotWrite, InvalidArtifact
+from textguard.errors import CannotWrite, InvalidArtifact, printable
 
 # pandas, pyarrow and safetensors are imported where they are used: half of the stages need none of them.
 if TYPE_CHECKING:
@@ -138,10 +139,36 @@ def reading(path: Path, made_by: str) -> Iterator[None]:
         raise InvalidArtifact(f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]}); {how}") from error
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The values of a JSON text, UTF-8. Raises ValueError.
+
+    Also for what Python reads and others do not, or read otherwise: a name twice in one object, and halves of characters.
+    """
+    text = text if isinstance(text, str) else text.decode()
+    try:
+        content = json.loads(text, object_pairs_hook=_object)
+        if half := re.search(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}", text):
+            json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"it holds half of a character, as {half[0]}") from error
+    except RecursionError as error:
+        raise ValueError("its values lie too deep in each other") from error
+    return content
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it holds {printable(repr(twice), 60)} twice")
+    return found
+
+
 def read_json(path: Path, made_by: str, fields: Iterable[str] = ()) -> Any:
     """Read a JSON file. fields: what an object must have. Raises InvalidArtifact."""
     with reading(path, made_by):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
         for name in fields:
             operator.getitem(content, name)  # or it says which is missing
         return content
@@ -163,9 +190,9 @@ def read_json_lines(path: Path, made_by: str) -> list[dict[str, Any]]:
         # Not splitlines(): an answer may hold other separators that Unicode counts as line ends.
         for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InvalidArtifact(f"line {number} is no JSON ({error.msg})") from error
+                row = parse_json(line)
+            except ValueError as error:
+                raise InvalidArtifact(f"line {number} is no JSON ({getattr(error, 'msg', error)})") from error
             if not isinstance(row, dict):
                 raise InvalidArtifact(f"line {number} is no JSON object")
             rows.append(row)
@@ -174,13 +201,36 @@ def read_json_lines(path: Path, made_by: str) -> list[dict[str, Any]]:
 
 def read_records(path: Path, made_by: str, kind: type[Record]) -> list[Record]:
     """Read JSON Lines as dataclass instances. Raises InvalidArtifact."""
-    names = {field.name for field in fields(kind)}
     rows = read_json_lines(path, made_by)
+    records = []
     with reading(path, made_by):
         for number, row in enumerate(rows, start=1):
-            if row.keys() != names:
-                raise InvalidArtifact(f"line {number} must have {', '.join(sorted(names))}, and nothing else")
-    return [kind(**row) for row in rows]
+            try:
+                records.append(as_record(row, kind))
+            except InvalidArtifact as error:
+                raise InvalidArtifact(f"line {number} {error}") from error
+    return records
+
+
+def as_record(row: Any, kind: type[Record]) -> Record:
+    """A dataclass instance from what JSON holds: all its fields, of their types, and no others. Raises InvalidArtifact."""
+    from pydantic import TypeAdapter, ValidationError
+
+    names = {field.name for field in fields(kind)}
+    if not isinstance(row, dict) or row.keys() != names:
+        raise InvalidArtifact(f"must have {', '.join(sorted(names))}, and nothing else")
+    try:
+        # As JSON, because a list is no tuple in strict Python.
+        return _adapter(TypeAdapter, kind).validate_json(json.dumps(row), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = printable(".".join(map(str, first["loc"])))
+        raise InvalidArtifact(f"has a wrong {place} ({printable(first['msg'])})") from error
+
+
+@functools.cache
+def _adapter(make: Callable[[type], Any], kind: type) -> Any:
+    return make(kind)
 
 
 def read_csv(path: Path, made_by: str, columns: list[str], numbers: list[str]) -> "pd.DataFrame":
@@ -241,6 +291,21 @@ def sha256_of_file(path: Path, made_by: str) -> str:
     """Hexadecimal SHA-256 of a file's bytes. Raises InvalidArtifact when it cannot be read."""
     with reading(path, made_by), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lasting(path: Path) -> Path:
+    """A path from the grid's folder or absolute; in an experiment's copy of the grid, the same path from the grid that stays.
+
+    `dvc exp run --temp` and queued experiments work in a copy of what git knows, which is deleted afterwards. It lies below the
+    grid's own folder.
+    """
+    home, copied, _ = Path.cwd().as_posix().partition("/.dvc/tmp/exps/")
+    return (Path(home) / path).resolve() if copied else path
+
+
+def beside_copy(path: Path) -> Path:
+    """The path where it exists, as in an experiment's copy what git knows does; else its `lasting` one."""
+    return path if path.exists() else lasting(path)
 
 
 def fingerprint(**inputs: Any) -> str:
