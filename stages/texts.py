@@ -2,27 +2,13 @@
 
 from pathlib import Path
 
-from textguard.artifacts import read_classes, read_records, reading
+from stages.prompts import ask_all, question_file
+from textguard.artifacts import read_records, reading
 from textguard.errors import InvalidArtifact
 from textguard.params import Params
 from textguard.text.answers import Description
 from textguard.text.cleaning import FLAGS
-from textguard.text.questions import Question, Wording, ask
-
-
-def ask_all(params: Params, key: str) -> list[Question]:
-    """Every question of a text variant about every class of its data set."""
-    texts = params.class_texts[key]
-    dataset, wanted = params.datasets[texts.dataset], texts.params
-    classes = read_classes(Path("data") / texts.dataset / "classes.json")
-    templates = wanted.questions[: wanted.limit_questions or None]
-    wording = Wording(dataset.context, dataset.phrases)
-    return ask(classes, templates, wording, f"params.yaml texts.{texts.variant}.questions")
-
-
-def question_file(key: str) -> Path:
-    """Where the questions of a text variant lie."""
-    return Path("prompts") / key / "questions.jsonl"
+from textguard.text.questions import Question
 
 
 def read_questions(params: Params, key: str) -> list[Question]:
@@ -34,9 +20,7 @@ def read_questions(params: Params, key: str) -> list[Question]:
             pairs = zip(found, wanted, strict=False)
             other = next((f"{one.text!r} of {one.class_name!r}" for one, right in pairs if one != right), "")
             what = other or f"{len(found)} instead of {len(wanted)}"
-            raise InvalidArtifact(
-                f"holds other questions than params.yaml and data set {key.rpartition('-')[0]} ask for ({what})"
-            )
+            raise InvalidArtifact(f"holds other questions than params.yaml asks about the classes ({what})")
     return found
 
 
@@ -47,10 +31,9 @@ def read_descriptions(params: Params, key: str, classes: list[str]) -> list[Desc
     """
     path, wanted = Path("prompts") / key / "responses.jsonl", params.class_texts[key].params
     found = read_records(path, "responses", Description)
-    samples = 1 if wanted.provider in ("features", "template") else wanted.samples
-    asked = [
-        (q.class_name, q.id, q.text, n) for q in read_records(question_file(key), "prompts", Question) for n in range(samples)
-    ]
+    samples = range(1 if wanted.provider in ("features", "template") else wanted.samples)
+    questions = read_records(question_file(key), "prompts", Question)
+    asked = [(one.class_name, one.id, one.text, sample) for one in questions for sample in samples]
     with reading(path, "responses"):
         if len(found) != len(asked) + len(classes) * len(wanted.templates):
             expected = f"{len(asked)} answers and {len(wanted.templates)} templates for each of {len(classes)} classes"
