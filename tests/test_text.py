@@ -315,7 +315,7 @@ def test_encoders_are_found_at_home_and_from_an_experiments_copy(prompted, small
     assert encoder_width("sentence_transformers:prompted") == 100
     assert encode("open_clip:local-dir:clip", ["a ship"], CPU).vectors.shape == (1, 24)
     for bad in ("sentence_transformers:~nobody-at-all/x", "sentence_transformers:a\0b", "open_clip:local-dir:" + "x" * 5000):
-        with pytest.raises(InvalidArtifact, match="change params.yaml encoder"):
+        with pytest.raises(InvalidArtifact, match=r"change params\.yaml encoder"):
             encoder_width(bad)
 
 
