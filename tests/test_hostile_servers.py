@@ -22,6 +22,7 @@ from textguard.text.responses import answer
 from textguard.text.secret import KEY_VARIABLE, blotter, is_secret
 
 ONCE = replace(FAST, attempts=1)
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
 
 def fails(server: Server, tmp_path, fault: Fault, **changes) -> str:
@@ -118,6 +119,33 @@ def test_a_key_in_any_usual_form_is_neither_stored_nor_shown(server, tmp_path, f
     assert "".join(form.split()) not in "".join(said.split())
 
 
+PLACES: dict[str, Fault] = {
+    "a header that is none": lambda h: h.write(HEAD + f"Bearer {SECRET}\r\n\r\n".encode()),
+    "a header's name": lambda h: h.write(HEAD + f"{SECRET} : x\r\n\r\n".encode()),
+    "the status line": lambda h: h.write(f"HTTP/9 {SECRET}\r\n\r\n".encode()),
+    "the status's words": lambda h: h.write(f"HTTP/1.1 400 {SECRET}\r\nContent-Length: 0\r\n\r\n".encode()),
+    "Content-Encoding": lambda h: h.send(200, b"x", Content_Encoding=SECRET),
+    "Content-Length": lambda h: h.write(HEAD + f"Content-Length: {SECRET}\r\n\r\n".encode()),
+    "Retry-After": lambda h: h.refuse(429, "later", Retry_After=SECRET),
+    "HTML": lambda h: h.send(400, f"<b>{SECRET}</b>".encode(), Content_Type="text/html"),
+    "a list": lambda h: h.send(400, [SECRET, {SECRET: SECRET}]),
+    "an error's code": lambda h: h.refuse(400, "no", SECRET),
+    "an error's message": lambda h: h.refuse(500, f"x\0{SECRET[:9]}\0{SECRET[9:]}"),
+    "a text": lambda h: h.send(500, SECRET),
+    "a name": lambda h: h.send(200, {SECRET: SECRET}),
+    "a status": lambda h: h.send(200, {"output": [], "status": SECRET}),
+}
+
+
+@pytest.mark.parametrize("endpoint", ["chat.completions", "responses"])
+@pytest.mark.parametrize("fault", PLACES.values(), ids=PLACES)
+def test_a_key_is_shown_wherever_it_is_repeated_to_nobody(server, tmp_path, capfd, endpoint, fault):
+    said = fails(server, tmp_path, fault, endpoint=endpoint)
+    assert SECRET[:9] not in said + "".join(capfd.readouterr())
+    assert "\n" not in said
+    assert leaks(tmp_path) == []
+
+
 CUT = {
     "a list": lambda long: {"choices": [{"message": {"content": [long]}}], "model": 7},
     "a dictionary": lambda long: {"choices": [{"message": {"content": {long: long}}}]},
@@ -176,7 +204,6 @@ def test_a_redirect_to_anything_is_one_line(server, tmp_path, location):
     assert "elsewhere (300 to no address)" in fails(server, tmp_path, lambda h: h.send(300, b""))
 
 
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 ENDLESS: dict[str, tuple[Fault, str]] = {
     "a body, byte by byte": (
         lambda h: h.write(HEAD + b"Content-Length: 999\r\n\r\n", *[b" "] * 20, every_s=0.05),

@@ -41,8 +41,8 @@ def check_base_url(url: str) -> str:
         problem = "it holds a name or password, which would get into files; set OPENAI_API_KEY in the environment"
     elif re.search(r"[?#]", url):
         problem = (
-            "it must end before '?' and '#', behind which keys would get into files; a server that needs ?api-version= also has "
-            "an address without, as Azure's https://NAME.openai.azure.com/openai/v1"
+            "it must end before '?' and '#', behind which keys would get into files; a server that wants ?api-version= has "
+            "another address without, as Azure's https://NAME.openai.azure.com/openai/v1"
         )
     elif re.search(r"[^!-~]", url) or not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[^\[\]/:]+)(:[0-9]{1,5})?(/.*)?", url):
         problem = "it is no address, as https://HOST/v1 or http://HOST:PORT/v1"
