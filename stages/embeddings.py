@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from textguard.artifacts import read_classes, read_records, sha256_of_file, write_safetensors
+from stages.texts import read_descriptions, rows_to_embed
+from textguard.artifacts import read_classes, sha256_of_file, write_safetensors
 from textguard.errors import InvalidParameter
 from textguard.params import Params
 from textguard.runtime import make_deterministic, pick_device
-from textguard.text.answers import Description
 from textguard.text.embeddings import (
     ClassEmbeddings,
     EmbeddingOptions,
@@ -26,8 +26,8 @@ def main(params: Params, key: str) -> None:
     texts = params.class_texts[key]
     wanted = texts.params
     classes = read_classes(Path("data") / texts.dataset / "classes.json")
-    descriptions = read_records(Path("prompts") / key / "responses.jsonl", "responses", Description)
-    kept = [row for row, said in enumerate(descriptions) if not {"empty", *wanted.drop} & set(said.flags)]
+    descriptions = read_descriptions(params, key, classes)
+    kept = rows_to_embed(descriptions, wanted.drop)
     used = [descriptions[row] for row in kept]
     owners = [said.class_name for said in used]
     told = set(owners)
@@ -45,6 +45,9 @@ def main(params: Params, key: str) -> None:
         encoder, encoded = params.encoder, encode(params.encoder, [said.text for said in used], pick_device())
     if len(kept) < len(descriptions):
         print(f"embeddings {key}: {len(descriptions) - len(kept)} of {len(descriptions)} texts left out", file=sys.stderr)
+    if encoded.shortened:
+        what = f"{encoded.shortened} of {len(kept)} texts are longer than the encoder reads, and were cut"
+        print(f"embeddings {key}: {what}", file=sys.stderr)
     options = EmbeddingOptions(**asdict(wanted.embedding))
     templates = [said.provider == "template" for said in used] if wanted.templates else None
     matrix_ce = average_by_class(encoded.vectors, owners, classes, options, templates)

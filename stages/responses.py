@@ -3,18 +3,19 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from textguard.artifacts import lasting, read_records, write_json_lines
+from stages.texts import read_questions
+from textguard.artifacts import lasting, write_json_lines
 from textguard.params import Params
 from textguard.text.cleaning import describe
 from textguard.text.language_models import LanguageModel, Network
-from textguard.text.questions import Question, Wording, ask
+from textguard.text.questions import Wording, ask
 from textguard.text.responses import Sources, answer, self_answered
 
 
 def main(params: Params, key: str) -> None:
     folder, texts = Path("prompts") / key, params.class_texts[key]
     dataset, wanted = params.datasets[texts.dataset], texts.params
-    questions = read_records(folder / "questions.jsonl", "prompts", Question)
+    questions = read_questions(params, key)
     answers = answer(wanted.provider, questions, sources(params, key))
     classes = list(dict.fromkeys(question.class_name for question in questions))
     wording = Wording(dataset.context, dataset.phrases)

@@ -1,17 +1,19 @@
 """Say and show how good the class embeddings of one text variant are."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from textguard.artifacts import read_classes, read_records, read_safetensors, reading, write_csv
-from textguard.errors import InvalidArtifact
+from stages.texts import read_descriptions, rows_to_embed
+from textguard.artifacts import read_classes, read_safetensors, reading, write_csv
+from textguard.errors import InvalidArtifact, InvalidEmbeddings
 from textguard.params import Params
 from textguard.report.text_figures import draw_projection, draw_similarity
 from textguard.schema.base import write
 from textguard.schema.texts import TextQuality
-from textguard.text.answers import Description
-from textguard.text.embeddings import load_class_embeddings
+from textguard.text.embeddings import ClassEmbeddings, EmbeddingOptions, load_class_embeddings
 from textguard.text.quality import measure_quality, principal_components, unit_means
 
 
@@ -19,13 +21,21 @@ def main(params: Params, text: str) -> None:
     dataset = params.class_texts[text].dataset
     classes = read_classes(Path("data") / dataset / "classes.json")
     embeddings = load_class_embeddings(Path("embeddings") / f"{text}.safetensors", dataset, classes)
-    descriptions = read_records(Path("prompts") / text / "responses.jsonl", "responses", Description)
+    _check_origin(embeddings, params, text)
+    descriptions = read_descriptions(params, text, classes)
+    kept = rows_to_embed(descriptions, params.class_texts[text].params.drop)
     path = Path("embeddings") / f"{text}.texts.safetensors"
     tensors, _ = read_safetensors(path, "embeddings")
     with reading(path, "embeddings"):
-        rows, vectors_ne = tensors["rows"].numpy(), tensors["vectors"].numpy()
-        if len(rows) != len(vectors_ne) or len(rows) != embeddings.texts or rows.max() >= len(descriptions):
-            raise InvalidArtifact("holds other texts than the class embeddings")
+        rows, vectors = tensors["rows"], tensors["vectors"]
+        if rows.dtype != torch.int64 or rows.tolist() != kept or len(kept) != embeddings.texts:
+            raise InvalidArtifact("holds other texts than the class embeddings and the answers")
+        if vectors.dtype != torch.float32 or vectors.shape != (len(kept), embeddings.width):
+            expected = f"float32 {[len(kept), embeddings.width]}"
+            raise InvalidArtifact(f"has vectors of shape {list(vectors.shape)} {vectors.dtype}, expected {expected}")
+        if not torch.isfinite(vectors).all() or (vectors.norm(dim=1) < 1e-12).any():
+            raise InvalidArtifact("holds a vector that is zero, or has NaN or infinity in it")
+    rows, vectors_ne = rows.numpy(), vectors.numpy()
 
     quality = measure_quality(classes, embeddings.matrix.numpy(), descriptions, rows, vectors_ne)
     owners = np.array([classes.index(descriptions[row].class_name) for row in rows])
@@ -37,3 +47,14 @@ def main(params: Params, text: str) -> None:
     write_csv(metrics / f"{text}.csv", quality.per_class)
     said = {"encoder": embeddings.encoder, "shortened": embeddings.shortened}
     write(metrics / f"{text}.json", TextQuality, quality.summary | said)
+
+
+def _check_origin(embeddings: ClassEmbeddings, params: Params, text: str) -> None:
+    """Raise InvalidEmbeddings where they were made with another encoder, or in another way, than params.yaml says."""
+    texts = params.class_texts[text]
+    encoder = f"features:{Path(texts.features).name}" if texts.features else params.encoder
+    if (embeddings.encoder, embeddings.options) != (encoder, EmbeddingOptions(**asdict(texts.params.embedding))):
+        raise InvalidEmbeddings(
+            f"embeddings/{text}.safetensors was made with encoder {embeddings.encoder} and {embeddings.options}, "
+            "not as params.yaml says; run 'dvc repro'"
+        )

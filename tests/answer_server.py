@@ -42,6 +42,7 @@ class Server(ThreadingHTTPServer):
         self.released.set()
         self.reply: Callable[[str], str] = lambda request: f"An answer about {request}"
         self.changes: dict[str, Any] = {}  # to the reply's fields
+        self.secret = SECRET
 
     @property
     def url(self) -> str:
@@ -65,7 +66,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.headers["Authorization"] != f"Bearer {SECRET}":
+        if self.headers["Authorization"] != f"Bearer {self.server.secret}":
             self.refuse(401, f"wrong key: {self.headers['Authorization']}")
             return
         endpoint = self.path.removeprefix("/v1/")
@@ -113,6 +114,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def refuse(self, status: int, message: str, code: str | None = None, **headers: str) -> None:
         self.send(status, {"error": {"message": message, "code": code}}, **headers)
+
+    def write(self, *parts: bytes, every_s: float = 0.0) -> None:
+        """Send raw bytes, whether they are HTTP or not, and close the connection."""
+        self.close_connection = True
+        for part in parts:
+            self.wfile.write(part)
+            self.wfile.flush()
+            time.sleep(every_s)
 
     def reset(self) -> None:
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections import Counter
 from io import FileIO
 from pathlib import Path
@@ -215,6 +216,22 @@ CLEANED = {
     "Here is where a ship floats.": "Here is where a ship floats.",
     "A ship is 3. No more - no less.": "A ship is 3. No more - no less.",
     "<script>alert('a ship')</script>": "<script>alert('a ship')</script>",
+    "<think>\nhm\n</think>\n\nA ship is long.": "A ship is long.",
+    "<thinking>- a <think>b</think> c</thinking>A ship <Think>d</Think>floats.": "A ship floats.",
+    "The user wants a ship.\n</think>\nA ship is wide.": "A ship is wide.",
+    "[THINK]hm[/THINK]A ship is high.": "A ship is high.",
+    "I think> a ship < is small.": "I think> a ship < is small.",
+    "A ship sails. <think>Or does": "A ship sails.",
+    "**Ships** are round.": "Ships are round.",
+    "*A ship* is blue, __very__ _blue_.": "A ship is blue, very blue.",
+    "***Ships*** and **ships *of* old**.": "Ships and ships of old.",
+    "- **Hull:** A ship's **long** hull.\n- *Mast:* high": "Hull: A ship's long hull. Mast: high",
+    "# Ship\nIt is grey.\n### Hull ###": "Ship It is grey. Hull ###",
+    "A *5 and 3 * 4 * 5 and 2**3**4.": "A *5 and 3 * 4 * 5 and 2**3**4.",
+    "-A ship\n-a boat\n*a raft\n*A plank": "A ship a boat a raft A plank",
+    "snake_case_name and _ blank _ and #1 ship": "snake_case_name and _ blank _ and #1 ship",
+    "•A ship\n·A boat": "A ship A boat",
+    "A ship\n---\nA boat\n***\n* * *\nA raft": "A ship A boat A raft",
 }
 
 
@@ -242,6 +259,28 @@ FLAGGED = {
 @pytest.mark.parametrize(("text", "flags"), FLAGGED.items(), ids=FLAGGED)
 def test_what_looks_wrong_is_flagged(text, flags):
     assert described(text).flags == flags
+
+
+@pytest.mark.parametrize("text", ["<think>\nA ship", "A ship is a very large boat. <think>But", "<think><think>a</think> ship"])
+def test_an_answer_that_ends_while_the_model_thinks_was_cut(text):
+    assert "cut" in described(text).flags
+    assert "cut" not in described(f"{text} is</think></think>A ship is a very large boat.").flags
+
+
+def test_templates_stand_for_themselves():
+    for text in ("3. Liga", "- A *ship*", "# <think>", '"Sure: a ship"'):
+        assert described(text, provider="template").text == text
+    assert described("a\tphoto  of crÃ¨me\n", provider="template").text == "a photo of crème"
+
+
+ENDLESS = ["**a ", "<think>", "</think>", "_a ", "*", "_", "- ", "# ", "'", "Sure! ", "\n ", "1. ", "* a\n", "*a* ", "- 1. "]
+
+
+@pytest.mark.parametrize("part", ENDLESS)
+def test_cleaning_takes_time_in_proportion_to_the_answer(part):
+    started = time.process_time()
+    clean(part * (50_000 // len(part)))
+    assert time.process_time() - started < 5
 
 
 def test_finish_reasons_and_duplicates_are_flagged():

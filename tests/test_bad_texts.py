@@ -1,5 +1,6 @@
 """Bad input: questions, stored and published answers, language models and text features."""
 
+import hashlib
 import json
 
 import pytest
@@ -7,8 +8,12 @@ import torch
 
 from bad_input_grid import EMBEDDINGS, QUESTIONS, WIDTH, says
 from smoke_grid import TEXT
-from textguard.artifacts import read_safetensors
-from textguard.text.cache import StoredAnswer, answer_key, to_line
+from textguard.artifacts import read_safetensors, write_safetensors
+from textguard.errors import InvalidArtifact, InvalidParameter
+from textguard.text.cache import StoredAnswer, answer_key, read_answers, to_line
+from textguard.text.language_models import Network
+from textguard.text.questions import PLAIN, ask
+from textguard.text.responses import Sources, answer
 
 TEMPLATES = {
     "other field": (["What is {name}?"], ["'What is {name}?'", "{class} or {a_class}"]),
@@ -110,8 +115,17 @@ LANGUAGE_MODEL = {
 
 MODELS = {
     "endpoint": ({"endpoint": "chat"}, ["model.endpoint", '"chat"', "'chat.completions'"]),
-    "password in the URL": ({"base_url": "https://me:secret@host/v1"}, ["model.base_url"]),
-    "key in the URL": ({"base_url": "https://host/v1?key=secret"}, ["model.base_url"]),
+    "password in the URL": ({"base_url": "https://me:secret@host/v1"}, ["model.base_url", "holds a name or password"]),
+    "key in the URL": ({"base_url": "https://host/v1?key=secret"}, ["model.base_url", "must end before '?'"]),
+    "version in the URL": ({"base_url": "https://host/v1?api-version=1"}, ["model.base_url", "an address without", "Azure"]),
+    "another scheme": ({"base_url": "ftp://host/v1"}, ["model.base_url", "begin with https:// or http://"]),
+    "no scheme": ({"base_url": "host/v1"}, ["model.base_url", "begin with https:// or http://"]),
+    "a blank in the URL": ({"base_url": "https://ho st/v1"}, ["model.base_url", "is no address"]),
+    "a line's end in the URL": ({"base_url": "https://host/v1\n"}, ["model.base_url", "is no address"]),
+    "other letters in the URL": ({"base_url": "https://höst/v1"}, ["model.base_url", "is no address"]),
+    "no host": ({"base_url": "https:///v1"}, ["model.base_url", "is no address"]),
+    "half a host": ({"base_url": "https://[::1/v1"}, ["model.base_url", "is no address"]),
+    "no port": ({"base_url": "https://host:http/v1"}, ["model.base_url", "is no address"]),
     "no limit": ({"max_tokens": 0}, ["model.max_tokens", "greater than 0"]),
     "one stop": ({"stop": "x"}, ["model.stop", "valid array"]),
     "empty stop": ({"stop": [""]}, ["model.stop", "at least 1"]),
@@ -123,7 +137,9 @@ MODELS = {
 @pytest.mark.parametrize(("changes", "parts"), MODELS.values(), ids=MODELS)
 def test_a_language_model_that_cannot_be_asked_is_refused(untouched, changes, parts):
     untouched.change("texts.descriptions.model", LANGUAGE_MODEL | changes)
-    says(untouched.fails("check"), "InvalidParameter", "texts.descriptions", "params.yaml", *parts)
+    line = untouched.fails("check")
+    says(line, "InvalidParameter", "texts.descriptions", "params.yaml", *parts)
+    assert "secret" not in line
 
 
 def test_a_class_that_loses_all_its_texts_is_named(grid):
@@ -144,6 +160,178 @@ def test_a_language_model_that_lacks_something_is_named(grid):
     says(grid.fails("responses", TEXT), "'openai' needs a language model", "params.yaml texts")
     grid.change("texts.descriptions.model", {**LANGUAGE_MODEL, "seed": 1})
     says(grid.fails("responses", TEXT), "responses takes no seed", "params.yaml texts")
+
+
+def row(**changes) -> bytes:
+    """A stored answer to the first question, with a checksum that is right."""
+    question = "What does the handwritten digit zero look like?"
+    fields = {"sample": 0, "provider": "a test", "request": None, "model": None, "time": None, "input_tokens": None}
+    fields |= {"output_tokens": None, "finish_reason": None, "answer": "Round and white."}
+    fields = {"key": answer_key(question, 0, None), "question": question} | fields | changes
+    checked = json.dumps(fields, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return json.dumps(fields | {"checksum": hashlib.sha256(checked).hexdigest()[:16]}).encode()
+
+
+OTHER = answer_key("What does the handwritten digit one look like?", 0, None)
+WRONG_ROWS = {
+    "a number for an answer": (row(answer=5), "has a wrong answer"),
+    "a list for an answer": (row(answer=["Round."]), "has a wrong answer"),
+    "no answer": (row(answer=None), "has a wrong answer"),
+    "a list for a key": (row(key=["a"]), "has a wrong key"),
+    "a number for a key": (row(key=5), "has a wrong key"),
+    "a number for a provider": (row(provider=5), "has a wrong provider"),
+    "a number for a finish reason": (row(finish_reason=5), "has a wrong finish_reason"),
+    "a text for tokens": (row(input_tokens="5"), "has a wrong input_tokens"),
+    "a number for a request": (row(request=5), "has a wrong request"),
+    "true for a sample": (row(sample=True), "has a wrong sample"),
+    "the key of another question": (row(key=OTHER), "belongs to another question"),
+    "another sample": (row(sample=1), "belongs to another question, sample or request"),
+    "another request": (row(request={"model": "m"}), "belongs to another question, sample or request"),
+    "half a character": (row(answer="\ud83d"), "half of a character"),
+    "a name twice": (row().replace(b'"sample": 0', b'"sample": 0, "sample": 0'), "holds 'sample' twice"),
+    "deep": (b"[" * 100_000, "too deep"),
+    "a number of 5,000 digits": (row().replace(b'"sample": 0', b'"sample": ' + b"9" * 5000), "(Exceeds the limit"),
+    "nothing": (b"", "is no JSON"),
+    "NUL": (b"\0" * 9, "is no JSON"),
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), WRONG_ROWS.values(), ids=WRONG_ROWS)
+def test_a_stored_answer_that_is_none_costs_no_other(tmp_path, line, reason):
+    file = tmp_path / "answers.jsonl"
+    file.write_bytes(line + b"\n" + row() + b"\n")
+    store = read_answers([file])
+    assert [given.answer for given in store.answers.values()] == ["Round and white."]
+    (damaged,) = store.damaged
+    assert damaged.startswith(f"{file} line 1 (")
+    assert reason in damaged
+
+
+def test_a_byte_order_mark_costs_no_answer(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + row())
+    assert (len(read_answers([file]).answers), read_answers([file]).damaged) == (1, [])
+
+
+def edited(grid, name: str, number: int, **changes) -> None:
+    """Change fields of one line of a file that a stage wrote."""
+    lines = [json.loads(line) for line in (grid.folder / name).read_text(encoding="utf-8").splitlines()]
+    lines[number] |= changes
+    grid.put(name, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+WRONG_QUESTIONS = {
+    "a number for a class": ({"class_name": 7}, ["line 1 has a wrong class_name"]),
+    "a number for a text": ({"text": 5}, ["line 1 has a wrong text"]),
+    "another class": ({"class_name": "ten"}, ["other questions than params.yaml asks", "'ten'"]),
+    "another text": ({"text": "What is it?"}, ["other questions than params.yaml asks", "'What is it?'"]),
+    "half a character": ({"text": "\ud83d"}, ["line 1 is no JSON", "half of a character"]),
+}
+
+
+@pytest.mark.parametrize(("changes", "parts"), WRONG_QUESTIONS.values(), ids=WRONG_QUESTIONS)
+def test_questions_that_nobody_asks_are_refused(grid, changes, parts):
+    edited(grid, QUESTIONS, 0, **changes)
+    says(grid.fails("responses", TEXT), "InvalidArtifact", QUESTIONS, "'prompts'", *parts)
+
+
+def test_fewer_questions_than_params_yaml_asks_are_refused(grid):
+    lines = (grid.folder / QUESTIONS).read_text(encoding="utf-8").splitlines()
+    grid.put(QUESTIONS, "\n".join(lines[:-1]) + "\n")
+    says(grid.fails("responses", TEXT), "InvalidArtifact", QUESTIONS, "19 instead of 20")
+
+
+RESPONSES = f"prompts/{TEXT}/responses.jsonl"
+WRONG_RESPONSES = {
+    "an unknown class": ({"class_name": "ten"}, ["line 1 is of class 'ten'"]),
+    "a list for a class": ({"class_name": ["zero"]}, ["line 1 has a wrong class_name"]),
+    "another class": ({"class_name": "one"}, ["line 1 answers another question"]),
+    "another question": ({"question": "Why?"}, ["line 1 answers another question"]),
+    "another sample": ({"sample": 1}, ["line 1 answers another question"]),
+    "no flags": ({"flags": None}, ["line 1 has a wrong flags"]),
+    "a text for flags": ({"flags": "cut"}, ["line 1 has a wrong flags"]),
+    "an unknown flag": ({"flags": ["bad"]}, ["the flag 'bad'", "known: empty, duplicate"]),
+    "a number for a text": ({"text": 5}, ["line 1 has a wrong text"]),
+    "an empty text": ({"text": " "}, ["line 1 has no text, and is not flagged as empty"]),
+}
+
+
+@pytest.mark.parametrize(("changes", "parts"), WRONG_RESPONSES.values(), ids=WRONG_RESPONSES)
+def test_answers_to_other_questions_are_refused(grid, changes, parts):
+    edited(grid, RESPONSES, 0, **changes)
+    for stage in ("embeddings", "text_quality"):
+        says(grid.fails(stage, TEXT), "InvalidArtifact", RESPONSES, "'responses'", *parts)
+
+
+def test_answers_of_another_variant_are_refused(grid):
+    lines = (grid.folder / RESPONSES).read_text(encoding="utf-8").splitlines()
+    grid.put(RESPONSES, "\n".join(lines[::2]) + "\n")
+    says(
+        grid.fails("embeddings", TEXT), RESPONSES, "holds 10 texts instead of 20 answers and 0 templates for each of 10 classes"
+    )
+
+
+ROWS, VECTORS = torch.arange(20), torch.ones(20, WIDTH)
+WRONG_VECTORS = {
+    "NaN": (ROWS, VECTORS * float("nan"), "a vector that is zero, or has NaN"),
+    "infinity": (ROWS, VECTORS * float("inf"), "a vector that is zero, or has NaN"),
+    "zeros": (ROWS, VECTORS * 0, "a vector that is zero, or has NaN"),
+    "no vectors": (ROWS, VECTORS[:0], "has vectors of shape [0, 16]"),
+    "another width": (ROWS, VECTORS[:, :9], "has vectors of shape [20, 9]"),
+    "flat": (ROWS, VECTORS[:, 0], "has vectors of shape [20]"),
+    "whole numbers": (ROWS, VECTORS.long(), "torch.int64, expected float32"),
+    "negative rows": (ROWS - 1, VECTORS, "other texts"),
+    "rows beyond the answers": (ROWS + 1, VECTORS, "other texts"),
+    "a row twice": (ROWS.clamp(max=5), VECTORS, "other texts"),
+    "rows that are no whole numbers": (ROWS.float(), VECTORS, "other texts"),
+    "one row": (torch.tensor(0), VECTORS, "other texts"),
+    "no rows": (ROWS[:0], VECTORS, "other texts"),
+}
+
+
+@pytest.mark.parametrize(("rows", "vectors", "part"), WRONG_VECTORS.values(), ids=WRONG_VECTORS)
+def test_vectors_of_other_texts_are_refused(grid, rows, vectors, part):
+    file = f"embeddings/{TEXT}.texts.safetensors"
+    (grid.folder / file).unlink()
+    write_safetensors(grid.folder / file, {"rows": rows, "vectors": vectors})
+    says(grid.fails("text_quality", TEXT), "InvalidArtifact", file, "'embeddings'", part)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"), [("encoder", "open_clip:ViT-B-32:openai"), ("texts.descriptions.embedding", {"vectors": "shuffled"})]
+)
+def test_embeddings_made_in_another_way_are_refused(grid, place, value):
+    grid.change(place, value)
+    says(grid.fails("text_quality", TEXT), "InvalidEmbeddings", EMBEDDINGS, "made with encoder minilm", "params.yaml")
+
+
+def imported(tmp_path, classes: list[str], content: str) -> None:
+    """Have a file of published descriptions answer for some classes."""
+    file = tmp_path / "published.json"
+    file.write_text(content, encoding="utf-8")
+    asked = ask(classes, ["A published description of {class}"], PLAIN, "here")
+    answer("import", asked, Sources(1, [file], None, Network(1, 1, 1, 1, None, None), tmp_path / "none", "test"))
+
+
+def test_two_classes_that_published_descriptions_cannot_tell_apart_are_named(tmp_path):
+    with pytest.raises(InvalidParameter, match=r"cannot tell class 'C' from 'C\+\+'"):
+        imported(tmp_path, ["C", "C++"], json.dumps({"C": ["A letter."]}))
+
+
+WRONG_DESCRIPTIONS = {
+    "deep": ("[" * 100_000, "too deep"),
+    "half a character": ('{"zero": ["\\ud83d"]}', "half of a character"),
+    "a class twice": ('{"zero": ["a"], "zero": ["b"]}', "twice"),
+    "a byte order mark": ("\ufeff{}", "BOM"),
+    "numbers": ('{"zero": [1]}', "a list of sentences"),
+}
+
+
+@pytest.mark.parametrize(("content", "part"), WRONG_DESCRIPTIONS.values(), ids=WRONG_DESCRIPTIONS)
+def test_published_descriptions_that_cannot_be_read_are_one_line(tmp_path, content, part):
+    with pytest.raises(InvalidArtifact, match=part) as caught:
+        imported(tmp_path, ["zero"], content)
+    assert "\n" not in str(caught.value)
 
 
 DAMAGED_LINES = {

@@ -1,7 +1,11 @@
 """Questions, encoders and class embeddings."""
 
 import json
+import random
+import re
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -197,6 +201,49 @@ def test_texts_beyond_the_context_are_cut_behind_a_sentence_and_counted():
     assert fitting(texts, words, 5) == (["One two three.", "One two. Three four five!", texts[2], "One."], 3)
 
 
+def slowly_fitting(texts: list[str], count: Callable[[str], int], context: int) -> tuple[list[str], int]:
+    """What `fitting` does, one sentence at a time."""
+    shortened, kept = 0, []
+    for text in texts:
+        sentences = re.split(r"(?<=[.!?])\s+", text)
+        shortened += count(text) > context
+        while len(sentences) > 1 and count(" ".join(sentences)) > context:
+            sentences.pop()
+        kept.append(" ".join(sentences))
+    return kept, shortened
+
+
+@pytest.mark.parametrize("context", [1, 2, 5, 9, 40])
+def test_fitting_is_what_its_slow_twin_is(context):
+    draw = random.Random(context)
+    sentences = ["One.", "Two words!", "Three more words?", "no end", "A. B."]
+    texts = [" ".join(draw.choices(sentences, k=draw.randrange(12))) for _ in range(300)]
+    words = lambda text: len(text.split())  # noqa: E731
+    assert fitting(texts, words, context) == slowly_fitting(texts, words, context)
+
+
+def test_a_text_of_thousands_of_sentences_is_cut_in_time_that_grows_with_its_length():
+    counted = []
+    count = lambda text: counted.append(len(text)) or len(text.split())  # noqa: E731
+    text = "A ship is large. " * 2000
+    assert fitting([text], count, 77) == (["A ship is large. " * 18 + "A ship is large."], 1)
+    assert sum(counted) < 3 * len(text)
+
+
+@pytest.mark.parametrize("encoder", ["minilm", "open_clip"])
+@pytest.mark.parametrize(
+    "text", ["x" * 100_000, "ab" * 50_000 + " ship.", "船" * 100_000], ids=["one letter", "two", "Chinese"]
+)
+def test_a_text_without_blanks_ends_and_counts_as_shortened(encoder, text, small_clip, capfd):
+    encoder = f"open_clip:local-dir:{small_clip}" if encoder == "open_clip" else encoder
+    started = time.process_time()
+    encoded = encode(encoder, [text, "a ship"], CPU)
+    assert time.process_time() - started < 30
+    assert encoded.shortened == 1
+    assert torch.isfinite(encoded.vectors).all()
+    assert "longer than" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("encoder", ["minilm", "open_clip"])
 def test_what_lies_behind_the_last_sentence_that_fits_changes_nothing(encoder, small_clip):
     encoder = f"open_clip:local-dir:{small_clip}" if encoder == "open_clip" else encoder
@@ -224,6 +271,52 @@ def test_sentence_transformers_models_are_read_from_a_folder(tmp_path):
             read(encoder)
     with pytest.raises(InvalidArtifact, match=r"modules\.json is no sentence-transformers model .*FileNotFoundError"):
         encoder_width(f"sentence_transformers:{tmp_path}")
+
+
+@pytest.fixture
+def prompted(tmp_path: Path) -> Path:
+    """MiniLM with a prompt in front of every text and shorter vectors, as models for search are published."""
+    folder = Path(shutil.copytree(get_model_path(), tmp_path / "prompted"))
+    settings = {"prompts": {"said": "this is a query: "}, "default_prompt_name": "said", "truncate_dim": 100}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+def test_prompts_and_shorter_vectors_of_a_model_are_those_of_the_library(prompted):
+    from sentence_transformers import SentenceTransformer
+
+    texts = ["a ship", "A truck is large. " * 100]
+    encoded = encode(f"sentence_transformers:{prompted}", texts, CPU)
+    expected = SentenceTransformer(str(prompted), device="cpu", local_files_only=True).encode(
+        ["a ship"], convert_to_tensor=True
+    )
+    assert encoder_width(f"sentence_transformers:{prompted}") == encoded.vectors.shape[1] == expected.shape[1] == 100
+    cosine = torch.nn.functional.cosine_similarity(encoded.vectors[:1], expected)
+    assert float(cosine) == pytest.approx(1.0, abs=1e-6)
+    assert encoded.shortened == 1
+    plain = encode("minilm", ["a ship"], CPU).vectors[:, :100]
+    assert float(torch.nn.functional.cosine_similarity(plain, expected)) < 0.97
+
+
+@pytest.mark.parametrize("kept", [0, -1, "8", True, 2.5])
+def test_a_width_that_is_none_is_refused(prompted, kept):
+    (prompted / "config_sentence_transformers.json").write_text(json.dumps({"truncate_dim": kept}), encoding="utf-8")
+    with pytest.raises(InvalidArtifact, match="its truncate_dim is"):
+        encoder_width(f"sentence_transformers:{prompted}")
+
+
+def test_encoders_are_found_at_home_and_from_an_experiments_copy(prompted, small_clip, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert encoder_width("sentence_transformers:~/prompted") == 100
+    assert encoder_width("open_clip:local-dir:~/clip") == 24
+    copy = tmp_path / ".dvc" / "tmp" / "exps" / "tmp1"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    assert encoder_width("sentence_transformers:prompted") == 100
+    assert encode("open_clip:local-dir:clip", ["a ship"], CPU).vectors.shape == (1, 24)
+    for bad in ("sentence_transformers:~nobody-at-all/x", "sentence_transformers:a\0b", "open_clip:local-dir:" + "x" * 5000):
+        with pytest.raises(InvalidArtifact, match=r"change params\.yaml encoder"):
+            encoder_width(bad)
 
 
 def test_unknown_encoders_and_broken_weights(small_clip):

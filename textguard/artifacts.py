@@ -19,7 +19,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, is_dataclass
 from io import BytesIO
@@ -276,13 +276,36 @@ def read_json_lines(path: Path, made_by: str) -> list[dict[str, Any]]:
 
 def read_records(path: Path, made_by: str, kind: type[Record]) -> list[Record]:
     """Read JSON Lines as dataclass instances. Raises InvalidArtifact."""
-    names = {field.name for field in fields(kind)}
     rows = read_json_lines(path, made_by)
+    records = []
     with reading(path, made_by):
         for number, row in enumerate(rows, start=1):
-            if row.keys() != names:
-                raise InvalidArtifact(f"line {number} must have {', '.join(sorted(names))}, and nothing else")
-    return [kind(**row) for row in rows]
+            try:
+                records.append(as_record(row, kind))
+            except InvalidArtifact as error:
+                raise InvalidArtifact(f"line {number} {error}") from error
+    return records
+
+
+def as_record(row: Any, kind: type[Record]) -> Record:
+    """A dataclass instance from what JSON holds: all its fields, of their types, and no others. Raises InvalidArtifact."""
+    from pydantic import TypeAdapter, ValidationError
+
+    names = {field.name for field in fields(kind)}
+    if not isinstance(row, dict) or row.keys() != names:
+        raise InvalidArtifact(f"must have {', '.join(sorted(names))}, and nothing else")
+    try:
+        # As JSON, because a list is no tuple in strict Python.
+        return _adapter(TypeAdapter, kind).validate_json(json.dumps(row), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = printable(".".join(map(str, first["loc"])))
+        raise InvalidArtifact(f"has a wrong {place} ({printable(first['msg'])})") from error
+
+
+@functools.cache
+def _adapter(make: Callable[[type], Any], kind: type) -> Any:
+    return make(kind)
 
 
 def read_csv(path: Path, made_by: str, columns: list[str], numbers: list[str]) -> "pd.DataFrame":

@@ -24,7 +24,7 @@ from pydantic_core import PydanticCustomError
 from textguard import strict_yaml
 from textguard.artifacts import absolute, expanded
 from textguard.errors import InvalidParameter, UnknownName, printable
-from textguard.text.providers import FEATURES, with_defaults
+from textguard.text.providers import FEATURES, check_base_url, with_defaults
 from textguard.vision.recipe import FAMILIES, Recipe, library_fields
 
 PARAMS_FILE = Path("params.yaml")
@@ -90,8 +90,7 @@ class LanguageModelParams:
     """A language model, and how it is asked; see textguard.text.language_models.LanguageModel."""
 
     endpoint: Literal["responses", "chat.completions", "completions"]
-    # No name and password, no query: both would carry secrets into hashes and files.
-    base_url: Annotated[str, Field(pattern=r"^https?://[^\s/@?#]+(/[^\s@?#]*)?$")]
+    base_url: Annotated[str, AfterValidator(check_base_url)]
     model: Line
     system: str | None
     temperature: Annotated[float, Field(ge=0, le=100)] | None
@@ -522,6 +521,8 @@ def _one_line(error: ValidationError, kind: type, path: Path, section: tuple[str
         message = f"unknown key {place!r} in {path}; known: {', '.join(known)}"
     elif first["type"] in ("missing", "missing_argument"):
         message = f"key {place!r} is missing in {path}"
+    elif first["type"] == "value_error" and loc[-1:] == ["base_url"]:  # which may hold a secret, and is not shown
+        message = f"{place} in {path} cannot be used: {first['ctx']['error']}"
     elif first["type"] == "value_error":  # of a dataclass's own check, which names the key
         message = f"{place}.{first['ctx']['error']}, in {path}"
     else:

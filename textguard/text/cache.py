@@ -16,7 +16,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from textguard.artifacts import cannot_write, locked, parse_json
+from textguard.artifacts import as_record, cannot_write, locked, parse_json
 from textguard.errors import InvalidArtifact
 
 
@@ -87,15 +87,21 @@ def to_line(stored: StoredAnswer) -> bytes:
 def from_line(line: bytes) -> StoredAnswer:
     """Read a line back. Raises ValueError that says what is wrong with it."""
     try:
-        row = parse_json(line)
-    except ValueError as error:
+        row = parse_json(line.decode("utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError("is no JSON") from error
     names = {field.name for field in fields(StoredAnswer)}
     if not isinstance(row, dict) or row.keys() != names | {"checksum"}:
         raise ValueError("is no stored answer")
     if row.pop("checksum") != _checksum(row):
         raise ValueError("its checksum does not match")
-    return StoredAnswer(**row)
+    try:
+        stored = as_record(row, StoredAnswer)
+    except InvalidArtifact as error:
+        raise ValueError(str(error)) from error
+    if stored.key != answer_key(stored.question, stored.sample, stored.request):
+        raise ValueError("its key belongs to another question, sample or request")
+    return stored
 
 
 def _checksum(row: dict[str, Any]) -> str:

@@ -32,8 +32,40 @@ _REFERENCES = re.compile(r"^(?:it|its|they|their|them|this|these|those|that|one|
 _STOP_WORDS = {"the", "and", "with", "for", "from", "pair"}
 
 
-def _without_bullets(text: str) -> str:
-    return re.sub(r"(?m)^[ \t]*(?:[-*•–—·]+[ \t]*|\(?\d{1,2}[.)][ \t]+)", "", text)
+_REASONING = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>|\[(/?)THINK\]", re.IGNORECASE)
+# Rules between paragraphs; bullets, numbers and headings, as many as there are in front of a line.
+_MARKS = re.compile(
+    r"(?m)^[ \t]*(?:[-*_][ \t]*){3,}$|^(?:[ \t]*(?:[-*•–—·]+[ \t]*|\(?\d{1,2}[.)][ \t]+|#{1,6}[ \t]+))+",
+)
+# In pairs around something that neither begins nor ends with a blank, and not inside a word or a product.
+_EMPHASIS = (
+    re.compile(r"(?<![\w*])(\*{1,3})(?=[^\s*])([^*]*?[^\s*])\1(?![\w*])"),
+    re.compile(r"(?<!\w)(_{1,3})(?=[^\s_])([^_]*?[^\s_])\1(?!\w)"),
+)
+
+
+def _reasoned(text: str) -> tuple[str, bool]:
+    """A text without what a model thought before it answered, and whether it was cut while it thought."""
+    kept, depth, start = [], 0, 0
+    for tag in _REASONING.finditer(text):
+        closing = "/" in tag[0]
+        if closing and not depth:
+            kept = []  # the opening tag stands in the prompt of some models
+        elif not depth:
+            kept.append(text[start : tag.start()])
+        depth = max(0, depth - 1) if closing else depth + 1
+        start = tag.end()
+    return "".join(kept) + ("" if depth else text[start:]), depth > 0
+
+
+def _without_marks(text: str) -> str:
+    return _MARKS.sub("", text)
+
+
+def _without_emphasis(text: str) -> str:
+    for pattern in _EMPHASIS:
+        text = pattern.sub(r"\2", text)
+    return text
 
 
 def _without_quotes(text: str) -> str:
@@ -46,9 +78,17 @@ def _without_controls(text: str) -> str:
     return "".join(" " if unicodedata.category(letter) in ("Cc", "Zl", "Zp") else letter for letter in text)
 
 
+# What any text can have, and what only people and models put around an answer.
+PLAIN_RULES: dict[str, Callable[[str], str]] = {
+    "text decoded with the wrong encoding": ftfy.fix_encoding,
+    "control characters": _without_controls,
+    "runs of whitespace": lambda text: " ".join(text.split()),
+}
 RULES: dict[str, Callable[[str], str]] = {
     "text decoded with the wrong encoding": ftfy.fix_encoding,
-    "bullets and numbers in front of lines": _without_bullets,
+    "a model's reasoning": lambda text: _reasoned(text)[0],
+    "emphasis": _without_emphasis,  # first, or its opening stars would pass for bullets
+    "bullets, numbers and headings in front of lines": _without_marks,
     "control characters": _without_controls,
     "runs of whitespace": lambda text: " ".join(text.split()),
     "boilerplate openings": lambda text: _OPENINGS.sub("", text),
@@ -56,12 +96,12 @@ RULES: dict[str, Callable[[str], str]] = {
 }
 
 
-def clean(answer: str) -> str:
-    """Apply RULES to an answer, again and again until none of them changes it."""
+def clean(answer: str, rules: dict[str, Callable[[str], str]] = RULES) -> str:
+    """Apply rules to an answer, again and again until none of them changes it."""
     before = None
     while answer != before:
         before = answer
-        for rule in RULES.values():
+        for rule in rules.values():
             answer = rule(answer)
     return answer
 
@@ -71,7 +111,8 @@ def describe(answers: Iterable[Answer]) -> list[Description]:
     seen: set[tuple[str, str]] = set()
     descriptions = []
     for answer in answers:
-        text = clean(answer.answer)
+        # A template stands for itself: "3. Liga" is a class, and no third point.
+        text = clean(answer.answer, PLAIN_RULES if answer.provider == "template" else RULES)
         words = re.findall(r"\w+", text.casefold())
         same = (answer.class_name, " ".join(words))
         flags = {
@@ -80,7 +121,7 @@ def describe(answers: Iterable[Answer]) -> list[Description]:
             "too_short": 0 < len(words) < FEWEST_WORDS and answer.provider != "template",
             "unnamed": bool(words) and not _refers_to(text, words, answer.class_name),
             "not_english": bool(words) and not is_english(text),
-            "cut": answer.finish_reason == "length",
+            "cut": answer.finish_reason == "length" or _reasoned(answer.answer)[1],
             "filtered": answer.finish_reason == "content_filter",
             "refused": answer.finish_reason == "refusal" or bool(_REFUSALS.match(text)),
         }

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from textguard.artifacts import parse_json, read_pth, read_safetensors, reading, write_safetensors
+from textguard.artifacts import as_record, parse_json, read_pth, read_safetensors, reading, write_safetensors
 from textguard.errors import InvalidArtifact, InvalidEmbeddings
 
 UNIT_TOLERANCE = 1e-4
+PROVENANCE = {"dataset": str, "encoder": str, "weights_sha256": str, "width": int, "texts": int, "shortened": int}
 
 
 @dataclass(frozen=True)
@@ -166,9 +167,11 @@ def load_class_embeddings(path: Path, dataset: str, classes: list[str]) -> Class
     try:
         matrix = tensors["class_embeddings"]
         described = parse_json(metadata["provenance"])
-        options = EmbeddingOptions(**described["options"])
+        options = as_record(described["options"], EmbeddingOptions)
         found = ClassEmbeddings(matrix, **{**described, "classes": tuple(described["classes"]), "options": options})
-    except (KeyError, TypeError, ValueError) as error:
+        if any(type(getattr(found, name)) is not kind for name, kind in PROVENANCE.items()):
+            raise TypeError("a value of another type")
+    except (KeyError, TypeError, AttributeError, InvalidArtifact, ValueError, RecursionError) as error:
         raise InvalidEmbeddings(f"{path} holds no class embeddings; stage 'embeddings' writes it") from error
     remedy = "delete it and run 'dvc repro'"
     if found.dataset != dataset:

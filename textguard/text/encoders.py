@@ -6,6 +6,7 @@ open_clip:MODEL:PRETRAINED     an OpenCLIP model with a pretrained tag, or the p
 open_clip:local-dir:FOLDER     a folder that holds open_clip_config.json and the weights
 """
 
+import bisect
 import hashlib
 import os
 import re
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from textguard.artifacts import parse_json, sha256_of_file
+from textguard.artifacts import beside_copy, parse_json, sha256_of_file
 from textguard.errors import InvalidArtifact, UnknownName
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ KNOWN = ("minilm", "sentence_transformers:FOLDER", "open_clip:MODEL:PRETRAINED",
 MINILM_WIDTH = 384
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 WHERE = "params.yaml encoder"
+NO_LIMIT = 10**6  # tokens, of encoders that read texts of any length
+LONGEST_TOKEN = 16  # letters that a token has on average, at most
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def encoder_width(encoder: str) -> int:
     if encoder == "minilm":
         return MINILM_WIDTH
     if encoder.startswith(SENTENCE_TRANSFORMERS):
-        return _sentence_transformers_width(Path(encoder.removeprefix(SENTENCE_TRANSFORMERS)))
+        return _sentence_transformers_width(_located(encoder.removeprefix(SENTENCE_TRANSFORMERS)))
     return int(_open_clip_config(*_parse_open_clip(encoder))["embed_dim"])
 
 
@@ -53,7 +56,7 @@ def encode(encoder: str, texts: list[str], device: "torch.device", batch_size: i
     if encoder == "minilm":
         return _encode_minilm(texts, device, batch_size)
     if encoder.startswith(SENTENCE_TRANSFORMERS):
-        folder = Path(encoder.removeprefix(SENTENCE_TRANSFORMERS))
+        folder = _located(encoder.removeprefix(SENTENCE_TRANSFORMERS))
         width = _sentence_transformers_width(folder)  # and what its modules are, before any is loaded
         encoded = _encode_sentence_transformers(folder, texts, device, batch_size)
         if encoded.vectors.shape[1] != width:
@@ -65,14 +68,23 @@ def encode(encoder: str, texts: list[str], device: "torch.device", batch_size: i
 def fitting(texts: list[str], count: Callable[[str], int], context: int) -> tuple[list[str], int]:
     """Cut texts of more than `context` tokens behind the last sentence that fits, and say how many there were.
 
-    A first sentence that does not fit alone stays: the encoder's tokenizer cuts it.
+    count: of a text's tokens; more sentences have more. A first sentence that does not fit alone stays: the encoder's tokenizer
+    cuts it. Of what has no blank in it, only so much is kept as any encoder could read: some tokenizers take the square of its
+    length in time.
     """
     shortened, kept = 0, []
+    longest = LONGEST_TOKEN * context
+    endless = re.compile(rf"(\S{{{longest}}})\S+")
     for text in texts:
-        sentences = re.split(r"(?<=[.!?])\s+", text)
-        shortened += count(text) > context
-        while len(sentences) > 1 and count(" ".join(sentences)) > context:
-            sentences.pop()
+        read = endless.sub(r"\1", text) if len(text) > longest else text
+        sentences = re.split(r"(?<=[.!?])\s+", read)
+        fits = count(read) <= context
+        shortened += not fits or read != text
+        if not fits:
+            # The most sentences that fit, found by halving; one stays in any case.
+            beginnings = range(2, len(sentences) + 1)
+            most = bisect.bisect_right(beginnings, context, key=lambda length: count(" ".join(sentences[:length])))
+            sentences = sentences[: most + 1]
         kept.append(" ".join(sentences))
     return kept, shortened
 
@@ -102,10 +114,14 @@ def _sentence_transformers_width(folder: Path) -> int:
                 width = int(sizes.get("out_features") or sizes.get("word_embedding_dimension") or sizes["embedding_dimension"])
         if width < 1:
             raise ValueError("it states no width")
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        settings = folder / "config_sentence_transformers.json"
+        kept = parse_json(settings.read_bytes()).get("truncate_dim") if settings.is_file() else None
+        if kept is not None and (type(kept) is not int or kept < 1):
+            raise ValueError(f"its truncate_dim is {kept!r}")
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InvalidArtifact(f"{path} is no sentence-transformers model ({reason}); change {WHERE}") from error
-    return width
+    return min(width, kept or width)
 
 
 def _encode_sentence_transformers(folder: Path, texts: list[str], device: "torch.device", batch_size: int) -> EncodedTexts:
@@ -126,8 +142,11 @@ def _encode_sentence_transformers(folder: Path, texts: list[str], device: "torch
         raise InvalidArtifact(f"{folder} cannot be loaded as an encoder ({reason}); change {WHERE}") from error
     # Whether vectors are normalised before they are averaged is ours to say.
     modules = [module for module in loaded if type(module).__name__ != "Normalize"]
-    model = SentenceTransformer(modules=modules, device=str(device))
-    texts, shortened = fitting(texts, lambda text: len(loaded.tokenizer(text)["input_ids"]), loaded.max_seq_length)
+    same = {"prompts": loaded.prompts, "default_prompt_name": loaded.default_prompt_name, "truncate_dim": loaded.truncate_dim}
+    model = SentenceTransformer(modules=modules, device=str(device), **same)
+    prompt = loaded.prompts.get(loaded.default_prompt_name) or ""  # in front of every text, as the library puts it there
+    context = loaded.max_seq_length or NO_LIMIT
+    texts, shortened = fitting(texts, lambda text: len(loaded.tokenizer(prompt + text, verbose=False)["input_ids"]), context)
     vectors = model.encode(texts, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
     return EncodedTexts(vectors.float().cpu(), _sha256_of_weights(loaded), shortened)
 
@@ -143,7 +162,15 @@ def _parse_open_clip(encoder: str) -> tuple[str, str]:
     model, _, pretrained = rest.partition(":")
     if kind != "open_clip" or not model or not pretrained:
         raise UnknownName("encoder", encoder, KNOWN, WHERE)
-    return model, pretrained
+    return model, str(_located(pretrained)) if model == "local-dir" or _located(pretrained).is_file() else pretrained
+
+
+def _located(path: str) -> Path:
+    """Where a file or folder of an encoder lies: `~` is the home; copies of a grid for experiments lack what git ignores."""
+    try:
+        return beside_copy(Path(path).expanduser())
+    except (RuntimeError, ValueError, OSError) as error:  # no such home; a NUL in the path; a name too long
+        raise InvalidArtifact(f"{path!r} is no path ({error}); change {WHERE}") from error
 
 
 def _open_clip_config(model: str, pretrained: str) -> dict:
@@ -155,7 +182,7 @@ def _open_clip_config(model: str, pretrained: str) -> dict:
         try:
             config = parse_json(path.read_bytes())["model_cfg"]
             return {**config, "embed_dim": int(config["embed_dim"])}
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise InvalidArtifact(f"{path} is no OpenCLIP configuration ({reason}); change {WHERE}") from error
     config = open_clip.get_model_config(model)

@@ -1,11 +1,12 @@
 """Asking a language model over a network that fails: every answer is stored as soon as it is here, and paid for once.
 
 Works with any server that speaks one of OpenAI's three protocols. The key comes from OPENAI_API_KEY in the environment and goes
-nowhere but to the server.
+nowhere but to the server: no redirect is followed, and what is not encrypted stays near.
 """
 
 import difflib
 import json
+import math
 import operator
 import os
 import random
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -26,11 +27,14 @@ import yaml
 
 from textguard.errors import BudgetExhausted, InvalidParameter, LanguageModelError, printable
 from textguard.text.cache import AnswerLog, StoredAnswer, answer_key
+from textguard.text.secret import KEY_VARIABLE, blotted_logs, blotter
 
 if TYPE_CHECKING:
     import openai
+    from anyio.from_thread import BlockingPortal
 
-KEY_VARIABLE = "OPENAI_API_KEY"
+    from textguard.text.connection import UnwantedReply
+
 PRICES = Path(__file__).with_name("prices.yaml")
 OPENAI_HOST = "https://api.openai.com/"
 LONGEST_BACKOFF_S = 60.0
@@ -38,6 +42,18 @@ LONGEST_WAIT_S = 300.0  # a server that asks for more is asked again by the next
 FAILURES_IN_A_ROW = 10  # questions given up one after the other: the server is down
 PASSING = (408, 409, 425, 429)  # and 5xx: may succeed when repeated
 MESSAGE_TOKENS = 20  # around each message: role and separators, a generous guess
+LONGEST_REQUEST = 4  # times network.timeout_s: a server can break its silence with one byte at a time
+MOST_TOKENS = 10**9  # of one request; no model counts to more
+# What OpenAI calls errors, for servers that send one in a reply with status 200 and give no number.
+STATUSES = {
+    "invalid_api_key": 401,
+    "model_not_found": 404,
+    "rate_limit_exceeded": 429,
+    "insufficient_quota": 429,
+    "content_filter": 400,
+    "unsupported_parameter": 400,
+    "invalid_request_error": 400,
+}
 
 
 @dataclass(frozen=True)
@@ -99,8 +115,9 @@ class LanguageModel:
 class Network:
     """How requests are sent. Nothing here changes an answer.
 
-    concurrency: requests at a time. timeout_s: the longest silence of a server within one request. attempts: how often one
-    answer is asked for. backoff_s: the longest wait before the second attempt; it doubles before each further one.
+    concurrency: requests at a time. timeout_s: the longest silence of a server within one request, which may take
+    LONGEST_REQUEST times that. attempts: how often one answer is asked for. backoff_s: the longest wait before the second
+    attempt; it doubles before each further one.
     max_requests, max_usd: limits for one run of the stage; None for no limit.
     """
 
@@ -157,7 +174,9 @@ def ask(model: LanguageModel, network: Network, wanted: Sequence[tuple[str, int]
     Raises LanguageModelError when the server refuses (401, 403, 404, other 4xx) or keeps failing, BudgetExhausted, CannotWrite,
     InvalidParameter. Whatever was answered until then is stored.
     """
-    import openai
+    from anyio.from_thread import start_blocking_portal
+
+    from textguard.text.connection import make_client  # takes a second to load
 
     secret = _secret()
     price = price_of(model.model)
@@ -166,10 +185,11 @@ def ask(model: LanguageModel, network: Network, wanted: Sequence[tuple[str, int]
             f"network.max_usd is {network.max_usd}, but {PRICES} has no price for model {model.model!r}; "
             "add it there, or set params.yaml network.max_usd to null"
         )
-    # The client's own retries would ask, and pay, behind the budget's back.
-    client = openai.OpenAI(api_key=secret, base_url=model.base_url, timeout=network.timeout_s, max_retries=0)
-    with client:
-        asker = _Asker(model, network, log, client, secret, _Budget(network, price))
+    blot = blotter(secret)
+    client = make_client(model.base_url, network.timeout_s, secret, blot)
+    # Requests run in an event loop, because only there a deadline ends one whatever it is waiting for.
+    with blotted_logs(blot), start_blocking_portal() as portal, portal.wrap_async_context_manager(client):
+        asker = _Asker(model, network, log, client, portal, blot, _Budget(network, price))
         try:
             asker.ask_all(wanted, label)
         finally:
@@ -241,6 +261,10 @@ class _Bill:
         self.input_tokens = self.output_tokens = 0
 
 
+class _LimitRenamed(Exception):
+    """The server calls max_tokens max_completion_tokens, as do all requests from now on."""
+
+
 class _Passing(Exception):
     """An attempt failed, and the next one may succeed. wait_s: how long the server asks to wait."""
 
@@ -253,10 +277,18 @@ class _Asker:
     """The threads' common state."""
 
     def __init__(
-        self, model: LanguageModel, network: Network, log: AnswerLog, client: "openai.OpenAI", secret: str, budget: _Budget
+        self,
+        model: LanguageModel,
+        network: Network,
+        log: AnswerLog,
+        client: "openai.AsyncOpenAI",
+        portal: "BlockingPortal",
+        blot: Callable[[str], str],
+        budget: _Budget,
     ) -> None:
         self._model, self._network, self._log, self._budget = model, network, log, budget
-        self._client, self._secret = client, secret
+        self._client, self._portal, self._blot = client, portal, blot
+        self._limit_renamed = False
         self._stop = threading.Event()
         self._resume_at = 0.0  # on time.monotonic(): a rate limit holds for all threads
         self._failed_in_a_row = 0
@@ -304,12 +336,15 @@ class _Asker:
 
     def _attempt(self, question: str, sample: int) -> None:
         """One answer, with all the attempts that it takes."""
-        for attempt in range(self._network.attempts):
+        attempt = 0
+        while attempt < self._network.attempts:
             self._stop.wait(max(0.0, self._resume_at - time.monotonic()))
             if self._stop.is_set():
                 return
             try:
-                stored = self._request(question, sample)
+                self._request(question, sample)
+            except _LimitRenamed:
+                continue
             except _Passing as failure:
                 reason = f"{question!r}: {failure}"
                 if failure.wait_s > LONGEST_WAIT_S:
@@ -318,8 +353,8 @@ class _Asker:
                 self._resume_at = max(self._resume_at, time.monotonic() + failure.wait_s)
                 longest = min(LONGEST_BACKOFF_S, self._network.backoff_s * 2**attempt)
                 self._stop.wait(random.uniform(0, longest))  # at random, so that the threads do not all come back at once
+                attempt += 1
             else:
-                self._log.append(stored)
                 self._failed_in_a_row = 0
                 return
         self._failures.append(reason)
@@ -330,74 +365,117 @@ class _Asker:
                 f"(the last: {reason}); run it again to go on"
             )
 
-    def _request(self, question: str, sample: int) -> StoredAnswer:
-        """One attempt. Raises _Passing, LanguageModelError, BudgetExhausted."""
+    def _request(self, question: str, sample: int) -> None:
+        """One attempt. Stores the answer. Raises _Passing, _LimitRenamed, LanguageModelError, BudgetExhausted, CannotWrite."""
         request = self._model.request()
+        body = self._model.body(question, sample)
+        if self._limit_renamed:
+            body["max_completion_tokens"] = body.pop("max_tokens")
         with self._budget.request(self._model.most_input_tokens(question), self._model.max_tokens) as bill:
-            reply = self._send(self._model.body(question, sample), bill)
+            reply = self._send(body, bill)
+            if reply.text.strip() or reply.finish_reason != "stop":
+                self._log.append(
+                    StoredAnswer(
+                        key=answer_key(question, sample, request),
+                        question=question,
+                        sample=sample,
+                        provider=f"{self._model.model} at {self._model.base_url}",
+                        request=request,
+                        model=reply.model,
+                        time=datetime.now(UTC).isoformat(timespec="seconds"),
+                        input_tokens=reply.input_tokens,
+                        output_tokens=reply.output_tokens,
+                        finish_reason=reply.finish_reason,
+                        answer=reply.text,
+                    )
+                )
             bill.input_tokens = bill.input_tokens if reply.input_tokens is None else reply.input_tokens
             bill.output_tokens = bill.output_tokens if reply.output_tokens is None else reply.output_tokens
         if not reply.text.strip() and reply.finish_reason == "stop":
             raise _Passing("the answer is empty")
-        return StoredAnswer(
-            key=answer_key(question, sample, request),
-            question=question,
-            sample=sample,
-            provider=f"{self._model.model} at {self._model.base_url}",
-            request=request,
-            model=reply.model,
-            time=datetime.now(UTC).isoformat(timespec="seconds"),
-            input_tokens=reply.input_tokens,
-            output_tokens=reply.output_tokens,
-            finish_reason=reply.finish_reason,
-            answer=reply.text,
-        )
 
     def _send(self, body: dict[str, Any], bill: _Bill) -> "_Reply":
         import openai
 
+        from textguard.text.connection import UnwantedReply
+
         # The client's exceptions hold the request, and with it the key. Ours must not refer to them: so they are only made
         # here, and raised below, outside the handlers.
+        failure = refusal = None
         try:
-            create = operator.attrgetter(self._model.endpoint)(self._client).with_raw_response.create
-            content = create(**body).content
+            return self._read(self._portal.call(self._post, body))
         except openai.APIStatusError as error:
-            bill.is_free()
-            if error.code == "content_filter":  # some servers filter with a status, others with a finish reason
-                return _Reply("", self._model.model, "content_filter", None, None)
-            failure = self._refused(error)
-        except openai.APIConnectionError as error:
+            refusal = _refusal(error.status_code, error.body, _wait_s(error.response.headers))
+        except _ErrorInReply as error:
+            refusal = error.refusal
+        except UnwantedReply as error:
+            failure = self._unwanted(error)
+        except TimeoutError:
+            failure = _Passing(f"no whole answer came within {self._longest_s:g} s")
+        except openai.OpenAIError as error:
             # Nobody knows whether the server answered and bills the request: what was reserved counts as spent.
             cause = error.__cause__ or error
             failure = _Passing(self._words(f"{type(cause).__name__}: {cause}"))
-        else:
-            try:
-                return self._read(content)
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                failure = _Passing(self._words(f"the answer cannot be read ({type(error).__name__}: {error})"))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            failure = _Passing(self._words(f"the answer cannot be read ({type(error).__name__}: {error})"))
+        if refusal:
+            bill.is_free()
+            if refusal.code == "content_filter":  # some servers filter with an error, others with a finish reason
+                return _Reply("", self._model.model, "content_filter", None, None)
+            failure = self._refused(refusal, body)
         raise failure
 
+    @property
+    def _longest_s(self) -> float:
+        return LONGEST_REQUEST * self._network.timeout_s
+
+    async def _post(self, body: dict[str, Any]) -> bytes:
+        import anyio
+
+        create = operator.attrgetter(self._model.endpoint)(self._client).with_raw_response.create
+        with anyio.fail_after(self._longest_s):
+            return (await create(**body)).content
+
+    async def _list_models(self) -> bytes:
+        import anyio
+
+        with anyio.fail_after(self._longest_s):
+            return (await self._client.models.with_raw_response.list()).content
+
     def _read(self, content: bytes) -> "_Reply":
-        reply = READERS[self._model.endpoint](json.loads(content.decode()))
+        # A number of thousands of digits, which int() refuses, must not cost the answer beside it.
+        parsed = json.loads(content.decode(), parse_int=lambda digits: int(digits) if len(digits) < 20 else math.inf)
+        reply = READERS[self._model.endpoint](_without_error(parsed))
         reply.text.encode()  # JSON can hold half of a surrogate pair, which cannot be written to a file
-        return _Reply(
-            reply.text.replace(self._secret, f"[{KEY_VARIABLE}]"),
-            self._words(reply.model),
-            self._words(reply.finish_reason),
-            reply.input_tokens,
-            reply.output_tokens,
+        model = parsed.get("model")
+        return replace(
+            reply,
+            text=self._blot(reply.text),
+            # Some servers do not say which model answered: then it is the one that was asked.
+            model=self._words(model) if isinstance(model, str) and model else self._model.model,
+            finish_reason=self._words(reply.finish_reason),
         )
 
-    def _refused(self, error: "openai.APIStatusError") -> Exception:
-        """What a status other than 2xx means: _Passing, or LanguageModelError."""
-        status, code = error.status_code, str(error.code or "")
-        message = error.body.get("message") if isinstance(error.body, dict) else None
-        said = self._words(f"{status}: {message or error.message}")
-        url = self._model.base_url
-        if status == 429 and code == "insufficient_quota":
+    def _unwanted(self, reply: "UnwantedReply") -> Exception:
+        said, url = self._words(str(reply)), self._model.base_url
+        if not reply.elsewhere:
+            return _Passing(said)
+        return LanguageModelError(
+            f"{url} sends the request elsewhere ({said}); nothing was sent there; "
+            "change params.yaml texts.*.model.base_url to the address that is meant"
+        )
+
+    def _refused(self, refusal: "_Refusal", body: dict[str, Any]) -> Exception:
+        """What an error of the server means: _Passing, _LimitRenamed or LanguageModelError."""
+        status, url = refusal.status, self._model.base_url
+        said = self._words(f"{status}: {refusal.message}")
+        if "max_completion_tokens" in refusal.message and "max_tokens" in body and status in (400, 422):
+            self._limit_renamed = True
+            return _LimitRenamed()
+        if status == 429 and refusal.code == "insufficient_quota":
             return LanguageModelError(f"the account at {url} has no credit left ({said}); nothing more was asked")
         if status in PASSING or status >= 500:
-            return _Passing(said, _wait_s(error.response.headers))
+            return _Passing(said, refusal.wait_s)
         if status in (401, 403):
             return LanguageModelError(f"{url} does not accept the key ({said}); change {KEY_VARIABLE} in the environment")
         if status == 404:
@@ -408,10 +486,22 @@ class _Asker:
         """Which models to use instead: those that the server lists, the most similar ones first."""
         import openai
 
+        from textguard.text.connection import UnwantedReply
+
         wanted, url = self._model.model, self._model.base_url
         try:
-            offered = [self._words(model.id) for model in self._client.models.list()]
-        except (openai.OpenAIError, ValueError, LookupError, TypeError, AttributeError):
+            listed = json.loads(self._portal.call(self._list_models))["data"]
+            offered = [self._words(model["id"]) for model in listed[:1000]]
+        except (
+            openai.OpenAIError,
+            UnwantedReply,
+            TimeoutError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ):
             return f"{url} has no model {wanted!r} or no endpoint {self._model.endpoint!r}, and does not list its models"
         if wanted in offered:
             return f"{url} has the model {wanted!r}, but no endpoint {self._model.endpoint!r} for it"
@@ -420,8 +510,48 @@ class _Asker:
         return f"{url} has no model {wanted!r} (any more); it offers {', '.join(names) or 'none'}"
 
     def _words(self, text: str) -> str:
-        """What a server says, without the key, which it may repeat, and without control characters."""
-        return printable(text.replace(self._secret, f"[{KEY_VARIABLE}]"))
+        """What a server says, without control characters and the key, which is blotted out before anything is cut."""
+        return printable(self._blot(text))
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """An error that a server reports: as a status, or as an object in a reply. message: its words, in which the key may be."""
+
+    status: int
+    code: str
+    message: str
+    wait_s: float
+
+
+class _ErrorInReply(Exception):
+    """A reply with status 200 that holds an error in place of an answer."""
+
+    def __init__(self, refusal: _Refusal) -> None:
+        super().__init__()
+        self.refusal = refusal
+
+
+def _refusal(status: int, error: Any, wait_s: float = 0.0) -> _Refusal:
+    """What a server says of an error. error: its JSON, of any kind: OpenAI's fields, FastAPI's `detail`, a text, nothing."""
+    fields = error if isinstance(error, dict) else {}
+    code = next((str(fields[name]) for name in ("code", "type") if fields.get(name)), "")
+    said = fields.get("message") or fields.get("detail") or error or "no reason given"
+    if isinstance(said, list) and all(isinstance(one, dict) and "msg" in one for one in said):  # as FastAPI lists problems
+        said = "; ".join(f"{'.'.join(map(str, one.get('loc') or ()))}: {one['msg']}" for one in said)
+    return _Refusal(status, code, said if isinstance(said, str) else json.dumps(said, ensure_ascii=False), wait_s)
+
+
+def _without_error(reply: Any) -> dict[str, Any]:
+    """A reply that holds an answer. Raises _ErrorInReply, with the status that the error names, or 500."""
+    first = next(iter(reply.get("choices") or []), {})
+    error = reply.get("error") or first.get("error")
+    if error:
+        refusal = _refusal(500, error)
+        named = str(error.get("status") or refusal.code) if isinstance(error, dict) else ""
+        status = int(named) if re.fullmatch("[45][0-9][0-9]", named) else STATUSES.get(named, 500)
+        raise _ErrorInReply(replace(refusal, status=status))
+    return reply
 
 
 def _wait_s(headers: Mapping[str, str]) -> float:
@@ -433,7 +563,7 @@ def _wait_s(headers: Mapping[str, str]) -> float:
         if wanted.replace(".", "", 1).isdecimal():
             return float(wanted)
         return max(0.0, (parsedate_to_datetime(wanted) - datetime.now(UTC)).total_seconds())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0.0
 
 
@@ -447,42 +577,51 @@ class _Reply:
 
 
 def _text(value: Any) -> str:
+    """An answer's text, or that of its parts; parts that are none (a model's reasoning) are left out."""
+    if isinstance(value, list):
+        return "".join(_text(part.get("text") if isinstance(part, dict) else part) for part in value if _is_text(part))
     if not isinstance(value, str):
-        raise TypeError(f"a text is {value!r}"[:80])
+        raise TypeError(f"a text is of type {type(value).__name__}")  # which may hold the key: it is not shown
     return value
 
 
-def _tokens(reply: Mapping[str, Any], name: str) -> int | None:
-    count = (reply.get("usage") or {}).get(name)
-    return count if isinstance(count, int) and count >= 0 else None
+def _is_text(part: Any) -> bool:
+    return not isinstance(part, dict) or part.get("type", "text") in ("text", "output_text")
+
+
+def _finished(reason: Any) -> str:
+    return reason if isinstance(reason, str) and reason else "stop"
+
+
+def _tokens(reply: Mapping[str, Any], *names: str) -> tuple[int | None, ...]:
+    """Counts of tokens, None where there is none that can be believed: what was reserved counts as spent then."""
+    usage = reply.get("usage")
+    counts = [usage.get(name) if isinstance(usage, dict) else None for name in names]
+    return tuple(count if type(count) is int and 0 <= count <= MOST_TOKENS else None for count in counts)
 
 
 def _read_chat(reply: dict[str, Any]) -> _Reply:
     choice = reply["choices"][0]
     text, refusal = choice["message"].get("content"), choice["message"].get("refusal")
-    finished = "refusal" if refusal else _text(choice.get("finish_reason") or "stop")
-    answer = _text(refusal or text or "")
-    return _Reply(answer, _text(reply["model"]), finished, _tokens(reply, "prompt_tokens"), _tokens(reply, "completion_tokens"))
+    finished = "refusal" if refusal else _finished(choice.get("finish_reason"))
+    return _Reply(_text(refusal or text or ""), "", finished, *_tokens(reply, "prompt_tokens", "completion_tokens"))
 
 
 def _read_completion(reply: dict[str, Any]) -> _Reply:
     choice = reply["choices"][0]
-    finished = _text(choice.get("finish_reason") or "stop")
-    tokens = _tokens(reply, "prompt_tokens"), _tokens(reply, "completion_tokens")
-    return _Reply(_text(choice["text"]), _text(reply["model"]), finished, *tokens)
+    tokens = _tokens(reply, "prompt_tokens", "completion_tokens")
+    return _Reply(_text(choice["text"]), "", _finished(choice.get("finish_reason")), *tokens)
 
 
 def _read_response(reply: dict[str, Any]) -> _Reply:
     parts = [part for item in reply["output"] if item["type"] == "message" for part in item["content"]]
     refusals = [_text(part["refusal"]) for part in parts if part["type"] == "refusal"]
     texts = refusals or [_text(part["text"]) for part in parts if part["type"] == "output_text"]
-    reason = (reply.get("incomplete_details") or {}).get("reason") or "stop"
     if reply.get("status") not in ("completed", "incomplete"):
-        raise ValueError(f"status {reply.get('status')}")
-    finished = "refusal" if refusals else {"max_output_tokens": "length"}.get(reason, _text(reason))
-    return _Reply(
-        "".join(texts), _text(reply["model"]), finished, _tokens(reply, "input_tokens"), _tokens(reply, "output_tokens")
-    )
+        raise ValueError("its status is neither 'completed' nor 'incomplete'")
+    reason = _finished((reply.get("incomplete_details") or {}).get("reason"))
+    finished = "refusal" if refusals else {"max_output_tokens": "length"}.get(reason, reason)
+    return _Reply("".join(texts), "", finished, *_tokens(reply, "input_tokens", "output_tokens"))
 
 
 READERS: dict[str, Callable[[dict[str, Any]], _Reply]] = {

@@ -1,9 +1,10 @@
-"""What a text variant holds where params.yaml says nothing else: providers.yaml, by provider.
+"""What a text variant holds where params.yaml says nothing else: providers.yaml, by provider; and which addresses it may name.
 
 This module only reads, and imports no torch, because params.py uses it.
 """
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,24 @@ def with_defaults(fields: dict[str, Any], where: str) -> dict[str, Any]:
         defaults |= library[provider]
     found = _merged(defaults, fields)
     return found | ({"model": model | found["model"]} if isinstance(found["model"], dict) else {})
+
+
+def check_base_url(url: str) -> str:
+    """The address of a language model's server, below which its endpoints lie. Raises ValueError, which does not repeat it."""
+    if not re.match("https?://", url):
+        problem = "it must begin with https:// or http://"
+    elif "@" in url:
+        problem = "it holds a name or password, which would get into files; set OPENAI_API_KEY in the environment"
+    elif re.search(r"[?#]", url):
+        problem = (
+            "it must end before '?' and '#', behind which keys would get into files; a server that wants ?api-version= has "
+            "another address without, as Azure's https://NAME.openai.azure.com/openai/v1"
+        )
+    elif re.search(r"[^!-~]", url) or not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[^\[\]/:]+)(:[0-9]{1,5})?(/.*)?", url):
+        problem = "it is no address, as https://HOST/v1 or http://HOST:PORT/v1"
+    else:
+        return url
+    raise ValueError(problem)
 
 
 def _merged(defaults: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:

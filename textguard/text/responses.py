@@ -108,6 +108,14 @@ def published(questions: list[Question], sources: Sources) -> list[Answer]:
     """
     if len({question.class_name for question in questions}) < len(questions):
         raise InvalidParameter("provider 'import' takes one question, which says what the sentences are; see params.yaml texts")
+    names: dict[str, str] = {}
+    for question in questions:
+        alike = names.setdefault(normalised(question.class_name), question.class_name)
+        if alike != question.class_name:
+            raise InvalidParameter(
+                f"provider 'import' cannot tell class {alike!r} from {question.class_name!r}, which differ in case, accents, "
+                "spaces or punctuation only; rename one of them, or change params.yaml texts.*.provider"
+            )
     found: dict[str, list[str]] = {}
     for file in sources.files:
         for name, given in _read_published(file).items():
