@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from conftest import REPOSITORY
-from gate_runs import TOLERANCES, Metrics, changed, row, scaled
+from gate_runs import INJECTIONS, TOLERANCES, Metrics, changed, row, scaled
 from smoke_grid import run
 from textguard.params import load_gate_params
 from textguard.report.gate import main
@@ -40,6 +40,7 @@ def test_a_baseline_has_no_improvement(gate, usual):
 
 def test_layers_that_one_side_lacks_are_listed(gate, usual):
     without = changed(usual, "layers", lambda layers: layers[:-2])
+    without["plan"]["injections"] -= 2 * INJECTIONS
     for base, new, note in ((usual, without, "gone"), (without, usual, "new")):
         worse, report = gate(base, new)
         assert worse == 0
@@ -98,7 +99,7 @@ BAD_FILES = {
     "a list": ("[]", ["x.json is not what docs/outputs.md describes"]),
     "text for a number": (("top1.value", "high"), ["x.json", "top1.value", "valid number"]),
     "missing interval": (("top1", {"value": 1.0}), ["x.json", "top1.low: Field required"]),
-    "confidence": (("confidence", 99), ["x.json", "confidence", "less than 1"]),
+    "confidence": (("confidence", 99), ["x.json", "confidence", "less than or equal to 0.9999"]),
     "a layer": (("layers.3.delta_loss", 0.5), ["x.json", "layers.3.delta_loss"]),
 }
 
