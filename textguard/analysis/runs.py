@@ -83,7 +83,7 @@ def _load_evaluation(key: str, run: Run) -> tuple[Evaluation, pd.DataFrame]:
     with reading(table, "evaluate"):
         means = {name: float(predictions[name].to_numpy(float).mean()) for name in ("loss", "top2diff") if len(predictions)}
         means["top1"] = float((predictions["label"] == predictions["prediction"]).to_numpy(float).mean()) if means else math.nan
-        if predictions["image"].to_list() != list(range(evaluation.top1.n)) or not means:
+        if len(predictions) != evaluation.top1.n or not means or (predictions["image"] != np.arange(len(predictions))).any():
             raise InvalidArtifact(f"must have one row for each of the {evaluation.top1.n} images, in their order")
         for name, mean in means.items():
             said = getattr(evaluation, name).value

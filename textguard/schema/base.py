@@ -28,6 +28,7 @@ Kind = TypeVar("Kind")
 UNKNOWN = "no such key"
 
 
+LARGEST = 1e300  # sums of such numbers are finite
 ROUNDING = 1e-6  # relative: stored blocks have six digits
 # What numbers of a unit can be, where `field` is not told otherwise.
 RANGES = {
@@ -118,6 +119,8 @@ class Measured(Estimate):
         if not _between(self.low, self.value, self.high, 1e-9) or self.low > self.high + 1e-9 * abs(self.high):
             raise ValueError(f"value {self.value:g} is not between low {self.low:g} and high {self.high:g}")
         blocks = self.blocks or []
+        if any(abs(number) > LARGEST for number in (self.value, self.low, self.high, *blocks)):
+            raise ValueError(f"has a number above {LARGEST:g}")
         parts = [block for block in blocks if not math.isnan(block)]
         if parts and len(parts) == len(blocks) and not math.isnan(self.value):
             mean, slack = math.fsum(parts) / len(parts), math.fsum(map(abs, parts)) / len(parts)
