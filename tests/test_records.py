@@ -17,8 +17,10 @@ from smoke_grid import BASELINE
 from stored_grid import INJECT, INPUTS, STATISTICS
 from textguard.analysis.files import load_cells, load_closeup, load_looks, load_ranges, load_results, short_names
 from textguard.analysis.results import write_results
-from textguard.artifacts import write_parquet
+from textguard.artifacts import write_json, write_parquet
 from textguard.errors import InvalidArtifact
+from textguard.schema.base import read
+from textguard.schema.results import RunResult
 
 KEY = "d-resnet18-baseline-0"
 OTHER = "d-resnet18-descriptions-0"
@@ -313,3 +315,40 @@ def test_results_want_campaigns_that_params_describe(grid):
     grid.change("variants", ["baseline"])
     grid.change("inject.seed", 5)
     says(grid.fails("results"), f"{RUN}/campaign.json is of a campaign with seed 0; params.yaml has 5", "stage 'inject'")
+
+
+# What little or harmless faults tell: no number where there is none, and no error.
+
+
+def test_one_injection_per_layer_has_a_value_and_no_interval(grid):
+    grid.change("variants", ["baseline"])
+    grid.change("inject.injections_per_layer", 1)
+    for stage in (f"inject {BASELINE}", f"closeup {BASELINE}", "results"):
+        code, lines = grid.run(*stage.split())
+        assert code == 0, lines
+    result = read(grid.folder / f"metrics/results/{BASELINE}.json", "results", RunResult)
+    sampled = [layer.delta_loss for layer in result.layers if layer.method == "sampled"]
+    assert {estimate.n for estimate in sampled} == {1}
+    assert all(estimate.value >= 0 for estimate in sampled)
+    assert all(math.isnan(end) for estimate in (*sampled, *result.convergence) for end in (estimate.low, estimate.high))
+    assert [point.injections_per_layer for point in result.convergence] == [1]
+
+
+def test_faults_that_do_nothing_have_no_improvement(runs):
+    for key in (KEY, OTHER):
+        for name in ("injections", "detectors"):
+            file = Path(f"metrics/records/{key}/{name}.parquet")
+            harmless = pd.read_parquet(file).assign(faulty_loss=0.0, mismatch=False)
+            write_parquet(file, harmless, {"inputs": INPUTS})
+        file = f"metrics/runs/{key}/campaign.json"
+        stored = json.loads(Path(file).read_text(encoding="utf-8"))
+        for layers in stored["exact"].values():
+            layers[0] |= {name: [0.0] * 32 for name in ("mismatches", "delta_loss")}
+        write_json(Path(file), stored)
+    write_results(runs, STATISTICS, INJECT)
+    results = load_results({KEY: runs[KEY], OTHER: runs[OTHER]})
+    assert [results[key].overall.delta_loss.value for key in (KEY, OTHER)] == [0, 0]
+    assert {point.value for point in results[KEY].convergence} == {0}
+    improvement = results[OTHER].improvement
+    assert math.isnan(improvement.overall.value)
+    assert improvement.verdict.overall == "not separable at 99%"
