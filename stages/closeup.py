@@ -1,5 +1,6 @@
 """Look at one classifier under faults: Ablation-CAM before and after them, and the values of its last layer."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -7,25 +8,27 @@ import numpy as np
 import pandas as pd
 
 from stages.loading import LoadedRun, load_run
-from stages.settings import campaign_settings
-from textguard.artifacts import read_parquet, write_parquet
+from stages.settings import campaign_inputs, campaign_settings
+from textguard.artifacts import reading, write_parquet
 from textguard.closeup import LOOKS, CamModel, count_magnitudes, damaged_states, look_at, shifts, worst_injection
-from textguard.errors import UnsupportedModel
-from textguard.faults import CampaignSettings, protect
+from textguard.errors import CampaignMismatch, InvalidArtifact, UnsupportedModel
+from textguard.faults import CampaignSettings, FaultModel, protect
+from textguard.faults.engines import Engine
+from textguard.faults.execution import RECORD_COLUMNS
+from textguard.faults.plans import check_plan
 from textguard.faults.profiling import largest_outputs
 from textguard.params import CloseupParams, Params
 from textguard.schema.base import write
 from textguard.schema.closeup import CloseUp
+from textguard.schema.records import check_injections, inputs_of, read_columns
 from textguard.vision.transforms import image_loader
-
-RECORDS = ["layer", "index", "neuron", "bit", "golden_loss", "faulty_loss"]
 
 
 def main(params: Params, key: str) -> None:
     run, settings = load_run(params, key), campaign_settings(params.inject)
     profiled, model = largest_outputs(run.ranges), protect(run.model, run.image, run.bounds, params.inject.mitigation)
-    records = read_parquet(run.records / "injections.parquet", "inject", RECORDS)
     engine = settings.make_engine(model, run.image, profiled)
+    records = _load_records(run, params, engine)
     last = engine.sites[-1].layer
     values = count_magnitudes(engine, image_loader(run.view, settings.batch_size), profiled[last])
     content = {"last_layer": {"layer": last, "profiled": profiled[last], "images": len(run.view), **values}}
@@ -38,6 +41,23 @@ def main(params: Params, key: str) -> None:
         looks, content["cam"] = _look(cam, run, records, settings, profiled, params.closeup, params.statistics.confidence)
     write_parquet(Path("metrics") / "closeup" / f"{key}.parquet", looks)
     write(Path("metrics") / "closeup" / f"{key}.json", CloseUp, content)
+
+
+def _load_records(run: LoadedRun, params: Params, engine: Engine) -> pd.DataFrame:
+    """The injections of the classifier's own campaign. Raises InvalidArtifact."""
+    file, fault_model = run.records / "injections.parquet", FaultModel(**asdict(params.inject.faults))
+    rows_each = fault_model.bits * fault_model.values
+    most = params.inject.injections_per_layer * len(engine.sites) * rows_each
+    records = read_columns(file, "inject", RECORD_COLUMNS, most)
+    with reading(file, "inject"):
+        check_injections(records, rows_each)
+        try:
+            check_plan(records, engine.sites, len(run.view), fault_model, engine.number_format)
+        except CampaignMismatch as error:
+            raise InvalidArtifact(f"is of another campaign: {error}") from error
+        if inputs_of(file, "inject") != campaign_inputs(run, params.inject):
+            raise InvalidArtifact(f"is of another campaign than that of {run.key} with today's params.yaml")
+    return records
 
 
 def _look(

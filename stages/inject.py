@@ -6,8 +6,8 @@ from dataclasses import asdict
 import pandas as pd
 
 from stages.loading import load_run
-from stages.settings import campaign_settings
-from textguard.artifacts import fingerprint, work_dir, write_parquet
+from stages.settings import campaign_inputs, campaign_settings
+from textguard.artifacts import work_dir, write_parquet
 from textguard.faults import Campaign, protect
 from textguard.faults.execution import no_records
 from textguard.faults.plans import PLAN_COLUMNS
@@ -23,7 +23,7 @@ def main(params: Params, key: str) -> None:
     run, inject = load_run(params, key), params.inject
     profiled, model = largest_outputs(run.ranges), protect(run.model, run.image, run.bounds, inject.mitigation)
     campaign = Campaign(model, image_loader(run.view, inject.batch_size), campaign_settings(inject), profiled)
-    mark = fingerprint(inject=inject, **run.checksums(["model", "data", "ranges", "bounds"]))
+    mark = campaign_inputs(run, inject)
     with work_dir("inject", key, mark) as work:
         records, changes = campaign.sample_layers(work, f"inject {key}")
         if join_processes()[0]:

@@ -2,6 +2,8 @@
 
 from dataclasses import asdict, fields
 
+from stages.loading import LoadedRun
+from textguard.artifacts import fingerprint
 from textguard.faults import CampaignSettings, FaultModel
 from textguard.params import InjectParams
 
@@ -11,3 +13,8 @@ def campaign_settings(inject: InjectParams) -> CampaignSettings:
     renamed = {"number_format": inject.format, "fault_model": FaultModel(**asdict(inject.faults))}
     same = {field.name for field in fields(CampaignSettings)} - renamed.keys()
     return CampaignSettings(**renamed, **{name: getattr(inject, name) for name in same})
+
+
+def campaign_inputs(run: LoadedRun, inject: InjectParams) -> str:
+    """A fingerprint of all that goes into a run's campaign, which its files carry. Raises InvalidArtifact."""
+    return fingerprint(inject=inject, **run.checksums(["model", "data", "ranges", "bounds"]))

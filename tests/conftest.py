@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gate_runs import TOLERANCES, Metrics, even, metrics, report, right
 from smoke_grid import ALL, repro, run
-from stored_grid import STATISTICS, store_grid, store_text_quality
+from stored_grid import INJECT, STATISTICS, store_grid, store_text_quality
 from textguard.analysis.regression import compare_all
 from textguard.analysis.results import write_results
 from textguard.params import FiguresParams, GateParams, Params, Run, load_params
@@ -247,7 +247,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Run]:
     """The runs of a small grid that is stored in the current folder, with its results."""
     monkeypatch.chdir(tmp_path)
     stored = store_grid()
-    write_results(stored, STATISTICS)
+    write_results(stored, STATISTICS, INJECT)
     return stored
 
 

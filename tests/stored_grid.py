@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +10,33 @@ import pandas as pd
 from PIL import Image
 
 from textguard.artifacts import write_json, write_parquet
+from textguard.estimates.statistics import mean_estimate, rate_estimate
 from textguard.estimates.summary import Totals
-from textguard.params import Run, StatisticsParams
+from textguard.params import FaultParams, InjectParams, Run, StatisticsParams
 
 STATISTICS = StatisticsParams(0.99, 300, "goldeneye", "neurons", 2e-5, "neurons")
 INJECTIONS = 200
-SETTINGS = {
-    **{"seed": 0, "plan": "uniform", "images": "uniform", "injections_per_layer": INJECTIONS, "pilot": 64, "stop_at": "never"},
-    **{"enumerate_up_to": 1, "faults": {}, "format": "fp32", "kinds": ["Conv2d", "Linear"], "detector": "profiled"},
-    **{"inputs": "0123456789abcdef", "device": "cpu"},
-}
+INJECT = InjectParams(
+    engine="replay",
+    format="fp32",
+    detector="profiled",
+    compare_detectors=["off"],
+    mitigation="none",
+    kinds=["Conv2d", "Linear"],
+    faults=FaultParams("neuron", "flip", 1, 1),
+    plan="uniform",
+    images="uniform",
+    injections_per_layer=INJECTIONS,
+    pilot=64,
+    stop_at="never",
+    confidence=0.99,
+    enumerate_up_to=1,
+    batch_size=64,
+    image_batch=8,
+    seed=0,
+)
+INPUTS = "0123456789abcdef"
+SETTINGS = {**asdict(INJECT), "inputs": INPUTS, "device": "cpu"}
 
 
 def campaign_of(layers: dict[str, tuple[int, float]], exact_layer: str, seed: int) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
@@ -56,7 +74,7 @@ def campaign_of(layers: dict[str, tuple[int, float]], exact_layer: str, seed: in
         **{
             "bits": 32,
             "strata": 0,
-            "eligible_images": 40,
+            "eligible_images": 10,
             "detectors": ["profiled", "off"],
             "skipped": {},
             "settings": SETTINGS,
@@ -71,15 +89,16 @@ def store(key: str, run: Run, layers: dict[str, tuple[int, float]], correct: int
     out, records_out = Path("metrics/runs") / key, Path("metrics/records") / key
     stored, records, changed = campaign_of(layers, list(layers)[-1], seed)
     write_json(out / "campaign.json", stored)
-    write_parquet(records_out / "injections.parquet", records)
-    write_parquet(records_out / "detectors.parquet", changed)
+    write_parquet(records_out / "injections.parquet", records, {"inputs": INPUTS})
+    write_parquet(records_out / "detectors.parquet", changed, {"inputs": INPUTS})
     guided = run.variant != "baseline"
     cost = {"parameters": 11_000_000 + 250_000 * guided, "multiply_adds": 40_000_000}
-    one = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 100}
     rest = {"scale": 12.0 if guided else 1.0, "seed": run.seed, "device": "cpu"}
-    write_json(out / "evaluation.json", {"top1": one, "loss": one, "top2diff": one, **cost, **rest})
     top2diff = np.full(100, 0.95 if guided else 0.9)
-    predictions = pd.DataFrame({"label": 0, "prediction": np.arange(100) >= correct, "loss": 0.1, "top2diff": top2diff})
+    means = {"loss": mean_estimate(np.full(100, 0.1)).as_json(), "top2diff": mean_estimate(top2diff).as_json()}
+    write_json(out / "evaluation.json", {"top1": rate_estimate(correct, 100).as_json(), **means, **cost, **rest})
+    wrong = (np.arange(100) >= correct).astype(int)
+    predictions = pd.DataFrame({"image": range(100), "label": 0, "prediction": wrong, "loss": 0.1, "top2diff": top2diff})
     write_parquet(records_out / "predictions.parquet", predictions)
     ranges = pd.DataFrame(
         {
@@ -99,7 +118,8 @@ def store_closeup(key: str) -> None:
     """What stage closeup leaves: two images under two kinds of faults, the second of which leaves nothing finite."""
     powers = list(range(-40, 39))
     shares = [float(power == 0) for power in powers]
-    last = {"layer": "fc", "profiled": 2.0, "images": 50, "powers": powers, "golden": shares, "faulty": shares}
+    last = {"layer": "fc", "profiled": 2.0, "images": 50, "powers": powers, "golden": shares}
+    last["faulty"] = [0.99 * share for share in shares]
     found = {name: {"value": 0.5, "low": 0.4, "high": 0.6, "n": 2} for name in ("rank_correlation", "overlap", "changed")}
     cam = {"layer": "conv1", "places": 4, "images": 2, "detector": "off", "weights": {**found, "flips": 2000, "finite": 2}}
     cam["worst"] = {**found, "finite": 0, "target": "neuron", "layer": "conv1", "neuron": 7, "bit": 30}

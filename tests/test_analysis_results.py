@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stored_grid import BASELINE_LAYERS, GUIDED_LAYERS, INJECTIONS, STATISTICS, run_of, store
+from stored_grid import BASELINE_LAYERS, GUIDED_LAYERS, INJECT, INJECTIONS, INPUTS, STATISTICS, run_of, store
 from textguard.analysis.breakdown import describe_layer, sums_by_bit
 from textguard.analysis.files import load_cells, load_result
 from textguard.analysis.results import write_results
@@ -56,14 +56,14 @@ def test_failures_in_time_come_from_bits_neurons_and_sdc(runs):
     assert conv.fit.value == pytest.approx(2e-5 * 32 * 100 * 0.1)
     assert last.fit.value == pytest.approx(2e-5 * 32 * 10 * 0.2)
     assert run.overall.fit.value == pytest.approx(conv.fit.value + last.fit.value)
-    write_results(runs, StatisticsParams(0.99, 300, "goldeneye", "neurons", 2e-5, "multiply_adds"))
+    write_results(runs, StatisticsParams(0.99, 300, "goldeneye", "neurons", 2e-5, "multiply_adds"), INJECT)
     assert load_result("d-resnet18-baseline-0").layers[0].fit.value == pytest.approx(2 * conv.fit.value)
 
 
 def test_a_layer_without_sdc_has_a_bound_for_its_failures(runs):
     file = Path("metrics/records/d-resnet18-baseline-0/injections.parquet")
-    write_parquet(file, pd.read_parquet(file).assign(mismatch=False))
-    write_results(runs, STATISTICS)
+    write_parquet(file, pd.read_parquet(file).assign(mismatch=False), {"inputs": INPUTS})
+    write_results(runs, STATISTICS, INJECT)
     fit = load_result("d-resnet18-baseline-0").layers[0].fit
     assert math.isnan(fit.value)
     assert fit.high > 0
@@ -71,7 +71,7 @@ def test_a_layer_without_sdc_has_a_bound_for_its_failures(runs):
 
 def test_the_last_layer_is_the_weighted_mean_of_latent_layer_and_head(runs):
     def last_layer(weights: str) -> float:
-        write_results(runs, StatisticsParams(0.99, 300, "goldeneye", weights, 2e-5, "neurons"))
+        write_results(runs, StatisticsParams(0.99, 300, "goldeneye", weights, 2e-5, "neurons"), INJECT)
         assert load_result("d-resnet18-baseline-0").last_layer.delta_loss.value == 3.0
         return load_result("d-resnet18-descriptions-0").last_layer.delta_loss.value
 
@@ -98,7 +98,7 @@ def test_improvement_is_baseline_over_guided_with_interval_and_verdict(runs):
 
 def test_non_finite_losses_are_left_out_or_capped_and_never_forgotten(runs):
     def off(nonfinite: str) -> UnderDetector:
-        write_results(runs, StatisticsParams(0.99, 300, nonfinite, "neurons", 2e-5, "neurons"))
+        write_results(runs, StatisticsParams(0.99, 300, nonfinite, "neurons", 2e-5, "neurons"), INJECT)
         return load_result("d-resnet18-baseline-0").detectors["off"]
 
     left_out, capped = off("goldeneye"), off("cap:50")
@@ -116,7 +116,7 @@ def test_seeds_of_a_cell_share_a_row(runs, tmp_path):
             key = f"d-resnet18-{variant}-s{seed}"
             runs[key] = run_of("d", "resnet18", variant, seed)
             store(key, runs[key], layers, 90 + seed, 10 + seed)
-    write_results(runs, STATISTICS)
+    write_results(runs, STATISTICS, INJECT)
     cells = load_cells(runs)
     assert [(cell.variant, cell.seeds) for cell in cells] == [("template", [0]), ("descriptions", [0, 1, 2])]
     top1 = cells[1].top1
@@ -132,7 +132,7 @@ def test_the_summary_keeps_networks_apart(runs):
         key = f"d-alexnet-{variant}-0"
         runs[key] = run_of("d", "alexnet", variant)
         store(key, runs[key], layers, 50)
-    write_results(runs, STATISTICS)
+    write_results(runs, STATISTICS, INJECT)
     summary = json.loads(Path("metrics/summary.json").read_text(encoding="utf-8"))
     assert {dataset: {name: list(lines) for name, lines in networks.items()} for dataset, networks in summary.items()} == {
         "d": {"resnet18": ["baseline", "template", "descriptions"], "alexnet": ["baseline", "descriptions"]},
@@ -153,7 +153,7 @@ def test_the_summary_averages_over_seeds(runs):
         key = f"e-alexnet-baseline-s{seed}"
         runs[key] = run_of("e", "alexnet", "baseline", seed)
         store(key, runs[key], {"conv1": (100, 0.2), "fc": (10, 1.0)}, correct, seed)
-    write_results(runs, STATISTICS)
+    write_results(runs, STATISTICS, INJECT)
     line = json.loads(Path("metrics/summary.json").read_text(encoding="utf-8"))["e"]["alexnet"]["baseline"]
     assert line["top1"] == pytest.approx((50 + 90 + 80) / 3)
 
@@ -161,7 +161,7 @@ def test_the_summary_averages_over_seeds(runs):
 def test_the_same_records_give_the_same_bytes(runs):
     files = [Path("metrics/summary.json"), Path("metrics/cells.json"), *Path("metrics/results").iterdir()]
     before = {file: file.read_bytes() for file in files}
-    write_results(runs, STATISTICS)
+    write_results(runs, STATISTICS, INJECT)
     assert {file: file.read_bytes() for file in files} == before
 
 
@@ -200,7 +200,7 @@ def test_damaged_inputs_are_named(runs):
         for damage in ("{", "[]", "{}", '{"layers": [{"layer": "x"}]}', '{"layers": []}'):
             path.write_text(damage, encoding="utf-8")
             with pytest.raises(InvalidArtifact, match=rf"{name} is not what .*: stage '{maker}' writes it"):
-                write_results(runs, STATISTICS)
+                write_results(runs, STATISTICS, INJECT)
         path.write_text(whole, encoding="utf-8")
 
 
@@ -208,14 +208,14 @@ def test_a_campaign_of_another_variant_is_named(runs):
     """A text-guided classifier has two layers or more."""
     path = Path("metrics/runs/d-resnet18-descriptions-0/campaign.json")
     stored = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(stored | {"layers": stored["layers"][:1]}), encoding="utf-8")
+    path.write_text(json.dumps(stored | {"layers": stored["layers"][-1:]}), encoding="utf-8")
     with pytest.raises(InvalidArtifact, match=r"campaign\.json lacks layers; .*stage 'inject' writes it"):
-        write_results(runs, STATISTICS)
+        write_results(runs, STATISTICS, INJECT)
 
 
 def test_a_layer_without_records_is_named(runs):
     file = Path("metrics/records/d-resnet18-baseline-0/injections.parquet")
     records = pd.read_parquet(file)
-    write_parquet(file, records[records["layer"] != "conv1"])
-    with pytest.raises(InvalidArtifact, match=r"campaign\.json: layer 'conv1' has no records"):
-        write_results(runs, STATISTICS)
+    write_parquet(file, records[records["layer"] != "conv1"], {"inputs": INPUTS})
+    with pytest.raises(InvalidArtifact, match=r"injections\.parquet has no injections into layer 'conv1', which "):
+        write_results(runs, STATISTICS, INJECT)

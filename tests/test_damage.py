@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from fault_helpers import make_faults
+from textguard.errors import InvalidParameter, UnknownName
 from textguard.faults.damage import Call, FaultModel, Faults, Storage, damage_output, damage_weights, operate
 from textguard.faults.formats import parse_format
 
@@ -81,3 +83,28 @@ def test_operations_on_codes():
     assert operate(codes, mask, "flip").tolist() == [0b1001, 0b0110]
     assert operate(codes, mask, "stuck_at_0").tolist() == [0b1000, 0b0010]
     assert operate(codes, mask, "stuck_at_1").tolist() == [0b1101, 0b0111]
+
+
+NO_FAULT_MODEL = [
+    ({"target": "bias"}, UnknownName, "target 'bias' in argument fault_model.target; known: metadata, neuron, weight"),
+    ({"target": None}, UnknownName, "target None in argument fault_model.target"),
+    ({"operation": "set_zero"}, UnknownName, "known: flip, stuck_at_0, stuck_at_1"),
+    ({"operation": ["flip"]}, UnknownName, r"operation \['flip'\] in"),
+    ({"bits": 0}, InvalidParameter, "argument fault_model.bits is 0; at least 1 is needed"),
+    ({"bits": 1.0}, InvalidParameter, "argument fault_model.bits is 1.0; it must be a whole number"),
+    ({"values": True}, InvalidParameter, "argument fault_model.values is True; it must be a whole number"),
+    ({"values": -3}, InvalidParameter, "argument fault_model.values is -3; at least 1"),
+    ({"values": np.int64(0)}, InvalidParameter, "argument fault_model.values is 0; at least 1"),
+]
+
+
+@pytest.mark.parametrize(("fields", "error", "said"), NO_FAULT_MODEL, ids=str)
+def test_a_fault_that_cannot_be_is_refused_when_it_is_described(fields, error, said):
+    with pytest.raises(error, match=said):
+        FaultModel(**fields)
+
+
+def test_numpy_counts_are_counts():
+    found = FaultModel(bits=np.int64(2), values=np.uint8(3))
+    assert found == FaultModel(bits=2, values=3)
+    assert [type(number) for number in (found.bits, found.values)] == [int, int]

@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from conftest import REPOSITORY
-from gate_runs import TOLERANCES, Metrics, changed, row, scaled
+from gate_runs import INJECTIONS, TOLERANCES, Metrics, changed, row, scaled
 from smoke_grid import run
+from textguard.errors import InvalidArtifact
 from textguard.params import load_gate_params
 from textguard.report.gate import main
 
@@ -40,6 +41,7 @@ def test_a_baseline_has_no_improvement(gate, usual):
 
 def test_layers_that_one_side_lacks_are_listed(gate, usual):
     without = changed(usual, "layers", lambda layers: layers[:-2])
+    without["plan"]["injections"] -= 2 * INJECTIONS
     for base, new, note in ((usual, without, "gone"), (without, usual, "new")):
         worse, report = gate(base, new)
         assert worse == 0
@@ -98,7 +100,7 @@ BAD_FILES = {
     "a list": ("[]", ["x.json is not what docs/outputs.md describes"]),
     "text for a number": (("top1.value", "high"), ["x.json", "top1.value", "valid number"]),
     "missing interval": (("top1", {"value": 1.0}), ["x.json", "top1.low: Field required"]),
-    "confidence": (("confidence", 99), ["x.json", "confidence", "less than 1"]),
+    "confidence": (("confidence", 99), ["x.json", "confidence", "less than or equal to 0.9999"]),
     "a layer": (("layers.3.delta_loss", 0.5), ["x.json", "layers.3.delta_loss"]),
 }
 
@@ -180,3 +182,82 @@ def test_what_a_grid_says_nothing_of_has_the_usual_tolerances(folder, monkeypatc
 def test_the_grids_have_the_same_tolerances():
     assert load_gate_params(REPOSITORY / "params.yaml") == TOLERANCES
     assert load_gate_params(REPOSITORY / "grids" / "smoke" / "params.yaml") == TOLERANCES
+
+
+SETTLED = {  # what a folder that is judged holds beside a run -> what is said
+    "a list instead of a run": ("good.json", "[]", "good.json is not what docs/outputs.md describes"),
+    "a run under another key": ("good.json", '{"runs": "a"}', "run: Field required"),
+    "the same run twice": ("again.json", None, "holds run 'digits-resnet18-descriptions-0', as again.json does; delete one"),
+    "not unpacked": ("x.json", "\x1f\x8b", "x.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "said"), SETTLED.values(), ids=SETTLED)
+def test_a_run_that_a_folder_hides_is_one_line(folder, usual, name, content, said, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    for side in ("base", "new"):
+        Path(side).mkdir()
+        shutil.copy("good.json", side)
+        (Path(side) / "twin.json").write_text(json.dumps(changed(usual, "run", lambda _: "twin")), encoding="utf-8")
+    good = Path("good.json").read_text(encoding="utf-8")
+    (Path("new") / name).write_text(good if content is None else content, encoding="utf-8")
+    for arguments in (["base", "new"], ["new", "base"]):
+        one_line(main(arguments), capsys, said)
+
+
+def test_what_nobody_thought_of_is_no_verdict(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("division\nby zero")
+
+    monkeypatch.setattr("textguard.report.gate.judge", fail)
+    one_line(main(["good.json", "good.json"]), capsys, "ZeroDivisionError: division by zero; no verdict", "please report it")
+
+
+def test_a_folder_that_may_not_be_read_is_one_line(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    Path("shut").mkdir()
+
+    def refuse(path: Path) -> list[Path]:  # as the system does, but for an administrator
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    one_line(main(["shut", "shut"]), capsys, "InvalidArtifact: shut: Permission denied; make it readable")
+
+
+SHELL = {
+    "closed": (">&-", 2, "CannotWrite: standard output is closed"),
+    "full": (">/dev/full", 2, "CannotWrite: standard output: No space left on device"),
+    "a closed pipe": ("| true", 2, "CannotWrite: standard output: Broken pipe"),
+}
+
+
+@pytest.mark.parametrize(("out", "code", "said"), SHELL.values(), ids=SHELL)
+def test_a_verdict_that_cannot_be_printed_is_none(folder, out, code, said):
+    command = f"set -o pipefail; (sleep 1; exec '{sys.executable}' -m textguard.report.gate good.json good.json) {out}"
+    done = run(["bash", "-c", command], folder, check=False, PYTHONPATH=str(REPOSITORY))
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (code, "", 1), done
+    assert said in done.stderr
+
+
+def test_letters_that_the_terminal_lacks_are_spelt(folder, usual):
+    (folder / "cafe.json").write_text(json.dumps(changed(usual, "run", lambda _: "caf\u00e9")), encoding="utf-8")
+    command = [sys.executable, "-m", "textguard.report.gate", "cafe.json", "cafe.json"]
+    done = run(command, folder, check=False, PYTHONPATH=str(REPOSITORY), PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "caf\\xe9" in done.stdout
+
+
+def test_intervals_of_another_confidence_are_said(gate, usual):
+    worse, report = gate(usual, changed(usual, "confidence", lambda _: 0.95))
+    assert worse == 0
+    assert row(report, "confidence of intervals")[-1] == "0.99 -> 0.95"
+
+
+def test_a_loss_of_any_size_is_worse_until_its_sums_are_infinite(gate, usual):
+    worse, report = gate(usual, changed(usual, "overall.delta_loss", scaled(1e298)))
+    assert worse == 1
+    assert row(report, "DeltaLoss, overall")[-1] == "worse"
+    with pytest.raises(InvalidArtifact, match=r"has a number above 1e\+300"):
+        gate(usual, changed(usual, "overall.delta_loss", scaled(1e307)))

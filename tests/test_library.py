@@ -287,3 +287,15 @@ def test_an_interrupted_assessment_goes_on(network, loader, tmp_path, capsys):
     for other in ({"seed": 6}, {"detector": "off"}, {"number_format": "fp16"}, {"fault_model": FaultModel(bits=2)}):
         with pytest.raises(CampaignMismatch, match="another campaign"):
             assess(network, loader, shard_dir=tmp_path, **{**options, **other})
+
+
+def test_numpy_numbers_and_paths_as_text_are_taken(network, loader, tmp_path):
+    plain = assess(network, loader, injections_per_layer=6, seed=2, batch_size=8, image_batch=16)
+    numbers = {"injections_per_layer": np.int64(6), "seed": np.uint32(2), "batch_size": np.int8(8), "image_batch": np.int16(16)}
+    given = assess(network, loader, **numbers, confidence=np.float64(0.99), shard_dir=str(tmp_path))
+    pd.testing.assert_frame_equal(given, plain)
+    assert list(tmp_path.glob("round-0/*.parquet"))
+    engine = ReplayEngine(network, loader.dataset.tensors[0][0], 4)
+    pd.testing.assert_frame_equal(
+        draw_plan(engine.sites, np.ones(4), np.int32(3), seed=0), draw_plan(engine.sites, np.ones(4), 3, seed=0)
+    )

@@ -1,14 +1,26 @@
 """What fault-free inferences tell: images by their positions, which of them are eligible, and the extremes of layers."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from small_campaign import SmallCampaign, assert_same_records
 from textguard.errors import InvalidParameter
+from textguard.faults import assess
 from textguard.faults.engines import make_engine
 from textguard.faults.execution import run_campaign
 from textguard.faults.plans import draw_plan
@@ -55,7 +67,7 @@ def loaders(images, labels):
         "one worker": DataLoader(Swapped(images, labels), batch_size=5, shuffle=True, num_workers=1),
         "custom collate_fn": DataLoader(Pictures(images, labels), batch_size=5, collate_fn=swap),
         "drop_last": DataLoader(Swapped(images, labels), batch_size=5, drop_last=True),
-        "batch sampler": DataLoader(Swapped(images, labels), batch_sampler=[[3, 1], [0]]),
+        "batch sampler": DataLoader(Swapped(images, labels), batch_sampler=[[3, 1], [0], [2, *range(4, 12)]]),
         "single images": DataLoader(Swapped(images, labels), batch_size=None),
     }
 
@@ -68,6 +80,34 @@ def test_positions_are_those_in_the_data_set_however_it_is_loaded(resnet, images
     assert eligible_images(expected.engine, other) == [0, 1, 3, 4, 5, 6, 8, 9, 10, 11]
     records = run_campaign(expected.engine, other, expected.plan, expected.limits, image_batch=4)
     assert_same_records(records, expected.run())
+
+
+PARTIAL = {
+    "a subset": {"sampler": SubsetRandomSampler([0, 3, 5])},
+    "a list": {"sampler": [0, 1, 2]},
+    "images twice": {"sampler": [*range(11), 0]},
+    "all of them, and one twice": {"sampler": [*range(12), 0]},
+    "with replacement": {"sampler": WeightedRandomSampler([1.0] * 12, 12)},
+    "random with replacement": {"sampler": RandomSampler(range(12), replacement=True)},
+    "fewer": {"sampler": RandomSampler(range(12), num_samples=5)},
+    "another data set's": {"sampler": SequentialSampler(range(6))},
+    "some batches": {"batch_sampler": [[3, 1], [0]]},
+    "endless": {"sampler": itertools.cycle([0])},
+}
+
+
+@pytest.mark.parametrize("sampling", PARTIAL.values(), ids=PARTIAL)
+def test_a_sampler_that_leaves_images_out_is_refused(resnet, images, labels, sampling):
+    some = DataLoader(Swapped(images, labels), **sampling)
+    for use in (lambda: profile_ranges(resnet, some), lambda: assess(resnet, some, injections_per_layer=2)):
+        with pytest.raises(InvalidParameter, match=r"sampler does not read each image .*torch\.utils\.data\.Subset"):
+            use()
+
+
+def test_a_subset_restricts_the_images(resnet, images, labels):
+    engine = make_engine("replay", resnet, images[0], 8)
+    some = DataLoader(Subset(Swapped(images, labels), [0, 2, 3]), batch_size=2)
+    assert eligible_images(engine, some) == [0, 2]  # the positions are those in the subset; the second is not eligible
 
 
 def test_a_stream_of_images_is_refused(resnet, images, labels):

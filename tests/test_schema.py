@@ -53,10 +53,96 @@ def rewrite(path: str, change: dict[str, Any]) -> None:
     Path(path).write_text(json.dumps({name: value for name, value in content.items() if value is not ...}), encoding="utf-8")
 
 
-def test_keys_of_a_newer_version_are_ignored(runs):
-    before = load_result(RUN)
-    rewrite(f"metrics/results/{RUN}.json", {"from_the_future": {"x": 1}})
-    assert load_result(RUN) == before
+def put(content: Any, place: str, value: Any) -> Any:
+    """Set one entry of a JSON document; `...` takes it out. place: keys joined by dots, numbers count list entries."""
+    *parents, last = [int(part) if part.isdecimal() else part for part in place.split(".")]
+    section = content
+    for part in parents:
+        section = section[part]
+    if value is ...:
+        del section[last]
+    else:
+        section[last] = value
+    return content
+
+
+IMPOSSIBLE_RESULTS = {
+    "a key of another version": ("from_the_future", 1, "from_the_future: no such key"),
+    "such a key further in": ("top1.error", 1, "top1.error: no such key"),
+    "share above 1": ("top1", {"value": 5.0, "low": 4.0, "high": 6.0, "n": 3}, "top1 is 5, not from 0 to 1"),
+    "share below 0": ("overall.sdc", {"value": -1.0, "low": -2.0, "high": 0.0, "n": 3}, "sdc is -1, not from 0 to 1"),
+    "negative DeltaLoss": ("layers.0.delta_loss", {"value": -1.0, "low": -1.0, "high": -1.0, "n": 3}, "layers.0"),
+    "interval upside down": ("top1", {"value": 0.5, "low": 0.9, "high": 0.1, "n": 3}, "value 0.5 is not between"),
+    "value outside": ("layers.0.sdc.value", 0.9, "value 0.9 is not between low"),
+    "other blocks": ("top1.blocks", [1e-6] * 32, "top1: Value error, value 0.97 is not the mean of its blocks"),
+    "text in blocks": ("top1.blocks.0", "1", "top1.blocks.0: Input should be a valid number"),
+    "negative count": ("top1.n", -1, "top1.n: Input should be greater than or equal to 0"),
+    "a count of 30 digits": ("parameters", 10**30, "parameters: Input should be less than"),
+    "true for a count": ("parameters", True, "parameters: Input should be a valid integer"),
+    "confidence too near 1": ("confidence", 0.9999999999999999, "confidence: Input should be less than or equal to 0.9999"),
+    "confidence too small": ("confidence", 1e-300, "confidence: Input should be greater than or equal to 0.5"),
+    "no layer": ("layers", [], "layers: List should have at least 1 item"),
+    "more masked than injected": ("layers.0.masked", 201, "layers.0: Value error, masked and detected are some"),
+    "bits that do not add up": ("layers.0.by_bit.n.0", 1000, "layers.0: Value error, by_bit.n adds up to"),
+    "a bit too few": ("layers.0.by_bit.sdc", [0.0], "n, delta_loss and sdc must have one entry per bit"),
+    "outcomes that do not add up": ("layers.0.outcomes.benign", 0.1, "layers.0.outcomes: Value error, the four add up"),
+    "convergence upside down": ("convergence.0.low", 1e9, "convergence.0"),
+    "another sum of injections": ("plan.injections", 7, "plan.injections is 7, and the sampled layers have 400"),
+    "method": ("layers.0.method", "guessed", "layers.0.method: Input should be 'sampled' or 'exact'"),
+    "another detector first": ("plan.detector", "off", "detectors begins with 'profiled'"),
+    "verdict": ("improvement.verdict.head", "great", "improvement.verdict.head: String should match"),
+    "control characters": ("run", "a\x1b[2J", "run: Value error, it must be text without control characters"),
+    "another run": ("run", "d-resnet18-template-0", "is of run 'd-resnet18-template-0'"),
+}
+
+
+@pytest.mark.parametrize(("place", "value", "said"), IMPOSSIBLE_RESULTS.values(), ids=IMPOSSIBLE_RESULTS)
+def test_results_that_cannot_be_are_refused(runs, place, value, said):
+    path = Path(f"metrics/results/{RUN}.json")
+    path.write_text(json.dumps(put(json.loads(path.read_text(encoding="utf-8")), place, value)), encoding="utf-8")
+    with pytest.raises(InvalidArtifact) as caught:
+        load_result(RUN)
+    line = str(caught.value)
+    assert said in line
+    assert line.startswith(f"metrics/results/{RUN}.json is ")
+    assert line.endswith("; delete it and run 'dvc repro': stage 'results' writes it")
+    assert "\n" not in line
+
+
+def test_a_layer_of_that_name_twice_is_refused(runs):
+    content = json.loads(Path(f"metrics/results/{RUN}.json").read_text(encoding="utf-8"))
+    rewrite(f"metrics/results/{RUN}.json", put(content, "layers.1.layer", content["layers"][0]["layer"]))
+    with pytest.raises(InvalidArtifact, match="layers holds 'conv1' twice"):
+        load_result(RUN)
+
+
+# What JSON's readers differ in: (text that is replaced, its replacement, what is said)
+ODD_JSON = {
+    "a key twice": ('"seed": 0', '"seed": 1, "seed": 0', "it holds 'seed' twice"),
+    "such a key further in": ('"n": 100', '"n": 1, "n": 100', "it holds 'n' twice"),
+    "NaN": ('"scale": 12.0', '"scale": NaN', "scale"),
+    "NaN where null may be": ('"value": 0.97', '"value": NaN', "it holds NaN, which is no finite number"),
+    "infinity": ('"value": 0.97', '"value": -Infinity', "it holds -Infinity, which is no finite number"),
+    "too large a number": ('"value": 0.97', '"value": 1e999', "it holds 1e999, which is no finite number"),
+    "5000 digits": ('"seed": 0', '"seed": ' + "9" * 5000, "Invalid JSON: number out of range"),
+    "deep lists": ('"statistics": {', '"statistics": {"x": ' + "[" * 100_000 + "]" * 100_000 + ", ", "Invalid JSON"),
+    "byte order mark": ("{", "\ufeff{", "Invalid JSON"),
+    "no JSON": ("{", "", "Invalid JSON"),
+    "half a character": ('"seed": 0', '"seed": "\\ud800"', "Invalid JSON"),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "said"), ODD_JSON.values(), ids=ODD_JSON)
+def test_json_that_readers_differ_in_is_refused(runs, old, new, said):
+    path = Path(f"metrics/results/{RUN}.json")
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(InvalidArtifact) as caught:
+        load_result(RUN)
+    assert said in str(caught.value)
+    assert len(str(caught.value)) < 500
+    assert "stage 'results' writes it" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -189,14 +189,16 @@ def reading(path: Path, made_by: str) -> Iterator[None]:
         raise InvalidArtifact(f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]}); {how}") from error
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, finite: bool = False) -> Any:
     """The values of a JSON text, UTF-8. Raises ValueError.
 
     Also for what Python reads and others do not, or read otherwise: a name twice in one object, and halves of characters.
+    finite: whether numbers that are none (NaN), or larger than any float, are refused as well.
     """
     text = text if isinstance(text, str) else text.decode()
+    numbers = {"parse_constant": _finite, "parse_float": _finite} if finite else {}
     try:
-        content = json.loads(text, object_pairs_hook=_object)
+        content = json.loads(text, object_pairs_hook=_object, **numbers)
         if half := re.search(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}", text):
             json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -212,6 +214,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"it holds {printable(repr(twice), 60)} twice")
     return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"it holds {printable(text, 30)}, which is no finite number")
+    return number
 
 
 def read_json(path: Path, made_by: str, fields: Iterable[str] = ()) -> Any:

@@ -1,15 +1,18 @@
 """Where the stages leave what is analysed and shown, and readers of it. Each raises InvalidArtifact."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from textguard.artifacts import read_csv, read_parquet
+from textguard.artifacts import read_csv, reading
+from textguard.errors import InvalidArtifact
 from textguard.params import Run
 from textguard.schema.base import read
-from textguard.schema.closeup import CloseUp
-from textguard.schema.results import Cell, RunResult
+from textguard.schema.closeup import Cam, CloseUp
+from textguard.schema.records import read_columns
+from textguard.schema.results import BASELINE, Cell, RunResult
 from textguard.schema.texts import TextQuality
 
 METRICS_DIR = Path("metrics")
@@ -24,19 +27,53 @@ SUMMARY_FILE = METRICS_DIR / "summary.json"
 
 def load_result(key: str) -> RunResult:
     """One run's estimates."""
-    return read(RESULTS_DIR / f"{key}.json", "results", RunResult)
+    file = RESULTS_DIR / f"{key}.json"
+    result = read(file, "results", RunResult)
+    with reading(file, "results"):
+        if result.run != key:
+            raise InvalidArtifact(f"is of run {result.run!r}")
+    return result
 
 
 def load_results(keys: Iterable[str]) -> dict[str, RunResult]:
-    """The estimates of these runs, by key."""
-    return {key: load_result(key) for key in keys}
+    """The estimates of these runs, by key. Where their parameters are given too, the files must be of the same runs."""
+    results = {key: load_result(key) for key in keys}
+    for key, run in keys.items() if isinstance(keys, Mapping) else ():
+        for name, value in vars(run).items():
+            with reading(RESULTS_DIR / f"{key}.json", "results"):
+                if getattr(results[key], name) != value:
+                    raise InvalidArtifact(f"is of {name} {getattr(results[key], name)!r}; params.yaml has {value!r}")
+    return results
 
 
 def load_cells(runs: Mapping[str, Run]) -> list[Cell]:
     """The cells of these runs beside their baselines."""
-    wanted = {(run.dataset, run.backbone, run.variant) for run in runs.values()}
-    cells = read(CELLS_FILE, "results", list[Cell])
-    return [cell for cell in cells if (cell.dataset, cell.backbone, cell.variant) in wanted]
+    seeds: dict[tuple[str, str, str], list[int]] = {}
+    for run in runs.values():
+        seeds.setdefault((run.dataset, run.backbone, run.variant), []).append(run.seed)
+    cells = {}
+    with reading(CELLS_FILE, "results"):
+        for cell in read(CELLS_FILE, "results", list[Cell]):
+            name = (cell.dataset, cell.backbone, cell.variant)
+            if name in cells:
+                raise InvalidArtifact(f"has the cell {'-'.join(name)} twice")
+            cells[name] = cell
+        for name, own in seeds.items():
+            baselines = seeds.get((*name[:2], BASELINE), [])
+            paired = [seed for seed in own if seed in baselines and name[2] != BASELINE]
+            if paired != (cells[name].seeds if name in cells else []):
+                raise InvalidArtifact(
+                    f"does not have the cell {'-'.join(name)} with the seeds {paired} that params.yaml asks for"
+                )
+    return [cell for name, cell in cells.items() if name in seeds]
+
+
+def short_names(layers: Sequence[str]) -> list[str]:
+    """Layers of a classifier as results name them: those of a text-guided classifier's backbone as the backbone has them.
+
+    Only a layer whose name there is that of the classifier's own head keeps its whole name.
+    """
+    return [whole if (short := whole.removeprefix("backbone.")) in layers else short for whole in layers]
 
 
 def load_closeup(key: str) -> CloseUp:
@@ -45,9 +82,24 @@ def load_closeup(key: str) -> CloseUp:
 
 
 def load_looks(key: str) -> pd.DataFrame:
-    """What stage closeup saw: one row per image and state, see stages/closeup.py."""
+    """What stage closeup saw: one row per image and state, see stages/closeup.py. Empty where the network has no maps."""
+    file, cam = CLOSEUP_DIR / f"{key}.parquet", load_closeup(key).cam
+    states = ["golden", *(name for name in ("weights", "worst") if getattr(cam, name, None))] if isinstance(cam, Cam) else []
+    images, places = (cam.images, cam.places) if isinstance(cam, Cam) else (0, 0)
     columns = ["image", "label", "class", "state", "finite", "prediction", "predicted", "confidence", "map", "picture"]
-    return read_parquet(CLOSEUP_DIR / f"{key}.parquet", "closeup", columns)
+    looks = read_columns(file, "closeup", columns, images * len(states))
+    with reading(file, "closeup"):
+        per_image = looks.groupby("image", sort=False)["state"].agg(list).to_list()
+        if per_image != [states] * images:
+            raise InvalidArtifact(f"must have {images} images, each in the states {', '.join(states) or 'none'}")
+        if any(
+            len(values) != places or (finite and not np.isfinite(values).all())
+            for finite, values in looks[["finite", "map"]].itertuples(index=False)
+        ):
+            raise InvalidArtifact(f"must have maps of {places} places, finite where it says so")
+        if not all(picture.startswith(b"\x89PNG") for picture in looks.loc[looks["state"] == "golden", "picture"]):
+            raise InvalidArtifact("must have a PNG picture in the rows of state golden")
+    return looks
 
 
 def load_text_quality(key: str) -> TextQuality:
@@ -56,16 +108,39 @@ def load_text_quality(key: str) -> TextQuality:
 
 
 def load_ranges(key: str) -> pd.DataFrame:
-    """One run's value ranges: layer (without the prefix `backbone.`), max_abs, mean_abs, images."""
-    table = read_csv(RUNS_DIR / key / "ranges.csv", "ranges", ["layer"], ["max_abs", "mean_abs", "images"])
-    return table.assign(layer=table["layer"].str.removeprefix("backbone."))
+    """One run's value ranges: layer (see `short_names`), max_abs, mean_abs, images."""
+    file = RUNS_DIR / key / "ranges.csv"
+    table = read_csv(file, "ranges", ["layer"], ["max_abs", "mean_abs", "images"])
+    with reading(file, "ranges"):
+        layers = table["layer"].astype(str).to_list()
+        if not len(set(layers)) == len(layers) > 0:
+            raise InvalidArtifact("must have each layer once")
+        if (
+            (table["mean_abs"] < 0).any()
+            or (table["max_abs"] < table["mean_abs"] * (1 - 1e-6)).any()
+            or (table["images"] < 1).any()
+        ):
+            raise InvalidArtifact("has a layer whose largest value is below the mean, a mean below 0, or no images")
+        return table.assign(layer=short_names(layers))
 
 
 def load_threshold_curve(key: str) -> pd.DataFrame:
     """One run's accuracy against Top2Diff threshold, both in percent."""
-    return read_csv(RUNS_DIR / key / "thresholds.csv", "evaluate", [], ["threshold_percent", "accuracy_percent"])
+    file = RUNS_DIR / key / "thresholds.csv"
+    curve = read_csv(file, "evaluate", [], ["threshold_percent", "accuracy_percent"])
+    with reading(file, "evaluate"):
+        if not len(curve) or not (curve.min().min() >= 0 and curve.max().max() <= 100):
+            raise InvalidArtifact("must have numbers from 0 to 100")
+        if (curve["threshold_percent"].diff() <= 0).any() or (curve["accuracy_percent"].diff() > 0).any():
+            raise InvalidArtifact("must have thresholds that rise, and accuracies that do not")
+    return curve
 
 
 def load_training(key: str) -> pd.DataFrame:
     """One run's epochs: epoch, loss (nats), accuracy (0 to 1), learning_rate."""
-    return read_csv(RUNS_DIR / key / "training.csv", "train", [], ["epoch", "loss", "accuracy", "learning_rate"])
+    file = RUNS_DIR / key / "training.csv"
+    epochs = read_csv(file, "train", [], ["epoch", "loss", "accuracy", "learning_rate"])
+    with reading(file, "train"):
+        if not epochs["accuracy"].between(0, 1).all() or (epochs[["epoch", "loss", "learning_rate"]] < 0).any(axis=None):
+            raise InvalidArtifact("must have accuracies from 0 to 1, and no number below 0")
+    return epochs

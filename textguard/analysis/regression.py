@@ -116,6 +116,8 @@ def compare(base: RunResult, new: RunResult, tolerances: GateParams) -> list[Com
         ]
     elif base.improvement or new.improvement:
         comparisons.append(Comparison(name, "improvement"))
+    if base.confidence != new.confidence:
+        comparisons.append(Comparison(name, "confidence of intervals", note=f"{base.confidence:g} -> {new.confidence:g}"))
     layers = [{layer.layer: layer.delta_loss for layer in run.layers} for run in (base, new)]
     for layer in dict.fromkeys([*layers[0], *layers[1]]):
         old, now = layers[0].get(layer), layers[1].get(layer)

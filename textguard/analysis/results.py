@@ -4,21 +4,23 @@ from collections.abc import Mapping
 
 from textguard.analysis.campaigns import load_campaign
 from textguard.analysis.comparison import Comparison, compare, describe_cell, with_improvement
-from textguard.analysis.files import CELLS_FILE, RESULTS_DIR, SUMMARY_FILE
+from textguard.analysis.files import CELLS_FILE, RECORDS_DIR, RESULTS_DIR, SUMMARY_FILE
 from textguard.analysis.runs import describe_run
 from textguard.analysis.summary import summarise_grid
-from textguard.artifacts import write_json
-from textguard.params import Run, StatisticsParams
-from textguard.schema.results import BASELINE
+from textguard.artifacts import reading, write_json
+from textguard.errors import InvalidArtifact
+from textguard.params import InjectParams, Run, StatisticsParams
+from textguard.schema.results import BASELINE, RunResult
 
 
-def write_results(runs: Mapping[str, Run], statistics: StatisticsParams) -> None:
+def write_results(runs: Mapping[str, Run], statistics: StatisticsParams, inject: InjectParams) -> None:
     """Write metrics/results/RUN.json for every run, metrics/cells.json, and metrics/summary.json.
 
-    Raises InvalidArtifact, InvalidParameter.
+    inject: what the runs' campaigns must have been made with. Raises InvalidArtifact, InvalidParameter.
     """
-    campaigns = {key: load_campaign(key, run, statistics) for key, run in runs.items()}
+    campaigns = {key: load_campaign(key, run, statistics, inject) for key, run in runs.items()}
     results = {key: describe_run(key, run, campaigns[key], statistics) for key, run in runs.items()}
+    _check_images(runs, results)
     baselines = {(run.dataset, run.backbone, run.seed): key for key, run in runs.items() if run.variant == BASELINE}
     cells: dict[tuple[str, str, str], list[tuple[str, str, Comparison]]] = {}
     for key, run in runs.items():
@@ -49,3 +51,13 @@ def write_results(runs: Mapping[str, Run], statistics: StatisticsParams) -> None
             for dataset, backbones in summarise_grid(list(results.values()), described).items()
         },
     )
+
+
+def _check_images(runs: Mapping[str, Run], results: Mapping[str, RunResult]) -> None:
+    """Runs on one data set were tested on the same images. Raises InvalidArtifact."""
+    first: dict[str, str] = {}
+    for key, run in runs.items():
+        other = first.setdefault(run.dataset, key)
+        if results[key].images != results[other].images:
+            with reading(RECORDS_DIR / key / "predictions.parquet", "evaluate"):
+                raise InvalidArtifact(f"has other labels than run {other!r} on the same data set")

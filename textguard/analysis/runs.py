@@ -1,14 +1,16 @@
 """What is estimated of one run by itself, from its campaign and its predictions on the test images."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
+import pandas as pd
 
 from textguard.analysis.breakdown import convergence, describe_layer, sums_by_bit, sums_of_totals
 from textguard.analysis.campaigns import CampaignRecords, last_layer_weights
-from textguard.analysis.files import RECORDS_DIR, RUNS_DIR, load_ranges
-from textguard.artifacts import fingerprint, read_parquet, reading
+from textguard.analysis.files import RECORDS_DIR, RUNS_DIR, load_ranges, short_names
+from textguard.artifacts import fingerprint, reading
 from textguard.errors import InvalidArtifact
 from textguard.estimates.statistics import Estimate, average, mean_estimate, mean_interval, rate_estimate, rate_interval
 from textguard.estimates.summary import LayerResult
@@ -16,7 +18,8 @@ from textguard.params import Run, StatisticsParams
 from textguard.schema.base import Measured, read
 from textguard.schema.campaign import PLAN_KEYS, Site
 from textguard.schema.evaluation import Evaluation
-from textguard.schema.results import Convergence, Headline, Layer, Overall, Plan, RunResult, UnderDetector
+from textguard.schema.records import read_columns
+from textguard.schema.results import BASELINE, Convergence, Headline, Layer, Overall, Plan, RunResult, UnderDetector
 
 BLOCKS = 32  # parts of a sample whose means are kept, so that two campaigns with one plan can be compared in pairs
 FEWEST_BLOCKS = 8
@@ -24,10 +27,10 @@ FEWEST_BLOCKS = 8
 
 def describe_run(key: str, run: Run, campaign: CampaignRecords, statistics: StatisticsParams) -> RunResult:
     """All that is known of one run without its baseline. Raises InvalidArtifact."""
-    evaluation = read(RUNS_DIR / key / "evaluation.json", "evaluate", Evaluation)
-    predictions = read_parquet(
-        RECORDS_DIR / key / "predictions.parquet", "evaluate", ["label", "prediction", "loss", "top2diff"]
-    )
+    evaluation, predictions = _load_evaluation(key, run)
+    with reading(RUNS_DIR / key / "campaign.json", "inject"):
+        if campaign.stored.eligible_images > len(predictions):
+            raise InvalidArtifact(f"has more eligible images than the {len(predictions)} of the test set")
     confidence, stored, layers = statistics.confidence, campaign.stored, campaign.layers
     correct = (predictions["label"] == predictions["prediction"]).to_numpy(float)
     weights = last_layer_weights(run, layers, statistics.last_layer_weights)
@@ -48,7 +51,7 @@ def describe_run(key: str, run: Run, campaign: CampaignRecords, statistics: Stat
         multiply_adds=evaluation.multiply_adds,
         scale=evaluation.scale,
         # The detector `profiled` clamps to the profiled range: behind it, no fault in the last layer makes a larger logit.
-        largest_logit=evaluation.scale * _largest_value(key, layers[-1].layer),
+        largest_logit=evaluation.scale * _largest_value(key, layers),
         overall=_overall(campaign, statistics),
         last_layer=last_layer,
         convergence=_convergence(campaign, statistics),
@@ -66,6 +69,27 @@ def describe_run(key: str, run: Run, campaign: CampaignRecords, statistics: Stat
         settings=stored.settings,
         statistics=asdict(statistics),
     )
+
+
+def _load_evaluation(key: str, run: Run) -> tuple[Evaluation, pd.DataFrame]:
+    """What stage evaluate says of a run, and its predictions, which say the same. Raises InvalidArtifact."""
+    file, table = RUNS_DIR / key / "evaluation.json", RECORDS_DIR / key / "predictions.parquet"
+    evaluation = read(file, "evaluate", Evaluation)
+    with reading(file, "evaluate"):
+        if evaluation.seed != run.seed or (run.variant == BASELINE and evaluation.scale != 1):
+            raise InvalidArtifact(f"is not of run {key!r}")
+    columns = ["image", "label", "prediction", "loss", "top2diff"]
+    predictions = read_columns(table, "evaluate", columns, evaluation.top1.n)
+    with reading(table, "evaluate"):
+        means = {name: float(predictions[name].to_numpy(float).mean()) for name in ("loss", "top2diff") if len(predictions)}
+        means["top1"] = float((predictions["label"] == predictions["prediction"]).to_numpy(float).mean()) if means else math.nan
+        if len(predictions) != evaluation.top1.n or not means or (predictions["image"] != np.arange(len(predictions))).any():
+            raise InvalidArtifact(f"must have one row for each of the {evaluation.top1.n} images, in their order")
+        for name, mean in means.items():
+            said = getattr(evaluation, name).value
+            if not math.isclose(mean, said, rel_tol=1e-6, abs_tol=1e-9):
+                raise InvalidArtifact(f"has a mean {name} of {mean:g}, and {file} says {said:g}")
+    return evaluation, predictions
 
 
 def _plan(campaign: CampaignRecords) -> Plan:
@@ -106,12 +130,13 @@ def _layers(campaign: CampaignRecords, statistics: StatisticsParams) -> list[Lay
     sums = {layer: sums_by_bit(part, stored.bits) for layer, part in campaign.records.groupby("layer", sort=False)}
     sums |= {layer.layer: sums_of_totals(layer) for layer in campaign.totals}
     described = []
-    for layer, site in zip(campaign.layers, stored.layers, strict=True):
+    names = short_names([site.layer for site in stored.layers])
+    for layer, site, name in zip(campaign.layers, stored.layers, names, strict=True):
         outcomes, by_bit = describe_layer(sums[layer.layer], stored.strata)
         sdc = rate_interval(layer.sdc, confidence)
         described.append(
             Layer(
-                layer=layer.layer.removeprefix("backbone."),
+                layer=name,
                 kind=site.kind,
                 neurons=site.neurons,
                 multiply_adds=site.multiply_adds,
@@ -131,11 +156,13 @@ def _layers(campaign: CampaignRecords, statistics: StatisticsParams) -> list[Lay
     return described
 
 
-def _largest_value(key: str, layer: str) -> float:
-    """The largest magnitude of a layer's values over the training images."""
+def _largest_value(key: str, layers: Sequence[LayerResult]) -> float:
+    """The largest magnitude of the last layer's values over the training images."""
     ranges = load_ranges(key).set_index("layer")["max_abs"]
     with reading(RUNS_DIR / key / "ranges.csv", "ranges"):
-        return float(ranges[layer.removeprefix("backbone.")])
+        if missing := [name for name in short_names([layer.layer for layer in layers]) if name not in ranges.index]:
+            raise InvalidArtifact(f"lacks layer {missing[0]!r}")
+        return float(ranges[short_names([layer.layer for layer in layers])[-1]])
 
 
 def _convergence(campaign: CampaignRecords, statistics: StatisticsParams) -> list[Convergence]:

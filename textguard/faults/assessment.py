@@ -1,7 +1,7 @@
 """One call from a classifier and its data to the resilience of each layer, with intervals."""
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import pandas as pd
 from torch import nn
@@ -37,7 +37,7 @@ def assess(
     batch_size: int = USUAL.batch_size,
     image_batch: int = USUAL.image_batch,
     profile: DataLoader | None = None,
-    shard_dir: Path | None = None,
+    shard_dir: str | os.PathLike[str] | None = None,
 ) -> pd.DataFrame:
     """Inject faults into every layer of a classifier and measure what they do to its predictions.
 
@@ -52,7 +52,7 @@ fault_model, kinds, engine, batch_size, image_batch
         See `CampaignSettings`, which has the same defaults.
     profile : DataLoader, optional
         Gives the images from which the layers' ranges are taken; by default those of `loader`.
-    shard_dir : pathlib.Path, optional
+    shard_dir : str or path-like, optional
         A folder in which an interrupted assessment goes on.
 
     Returns
@@ -104,10 +104,10 @@ fault_model, kinds, engine, batch_size, image_batch
         batch_size=batch_size,
         image_batch=image_batch,
     )
-    profiled = largest_outputs(profile_ranges(model, profile, kinds)) if profile else None
+    profiled = largest_outputs(profile_ranges(model, profile, settings.kinds)) if profile else None
     campaign = Campaign(model, loader, settings, profiled)
     layers = campaign.run(shard_dir).layers
-    return pd.DataFrame(_row(site, layers[site.layer], confidence) for site in campaign.engine.sites)
+    return pd.DataFrame(_row(site, layers[site.layer], settings.confidence) for site in campaign.engine.sites)
 
 
 def _row(site: Site, result: LayerResult, confidence: float) -> dict[str, str | int | float]:

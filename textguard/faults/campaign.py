@@ -1,5 +1,6 @@
 """A campaign from its settings to what each layer is found to stand: sampled layers, enumerated ones, several detectors."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from textguard.artifacts import read_json, write_json
+from textguard.errors import InvalidParameter, Setting
 from textguard.estimates.statistics import CONFIDENCE
 from textguard.estimates.summary import LayerResult, Totals, summarise, summarise_totals
+from textguard.faults.checks import checked_name, confidence_level, folder_path, some_text, texts, whole_number
 from textguard.faults.damage import SINGLE_FLIP, FaultModel, weight_limits
 from textguard.faults.detectors import detector_limits
 from textguard.faults.engines import Engine, make_engine
@@ -21,8 +24,16 @@ from textguard.faults.exact import affordable, enumerate_layer
 from textguard.faults.execution import measure_pace, no_records
 from textguard.faults.formats import Format, parse_format
 from textguard.faults.plans import bits_of, draw_plan
-from textguard.faults.profiling import count_images, device_of, first_image, image_chances, largest_outputs, profile_ranges
-from textguard.faults.sampling import Design, rerun_changed, run_design
+from textguard.faults.profiling import (
+    IMAGES,
+    count_images,
+    device_of,
+    first_image,
+    image_chances,
+    largest_outputs,
+    profile_ranges,
+)
+from textguard.faults.sampling import PLANS, Design, rerun_changed, run_design
 from textguard.faults.sites import DEFAULT_KINDS, Site
 
 
@@ -45,7 +56,7 @@ class CampaignSettings:
     stop_at : str, default "never"
         The half-width of a layer's DeltaLoss that ends it; see `Design`.
     confidence : float, default 0.99
-        Of intervals, 0.5 to 1.
+        Of intervals, 0.5 to 0.9999.
     enumerate_up_to : int, default 0
         A fully connected layer at the end with no more faults than these is enumerated instead of sampled. Whatever the
         number, the last layer is enumerated where its faults have a closed form; only 0 samples all layers.
@@ -65,6 +76,11 @@ class CampaignSettings:
         Faults per forward pass. It changes no result.
     image_batch : int, default 64
         Images per golden run, and per shard.
+
+    Raises
+    ------
+    TextguardError
+        A setting has the wrong type or is out of range, or there is no such plan or way to draw images.
 
     Examples
     --------
@@ -89,6 +105,21 @@ class CampaignSettings:
     engine: str = "replay"
     batch_size: int = 256
     image_batch: int = 64
+
+    def __post_init__(self) -> None:
+        least = {"injections_per_layer": 1, "seed": 0, "pilot": 1, "enumerate_up_to": 0, "batch_size": 1, "image_batch": 1}
+        checked: dict[str, Any] = {name: whole_number(Setting(name), getattr(self, name), low) for name, low in least.items()}
+        checked["confidence"] = confidence_level(Setting("confidence"), self.confidence)
+        checked_name("plan", self.plan, PLANS, Setting("plan"))
+        checked_name("way to draw images", self.images, IMAGES, Setting("images"))
+        for name in ("stop_at", "detector", "number_format", "engine"):
+            some_text(Setting(name), getattr(self, name))
+        for name in ("compare_detectors", "kinds"):
+            texts(Setting(name), getattr(self, name))
+        if not isinstance(self.fault_model, FaultModel):
+            raise InvalidParameter(Setting("fault_model"), f" is {self.fault_model!r:.60}; it must be a FaultModel")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @property
     def stored_as(self) -> Format:
@@ -236,13 +267,13 @@ class Campaign:
         """The layers into which faults are drawn."""
         return [site for site in self.engine.sites if site not in self.enumerated]
 
-    def run(self, shard_dir: Path | None = None, label: str = "inject") -> CampaignResult:
+    def run(self, shard_dir: str | os.PathLike[str] | None = None, label: str = "inject") -> CampaignResult:
         """Sample, enumerate and summarise.
 
         shard_dir: a folder in which an interrupted campaign goes on, and which processes of `torchrun` need to share the
         injections. label: names the campaign in progress lines. Raises CampaignMismatch where shard_dir is another campaign's.
         """
-        records, changes = self.sample_layers(shard_dir, label)
+        records, changes = self.sample_layers(folder_path(Setting("shard_dir"), shard_dir), label)
         # Totals are not kept in shard_dir: unlike shards, they do not tell whose they are.
         totals = self.enumerate_layers(label=label)
         return CampaignResult(records, changes, totals, self.summarise(records, totals[self.settings.detector]))

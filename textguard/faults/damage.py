@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from textguard.errors import InvalidParameter, Setting
+from textguard.faults.checks import checked_name, whole_number
 from textguard.faults.detectors import clamp_to_range
 from textguard.faults.formats import Format
 from textguard.faults.sites import Call, Site
@@ -32,6 +33,13 @@ class FaultModel:
     values : int
         How many different neurons, weights or blocks of one layer are damaged.
 
+    Raises
+    ------
+    UnknownName
+        There is no such target or operation.
+    InvalidParameter
+        bits or values is no whole number, or below 1.
+
     Examples
     --------
     >>> from textguard.faults import FaultModel
@@ -44,6 +52,12 @@ class FaultModel:
     operation: Operation = "flip"
     bits: int = 1
     values: int = 1
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("target", get_args(Target)), ("operation", get_args(Operation))):
+            checked_name(name, getattr(self, name), allowed, Setting(f"fault_model.{name}"))
+        for name in ("bits", "values"):
+            object.__setattr__(self, name, whole_number(Setting(f"fault_model.{name}"), getattr(self, name), 1))
 
 
 SINGLE_FLIP = FaultModel()

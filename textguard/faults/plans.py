@@ -2,11 +2,13 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 import numpy as np
 import pandas as pd
 
 from textguard.errors import CampaignMismatch, InvalidParameter, Setting
+from textguard.faults.checks import whole_number
 from textguard.faults.damage import SINGLE_FLIP, FaultModel
 from textguard.faults.formats import FP32, Format
 from textguard.faults.sites import Site
@@ -74,15 +76,15 @@ def draw_plan(
     1    fc      1      2       1   30     1.0
     2    fc      2      0       3   23     1.0
     """
-    if isinstance(counts, int) and counts < 1:
-        raise InvalidParameter(Setting("injections_per_layer"), f" is {counts}; at least 1 is needed")
+    if not isinstance(counts, Mapping):
+        counts = dict.fromkeys((site.layer for site in sites), whole_number(Setting("injections_per_layer"), counts, 1))
     if not (chances > 0).any():
         raise InvalidParameter("no image is eligible: the fault-free model classifies none correctly; train it longer")
     drawn = []
     for site in sites:
-        count = counts if isinstance(counts, int) else counts[site.layer]
-        if isinstance(count, int):
-            drawn.append(_draw(site, chances, count, seed, fault_model, number_format))
+        count = counts[site.layer]
+        if isinstance(count, Integral):
+            drawn.append(_draw(site, chances, int(count), seed, fault_model, number_format))
             continue
         if (fault_model.bits, fault_model.values) != (1, 1):
             raise InvalidParameter(Setting("plan"), ": only faults of one bit in one value can be planned by bit")

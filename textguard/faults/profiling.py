@@ -1,5 +1,6 @@
 """What fault-free inferences tell before faults are injected: which images are eligible, and the ranges of layers."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -7,7 +8,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+)
 
 from textguard.errors import InvalidParameter, Setting, UnknownName, UnsupportedModel
 from textguard.faults.engines import Engine, ReplayEngine, WholeEngine
@@ -24,10 +32,26 @@ def loader_of(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
 
 
 def count_images(loader: DataLoader) -> int:
-    """The number of images in the loader's data set. Raises InvalidParameter where it has no positions."""
+    """The number of images in the loader's data set. Raises InvalidParameter where it has no positions, or not all are read."""
     if isinstance(loader.dataset, IterableDataset):
         raise InvalidParameter("the DataLoader's data set must give images by their position (a map-style data set)")
+    if not _reads_all(loader):
+        raise InvalidParameter(
+            "the DataLoader's sampler does not read each image of its data set once; "
+            "choose images with torch.utils.data.Subset(dataset, positions) instead"
+        )
     return len(loader.dataset)
+
+
+def _reads_all(loader: DataLoader) -> bool:
+    """Whether the loader gives every image once, in whatever order, but for a last batch that it may drop."""
+    own = type(loader.batch_sampler) not in (BatchSampler, type(None))
+    order = itertools.chain.from_iterable(loader.batch_sampler) if own else loader.sampler
+    if type(order) is SequentialSampler or (type(order) is RandomSampler and not order.replacement):
+        return order.data_source is loader.dataset and len(order) == len(loader.dataset)
+    # A sampler of the user's; no more of it is read than it can rightly have, as it may be endless.
+    count = len(loader.dataset)
+    return sorted(int(position) for position in itertools.islice(order, count + 1)) == list(range(count))
 
 
 def batches(

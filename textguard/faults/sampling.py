@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 from torch.utils.data import DataLoader
 
-from textguard.errors import InvalidParameter, Setting, UnknownName
+from textguard.errors import InvalidParameter, Setting
 from textguard.estimates.statistics import mean_interval, planned_half_width, planned_injections
 from textguard.estimates.summary import LayerResult, summarise, without
+from textguard.faults.checks import checked_name, confidence_level, some_text, whole_number
 from textguard.faults.damage import SINGLE_FLIP, FaultModel
 from textguard.faults.engines import Engine
 from textguard.faults.execution import measure_pace, run_campaign
@@ -42,9 +43,14 @@ class Design:
     stop_at : str
         `never`, or the half-width of a layer's DeltaLoss that ends it: in nats ("0.001"), or as a share of it ("10%").
     confidence : float
-        Of that interval, 0.5 to 1.
+        Of that interval, 0.5 to 0.9999.
     seed : int
         Of the fault plan.
+
+    Raises
+    ------
+    TextguardError
+        A number has the wrong type or is out of range, or there is no such plan.
 
     References
     ----------
@@ -65,11 +71,16 @@ class Design:
     confidence: float
     seed: int
 
+    def __post_init__(self) -> None:
+        checked_name("plan", self.plan, PLANS, Setting("plan"))
+        some_text(Setting("stop_at"), self.stop_at)
+        object.__setattr__(self, "confidence", confidence_level(Setting("confidence"), self.confidence))
+        for name, least in (("injections_per_layer", 1), ("pilot", 1), ("seed", 0)):
+            object.__setattr__(self, name, whole_number(Setting(name), getattr(self, name), least))
+
     def strata(self, fault_model: FaultModel, engine: Engine) -> int:
         """How many strata the plan has: one for each bit, or 0. Raises UnknownName, InvalidParameter, for all of the design."""
         self.half_width(0.0)
-        if self.plan not in PLANS:
-            raise UnknownName("plan", self.plan, PLANS, Setting("plan"))
         bits = 0 if self.plan == "uniform" else bits_of(fault_model, engine.number_format)
         name = "pilot" if self.in_rounds and self.pilot < self.injections_per_layer else "injections_per_layer"
         least = getattr(self, name)

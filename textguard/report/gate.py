@@ -3,7 +3,7 @@
     python -m textguard.report.gate BASE NEW [--params FILE]
 
 prints a Markdown table and returns 1 when anything is worse by more than its tolerance (params.yaml, section `gate`) and the
-difference is significant: one-sided, with Holm's correction over all comparisons of the call. Bad input returns 2.
+difference is significant: one-sided, with Holm's correction over all comparisons of the call. Whatever is no verdict returns 2.
 How differences are tested: textguard.analysis.regression.
 """
 
@@ -19,7 +19,7 @@ from typing import NoReturn
 from textguard.analysis.regression import Comparison, Judgement, compare_all, judge
 from textguard.artifacts import read_json
 from textguard.environment import run_command
-from textguard.errors import InvalidArtifact, InvalidParameter, TextguardError
+from textguard.errors import InvalidArtifact, InvalidParameter, TextguardError, printable
 from textguard.params import PARAMS_FILE, load_gate_params
 from textguard.report.rendering import Table, as_markdown
 from textguard.schema.base import Measured, read
@@ -38,15 +38,22 @@ def main(arguments: list[str]) -> int:
     try:
         options = parser.parse_args(arguments)
         tolerances = load_gate_params(options.params)
-        base, new = read_runs(options.base), read_runs(options.new)
-        if options.base.is_dir() != options.new.is_dir():
-            raise InvalidParameter(f"{options.base} and {options.new} must be two files or two folders")
+        judgements = judge(compare_all(*read_sides(options.base, options.new), tolerances), tolerances.significance)
+        table = verdict_markdown(judgements, tolerances.significance)
     except TextguardError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    judgements = judge(compare_all(base, new, tolerances), tolerances.significance)
-    print(verdict_markdown(judgements, tolerances.significance), end="")
+        return _complain(f"{type(error).__name__}: {error}")
+    except OSError as error:
+        return _complain(f"InvalidArtifact: {error.filename}: {error.strerror}; make it readable, or name another one")
+    except Exception as error:  # an exception that nobody caught would end with 1, which says that something is worse
+        said = printable(str(error)) or "no reason given"
+        return _complain(f"{type(error).__name__}: {said}; no verdict: this is a mistake in the gate, please report it")
+    print(table, end="")
     return 1 if failures(judgements) else 0
+
+
+def _complain(line: str) -> int:
+    print(" ".join(line.split()), file=sys.stderr)
+    return 2
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,13 +61,30 @@ class _Parser(argparse.ArgumentParser):
         raise InvalidParameter(f"{message}; {self.format_usage()}")
 
 
+def read_sides(base: Path, new: Path) -> tuple[dict[str, RunResult], dict[str, RunResult]]:
+    """The runs of two files or of two folders; see `read_runs`. Raises InvalidArtifact, InvalidParameter."""
+    if base.is_dir() != new.is_dir():
+        raise InvalidParameter(f"{base} and {new} must be two files or two folders")
+    sides = read_runs(base), read_runs(new)
+    for folder, own, other in ((base, *sides), (new, *reversed(sides))):
+        for name in sorted(other.keys() - own.keys()):
+            if (folder / name).exists():
+                read(folder / name, "", RunResult)  # which says why it holds none: its run is not just gone
+    return sides
+
+
 def read_runs(path: Path) -> dict[str, RunResult]:
     """File name -> run, of a folder's JSON files that hold one; a single file's name is "". Raises InvalidArtifact."""
     if not path.is_dir():
         return {"": read(path, "", RunResult)}
-    runs = {file.name: read(file, "", RunResult) for file in sorted(path.glob("*.json")) if "run" in _keys(file)}
+    files = sorted(file for file in path.iterdir() if file.suffix == ".json")  # unlike glob, says when it may not look
+    runs = {file.name: read(file, "", RunResult) for file in files if "run" in _keys(file)}
     if not runs:
         raise InvalidArtifact(f"{path} holds no run's metrics (*.json); name another folder, or run 'dvc repro' in its grid")
+    owners: dict[str, str] = {}
+    for name, run in runs.items():
+        if (other := owners.setdefault(run.run, name)) != name:
+            raise InvalidArtifact(f"{path / name} holds run {run.run!r}, as {other} does; delete one of them")
     return runs
 
 

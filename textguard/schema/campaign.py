@@ -1,10 +1,14 @@
 """What stage `inject` says of a campaign, beside the records of its injections."""
 
-from typing import Annotated, Any
+from collections import Counter
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from textguard.schema.base import Stored, field
+from textguard.schema.base import Name, Stored, Whole, field
+
+Method = Literal["sampled", "exact"]
+Counts = list[Annotated[float, Field(ge=0)]]
 
 # The settings that decide which faults a campaign draws.
 PLAN_KEYS = (
@@ -34,42 +38,79 @@ Settings = Annotated[dict[str, Any], AfterValidator(_complete)]
 class Site(Stored):
     """A layer into which faults were injected."""
 
-    layer: str = field("its name in the network")
-    kind: str = field("the operation: Conv2d, Linear, MatMul, ...")
-    neurons: int = field("values that it puts out", "per image")
-    multiply_adds: int | None = field("its multiply-adds; null where they are not known", "per image")
+    layer: Name = field("its name in the network")
+    kind: Name = field("the operation: Conv2d, Linear, MatMul, ...")
+    neurons: Annotated[Whole, Field(ge=1)] = field("values that it puts out", "per image")
+    multiply_adds: Whole | None = field("its multiply-adds; null where they are not known", "per image")
 
 
 class EnumeratedLayer(Stored):
     """What all single-bit faults of a layer did on all eligible images. The lists have one entry per bit, lowest first."""
 
-    layer: str = field("its name in the network")
-    neurons: int = field("values that it puts out", "per image")
-    faults: list[float] = field("all faults", "count")
-    masked: list[float] = field("those that left no trace in the logits", "count")
-    detected: list[float] = field("those that the range detector saw", "count")
-    mismatches: list[float] = field("those that changed the class, with a finite loss", "count")
-    nonfinite: list[float] = field("those with a NaN or infinite loss", "count")
-    delta_loss: list[float] = field("sum of DeltaLoss over finite losses", "nats")
+    layer: Name = field("its name in the network")
+    neurons: Annotated[Whole, Field(ge=1)] = field("values that it puts out", "per image")
+    faults: Counts = field("all faults", "count")
+    masked: Counts = field("those that left no trace in the logits", "count")
+    detected: Counts = field("those that the range detector saw", "count")
+    mismatches: Counts = field("those that changed the class, with a finite loss", "count")
+    nonfinite: Counts = field("those with a NaN or infinite loss", "count")
+    delta_loss: Counts = field("sum of DeltaLoss over finite losses", "nats")
+
+    @model_validator(mode="after")
+    def _parts_of_the_faults(self) -> "EnumeratedLayer":
+        parts = {name: getattr(self, name) for name in ("masked", "detected", "mismatches", "nonfinite")}
+        if {len(part) for part in (*parts.values(), self.delta_loss)} != {len(self.faults)}:
+            raise ValueError("its lists must have one entry per bit each")
+        parts["mismatches and nonfinite"] = [sum(pair) for pair in zip(self.mismatches, self.nonfinite, strict=True)]
+        for name, part in parts.items():
+            if any(number > most or number % 1 for number, most in zip(part, self.faults, strict=True)):
+                raise ValueError(f"{name} must be whole numbers, none above that of the bit's faults")
+        return self
 
 
 class StoredCampaign(Stored):
     """One classifier's campaign: what was injected, how, and what is known exactly."""
 
     layers: list[Site] = field("the layers, in order of execution", min_length=1)
-    bits: int = field("bits of a value in the number format", ge=1)
-    strata: int = field("how many bits of a value the plan drew by; 0 where it drew bits at random")
-    eligible_images: int = field("test images that are predicted right without faults", "count")
-    detectors: list[str] = field("range detectors, the one that counts first", min_length=1)
-    exact: dict[str, list[EnumeratedLayer]] = field("by detector: the layers all of whose faults were tried")
-    skipped: dict[str, str] = field("by layer: why it takes no faults")
+    bits: int = field("bits of a value in the number format", ge=1, le=64)
+    strata: Whole = field("how many bits of a value the plan drew by; 0 where it drew bits at random")
+    eligible_images: int = field("test images that are predicted right without faults", "count", ge=1)
+    detectors: list[Name] = field("range detectors, the one that counts first", min_length=1)
+    exact: dict[Name, list[EnumeratedLayer]] = field("by detector: the layers all of whose faults were tried")
+    skipped: dict[Name, Name] = field("by layer: why it takes no faults")
     settings: Settings = field(
         "params.yaml's section `inject`; `inputs`, a fingerprint of all that went in; `device`, on which it ran"
     )
 
     @model_validator(mode="after")
-    def _every_detector_has_its_exact_layers(self) -> "StoredCampaign":
-        missing = [name for name in self.detectors if name not in self.exact]
-        if missing:
+    def _parts_agree(self) -> "StoredCampaign":
+        neurons = {site.layer: site.neurons for site in self.layers}
+        for name, held in (("layers", [site.layer for site in self.layers]), ("detectors", self.detectors)):
+            if twice := [one for one, count in Counter(held).items() if count > 1]:
+                raise ValueError(f"{name} holds {twice[0]!r} twice")
+        if self.strata not in (0, self.bits):
+            raise ValueError(f"strata is {self.strata}, neither 0 nor bits, {self.bits}")
+        if missing := [name for name in self.detectors if name not in self.exact]:
             raise ValueError(f"exact lacks the detector {missing[0]!r}")
+        if list(self.exact) != self.detectors:
+            raise ValueError(f"exact has other detectors, {', '.join(self.exact)}, than {', '.join(self.detectors)}")
+        if self.settings["detector"] != self.detectors[0]:
+            raise ValueError(f"settings.detector is {self.settings['detector']!r}, and not the first of detectors")
+        first = [layer.layer for layer in self.exact[self.detectors[0]]]
+        for name, layers in self.exact.items():
+            if [layer.layer for layer in layers] != first or len(set(first)) < len(first):
+                raise ValueError(f"exact.{name} must have each enumerated layer once, as the other detectors have them")
+            for layer in layers:
+                if neurons.get(layer.layer) != layer.neurons:
+                    raise ValueError(f"exact.{name} has a layer {layer.layer!r} of {layer.neurons} neurons; layers has none")
+                if layer.faults != [layer.neurons * self.eligible_images] * self.bits:
+                    raise ValueError(
+                        f"exact.{name} has another number of faults in {layer.layer!r} than one per neuron, image and bit"
+                    )
         return self
+
+    @property
+    def sampled(self) -> dict[str, int]:
+        """Layer -> its neurons, for the layers into which faults were drawn, in order of execution."""
+        enumerated = {layer.layer for layer in self.exact[self.detectors[0]]}
+        return {site.layer: site.neurons for site in self.layers if site.layer not in enumerated}

@@ -29,7 +29,7 @@ HEAD = """# What the stages' JSON files hold
 
 Written by `python -m textguard.schema.document > docs/outputs.md`; the models are in `textguard/schema/`.
 RUN is DATASET-BACKBONE-VARIANT-SEED, TEXT is DATASET-VARIANT. NaN and infinities are null.
-Readers ignore keys that they do not know.
+Readers refuse keys that they do not know.
 `data/DATASET/classes.json` is a plain list of class names in label order.
 """
 NAMES = {str: "text", int: "whole number", float: "number", bool: "yes or no", Any: "anything", type(None): "null"}

@@ -1,29 +1,36 @@
 """What stage `results` estimates: one file per run, the comparison of cells, and a summary."""
 
-from typing import Annotated, Any, Literal
+import math
+from collections import Counter
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from textguard.schema.base import Measured, Number, Stored, field
-from textguard.schema.campaign import Settings
+from textguard.schema.base import Measured, Name, Number, Stored, Whole, field
+from textguard.schema.campaign import Method, Settings
 
 BASELINE = "baseline"  # the variant without texts, which the others are compared with
 PROPOSED = "descriptions"  # the variant that the paper proposes
 
 _RATIO = "baseline's DeltaLoss / its own, above 1 is better"
 _VERDICT = "better, worse, or not separable at the confidence"
+_DIFFERENCE = (-1.0, 1.0)
+_ANY = (-math.inf, math.inf)
+Verdict = Annotated[str, Field(pattern=r"^(better|worse|not separable at [\d.]+%)$")]
+# Beyond it there is no quantile of the normal distribution, or none that says anything.
+Confidence = Annotated[float, Field(ge=0.5, le=0.9999)]
 
 
 class Plan(Stored):
     """What a campaign injected."""
 
-    mark: str = field("fingerprint of all that decides which faults are drawn: campaigns with one mark share their faults")
-    seed: int = field("of the draw")
-    plan: str = field("how injections were shared among layers")
-    injections: int = field("faults that were drawn", "count")
-    enumerated: int = field("faults in layers all of whose faults were tried", "count")
-    eligible_images: int = field("test images that are predicted right without faults", "count")
-    detector: str = field("the range detector that counts")
+    mark: Name = field("fingerprint of all that decides which faults are drawn: campaigns with one mark share their faults")
+    seed: Whole = field("of the draw")
+    plan: Name = field("how injections were shared among layers")
+    injections: Whole = field("faults that were drawn", "count")
+    enumerated: Whole = field("faults in layers all of whose faults were tried", "count")
+    eligible_images: Whole = field("test images that are predicted right without faults", "count")
+    detector: Name = field("the range detector that counts")
 
 
 class Headline(Stored):
@@ -45,11 +52,16 @@ class Overall(Headline):
 class Convergence(Stored):
     """The mean DeltaLoss of the sampled layers after some of the injections."""
 
-    injections_per_layer: int = field("the first so many", "count")
+    injections_per_layer: Whole = field("the first so many", "count")
     value: Number = field("the estimate", "nats")
     low: Number = field("lower end of its interval", "nats")
     high: Number = field("upper end of its interval", "nats")
-    n: int = field("injections into all sampled layers", "count")
+    n: Whole = field("injections into all sampled layers", "count")
+
+    @model_validator(mode="after")
+    def _is_an_estimate(self) -> "Convergence":
+        Measured(self.value, self.low, self.high, self.n)  # or it says what is wrong
+        return self
 
 
 class Outcomes(Stored):
@@ -60,26 +72,39 @@ class Outcomes(Stored):
     sdc: float = field("changed the class", "share")
     nonfinite: float = field("left a NaN or infinite loss", "share")
 
+    @model_validator(mode="after")
+    def _all_of_them(self) -> "Outcomes":
+        total = self.masked + self.benign + self.sdc + self.nonfinite
+        if not math.isclose(total, 1, abs_tol=1e-4):
+            raise ValueError(f"the four add up to {total:g}")
+        return self
+
 
 class ByBit(Stored):
     """The faults by the bit that they hit, lowest first; null where a bit was never hit."""
 
-    n: list[int] = field("injections", "count")
+    n: list[Whole] = field("injections", "count")
     delta_loss: list[Number] = field("mean DeltaLoss of finite losses", "nats")
     sdc: list[Number] = field("changed classes or losses that are not finite", "share")
+
+    @model_validator(mode="after")
+    def _one_entry_per_bit(self) -> "ByBit":
+        if not len(self.n) == len(self.delta_loss) == len(self.sdc) > 0:
+            raise ValueError("n, delta_loss and sdc must have one entry per bit each")
+        return self
 
 
 class Layer(Stored):
     """One layer under faults."""
 
-    layer: str = field("its name in the backbone; the text-guided classifier's own head is `head`")
-    kind: str = field("the operation: Conv2d, Linear, MatMul, ...")
-    neurons: int = field("values that it puts out", "per image")
-    multiply_adds: int | None = field("its multiply-adds; null where they are not known", "per image")
-    method: Literal["sampled", "exact"] = field("exact where every fault on every eligible image was tried")
-    injections: int = field("faults", "count")
-    masked: int = field("faults that left no trace in the logits", "count")
-    detected: int = field("faults that the range detector saw", "count")
+    layer: Name = field("its name in the backbone; the text-guided classifier's own head is `head`")
+    kind: Name = field("the operation: Conv2d, Linear, MatMul, ...")
+    neurons: Whole = field("values that it puts out", "per image")
+    multiply_adds: Whole | None = field("its multiply-adds; null where they are not known", "per image")
+    method: Method = field("exact where every fault on every eligible image was tried")
+    injections: Whole = field("faults", "count")
+    masked: Whole = field("faults that left no trace in the logits", "count")
+    detected: Whole = field("faults that the range detector saw", "count")
     delta_loss: Measured = field("mean DeltaLoss", "nats")
     mismatch: Measured = field("changed classes among faults with a finite loss", "share")
     sdc: Measured = field("faults that change the class or leave a loss that is not finite", "share")
@@ -90,6 +115,14 @@ class Layer(Stored):
     improvement: Measured | None = field(
         f"{_RATIO}; absent where there is no baseline, or no such layer in it", "times", default=None
     )
+
+    @model_validator(mode="after")
+    def _counts_agree(self) -> "Layer":
+        if max(self.masked, self.detected) > self.injections:
+            raise ValueError("masked and detected are some of the injections, and there are more of them")
+        if sum(self.by_bit.n) != self.injections:
+            raise ValueError(f"by_bit.n adds up to {sum(self.by_bit.n)}, and there are {self.injections} injections")
+        return self
 
 
 class Improved(Stored):
@@ -103,9 +136,9 @@ class Improved(Stored):
 class Verdicts(Stored):
     """What the intervals of improvements say."""
 
-    overall: str = field(_VERDICT)
-    last_layer: str = field(_VERDICT)
-    head: str = field(_VERDICT)
+    overall: Verdict = field(_VERDICT)
+    last_layer: Verdict = field(_VERDICT)
+    head: Verdict = field(_VERDICT)
 
 
 class UnderDetector(Stored):
@@ -120,41 +153,57 @@ class UnderDetector(Stored):
 class Improvement(Stored):
     """A run against the baseline with its seed, under the range detector that counts."""
 
-    baseline: str = field("key of the baseline's run")
+    baseline: Name = field("key of the baseline's run")
     overall: Measured = field(f"mean over layers: {_RATIO}", "times")
     last_layer: Measured = field(f"last layer: {_RATIO}", "times")
     head: Measured = field("the head alone against the baseline's last layer", "times")
-    top2diff: Measured = field("Top2Diff minus the baseline's", "share")
+    top2diff: Measured = field("Top2Diff minus the baseline's", "share", _DIFFERENCE)
     verdict: Verdicts = field("what the three intervals say")
 
 
 class RunResult(Stored):
     """All that is estimated of one run."""
 
-    run: str = field("the run's key in params.yaml")
-    dataset: str = field("the data set's key")
-    backbone: str = field("the backbone")
-    variant: str = field("what the head starts from; `baseline` has no head of its own")
-    seed: int = field("of the training")
-    confidence: Annotated[float, Field(gt=0, lt=1)] = field("of all intervals", "share")
+    run: Name = field("the run's key in params.yaml")
+    dataset: Name = field("the data set's key")
+    backbone: Name = field("the backbone")
+    variant: Name = field("what the head starts from; `baseline` has no head of its own")
+    seed: Whole = field("of the training")
+    confidence: Confidence = field("of all intervals", "share")
     plan: Plan = field("what was injected")
-    images: str = field("fingerprint of the test images' labels: runs with one fingerprint share their images")
+    images: Name = field("fingerprint of the test images' labels: runs with one fingerprint share their images")
     top1: Measured = field("accuracy without faults", "share")
     loss: Measured = field("cross entropy without faults", "nats")
     top2diff: Measured = field("probability of the first class minus that of the second, without faults", "share")
-    parameters: int = field("weights and biases, trained or not", "count")
-    multiply_adds: int = field("multiply-adds of an inference", "per image")
-    scale: float = field("what a text-guided classifier multiplies its cosines by; 1 for a baseline")
-    largest_logit: float = field("the largest magnitude of a logit over the training images")
+    parameters: Whole = field("weights and biases, trained or not", "count")
+    multiply_adds: Whole = field("multiply-adds of an inference", "per image")
+    scale: float = field("what a text-guided classifier multiplies its cosines by; 1 for a baseline", gt=0)
+    largest_logit: float = field("the largest magnitude of a logit over the training images", ge=0)
     overall: Overall = field("means over all layers")
     last_layer: Headline = field("the last layer; of a text-guided classifier, its latent layer and head")
     convergence: list[Convergence] = field("how DeltaLoss settled; empty where injections were planned by what the first did")
-    layers: list[Layer] = field("the layers, in order of execution")
+    layers: list[Layer] = field("the layers, in order of execution", min_length=1)
     detectors: dict[str, UnderDetector] = field("by range detector, the one that counts first")
     improvement: Improvement | None = field("against the baseline; null for a baseline, or where there is none")
-    skipped: dict[str, str] = field("by layer: why it takes no faults")
+    skipped: dict[Name, Name] = field("by layer: why it takes no faults")
     settings: Settings = field("as in campaign.json")
     statistics: dict[str, Any] = field("params.yaml's section `statistics`")
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> "RunResult":
+        if twice := [name for name, count in Counter(layer.layer for layer in self.layers).items() if count > 1]:
+            raise ValueError(f"layers holds {twice[0]!r} twice")
+        for name, method in (("injections", "sampled"), ("enumerated", "exact")):
+            there = sum(layer.injections for layer in self.layers if layer.method == method)
+            if getattr(self.plan, name) != there:
+                raise ValueError(f"plan.{name} is {getattr(self.plan, name)}, and the {method} layers have {there}")
+        if self.detectors and next(iter(self.detectors)) != self.plan.detector:
+            raise ValueError(
+                f"detectors begins with {next(iter(self.detectors))!r}, and plan.detector is {self.plan.detector!r}"
+            )
+        if self.improvement and self.variant == BASELINE:
+            raise ValueError("improvement is there, and a baseline has none over itself")
+        return self
 
 
 class CellUnderDetector(Improved):
@@ -171,19 +220,19 @@ class CellUnderDetector(Improved):
 class Cell(Stored):
     """One (data set, backbone, variant) beside its baselines, over all trainings: its runs differ in their seeds alone."""
 
-    dataset: str = field("the data set's key")
-    backbone: str = field("the backbone")
-    variant: str = field("what the head starts from")
-    seeds: list[int] = field("of the trainings that have a baseline with the same seed")
+    dataset: Name = field("the data set's key")
+    backbone: Name = field("the backbone")
+    variant: Name = field("what the head starts from")
+    seeds: list[Whole] = field("of the trainings that have a baseline with the same seed", min_length=1)
     top1_baseline: Measured = field("accuracy of the baselines", "share")
     top1: Measured = field("accuracy", "share")
-    parameters: int = field("more than the baseline has", "count")
-    multiply_adds: int = field("more than the baseline has", "per image")
+    parameters: int = field("more than the baseline has", "count", _ANY)
+    multiply_adds: int = field("more than the baseline has", "per image", _ANY)
     overall: Measured = field(f"mean over layers: {_RATIO}", "times")
     last_layer: Measured = field(f"last layer: {_RATIO}", "times")
     head: Measured = field("the head alone against the baseline's last layer", "times")
     verdict: Verdicts = field("what the three intervals say")
-    top2diff: Measured = field("Top2Diff minus the baselines'", "share")
+    top2diff: Measured = field("Top2Diff minus the baselines'", "share", _DIFFERENCE)
     detectors: dict[str, CellUnderDetector] = field("by range detector, the one that counts first")
 
 
