@@ -61,8 +61,11 @@ def load_run(params: Params, key: str, split: str = "test") -> LoadedRun:
     run, device = params.runs[key], pick_device()
     dataset, data, folder = params.datasets[run.dataset], Path("data") / run.dataset, Path("metrics") / "runs" / key
     model_file = Path("models") / f"{key}.safetensors"
-    model, spec = load_classifier(model_file)
     images = load_split(data, split, data_root(dataset.source, dataset.folder, Path(params.root)))
+    recipe = params.backbones[run.backbone]
+    prepared = recipe.image_size, recipe.resize_size, recipe.interpolation
+    wanted = ClassifierSpec(run.dataset, recipe.network, run.variant, *prepared, width=0, classes=tuple(images.classes))
+    model, spec = load_classifier(model_file, wanted)
     return LoadedRun(
         key=key,
         device=device,

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from textguard.errors import CannotWrite, InvalidArtifact
+from textguard.errors import CannotWrite, InvalidArtifact, printable
 
 # pandas, pyarrow and safetensors are imported where they are used: half of the stages need none of them.
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def reading(path: Path, made_by: str) -> Iterator[None]:
         raise InvalidArtifact(f"{path} {error}; {how}") from error
     except Exception as error:
         how = f"delete it and run 'dvc repro': stage '{made_by}' writes it" if made_by else "mend it"
-        raise InvalidArtifact(f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]}); {how}") from error
+        raise InvalidArtifact(f"{path} cannot be read ({type(error).__name__}: {printable(str(error))}); {how}") from error
 
 
 def read_json(path: Path, made_by: str, fields: Iterable[str] = ()) -> Any:
@@ -211,11 +211,13 @@ def _require(table: "pd.DataFrame", columns: list[str]) -> "pd.DataFrame":
 
 
 def read_safetensors(path: Path, made_by: str) -> tuple[dict[str, "Tensor"], dict[str, str]]:
-    """Read all tensors and the metadata of a safetensors file. Raises InvalidArtifact."""
+    """Read all tensors and the metadata of a safetensors file, text by name. Raises InvalidArtifact."""
     from safetensors import safe_open
 
     with reading(path, made_by), safe_open(path, framework="pt") as file:
         metadata = json.loads((file.metadata() or {}).get("textguard", "{}"))
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise InvalidArtifact("has metadata 'textguard' that are no JSON object of texts")
         return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dict)
 
 
