@@ -26,6 +26,7 @@ def main(params: Params, key: str) -> None:
     profiled, model = largest_outputs(run.ranges), protect(run.model, run.image, run.bounds, params.inject.mitigation)
     records = read_parquet(run.records / "injections.parquet", "inject", RECORDS)
     engine = settings.make_engine(model, run.image, profiled)
+    run.check_layers((site.layer, site.kind, site.neurons) for site in engine.sites)
     last = engine.sites[-1].layer
     values = count_magnitudes(engine, image_loader(run.view, settings.batch_size), profiled[last])
     content = {"last_layer": {"layer": last, "profiled": profiled[last], "images": len(run.view), **values}}

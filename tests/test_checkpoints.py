@@ -272,7 +272,8 @@ def test_a_campaign_can_be_run_without_training(grid, tmp_path):
         model, key = network(replace(spec, classes=classes), width), f"digits-{name}-0"
         torch.save({"model": model.state_dict()}, tmp_path / "m.pth")
         train.main(grid(weights={name: {"source": "published:m.pth", "sha256": sha256_of_file(Path("m.pth"), "")}}), key)
-        found, found_spec = load_classifier(Path("models") / f"{key}.safetensors", replace(spec, dataset="digits", classes=classes))
+        wanted = replace(spec, dataset="digits", classes=classes)
+        found, found_spec = load_classifier(Path("models") / f"{key}.safetensors", wanted)
         assert_same(found, model)
         assert (found_spec.width, found_spec.dataset, found_spec.variant) == (width, "digits", spec.variant)
         curve = pd.read_csv(Path("metrics") / "runs" / key / "training.csv")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WORK_DIR = Path(".work")
+FP32_MAX = 3.4028234663852886e38
 Record = TypeVar("Record")
 
 
@@ -193,6 +194,32 @@ def read_csv(path: Path, made_by: str, columns: list[str], numbers: list[str]) -
             if not pd.to_numeric(table[column]).map(math.isfinite).all():
                 raise InvalidArtifact(f"has a {column} that is no finite number")
         return table
+
+
+def read_ranges(path: Path) -> "pd.DataFrame":
+    """A run's profiled layers, in order of execution: layer, kind, neurons, max_abs, mean_abs, images.
+
+    Raises InvalidArtifact.
+    """
+    table = read_csv(path, "ranges", ["layer", "kind"], ["neurons", "max_abs", "mean_abs", "images"])
+    with reading(path, "ranges"):
+        check_names(table["layer"], "layer")
+        largest, mean = table["max_abs"], table["mean_abs"]
+        # A mean is a sum of many numbers: it may be rounded beyond the largest of them.
+        bad = (mean < 0) | (mean > largest * (1 + 1e-6)) | (largest > FP32_MAX) | (table["neurons"] < 1) | (table["images"] < 1)
+        if bad.any():
+            row = table[bad].iloc[0]
+            values = ", ".join(f"{name} {row[name]}" for name in ("neurons", "max_abs", "mean_abs", "images"))
+            raise InvalidArtifact(f"has impossible numbers for layer {row['layer']!r}: {values}")
+        return table
+
+
+def check_names(names: "pd.Series", what: str) -> None:
+    """Raises InvalidArtifact where a table's rows have no names, or one of them twice. what: they are names of."""
+    if names.empty or not names.map(lambda name: isinstance(name, str)).all():
+        raise InvalidArtifact(f"names no {what}" if names.empty else f"has a row without the name of its {what}")
+    if names.duplicated().any():
+        raise InvalidArtifact(f"names {what} {printable(names[names.duplicated()].iloc[0])!r} twice")
 
 
 def read_parquet(path: Path, made_by: str, columns: list[str]) -> "pd.DataFrame":

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from textguard.artifacts import read_csv, read_parquet
+from textguard.artifacts import read_csv, read_parquet, read_ranges, reading
+from textguard.errors import InvalidArtifact
 from textguard.params import Run
 from textguard.schema.base import read
 from textguard.schema.closeup import CloseUp
@@ -57,15 +58,30 @@ def load_text_quality(key: str) -> TextQuality:
 
 def load_ranges(key: str) -> pd.DataFrame:
     """One run's value ranges: layer (without the prefix `backbone.`), max_abs, mean_abs, images."""
-    table = read_csv(RUNS_DIR / key / "ranges.csv", "ranges", ["layer"], ["max_abs", "mean_abs", "images"])
+    table = read_ranges(RUNS_DIR / key / "ranges.csv")
     return table.assign(layer=table["layer"].str.removeprefix("backbone."))
 
 
 def load_threshold_curve(key: str) -> pd.DataFrame:
     """One run's accuracy against Top2Diff threshold, both in percent."""
-    return read_csv(RUNS_DIR / key / "thresholds.csv", "evaluate", [], ["threshold_percent", "accuracy_percent"])
+    path = RUNS_DIR / key / "thresholds.csv"
+    curve = read_csv(path, "evaluate", [], ["threshold_percent", "accuracy_percent"])
+    with reading(path, "evaluate"):
+        accuracy = curve["accuracy_percent"]
+        if curve.empty or not curve["threshold_percent"].is_monotonic_increasing or not accuracy.between(0, 100).all():
+            raise InvalidArtifact("is no curve of accuracies, 0 to 100 percent, over ascending thresholds")
+        if not accuracy.is_monotonic_decreasing:
+            raise InvalidArtifact("has an accuracy that grows with the threshold")
+    return curve
 
 
 def load_training(key: str) -> pd.DataFrame:
     """One run's epochs: epoch, loss (nats), accuracy (0 to 1), learning_rate."""
-    return read_csv(RUNS_DIR / key / "training.csv", "train", [], ["epoch", "loss", "accuracy", "learning_rate"])
+    path = RUNS_DIR / key / "training.csv"
+    curve = read_csv(path, "train", [], ["epoch", "loss", "accuracy", "learning_rate"])
+    with reading(path, "train"):
+        if curve["epoch"].tolist() != list(range(1, len(curve) + 1)):
+            raise InvalidArtifact("does not count its epochs from 1, one after the other")
+        if not (curve["accuracy"].between(0, 1) & (curve["loss"] >= 0) & (curve["learning_rate"] >= 0)).all():
+            raise InvalidArtifact("has an accuracy beyond 0 to 1, or a loss or learning rate below 0")
+    return curve

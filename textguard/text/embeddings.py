@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from textguard.artifacts import read_pth, read_safetensors, reading, write_safetensors
-from textguard.errors import InvalidArtifact, InvalidEmbeddings
+from textguard.errors import InvalidArtifact, InvalidEmbeddings, printable
 
 UNIT_TOLERANCE = 1e-4
+LARGEST_WIDTH = 65_536  # several times that of any text encoder
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def load_class_embeddings(path: Path, dataset: str, classes: list[str]) -> Class
         described = json.loads(metadata["provenance"])
         options = EmbeddingOptions(**described["options"])
         found = ClassEmbeddings(matrix, **{**described, "classes": tuple(described["classes"]), "options": options})
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise InvalidEmbeddings(f"{path} holds no class embeddings; stage 'embeddings' writes it") from error
     remedy = "delete it and run 'dvc repro'"
     if found.dataset != dataset:
@@ -219,13 +220,23 @@ def load_head(path: Path, dataset: str, classes: list[str]) -> tuple[int, Tensor
     from class embeddings. Raises InvalidArtifact, InvalidEmbeddings.
     """
     # Which of two stages writes the file, the name says: it may be missing.
-    made_by = "heads" if path.stem in (f"{dataset}-baseline", f"{dataset}-random") else "embeddings"
+    most = {f"{dataset}-baseline": 0, f"{dataset}-random": LARGEST_WIDTH}.get(path.stem)
+    made_by = "embeddings" if most is None else "heads"
     _, metadata = read_safetensors(path, made_by)
-    if "head" not in metadata:
+    if most is None and "head" not in metadata:
         matrix_ce = load_class_embeddings(path, dataset, classes).matrix
         return matrix_ce.shape[1], matrix_ce
-    with reading(path, "heads"):
+    with reading(path, made_by):
+        if "head" not in metadata:
+            raise InvalidArtifact("does not state the width of a head")
         stated = json.loads(metadata["head"])
         if (stated["dataset"], stated["classes"]) != (dataset, classes):
             raise InvalidArtifact(f"was made for other classes, of data set {stated['dataset']!r}")
-        return int(stated["width"]), None
+        if most is None:
+            raise InvalidArtifact("states the width of a head, and holds no class embeddings to start it from")
+        width, least = stated["width"], min(1, most)
+        if type(width) is not int or not least <= width <= most:
+            raise InvalidArtifact(
+                f"states the width {printable(str(width), 60)}; it must be a whole number from {least} to {most}"
+            )
+        return width, None

@@ -33,8 +33,9 @@ FAMILIES = {
     "focalnet_s": "focalnet",
 }
 
-Count = Annotated[int, Field(gt=0)]
-Rate = Annotated[float, Field(ge=0)]
+# The bounds keep what is multiplied with each other within fp32, and are far beyond anything that can be meant.
+Count = Annotated[int, Field(gt=0, le=1_000_000)]
+Rate = Annotated[float, Field(ge=0, le=1e6)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Pixels = Annotated[int, Field(ge=8, le=4096)]
@@ -55,13 +56,13 @@ class Recipe:
     """
 
     epochs: Count
-    batch_size: Annotated[int, Field(ge=2)]
+    batch_size: Annotated[int, Field(ge=2, le=1_000_000)]
     base_batch_size: Count
     optimizer: Literal["sgd", "adamw"]
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[float, Field(gt=0, le=1e6)]
     momentum: Decay
     betas: tuple[Decay, Decay]
-    eps: Annotated[float, Field(gt=0)]
+    eps: Annotated[float, Field(gt=0, le=1)]
     weight_decay: Rate
     norm_weight_decay: Rate | None
     bias_weight_decay: Rate | None
@@ -71,7 +72,7 @@ class Recipe:
     step_epochs: Count
     gamma: Annotated[float, Field(gt=0, le=1)]
     min_learning_rate: Rate
-    warmup_epochs: Annotated[int, Field(ge=0)]
+    warmup_epochs: Annotated[int, Field(ge=0, le=1_000_000)]
     warmup_start: Annotated[float, Field(gt=0, le=1)]
     label_smoothing: Decay
     mixup: Rate
@@ -79,7 +80,7 @@ class Recipe:
     ema: bool
     ema_decay: Decay
     ema_steps: Count
-    repeated_augmentation: Count
+    repeated_augmentation: Annotated[int, Field(gt=0, le=1000)]
     clip_norm: Rate
     precision: Literal["fp32", "fp16", "bf16"]
     sync_batch_norm: bool
@@ -89,7 +90,7 @@ class Recipe:
     interpolation: Literal["bilinear", "bicubic"]
     crop: Literal["none", "random_resized", "padded"]
     crop_scale: tuple[Share, Share]
-    crop_padding: Annotated[int, Field(ge=0)]
+    crop_padding: Annotated[int, Field(ge=0, le=4096)]
     flip: Share
     auto_augment: Annotated[str, Field(min_length=1)]
     random_erasing: Share
@@ -102,6 +103,10 @@ class Recipe:
             raise ValueError(f"resize_size is {self.resize_size}; it must not be below image_size, {self.image_size}")
         if self.crop_scale[0] > self.crop_scale[1]:
             raise ValueError(f"crop_scale is {list(self.crop_scale)}; its minimum comes first")
+        if self.crop_padding >= self.image_size:
+            raise ValueError(
+                f"crop_padding is {self.crop_padding}; it must be below image_size, {self.image_size}, or crops miss the image"
+            )
         return self
 
 

@@ -109,7 +109,8 @@ class Trainer:
     Raises
     ------
     InvalidParameter
-        For a batch that the processes cannot share alike, and for bad settings in the environment.
+        For a batch that the processes cannot share alike, or that leaves each one image where BatchNorm needs two, and for bad
+        settings in the environment.
     """
 
     def __init__(self, model: nn.Module, images: int, classes: int, recipe: Recipe, *, seed: int, label: str) -> None:
@@ -121,12 +122,19 @@ class Trainer:
             raise InvalidParameter(
                 f"{label}: batches of {self.batch_size} images cannot be shared by {self.processes} processes alike"
             )
+        if self.batch_size == self.processes:
+            _check_single_images(model, recipe, self.processes, label)
         self.before = int(recipe.mixup > 0 or recipe.cutmix > 0)
         if recipe.sync_batch_norm and self.processes > 1:
             if self.device.type == "cuda":
                 model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
             elif self.rank == 0:
                 announce(f"{label}: sync_batch_norm works on GPUs alone; BatchNorm's statistics are of each process's images")
+        if self.device.type == "cpu" and recipe.precision != "fp32" and self.rank == 0:
+            announce(
+                f"{label}: precision {recipe.precision} on a CPU, which can be slower than fp32 by orders of magnitude; "
+                "for speed, set params.yaml backbones.*.precision to fp32, or use a GPU"
+            )
         channels_last = environment_number("TEXTGUARD_CHANNELS_LAST", 0, 1)
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._compiles = bool(environment_number("TEXTGUARD_COMPILE", 0, 1))
@@ -400,8 +408,8 @@ def train(
     Raises
     ------
     InvalidParameter
-        When the loss is no longer finite, for a batch that the processes cannot share alike, and for bad settings in the
-        environment.
+        When the loss or a weight is no longer finite, for a batch that the processes cannot share alike, or that leaves each
+        one image where BatchNorm needs two, and for bad settings in the environment.
     """
     trainer, checkpoints = Trainer(model, len(view), classes, recipe, seed=seed, label=label), Checkpoints(work, label)
     checkpoints.restore(trainer)
@@ -417,12 +425,14 @@ def train(
             for images, labels in trainer.batches(view):
                 loss = trainer.step(images, labels)
                 if not math.isfinite(loss):
-                    raise _diverged(loss, trainer, checkpoints)
+                    raise _diverged(f"the loss is {loss}", trainer, checkpoints)
                 bar.set_postfix_str(f"loss {trainer.progress.loss / trainer.progress.seen:.3g}", refresh=False)
                 bar.update(batch_size)
                 if trainer.progress.step % steps and checkpoints.due:
                     checkpoints.save(trainer)
                 after_step(trainer.progress.step)
+            if broken := _not_finite(model):
+                raise _diverged(f"{broken} is NaN or infinite", trainer, checkpoints)
             finished = trainer.end_epoch()
             checkpoints.save(trainer)
             report(finished)
@@ -430,12 +440,32 @@ def train(
     return trainer.progress.history
 
 
-def _diverged(loss: float, trainer: Trainer, checkpoints: Checkpoints) -> InvalidParameter:
+def _check_single_images(model: nn.Module, recipe: Recipe, processes: int, label: str) -> None:
+    """Raises InvalidParameter where a network cannot be trained on one image at a time, as with BatchNorm behind a pooling."""
+    if recipe.sync_batch_norm and next(model.parameters()).is_cuda:
+        return  # statistics are of all processes' images
+    shape = (1, 3, recipe.image_size, recipe.image_size)
+    try:
+        copy.deepcopy(model).to("meta").train()(torch.empty(shape, device="meta"))
+    except ValueError as error:  # torch's, of a layer that normalises one value alone
+        raise InvalidParameter(
+            f"{label}: batches of {processes} images leave each of {processes} processes one, and BatchNorm cannot be trained "
+            f"on it ({error}); raise params.yaml backbones.*.batch_size, or lower TEXTGUARD_PROCESSES"
+        ) from error
+
+
+def _not_finite(model: nn.Module) -> str:
+    """The first parameter, or running mean or variance, that is not finite; empty where there is none."""
+    running = [(name, value) for name, value in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    return next((name for name, value in [*model.named_parameters(), *running] if not torch.isfinite(value).all()), "")
+
+
+def _diverged(problem: str, trainer: Trainer, checkpoints: Checkpoints) -> InvalidParameter:
     epoch, step = divmod(trainer.progress.step - 1, trainer.steps)
     kept = checkpoints.files
     last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
     return InvalidParameter(
-        f"{checkpoints.label}: the loss is {loss} in epoch {epoch + 1}, step {step + 1}, "
+        f"{checkpoints.label}: {problem} in epoch {epoch + 1}, step {step + 1}, "
         f"at learning rate {trainer.learning_rate:.3g}; {last}; "
         "lower params.yaml backbones.*.learning_rate or raise warmup_epochs"
     )
