@@ -130,7 +130,7 @@ def differences(stated: Mapping[str, Any], wanted: ClassifierSpec) -> str:
                 found.append(f"classes in another order, or others, {_short(pairs[0][0])} instead of {_short(pairs[0][1])}")
             elif len(value) != len(own):
                 found.append(f"classes, {len(value)} instead of {len(own)}")
-        elif value != own:
+        elif name not in wanted.__dict__ or value != own:
             found.append(f"{printable(name, 40)} {_short(value)} instead of {_short(own)}")
     return _listed(found, "; ")
 
