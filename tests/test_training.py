@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from conftest import REPOSITORY, TinyMobileNet, TinyResNet, TinyTransformer
 from smoke_grid import environment, run
 from stages.rehearsal import rehearse
-from textguard.artifacts import read_safetensors
+from textguard.artifacts import read_safetensors, write_safetensors
 from textguard.errors import InvalidArtifact, InvalidParameter, TextguardError, UnsupportedModel
 from textguard.faults.profiling import top2diff
 from textguard.params import CloseupParams, FaultParams, load_params
@@ -29,7 +29,7 @@ from textguard.vision.datasets import PackedSplit
 from textguard.vision.evaluation import predict
 from textguard.vision.order import epoch_order
 from textguard.vision.recipe import Recipe, load_recipe
-from textguard.vision.training import Epoch, Trainer, train
+from textguard.vision.training import Checkpoints, Epoch, Trainer, train
 from textguard.vision.transforms import TrainingView, evaluation_view, training_view
 
 CLASSES = 4
@@ -381,6 +381,33 @@ def test_processes_share_training_and_evaluation_of_a_stage(grid):
     table = pd.read_parquet(grid / "metrics" / "records" / RUN / "predictions.parquet")
     assert len(table) == 60
     assert not os.listdir(grid / ".work" / "train" / RUN) or os.listdir(grid / ".work" / "train" / RUN) == ["lock"]
+
+
+STATES = [
+    *("[]", "3", "null", '"x"', "{}", "[" * 100_000, '{"model": 3}', '{"model": []}'),
+    *('{"progress": {"step": -5, "history": []}}', '{"progress": {"step": 1e9, "history": []}}'),
+    *('{"progress": {"step": 5, "history": [[1]]}}', '{"progress": []}', '{"optimizer": "x"}', '{"optimizer": {"x": 1}}'),
+    '{"optimizer": {"0": 1}, "progress": {"step": "x", "history": []}}',
+]
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_checkpoint_with_a_damaged_state_is_named_and_left(tmp_path, capsys, state):
+    trainer, checkpoints = Trainer(network(), 40, CLASSES, recipe(), seed=0, label="t"), Checkpoints(tmp_path, "t")
+    checkpoints.save(trainer)
+    (file,) = checkpoints.files
+    tensors, metadata = read_safetensors(file, "train")
+    good = json.loads(metadata["state"])
+    try:
+        changed = json.dumps(good | json.loads(state)) if isinstance(json.loads(state), dict) and state != "{}" else state
+    except RecursionError:
+        changed = state
+    write_safetensors(file, tensors, {"state": changed})
+    checkpoints.restore(trainer)
+    assert f"t: {file} cannot be read" in capsys.readouterr().err
+    assert not checkpoints.files
+    assert same(trainer.model, network())
+    assert trainer.progress.step == 0
 
 
 BEYOND = {

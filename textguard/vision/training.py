@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from textguard.artifacts import read_safetensors, write_safetensors
-from textguard.errors import InvalidArtifact, InvalidParameter
+from textguard.errors import InvalidParameter
 from textguard.runtime import announce, environment_number, join_processes, progress
 from textguard.vision.mixing import mix
 from textguard.vision.optimisation import Ema, learning_rate_at, make_optimizer
@@ -272,7 +272,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """Go back to a state that `state_dict` returned.
 
-        Raises KeyError, TypeError, ValueError or RuntimeError for a state of another training; some of it may have been loaded.
+        Raises exceptions of many kinds for a state of another training; some of it may have been loaded.
         """
         self.model.load_state_dict(state["model"])
         if self.average:
@@ -284,7 +284,10 @@ class Trainer:
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": optimizer})
         self.scaler.load_state_dict(state["scaler"])
         history = [Epoch(**epoch) for epoch in state["progress"]["history"]]
-        self.progress = TrainingProgress(**state["progress"] | {"history": history})
+        found = TrainingProgress(**state["progress"] | {"history": history})
+        if not len(history) * self.steps <= found.step <= self.recipe.epochs * self.steps:
+            raise ValueError(f"step {found.step} with {len(history)} epochs behind it")
+        self.progress = found
 
 
 class Checkpoints:
@@ -344,7 +347,7 @@ class Checkpoints:
         for path in reversed(files):
             try:
                 trainer.load_state_dict(_read_state(path))
-            except (InvalidArtifact, KeyError, TypeError, ValueError, RuntimeError) as error:
+            except Exception as error:  # whatever a damaged state makes of itself on its way into the optimiser
                 if trainer.rank == 0:
                     announce(f"{self.label}: {path} cannot be read ({str(error)[:100]}); going back to the checkpoint before")
                     path.unlink(missing_ok=True)
