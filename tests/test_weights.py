@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from textguard.artifacts import read_safetensors, write_safetensors
-from textguard.errors import InvalidArtifact
+from textguard.errors import InvalidArtifact, InvalidEmbeddings
+from textguard.text.embeddings import load_text_features
 from textguard.vision import checkpoints, classifiers
 from textguard.vision.checkpoints import load_checkpoint
 from textguard.vision.classifiers import (
@@ -80,6 +81,16 @@ def test_other_tensors_than_floats_are_refused(tmp_path, make, message):
     with pytest.raises(InvalidArtifact, match=rf"m\.pth holds {message}.*; change params\.yaml weights") as raised:
         load_checkpoint(f"published:{tmp_path / 'm.pth'}", SPEC)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [name for name in NO_FLOATS if name not in ("integers", "truths")])
+def test_text_features_of_other_tensors_are_refused(tmp_path, kind):
+    make, message = NO_FLOATS[kind]
+    torch.save(make(), tmp_path / "t.pth")
+    found = message.partition(" in ")[0].removesuffix(",")
+    with pytest.raises(InvalidEmbeddings, match=rf"t\.pth holds {found}.*; change params\.yaml texts\.\*\.cache"):
+        load_text_features(tmp_path / "t.pth", ["a", "b", "c"])
 
 
 def test_a_nested_tensor_is_refused_before_its_shape_is_asked():

@@ -266,6 +266,29 @@ def read_pth(path: Path) -> Any:
             raise InvalidArtifact(f"is damaged, or holds other things than tensors{what}, which are not loaded") from error
 
 
+def oddity(tensor: "Tensor") -> str:
+    """What a tensor from elsewhere is instead of numbers that lie one by one in its file; empty for such a one.
+
+    Floats of 16 to 64 bits, integers and truth values are numbers. What is odd may not even have a shape, or may ask for more
+    memory than there is: look here first.
+    """
+    import torch
+
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.is_meta:
+        return "a tensor without numbers"
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return f"a {'quantised' if tensor.is_quantized else str(tensor.layout).removeprefix('torch.')} tensor"
+    integers = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64, *integers):
+        return f"{str(tensor.dtype).removeprefix('torch.')} numbers"
+    # One number can stand for any amount of them: such a tensor would ask for more memory than its file has.
+    if (needed := tensor.numel() * tensor.element_size()) > (stored := tensor.untyped_storage().nbytes()):
+        return f"a tensor of {needed:,} bytes, of which {stored:,} are stored,"
+    return ""
+
+
 def sha256_of_file(path: Path, made_by: str) -> str:
     """Hexadecimal SHA-256 of a file's bytes. Raises InvalidArtifact when it cannot be read."""
     with reading(path, made_by), path.open("rb") as file:

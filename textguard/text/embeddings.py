@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from textguard.artifacts import read_pth, read_safetensors, reading, write_safetensors
+from textguard.artifacts import oddity, read_pth, read_safetensors, reading, write_safetensors
 from textguard.errors import InvalidArtifact, InvalidEmbeddings, printable
 
 UNIT_TOLERANCE = 1e-4
@@ -196,6 +196,8 @@ def load_text_features(path: Path, classes: list[str]) -> Tensor:
     checked. Returns float32 [C, E], rows normalised. Raises InvalidArtifact, InvalidEmbeddings.
     """
     matrix = read_pth(path)
+    if isinstance(matrix, Tensor) and (odd := oddity(matrix)):
+        raise InvalidEmbeddings(f"{path} holds {odd.rstrip(',')}; dense floats are needed; change params.yaml texts.*.cache")
     if not isinstance(matrix, Tensor) or not matrix.is_floating_point() or matrix.ndim != 2 or len(matrix) != len(classes):
         found = f"{list(matrix.shape)} {matrix.dtype}" if isinstance(matrix, Tensor) else type(matrix).__name__
         raise InvalidEmbeddings(

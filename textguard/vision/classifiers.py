@@ -11,13 +11,11 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from textguard.artifacts import read_safetensors, reading, write_safetensors
+from textguard.artifacts import oddity, read_safetensors, reading, write_safetensors
 from textguard.errors import InvalidArtifact, printable
 from textguard.vision.backbones import build_backbone
 
 INITIAL_TEMPERATURE = 0.07
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 LARGEST_WIDTH = 65_536  # of a text-guided head: several times that of any text encoder
 COUNTER = ".num_batches_tracked"  # BatchNorm's, which nothing reads
 SHOWN = 3  # of the names that a message could list
@@ -149,23 +147,8 @@ def check_tensors(tensors: Mapping[Any, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not isinstance(name, str):
             raise InvalidArtifact(f"calls a tensor {_short(repr(name))}; names are texts")
-        if problem := _not_plain(tensor):
+        if problem := oddity(tensor):
             raise InvalidArtifact(f"holds {problem} in {_short(name)}; weights are dense tensors of 16 to 64 bit floats")
-
-
-def _not_plain(tensor: Tensor) -> str:
-    if tensor.is_nested:  # such tensors have no shape: nothing else can be asked
-        return "a nested tensor"
-    if tensor.is_meta:
-        return "a tensor without numbers"
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        return f"a {'quantised' if tensor.is_quantized else str(tensor.layout).removeprefix('torch.')} tensor"
-    if tensor.dtype not in (*FLOATS, *INTEGERS, torch.bool):
-        return f"{str(tensor.dtype).removeprefix('torch.')} numbers"
-    # One number can stand for any amount of them: such a tensor would ask for more memory than its file has.
-    if (needed := tensor.numel() * tensor.element_size()) > (stored := tensor.untyped_storage().nbytes()):
-        return f"a tensor of {needed:,} bytes, of which {stored:,} are stored,"
-    return ""
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
