@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from textguard.artifacts import FP32_MAX, check_names, read_csv, read_ranges, reading, sha256_of_file
-from textguard.errors import InvalidArtifact
+from textguard.errors import InvalidArtifact, printable
 from textguard.params import Params
 from textguard.runtime import pick_device
 from textguard.vision.classifiers import ClassifierSpec, load_classifier
@@ -78,7 +78,7 @@ class LoadedRun:
 
 
 def _layer(layer: tuple[str, str, int] | None) -> str:
-    return "no layer" if layer is None else "{!r} ({}, {} neurons)".format(*layer)
+    return "no layer" if layer is None else printable("{!r} ({}, {} neurons)".format(*layer))
 
 
 def load_run(params: Params, key: str, split: str = "test") -> LoadedRun:

@@ -267,6 +267,8 @@ CURVES = {
     ),
     "beyond fp32": (load_ranges, "ranges.csv", "fc,Linear,10,1e300,0.5,9", "max_abs 1e"),
     "no neurons": (load_ranges, "ranges.csv", "fc,Linear,0,1,0.5,9", "neurons 0"),
+    "half a neuron": (load_ranges, "ranges.csv", "fc,Linear,10.5,1,0.5,9", "neurons 10.5"),
+    "other images": (load_ranges, "ranges.csv", "a,Linear,1,1,0.5,9\nfc,Linear,10,1,0.5,8", "for layer 'fc': .* images 8"),
     "no images": (load_ranges, "ranges.csv", "fc,Linear,10,1,0.5,0", "images 0"),
     "no name": (load_ranges, "ranges.csv", ",Linear,10,1,0.5,1\nfc,Linear,10,1,0.5,1", "without the name of its layer"),
     "no layer": (load_ranges, "ranges.csv", "", "names no layer"),

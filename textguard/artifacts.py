@@ -206,7 +206,10 @@ def read_ranges(path: Path) -> "pd.DataFrame":
         check_names(table["layer"], "layer")
         largest, mean = table["max_abs"], table["mean_abs"]
         # A mean is a sum of many numbers: it may be rounded beyond the largest of them.
-        bad = (mean < 0) | (mean > largest * (1 + 1e-6)) | (largest > FP32_MAX) | (table["neurons"] < 1) | (table["images"] < 1)
+        bad = (mean < 0) | (mean > largest * (1 + 1e-6)) | (largest > FP32_MAX)
+        for count in (table["neurons"], table["images"]):
+            bad |= (count < 1) | (count % 1 != 0)
+        bad |= table["images"] != table["images"].iloc[0]  # all layers saw the same images
         if bad.any():
             row = table[bad].iloc[0]
             values = ", ".join(f"{name} {row[name]}" for name in ("neurons", "max_abs", "mean_abs", "images"))
