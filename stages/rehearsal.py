@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,8 +35,9 @@ def rehearse(model: nn.Module, view: TrainingView, recipe: Recipe, inject: Injec
             loss = nn.functional.cross_entropy(tried(images.to(device)), labels.to(device))
         loss.backward()
         optimizer.step()
-        with _as_after_training():
-            _use(tried.eval(), images.to(device), labels.to(device), inject, closeup)
+        # Not with what that step made of it: its outputs may be anything, as the rate is meant for a whole batch.
+        with _as_after_training(), np.errstate(invalid="ignore"):
+            _use(copy.deepcopy(model).eval(), images.to(device), labels.to(device), inject, closeup)
 
 
 def _use(model: nn.Module, images: Tensor, labels: Tensor, inject: InjectParams, closeup: CloseupParams) -> None:
