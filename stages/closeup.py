@@ -28,6 +28,7 @@ def main(params: Params, key: str) -> None:
     run, settings = load_run(params, key), campaign_settings(params.inject)
     profiled, model = largest_outputs(run.ranges), protect(run.model, run.image, run.bounds, params.inject.mitigation)
     engine = settings.make_engine(model, run.image, profiled)
+    run.check_layers((site.layer, site.kind, site.neurons) for site in engine.sites)
     records = _load_records(run, params, engine)
     last = engine.sites[-1].layer
     values = count_magnitudes(engine, image_loader(run.view, settings.batch_size), profiled[last])

@@ -23,6 +23,7 @@ def main(params: Params, key: str) -> None:
     run, inject = load_run(params, key), params.inject
     profiled, model = largest_outputs(run.ranges), protect(run.model, run.image, run.bounds, inject.mitigation)
     campaign = Campaign(model, image_loader(run.view, inject.batch_size), campaign_settings(inject), profiled)
+    run.check_layers((site.layer, site.kind, site.neurons) for site in campaign.engine.sites)
     mark = campaign_inputs(run, inject)
     with work_dir("inject", key, mark) as work:
         records, changes = campaign.sample_layers(work, f"inject {key}")

@@ -1,5 +1,6 @@
 """What the stages of one classifier read: its weights, a split of its data set, its profiled ranges."""
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from textguard.artifacts import read_csv, sha256_of_file
+from textguard.artifacts import FP32_MAX, check_names, read_csv, read_ranges, reading, sha256_of_file
+from textguard.errors import InvalidArtifact, printable
 from textguard.params import Params
 from textguard.runtime import pick_device
 from textguard.vision.classifiers import ClassifierSpec, load_classifier
@@ -41,14 +43,33 @@ class LoadedRun:
 
     @cached_property
     def ranges(self) -> pd.DataFrame:
-        """The layers' profiled ranges, with columns layer and max_abs. Raises InvalidArtifact."""
-        return read_csv(self.files["ranges"], "ranges", ["layer"], ["max_abs"])
+        """The layers' profiled ranges, see `read_ranges`. Raises InvalidArtifact."""
+        return read_ranges(self.files["ranges"])
 
     @cached_property
     def bounds(self) -> dict[str, tuple[float, float]]:
         """Activation -> its lowest and highest profiled value. Raises InvalidArtifact."""
-        table = read_csv(self.files["bounds"], "ranges", ["activation"], ["low", "high"])
+        path = self.files["bounds"]
+        table = read_csv(path, "ranges", ["activation"], ["low", "high"])
+        with reading(path, "ranges"):
+            if not table.empty:  # as for a model that cannot be traced
+                check_names(table["activation"], "activation")
+            bad = table[(table["low"] > table["high"]) | (table[["low", "high"]].abs() > FP32_MAX).any(axis=1)]
+            if not bad.empty:
+                name, low, high = bad[["activation", "low", "high"]].iloc[0]
+                raise InvalidArtifact(f"has the impossible range {low} to {high} for activation {name!r}")
         return {name: (low, high) for name, low, high in table[["activation", "low", "high"]].itertuples(index=False)}
+
+    def check_layers(self, layers: Iterable[tuple[str, str, int]]) -> None:
+        """Raises InvalidArtifact where the ranges are of other layers than these: (name, kind, neurons), in order."""
+        path, columns = self.files["ranges"], ["layer", "kind", "neurons"]
+        with reading(path, "ranges"):
+            for one, other in itertools.zip_longest(self.ranges[columns].itertuples(index=False, name=None), layers):
+                if one != other:
+                    raise InvalidArtifact(
+                        f"is of another classifier, or other inject.kinds: it has {_layer(one)} where the classifier has "
+                        f"{_layer(other)}"
+                    )
 
     def checksums(self, names: Iterable[str]) -> dict[str, str]:
         """Name -> SHA-256 of some of `files`: model, data (the split), ranges, bounds. Raises InvalidArtifact."""
@@ -56,13 +77,20 @@ class LoadedRun:
         return {name: sha256_of_file(self.files[name], makers[name]) for name in names}
 
 
+def _layer(layer: tuple[str, str, int] | None) -> str:
+    return "no layer" if layer is None else printable("{!r} ({}, {} neurons)".format(*layer))
+
+
 def load_run(params: Params, key: str, split: str = "test") -> LoadedRun:
     """Read the classifier `key` and a split of its data set. Raises InvalidArtifact."""
     run, device = params.runs[key], pick_device()
     dataset, data, folder = params.datasets[run.dataset], Path("data") / run.dataset, Path("metrics") / "runs" / key
     model_file = Path("models") / f"{key}.safetensors"
-    model, spec = load_classifier(model_file)
     images = read_split(data, split, dataset, Path(params.root))
+    recipe = params.backbones[run.backbone]
+    prepared = recipe.image_size, recipe.resize_size, recipe.interpolation
+    wanted = ClassifierSpec(run.dataset, recipe.network, run.variant, *prepared, width=0, classes=tuple(images.classes))
+    model, spec = load_classifier(model_file, wanted)
     return LoadedRun(
         key=key,
         device=device,

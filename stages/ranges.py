@@ -1,9 +1,13 @@
 """Profile the value range of every layer and activation of one classifier over its training set."""
 
+import pandas as pd
+
 from stages.loading import load_run
 from textguard.artifacts import write_csv
+from textguard.errors import UnsupportedModel
 from textguard.faults import profile_activations, profile_ranges
 from textguard.params import Params
+from textguard.runtime import announce
 from textguard.vision.transforms import image_loader
 
 BATCH_SIZE = 256
@@ -12,6 +16,11 @@ BATCH_SIZE = 256
 def main(params: Params, key: str) -> None:
     run = load_run(params, key, "train")
     loader = image_loader(run.view, BATCH_SIZE)
-    ranges, bounds = profile_ranges(run.model, loader, params.inject.kinds), profile_activations(run.model, loader)
+    ranges = profile_ranges(run.model, loader, params.inject.kinds)
+    try:
+        bounds = profile_activations(run.model, loader)
+    except UnsupportedModel as error:  # only mitigations need them, and say so
+        announce(f"ranges {key}: no activation is profiled, and no mitigation can be used: {error}")
+        bounds = pd.DataFrame(columns=["activation", "low", "high"])
     write_csv(run.folder / "ranges.csv", ranges.assign(images=len(run.split)))
     write_csv(run.folder / "activations.csv", bounds)

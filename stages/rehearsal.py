@@ -4,24 +4,25 @@ It changes no result, and so no stage depends on it or on what it imports.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from textguard.params import InjectParams
+from textguard.errors import UnsupportedModel
+from textguard.params import CloseupParams, InjectParams
 from textguard.vision.recipe import Recipe
 from textguard.vision.transforms import TrainingView
 
 IMAGES = 2
 
 
-def rehearse(model: nn.Module, view: TrainingView, recipe: Recipe, inject: InjectParams) -> None:
-    """Train, predict and inject on a copy of the model. Raises what would be raised later; draws from no generator."""
+def rehearse(model: nn.Module, view: TrainingView, recipe: Recipe, inject: InjectParams, closeup: CloseupParams) -> None:
+    """Train, predict, inject and look on a copy of the model. Raises what would be raised later; draws from no generator."""
     # Imported when it is called, so that a checkpoint is not of this code: see textguard.artifacts.work_dir.
-    from stages.settings import campaign_settings
-    from textguard.faults import Campaign
-    from textguard.faults.profiling import loader_of
     from textguard.vision.optimisation import make_optimizer
     from textguard.vision.training import AUTOCAST
 
@@ -34,12 +35,62 @@ def rehearse(model: nn.Module, view: TrainingView, recipe: Recipe, inject: Injec
             loss = nn.functional.cross_entropy(tried(images.to(device)), labels.to(device))
         loss.backward()
         optimizer.step()
-        tried.eval()
-        settings = replace(campaign_settings(inject), detector="off", compare_detectors=(), batch_size=IMAGES)
-        profiled = dict.fromkeys((name for name, _ in tried.named_modules()), 1.0)
-        campaign = Campaign(tried, loader_of(images, labels, IMAGES), settings, profiled)
-        campaign.pace(sites=[campaign.engine.sites[0], campaign.engine.sites[-1]])
+        # Not with what that step made of it: its outputs may be anything, as the rate is meant for a whole batch.
+        with _as_after_training(), np.errstate(invalid="ignore"):
+            _use(copy.deepcopy(model).eval(), images.to(device), labels.to(device), inject, closeup)
 
 
-def _pair(sample: tuple[torch.Tensor, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _use(model: nn.Module, images: Tensor, labels: Tensor, inject: InjectParams, closeup: CloseupParams) -> None:
+    """What the stages evaluate, ranges, inject and closeup do with a classifier, in this order."""
+    from stages.settings import campaign_settings
+    from textguard.closeup import CamModel, count_magnitudes, damaged_states
+    from textguard.faults import Campaign, protect
+    from textguard.faults.execution import no_records
+    from textguard.faults.graph import TracedModel
+    from textguard.faults.mitigations import activations
+    from textguard.faults.profiling import loader_of, observer
+    from textguard.vision.classifiers import TextGuidedClassifier
+    from textguard.vision.evaluation import measure_cost
+
+    image, loader, settings = (
+        images[0],
+        loader_of(images, labels, IMAGES),
+        replace(campaign_settings(inject), batch_size=IMAGES),
+    )
+    measure_cost(model, image)
+    # The ranges are made up: an untrained network's own may be anything, NaN included.
+    profiled = dict.fromkeys((site.layer for site in observer(model, image, settings.kinds).sites), 1.0)
+    try:
+        bounds = dict.fromkeys(activations(TracedModel(model, image)).values(), (-1.0, 1.0))
+    except UnsupportedModel:
+        bounds = {}
+    protected = protect(model, image, bounds, inject.mitigation)
+    campaign = Campaign(protected, loader, settings, profiled)
+    campaign.pace(sites=[campaign.engine.sites[0], campaign.engine.sites[-1]])
+    count_magnitudes(campaign.engine, loader, 1.0)
+    try:
+        traced = {"kinds": settings.kinds, "number_format": settings.stored_as, "profiled": profiled}
+        cam = CamModel(protected, image, **traced, smallest=closeup.smallest_map)
+    except UnsupportedModel:
+        return  # the stage does without a map, and says so in its results
+    without = sum(site.kind == "Linear" for site in cam.sites[-2 if isinstance(model, TextGuidedClassifier) else -1 :])
+    flips = cam.draw_flips(closeup.weight_flips, without, closeup.seed)
+    states = damaged_states(cam, flips, no_records(), settings.fault_model, settings.detector, profiled)
+    for damaged, fault in states.values():
+        with damaged():
+            cam.look(images[:1], labels[:1], inject.batch_size, fault)
+
+
+@contextmanager
+def _as_after_training() -> Iterator[None]:
+    """Only training asks torch for deterministic operations alone, which not every operation has."""
+    strict = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict)
+
+
+def _pair(sample: tuple[Tensor, int]) -> tuple[Tensor, Tensor]:
     return sample[0], torch.tensor(sample[1])

@@ -52,7 +52,7 @@ def main(params: Params, key: str) -> None:
     view, label = training_view(split, recipe, run.seed), f"train {key}"
     with work_dir("train", key, mark) as work:
         if first and not any(work.glob("checkpoint-*")):
-            rehearse(model, view, recipe, params.inject)
+            rehearse(model, view, recipe, params.inject, params.closeup)
         with LiveCurve(key, shown=first) as curve:
             history = train(model, view, len(split.classes), recipe, seed=run.seed, work=work, label=label, report=curve.add)
         if first:

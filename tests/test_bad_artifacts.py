@@ -12,7 +12,9 @@ import torch
 
 from bad_input_grid import DIGITS, EMBEDDINGS, MODEL, QUESTIONS, RECORDS, RUN, WIDTH, Grid, embeddings, says
 from smoke_grid import BASELINE, GUIDED, TEXT
+from textguard.analysis.files import load_ranges, load_threshold_curve, load_training
 from textguard.artifacts import read_safetensors, write_safetensors
+from textguard.errors import InvalidArtifact
 from textguard.text.embeddings import ClassEmbeddings, save_class_embeddings, save_width
 
 HEAD = "embeddings/digits-baseline.safetensors"
@@ -102,21 +104,21 @@ def test_other_tensors_are_no_class_embeddings(grid):
 
 
 STATED = {
-    "no JSON": '{"width": 3',
-    "a list": "[]",
-    "no keys": "{}",
-    "no number": json.dumps({"dataset": "digits", "classes": DIGITS, "width": "wide"}),
+    "no JSON": ('{"width": 3', "cannot be read"),
+    "a list": ("[]", "cannot be read"),
+    "no keys": ("{}", "cannot be read"),
+    "no number": (json.dumps({"dataset": "digits", "classes": DIGITS, "width": "wide"}), "states the width wide"),
 }
 
 
-@pytest.mark.parametrize("stated", STATED.values(), ids=STATED)
+@pytest.mark.parametrize(("stated", "problem"), STATED.values(), ids=STATED)
 @pytest.mark.parametrize("variant", ["baseline", "random"])
-def test_a_head_without_a_width_is_refused(grid, variant, stated):
+def test_a_head_without_a_width_is_refused(grid, variant, stated, problem):
     grid.change("variants", [variant])
     name = f"embeddings/digits-{variant}.safetensors"
     write_safetensors(grid.folder / name, {}, {"head": stated})
     line = grid.fails("train", f"digits-resnet18-{variant}-0")
-    says(line, "InvalidArtifact", name, "cannot be read", "delete it and run 'dvc repro': stage 'heads' writes it")
+    says(line, "InvalidArtifact", name, problem, "delete it and run 'dvc repro': stage 'heads' writes it")
 
 
 def test_a_truncated_head_is_named(grid):
@@ -150,6 +152,25 @@ def test_other_tensors_are_no_classifier(grid):
     says(grid.fails("evaluate", BASELINE), "InvalidArtifact", MODEL, "does not say which classifier", "'train'")
 
 
+def test_another_classifier_is_not_the_runs(grid):
+    """As when two model files were swapped, or the classes were renamed or sorted anew."""
+    tensors, metadata = read_safetensors(grid.folder / MODEL, "train")
+    spec = json.loads(metadata["spec"])
+    for stage, changed_fields, parts in (
+        (
+            "evaluate",
+            {"variant": "random", "dataset": "cifar10"},
+            ["dataset cifar10 instead of digits; variant random instead"],
+        ),
+        ("ranges", {"classes": DIGITS[::-1]}, ["classes in another order, or others, nine instead of zero"]),
+        ("inject", {"image_size": 64}, ["image_size 64 instead of 32"]),
+        ("closeup", {"width": "wide"}, ["does not say which classifier it holds (width: "]),
+    ):
+        grid.put(MODEL, b"")
+        write_safetensors(grid.folder / MODEL, tensors, {**metadata, "spec": json.dumps(spec | changed_fields)})
+        says(grid.fails(stage, BASELINE), "InvalidArtifact", MODEL, "delete it and run 'dvc repro': stage 'train'", *parts)
+
+
 @pytest.mark.parametrize("name", ["train", "test"])
 def test_truncated_images_are_named(grid, name):
     grid.cut(f"data/digits/{name}/images.safetensors")
@@ -172,11 +193,20 @@ def without_numbers(value: str) -> Callable[[pd.DataFrame], str]:
 
 
 RANGES = {
-    "no table": (lambda _: "\x00\x01", ["lacks the columns layer, max_abs"]),
+    "no table": (lambda _: "\x00\x01", ["lacks the columns layer, kind, neurons, max_abs"]),
     "empty": (lambda _: "", ["cannot be read", "EmptyDataError"]),
-    "no maximum": (lambda table: table[["layer"]].to_csv(index=False), ["lacks the columns max_abs"]),
+    "no maximum": (lambda table: table.drop(columns="max_abs").to_csv(index=False), ["lacks the columns max_abs;"]),
     "words": (without_numbers("large"), ["ValueError"]),
     "blanks": (without_numbers(""), ["max_abs that is no finite number"]),
+    "negative": (without_numbers("-1"), ["impossible numbers for layer 'conv1'", "max_abs -1"]),
+    "one layer more": (
+        lambda table: pd.concat([table, table.tail(1).assign(layer="foo")]).to_csv(index=False),
+        ["of another classifier, or other inject.kinds: it has 'foo' (Linear, 10 neurons) where the classifier has no layer"],
+    ),
+    "other neurons": (
+        lambda table: table.assign(neurons=table["neurons"] + 1).to_csv(index=False),
+        ["of another classifier", "'conv1' (Conv2d, 16385 neurons) where the classifier has 'conv1' (Conv2d, 16384 neurons)"],
+    ),
 }
 
 
@@ -198,6 +228,71 @@ def test_an_activation_without_a_range_is_named(grid):
     grid.put(file, pd.read_csv(grid.folder / file).query("activation != 'relu'").to_csv(index=False))
     grid.change("inject.mitigation", "ranger")
     says(grid.fails("inject", BASELINE), "activation 'relu' has no profiled range", "stage 'ranges'")
+
+
+def test_bounds_that_cannot_be_are_named(grid):
+    file = f"{RUN}/activations.csv"
+    good = pd.read_csv(grid.folder / file)
+    grid.change("inject.mitigation", "ranger")
+    for bad, part in (
+        (good.assign(low=good["high"] + 1), "impossible range"),
+        (good.assign(high=1e300), "impossible range 0.0 to 1e+300 for activation 'relu'"),
+        (pd.concat([good, good.head(1)]), "names activation 'relu' twice"),
+        (good.assign(activation=""), "without the name of its activation"),
+    ):
+        grid.put(file, bad.to_csv(index=False))
+        says(grid.fails("inject", BASELINE), "InvalidArtifact", file, part, "'ranges'")
+    grid.put(file, pd.concat([good, good.head(1).assign(activation="foo")]).to_csv(index=False))
+    says(grid.fails("inject", BASELINE), "the model has no activation 'foo'", "stage 'ranges'")
+
+
+CURVES = {
+    "no thresholds": (load_threshold_curve, "thresholds.csv", "threshold_percent,accuracy_percent\n", "no curve"),
+    "falling thresholds": (
+        load_threshold_curve,
+        "thresholds.csv",
+        "threshold_percent,accuracy_percent\n1,5\n0,5\n",
+        "no curve",
+    ),
+    "accuracy": (load_threshold_curve, "thresholds.csv", "threshold_percent,accuracy_percent\n0,101\n", "0 to 100 percent"),
+    "growing": (load_threshold_curve, "thresholds.csv", "threshold_percent,accuracy_percent\n0,5\n1,6\n", "grows with"),
+    "epochs": (load_training, "training.csv", "epoch,loss,accuracy,learning_rate\n2,1,0.5,0.1\n", "count its epochs from 1"),
+    "hits": (load_training, "training.csv", "epoch,loss,accuracy,learning_rate\n1,1,1.5,0.1\n", "accuracy beyond 0 to 1"),
+    "loss": (load_training, "training.csv", "epoch,loss,accuracy,learning_rate\n1,-1,0.5,0.1\n", "loss or learning rate below"),
+    "zeros": (
+        load_ranges,
+        "ranges.csv",
+        "fc,Linear,10,0,0.5,9",
+        "for layer 'fc': neurons 10, max_abs 0, mean_abs 0.5, images 9",
+    ),
+    "beyond fp32": (load_ranges, "ranges.csv", "fc,Linear,10,1e300,0.5,9", "max_abs 1e"),
+    "no neurons": (load_ranges, "ranges.csv", "fc,Linear,0,1,0.5,9", "neurons 0"),
+    "half a neuron": (load_ranges, "ranges.csv", "fc,Linear,10.5,1,0.5,9", "neurons 10.5"),
+    "other images": (load_ranges, "ranges.csv", "a,Linear,1,1,0.5,9\nfc,Linear,10,1,0.5,8", "for layer 'fc': .* images 8"),
+    "no images": (load_ranges, "ranges.csv", "fc,Linear,10,1,0.5,0", "images 0"),
+    "no name": (load_ranges, "ranges.csv", ",Linear,10,1,0.5,1\nfc,Linear,10,1,0.5,1", "without the name of its layer"),
+    "no layer": (load_ranges, "ranges.csv", "", "names no layer"),
+    "twice": (load_ranges, "ranges.csv", "fc,Linear,10,1,0.5,1\nfc,Linear,10,1,0.5,1", "names layer 'fc' twice"),
+}
+
+
+@pytest.mark.parametrize(("read", "name", "content", "message"), CURVES.values(), ids=CURVES)
+def test_tables_that_cannot_be_are_named(tmp_path, monkeypatch, read, name, content, message):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "metrics" / "runs" / "r" / name
+    file.parent.mkdir(parents=True)
+    header = "layer,kind,neurons,max_abs,mean_abs,images\n" if read is load_ranges else ""
+    file.write_text(header + content, encoding="utf-8")
+    with pytest.raises(InvalidArtifact, match=rf"metrics/runs/r/{name} .*{message}.*; delete it and run 'dvc repro': stage"):
+        read("r")
+
+
+def test_a_layer_without_any_output_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "metrics" / "runs" / "r" / "ranges.csv"
+    file.parent.mkdir(parents=True)
+    file.write_text("layer,kind,neurons,max_abs,mean_abs,images\nfc,Linear,10,0.0,0.0,9\n", encoding="utf-8")
+    assert load_ranges("r")["max_abs"].tolist() == [0]
 
 
 RESULTS = {

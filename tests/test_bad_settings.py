@@ -80,7 +80,8 @@ def test_an_encoder_folder_without_a_width_is_refused(grid):
 
 
 def test_a_diverging_training_says_when_and_what_to_lower(grid):
-    grid.change("backbones.resnet18.learning_rate", 1e30)
+    grid.change("backbones.resnet18.learning_rate", 1e6)
+    grid.change("backbones.resnet18.weight_decay", 1e6)
     before = grid.files()
     code, lines = grid.run("train", BASELINE)
     assert code == 1

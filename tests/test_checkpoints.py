@@ -17,7 +17,7 @@ from torch import nn
 
 from conftest import REPOSITORY, TinyMobileNet
 from stages import data, embeddings, heads, prompts, responses, train
-from textguard.artifacts import sha256_of_file
+from textguard.artifacts import read_classes, sha256_of_file
 from textguard.errors import InvalidArtifact, InvalidEmbeddings, InvalidParameter, UnknownName
 from textguard.params import Params, load_params
 from textguard.text.embeddings import load_text_features
@@ -267,12 +267,13 @@ def test_a_campaign_can_be_run_without_training(grid, tmp_path):
     for stage in (data, heads):
         stage.main(params, "digits")
     shutil.copy("embeddings/digits-random.safetensors", "embeddings/digits-descriptions.safetensors")
-    classes = tuple(f"class {number}" for number in range(10))
+    classes = tuple(read_classes(Path("data/digits/classes.json")))
     for name, spec, width in ((BASELINE_WEIGHTS, BASELINE, 0), (GUIDED_WEIGHTS, GUIDED, 12)):
         model, key = network(replace(spec, classes=classes), width), f"digits-{name}-0"
         torch.save({"model": model.state_dict()}, tmp_path / "m.pth")
         train.main(grid(weights={name: {"source": "published:m.pth", "sha256": sha256_of_file(Path("m.pth"), "")}}), key)
-        found, found_spec = load_classifier(Path("models") / f"{key}.safetensors")
+        wanted = replace(spec, dataset="digits", classes=classes)
+        found, found_spec = load_classifier(Path("models") / f"{key}.safetensors", wanted)
         assert_same(found, model)
         assert (found_spec.width, found_spec.dataset, found_spec.variant) == (width, "digits", spec.variant)
         curve = pd.read_csv(Path("metrics") / "runs" / key / "training.csv")

@@ -19,10 +19,11 @@ from torch.utils.data import (
 )
 
 from small_campaign import SmallCampaign, assert_same_records
-from textguard.errors import InvalidParameter
+from textguard.errors import InvalidParameter, UnsupportedModel
 from textguard.faults import assess
 from textguard.faults.engines import make_engine
 from textguard.faults.execution import run_campaign
+from textguard.faults.mitigations import protect
 from textguard.faults.plans import draw_plan
 from textguard.faults.profiling import eligible_images, loader_of, profile_activations, profile_ranges, top2diff
 
@@ -178,3 +179,21 @@ def test_profiled_activations_are_the_activations_extremes(resnet, images):
     for name, output in expected.items():
         assert found.loc[name, "low"] == pytest.approx(float(output.min()), abs=1e-6)
         assert found.loc[name, "high"] == pytest.approx(float(output.max()), rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_outputs_that_are_not_finite_have_no_range(resnet, images, value):
+    """A maximum over NaN would be 0, and a detector that lets nothing pass."""
+    resnet.conv1.weight.data[0, 0, 0, 0] = value
+    loader = loader_of(images, torch.zeros(12).long(), 5)
+    with pytest.raises(UnsupportedModel, match="without any fault, layer 'conv1' gives NaN or infinity"):
+        profile_ranges(resnet, loader)
+    with pytest.raises(UnsupportedModel, match="without any fault, activation 'act' gives NaN or infinity"):
+        profile_activations(resnet, loader)
+
+
+def test_bounds_of_another_model_are_refused(resnet, images):
+    bounds = dict.fromkeys(("stem_2", "act", "act_1"), (0.0, 1.0))
+    protect(resnet, images[0], bounds, "ranger")
+    with pytest.raises(InvalidParameter, match="the model has no activation 'foo'"):
+        protect(resnet, images[0], bounds | {"foo": (0.0, 1.0)}, "ranger")

@@ -496,6 +496,31 @@ def test_a_damaged_or_missing_head_is_named_with_the_stage_that_writes_it(tmp_pa
         load_head(file, "d", ["a", "b"])
 
 
+WIDTHS = [-1, 0, 65_537, 10**12, True, 3.0, 3.7, "16", None, [16]]
+
+
+@pytest.mark.parametrize(("variant", "widths"), [("random", WIDTHS), ("baseline", [w for w in WIDTHS if w != 0] + [16])])
+def test_widths_that_no_head_can_have_are_refused(tmp_path, variant, widths):
+    file = tmp_path / f"d-{variant}.safetensors"
+    for width in widths:
+        save_width(file, "d", ["a", "b"], width)
+        with pytest.raises(
+            InvalidArtifact, match=r"states the width .*; it must be a whole number from .* stage 'heads' writes it"
+        ):
+            load_head(file, "d", ["a", "b"])
+
+
+def test_a_head_of_another_kind_of_variant_is_refused(tmp_path):
+    save_width(tmp_path / "d-told.safetensors", "d", ["a", "b"], 3)
+    with pytest.raises(
+        InvalidArtifact, match=r"d-told.* states the width of a head, and holds no .* stage 'embeddings' writes it"
+    ):
+        load_head(tmp_path / "d-told.safetensors", "d", ["a", "b"])
+    save_class_embeddings(tmp_path / "d-random.safetensors", embeddings(torch.eye(2, 3)))
+    with pytest.raises(InvalidArtifact, match=r"d-random.* does not state the width of a head; .* stage 'heads' writes it"):
+        load_head(tmp_path / "d-random.safetensors", "d", ["a", "b"])
+
+
 def test_published_text_features_are_in_order_and_have_the_norms_and_cosines_that_were_measured(tmp_path):
     folder = REPOSITORY.parent / "shared" / "data" / "imagenet_text_features"
     if not folder.is_dir():

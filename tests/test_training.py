@@ -14,21 +14,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from conftest import REPOSITORY, TinyMobileNet, TinyResNet, TinyTransformer
 from smoke_grid import environment, run
 from stages.rehearsal import rehearse
-from textguard.artifacts import read_safetensors
-from textguard.errors import InvalidParameter, UnknownName, UnsupportedModel
+from textguard.artifacts import read_safetensors, write_safetensors
+from textguard.errors import InvalidArtifact, InvalidParameter, TextguardError, UnsupportedModel
 from textguard.faults.profiling import top2diff
-from textguard.params import load_params
+from textguard.params import CloseupParams, FaultParams, load_params
 from textguard.vision.datasets import PackedSplit
 from textguard.vision.evaluation import predict
 from textguard.vision.order import epoch_order
 from textguard.vision.recipe import Recipe, load_recipe
-from textguard.vision.training import Epoch, Trainer, train
+from textguard.vision.training import Checkpoints, Epoch, Trainer, train
 from textguard.vision.transforms import TrainingView, evaluation_view, training_view
 
 CLASSES = 4
@@ -382,21 +383,142 @@ def test_processes_share_training_and_evaluation_of_a_stage(grid):
     assert not os.listdir(grid / ".work" / "train" / RUN) or os.listdir(grid / ".work" / "train" / RUN) == ["lock"]
 
 
-def test_a_rehearsal_leaves_no_trace_and_finds_what_would_come_later():
-    inject = load_params(REPOSITORY / "grids" / "smoke" / "params.yaml").inject
+STATES = [
+    *("[]", "3", "null", '"x"', "{}", "[" * 100_000, '{"model": 3}', '{"model": []}'),
+    *('{"progress": {"step": -5, "history": []}}', '{"progress": {"step": 1e9, "history": []}}'),
+    *('{"progress": {"step": 5, "history": [[1]]}}', '{"progress": []}', '{"optimizer": "x"}', '{"optimizer": {"x": 1}}'),
+    '{"optimizer": {"0": 1}, "progress": {"step": "x", "history": []}}',
+]
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_checkpoint_with_a_damaged_state_is_named_and_left(tmp_path, capsys, state):
+    trainer, checkpoints = Trainer(network(), 40, CLASSES, recipe(), seed=0, label="t"), Checkpoints(tmp_path, "t")
+    checkpoints.save(trainer)
+    (file,) = checkpoints.files
+    tensors, metadata = read_safetensors(file, "train")
+    good = json.loads(metadata["state"])
+    try:
+        changed = json.dumps(good | json.loads(state)) if isinstance(json.loads(state), dict) and state != "{}" else state
+    except RecursionError:
+        changed = state
+    write_safetensors(file, tensors, {"state": changed})
+    checkpoints.restore(trainer)
+    assert f"t: {file} cannot be read" in capsys.readouterr().err
+    assert not checkpoints.files
+    assert same(trainer.model, network())
+    assert trainer.progress.step == 0
+
+
+BEYOND = {
+    **{"epochs": 10**7, "batch_size": 10**7, "base_batch_size": 10**7, "learning_rate": 1e308, "min_learning_rate": math.inf},
+    **{"weight_decay": math.inf, "clip_norm": math.inf, "mixup": 1e300, "cutmix": math.nan, "eps": math.inf, "gamma": math.nan},
+    **{"ema_steps": 10**9, "repeated_augmentation": 10**9, "crop_padding": 16, "warmup_epochs": 10**9, "step_epochs": 10**9},
+}
+
+
+@pytest.mark.parametrize(("name", "value"), BEYOND.items(), ids=BEYOND)
+def test_recipes_stay_within_what_can_be_trained(name, value):
+    with pytest.raises(ValidationError, match=name):
+        recipe(**{name: value})
+
+
+SMOKE = load_params(REPOSITORY / "grids" / "smoke" / "params.yaml")
+LOOK = CloseupParams(images=2, weight_flips=20, smallest_map=2, seed=0)
+
+
+class Untraceable(TinyResNet):
+    """Looks at its input before it decides what to do, as some vision transformers do."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images if images.sum() < 1e9 else -images)
+
+
+def test_a_rehearsal_leaves_no_trace():
     used, model = recipe(), network()
     before, state = copy.deepcopy(model), torch.get_rng_state()
-    rehearse(model, view_of(used), used, inject)
+    rehearse(model, view_of(used), used, SMOKE.inject, LOOK)
     assert same(model, before)
     assert model.training == before.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
-    with pytest.raises(UnknownName, match="format 'fp7'"):
-        rehearse(model, view_of(used), used, replace(inject, format="fp7"))
-    with pytest.raises(UnsupportedModel, match="no"):
-        rehearse(
-            nn.Sequential(nn.AvgPool2d(16), nn.Conv2d(3, 4, 1), nn.Flatten()),
-            view_of(used),
-            used,
-            replace(inject, kinds=["Conv3d"]),
-        )
+
+
+FOUND = {
+    "format": ({"format": "fp7"}, {}, "format 'fp7'"),
+    "detector": ({"detector": "magic"}, {}, "detector 'magic'"),
+    "kinds": ({"kinds": ["Conv3d"]}, {}, "the model has no Conv3d output"),
+    "weights of additions": ({"kinds": ["Add"], "faults": FaultParams("weight", "flip", 1, 1)}, {}, "weight"),
+    "flips": ({}, {"weight_flips": 10**6}, "weight_flips is 1000000, and there are [0-9]+ weights to flip"),
+}
+
+
+@pytest.mark.parametrize(("inject", "closeup", "message"), FOUND.values(), ids=FOUND)
+def test_a_rehearsal_finds_what_would_come_later(inject, closeup, message):
+    used = recipe()
+    with pytest.raises(TextguardError, match=message):
+        rehearse(network(), view_of(used), used, replace(SMOKE.inject, **inject), replace(LOOK, **closeup))
+
+
+@pytest.mark.parametrize("number_format", ["fp32", "fp16", "int(8)", "bfp(8,7,16)"])
+@pytest.mark.parametrize("kind", [TinyResNet, TinyTransformer, Untraceable])
+@pytest.mark.parametrize("engine", ["replay", "whole"])
+def test_a_rehearsal_refuses_nothing_that_works(kind, number_format, engine):
+    """Additions, products and functions have no module to be named after."""
+    used = recipe()
+    inject = replace(SMOKE.inject, kinds=["Conv2d", "Linear", "Add", "MatMul"], format=number_format, engine=engine)
+    rehearse(network(kind), view_of(used), used, inject, LOOK)
+
+
+def test_a_rehearsal_says_that_a_mitigation_needs_a_trace():
+    used, inject = recipe(), replace(SMOKE.inject, mitigation="ranger")
+    rehearse(network(), view_of(used), used, inject, LOOK)
+    with pytest.raises(UnsupportedModel) as raised:
+        rehearse(network(Untraceable), view_of(used), used, inject, LOOK)
+    line = raised.value.told("params.yaml inject.{}".format)
+    assert line.startswith(
+        "params.yaml inject.mitigation 'ranger' needs a model that can be traced; set it to none: Untraceable"
+    )
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_image_at_a_time_is_refused_where_batchnorm_needs_two(monkeypatch, processes):
+    monkeypatch.setattr("textguard.vision.training.join_processes", lambda device: (0, processes))
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(3), nn.Linear(3, CLASSES))
+    used = recipe(batch_size=2)
+    with pytest.raises(
+        InvalidParameter, match=rf"t: batches of {processes} images .* one, and BatchNorm .*batch_size, or lower"
+    ):
+        Trainer(pooled, processes, CLASSES, used, seed=0, label="t")
+    for fine in (network(), nn.Sequential(pooled[:2], pooled[3])):  # statistics of one image's places, or none
+        assert Trainer(fine, processes, CLASSES, used, seed=0, label="t").batch_size == processes
+
+
+@pytest.mark.parametrize("spoil", [torch.nan, torch.inf])
+def test_weights_that_the_last_step_spoilt_are_not_saved(tmp_path, spoil):
+    model = network()
+
+    def after_step(step: int) -> None:
+        if step == STEPS:
+            model.fc.weight.data[0, 0] = spoil
+
+    with pytest.raises(
+        InvalidParameter, match=r"t: fc\.weight is NaN or infinite in epoch 1, step 5, .*there is no checkpoint yet"
+    ):
+        train(model, view_of(recipe()), CLASSES, recipe(), seed=3, work=tmp_path, label="t", after_step=after_step)
+    assert not list(tmp_path.iterdir())
+
+
+def test_half_precision_on_a_cpu_is_said_to_be_slow(capsys):
+    for precision, said in (("fp32", 0), ("bf16", 1)):
+        Trainer(network(), 8, CLASSES, recipe(precision=precision), seed=0, label="t")
+        assert capsys.readouterr().err.count("t: precision bf16 on a CPU, which can be slower than fp32") == said
+
+
+def test_outputs_that_are_not_finite_are_no_evaluation():
+    model = network().eval()
+    model.fc.weight.data.fill_(3e38)
+    with pytest.raises(
+        InvalidArtifact, match=r"e: without any fault, .* outputs are NaN or infinite for 40 of 40 images; train"
+    ):
+        predict(model, evaluation_view(split(), 16, 16, "bilinear"), 8, "e")

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WORK_DIR = Path(".work")
+FP32_MAX = 3.4028234663852886e38
 Record = TypeVar("Record")
 
 
@@ -186,7 +187,7 @@ def reading(path: Path, made_by: str) -> Iterator[None]:
         raise InvalidArtifact(f"{path} {error}; {how}") from error
     except Exception as error:
         how = f"delete it and run 'dvc repro': stage '{made_by}' writes it" if made_by else "mend it"
-        raise InvalidArtifact(f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]}); {how}") from error
+        raise InvalidArtifact(f"{path} cannot be read ({type(error).__name__}: {printable(str(error))}); {how}") from error
 
 
 def parse_json(text: str | bytes, finite: bool = False) -> Any:
@@ -329,6 +330,35 @@ def read_csv(path: Path, made_by: str, columns: list[str], numbers: list[str]) -
         return table
 
 
+def read_ranges(path: Path) -> "pd.DataFrame":
+    """A run's profiled layers, in order of execution: layer, kind, neurons, max_abs, mean_abs, images.
+
+    Raises InvalidArtifact.
+    """
+    table = read_csv(path, "ranges", ["layer", "kind"], ["neurons", "max_abs", "mean_abs", "images"])
+    with reading(path, "ranges"):
+        check_names(table["layer"], "layer")
+        largest, mean = table["max_abs"], table["mean_abs"]
+        # A mean is a sum of many numbers: it may be rounded beyond the largest of them.
+        bad = (mean < 0) | (mean > largest * (1 + 1e-6)) | (largest > FP32_MAX)
+        for count in (table["neurons"], table["images"]):
+            bad |= (count < 1) | (count % 1 != 0)
+        bad |= table["images"] != table["images"].iloc[0]  # all layers saw the same images
+        if bad.any():
+            row = table[bad].iloc[0]
+            values = ", ".join(f"{name} {row[name]}" for name in ("neurons", "max_abs", "mean_abs", "images"))
+            raise InvalidArtifact(f"has impossible numbers for layer {row['layer']!r}: {values}")
+        return table
+
+
+def check_names(names: "pd.Series", what: str) -> None:
+    """Raises InvalidArtifact where a table's rows have no names, or one of them twice. what: they are names of."""
+    if names.empty or not names.map(lambda name: isinstance(name, str)).all():
+        raise InvalidArtifact(f"names no {what}" if names.empty else f"has a row without the name of its {what}")
+    if names.duplicated().any():
+        raise InvalidArtifact(f"names {what} {printable(names[names.duplicated()].iloc[0])!r} twice")
+
+
 def read_parquet(path: Path, made_by: str, columns: list[str]) -> "pd.DataFrame":
     """Read a Parquet file that must hold `columns`. Raises InvalidArtifact."""
     import pyarrow.parquet as pq
@@ -345,11 +375,13 @@ def _require(table: "pd.DataFrame", columns: list[str]) -> "pd.DataFrame":
 
 
 def read_safetensors(path: Path, made_by: str) -> tuple[dict[str, "Tensor"], dict[str, str]]:
-    """Read all tensors and the metadata of a safetensors file. Raises InvalidArtifact."""
+    """Read all tensors and the metadata of a safetensors file, text by name. Raises InvalidArtifact."""
     from safetensors import safe_open
 
     with reading(path, made_by), safe_open(path, framework="pt") as file:
         metadata = parse_json((file.metadata() or {}).get("textguard", "{}"))
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise InvalidArtifact("has metadata 'textguard' that are no JSON object of texts")
         return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dict)
 
 
@@ -369,6 +401,29 @@ def read_pth(path: Path) -> Any:
             found = re.search(r"GLOBAL ([\w.]+)", str(error))
             what = f" ({found[1]})" if found else ""
             raise InvalidArtifact(f"is damaged, or holds other things than tensors{what}, which are not loaded") from error
+
+
+def oddity(tensor: "Tensor") -> str:
+    """What a tensor from elsewhere is instead of numbers that lie one by one in its file; empty for such a one.
+
+    Floats of 16 to 64 bits, integers and truth values are numbers. What is odd may not even have a shape, or may ask for more
+    memory than there is: look here first.
+    """
+    import torch
+
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.is_meta:
+        return "a tensor without numbers"
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return f"a {'quantised' if tensor.is_quantized else str(tensor.layout).removeprefix('torch.')} tensor"
+    integers = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64, *integers):
+        return f"{str(tensor.dtype).removeprefix('torch.')} numbers"
+    # One number can stand for any amount of them: such a tensor would ask for more memory than its file has.
+    if (needed := tensor.numel() * tensor.element_size()) > (stored := tensor.untyped_storage().nbytes()):
+        return f"a tensor of {needed:,} bytes, of which {stored:,} are stored,"
+    return ""
 
 
 def sha256_of_file(path: Path, made_by: str) -> str:

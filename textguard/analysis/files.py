@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from textguard.artifacts import read_csv, reading
+from textguard.artifacts import read_csv, read_ranges, reading
 from textguard.errors import InvalidArtifact
 from textguard.params import Run
 from textguard.schema.base import read
@@ -110,37 +110,30 @@ def load_text_quality(key: str) -> TextQuality:
 def load_ranges(key: str) -> pd.DataFrame:
     """One run's value ranges: layer (see `short_names`), max_abs, mean_abs, images."""
     file = RUNS_DIR / key / "ranges.csv"
-    table = read_csv(file, "ranges", ["layer"], ["max_abs", "mean_abs", "images"])
-    with reading(file, "ranges"):
-        layers = table["layer"].astype(str).to_list()
-        if not len(set(layers)) == len(layers) > 0:
-            raise InvalidArtifact("must have each layer once")
-        if (
-            (table["mean_abs"] < 0).any()
-            or (table["max_abs"] < table["mean_abs"] * (1 - 1e-6)).any()
-            or (table["images"] < 1).any()
-        ):
-            raise InvalidArtifact("has a layer whose largest value is below the mean, a mean below 0, or no images")
-        return table.assign(layer=short_names(layers))
+    table = read_ranges(file)
+    return table.assign(layer=short_names(table["layer"].to_list()))
 
 
 def load_threshold_curve(key: str) -> pd.DataFrame:
     """One run's accuracy against Top2Diff threshold, both in percent."""
-    file = RUNS_DIR / key / "thresholds.csv"
-    curve = read_csv(file, "evaluate", [], ["threshold_percent", "accuracy_percent"])
-    with reading(file, "evaluate"):
-        if not len(curve) or not (curve.min().min() >= 0 and curve.max().max() <= 100):
-            raise InvalidArtifact("must have numbers from 0 to 100")
-        if (curve["threshold_percent"].diff() <= 0).any() or (curve["accuracy_percent"].diff() > 0).any():
-            raise InvalidArtifact("must have thresholds that rise, and accuracies that do not")
+    path = RUNS_DIR / key / "thresholds.csv"
+    curve = read_csv(path, "evaluate", [], ["threshold_percent", "accuracy_percent"])
+    with reading(path, "evaluate"):
+        accuracy = curve["accuracy_percent"]
+        if curve.empty or not curve["threshold_percent"].is_monotonic_increasing or not accuracy.between(0, 100).all():
+            raise InvalidArtifact("is no curve of accuracies, 0 to 100 percent, over ascending thresholds")
+        if not accuracy.is_monotonic_decreasing:
+            raise InvalidArtifact("has an accuracy that grows with the threshold")
     return curve
 
 
 def load_training(key: str) -> pd.DataFrame:
     """One run's epochs: epoch, loss (nats), accuracy (0 to 1), learning_rate."""
-    file = RUNS_DIR / key / "training.csv"
-    epochs = read_csv(file, "train", [], ["epoch", "loss", "accuracy", "learning_rate"])
-    with reading(file, "train"):
-        if not epochs["accuracy"].between(0, 1).all() or (epochs[["epoch", "loss", "learning_rate"]] < 0).any(axis=None):
-            raise InvalidArtifact("must have accuracies from 0 to 1, and no number below 0")
-    return epochs
+    path = RUNS_DIR / key / "training.csv"
+    curve = read_csv(path, "train", [], ["epoch", "loss", "accuracy", "learning_rate"])
+    with reading(path, "train"):
+        if curve["epoch"].tolist() != list(range(1, len(curve) + 1)):
+            raise InvalidArtifact("does not count its epochs from 1, one after the other")
+        if not (curve["accuracy"].between(0, 1) & (curve["loss"] >= 0) & (curve["learning_rate"] >= 0)).all():
+            raise InvalidArtifact("has an accuracy beyond 0 to 1, or a loss or learning rate below 0")
+    return curve

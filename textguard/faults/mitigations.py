@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from textguard.errors import InvalidParameter, Setting, UnknownName
+from textguard.errors import InvalidParameter, Setting, UnknownName, UnsupportedModel
 from textguard.faults.detectors import Bound
 from textguard.faults.graph import ACTIVATIONS, TracedModel
 
@@ -60,7 +60,7 @@ def protect(model: nn.Module, image: Tensor, bounds: Mapping[str, tuple[float, f
     UnsupportedModel
         The model cannot be traced.
     InvalidParameter
-        An activation was not profiled.
+        An activation was not profiled, or the model has no such one.
 
     References
     ----------
@@ -84,8 +84,15 @@ def protect(model: nn.Module, image: Tensor, bounds: Mapping[str, tuple[float, f
         raise UnknownName("mitigation", mitigation, MITIGATIONS, Setting("mitigation"))
     if mitigation == "none":
         return model
-    traced = TracedModel(model, image)
-    for index, name in activations(traced).items():
+    try:
+        traced = TracedModel(model, image)
+    except UnsupportedModel as error:
+        needs = " needs a model that can be traced; set it to none: "
+        raise UnsupportedModel(Setting("mitigation"), f" {mitigation!r}", needs, *error.args) from error
+    names = activations(traced)
+    if unknown := [name for name in bounds if name not in names.values()]:
+        raise InvalidParameter(f"the model has no activation {unknown[0]!r}; profile this model (stage 'ranges')")
+    for index, name in names.items():
         if name not in bounds:
             raise InvalidParameter(f"activation {name!r} has no profiled range; profile the same model first (stage 'ranges')")
         step, label = traced.steps[index], f"bound_{name}"

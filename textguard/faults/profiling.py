@@ -1,6 +1,7 @@
 """What fault-free inferences tell before faults are injected: which images are eligible, and the ranges of layers."""
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -214,7 +215,7 @@ def profile_ranges(model: nn.Module, loader: DataLoader, kinds: Sequence[str] = 
     Raises
     ------
     UnsupportedModel
-        The model has no output of these kinds, or returns no tensor of logits.
+        The model has no output of these kinds, returns no tensor of logits, or gives NaN or infinity without any fault.
     UnknownName
         There is no such kind of site.
 
@@ -233,16 +234,16 @@ def profile_ranges(model: nn.Module, loader: DataLoader, kinds: Sequence[str] = 
     """
     device = device_of(model)
     image = first_image(loader, device)
-    try:
-        engine: Engine = ReplayEngine(model, image, 1, kinds=kinds)
-    except UnsupportedModel:  # `make_engine` tells the user why, when the campaign begins
-        engine = WholeEngine(model, image, 1, kinds=kinds)
+    engine = observer(model, image, kinds)
     largest, total = np.zeros(len(engine.sites)), np.zeros(len(engine.sites))
     count = 0
 
     def see(position: int, output: Tensor) -> None:
         magnitude = output.abs()
-        largest[position] = max(largest[position], float(magnitude.max()))
+        if not math.isfinite(most := float(magnitude.max())):
+            layer = engine.sites[position].layer
+            raise UnsupportedModel(f"without any fault, layer {layer!r} gives NaN or infinity: it has no range to be profiled")
+        largest[position] = max(largest[position], most)
         total[position] += float(magnitude.sum(dtype=torch.float64))
 
     for part, images, _ in batches(loader, device):
@@ -258,6 +259,17 @@ def profile_ranges(model: nn.Module, loader: DataLoader, kinds: Sequence[str] = 
         }
         for site in engine.sites
     )
+
+
+def observer(model: nn.Module, image: Tensor, kinds: Sequence[str]) -> Engine:
+    """An engine that shows the outputs of all sites, whether the model can be traced or not. image: one, [...].
+
+    Raises UnsupportedModel, UnknownName.
+    """
+    try:
+        return ReplayEngine(model, image, 1, kinds=kinds)
+    except UnsupportedModel:  # `make_engine` tells the user why, when the campaign begins
+        return WholeEngine(model, image, 1, kinds=kinds)
 
 
 def largest_outputs(ranges: pd.DataFrame) -> dict[str, float]:
@@ -284,7 +296,7 @@ def profile_activations(model: nn.Module, loader: DataLoader) -> pd.DataFrame:
     Raises
     ------
     UnsupportedModel
-        The model cannot be traced.
+        The model cannot be traced, or an activation is NaN or infinite.
 
     Examples
     --------
@@ -308,5 +320,8 @@ def profile_activations(model: nn.Module, loader: DataLoader) -> pd.DataFrame:
         for index in traced.walk(values):
             if index in names:
                 name, value = names[index], values[traced.steps[index]]
-                low[name], high[name] = min(low[name], float(value.min())), max(high[name], float(value.max()))
+                least, most = float(value.min()), float(value.max())
+                if not (math.isfinite(least) and math.isfinite(most)):
+                    raise UnsupportedModel(f"without any fault, activation {name!r} gives NaN or infinity")
+                low[name], high[name] = min(low[name], least), max(high[name], most)
     return pd.DataFrame({"activation": list(low), "low": list(low.values()), "high": list(high.values())})

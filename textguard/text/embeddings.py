@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from textguard.artifacts import as_record, parse_json, read_pth, read_safetensors, reading, write_safetensors
-from textguard.errors import InvalidArtifact, InvalidEmbeddings
+from textguard.artifacts import as_record, oddity, parse_json, read_pth, read_safetensors, reading, write_safetensors
+from textguard.errors import InvalidArtifact, InvalidEmbeddings, printable
 
 UNIT_TOLERANCE = 1e-4
 PROVENANCE = {"dataset": str, "encoder": str, "weights_sha256": str, "width": int, "texts": int, "shortened": int}
+LARGEST_WIDTH = 65_536  # several times that of any text encoder
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,8 @@ def load_text_features(path: Path, classes: list[str]) -> Tensor:
     checked. Returns float32 [C, E], rows normalised. Raises InvalidArtifact, InvalidEmbeddings.
     """
     matrix = read_pth(path)
+    if isinstance(matrix, Tensor) and (odd := oddity(matrix)):
+        raise InvalidEmbeddings(f"{path} holds {odd.rstrip(',')}; dense floats are needed; change params.yaml texts.*.cache")
     if not isinstance(matrix, Tensor) or not matrix.is_floating_point() or matrix.ndim != 2 or len(matrix) != len(classes):
         found = f"{list(matrix.shape)} {matrix.dtype}" if isinstance(matrix, Tensor) else type(matrix).__name__
         raise InvalidEmbeddings(
@@ -222,13 +225,23 @@ def load_head(path: Path, dataset: str, classes: list[str]) -> tuple[int, Tensor
     from class embeddings. Raises InvalidArtifact, InvalidEmbeddings.
     """
     # Which of two stages writes the file, the name says: it may be missing.
-    made_by = "heads" if path.stem in (f"{dataset}-baseline", f"{dataset}-random") else "embeddings"
+    most = {f"{dataset}-baseline": 0, f"{dataset}-random": LARGEST_WIDTH}.get(path.stem)
+    made_by = "embeddings" if most is None else "heads"
     _, metadata = read_safetensors(path, made_by)
-    if "head" not in metadata:
+    if most is None and "head" not in metadata:
         matrix_ce = load_class_embeddings(path, dataset, classes).matrix
         return matrix_ce.shape[1], matrix_ce
-    with reading(path, "heads"):
+    with reading(path, made_by):
+        if "head" not in metadata:
+            raise InvalidArtifact("does not state the width of a head")
         stated = parse_json(metadata["head"])
         if (stated["dataset"], stated["classes"]) != (dataset, classes):
             raise InvalidArtifact(f"was made for other classes, of data set {stated['dataset']!r}")
-        return int(stated["width"]), None
+        if most is None:
+            raise InvalidArtifact("states the width of a head, and holds no class embeddings to start it from")
+        width, least = stated["width"], min(1, most)
+        if type(width) is not int or not least <= width <= most:
+            raise InvalidArtifact(
+                f"states the width {printable(str(width), 60)}; it must be a whole number from {least} to {most}"
+            )
+        return width, None

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from textguard.errors import InvalidArtifact
 from textguard.runtime import join_processes, progress
 from textguard.vision.classifiers import TextGuidedClassifier
 from textguard.vision.transforms import EvaluationView, image_loader
@@ -26,7 +27,7 @@ def predict(model: nn.Module, view: EvaluationView, batch_size: int, label: str 
     """Predict every image of a view, on the model's device. With WORLD_SIZE in the environment, each process predicts a part.
 
     Returns, in every process, one row per image: image (position), label, prediction, loss (cross entropy, nats), top2diff
-    (0 to 1).
+    (0 to 1). Raises InvalidArtifact for a classifier whose outputs are not finite.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -46,6 +47,11 @@ def predict(model: nn.Module, view: EvaluationView, batch_size: int, label: str 
     if processes > 1:
         torch.distributed.all_reduce(found)
     prediction, loss, top2diff = found.cpu().unbind(dim=1)
+    if broken := int((~(loss.isfinite() & top2diff.isfinite())).sum()):
+        raise InvalidArtifact(
+            f"{label}: without any fault, the classifier's outputs are NaN or infinite for {broken} of {len(view)} images; "
+            "train it with a lower params.yaml backbones.*.learning_rate, or mend the file that params.yaml weights names"
+        )
     return pd.DataFrame(
         {
             "image": range(len(view)),

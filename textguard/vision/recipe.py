@@ -33,9 +33,9 @@ FAMILIES = {
     "focalnet_s": "focalnet",
 }
 
-# Upper bounds are far above every recipe that trains: they keep numbers out that are slips, or that floats cannot hold.
-Count = Annotated[int, Field(gt=0, le=10**6)]
-Rate = Annotated[float, Field(ge=0, le=1000)]
+# The bounds keep what is multiplied with each other within fp32, and are far beyond anything that can be meant.
+Count = Annotated[int, Field(gt=0, le=1_000_000)]
+Rate = Annotated[float, Field(ge=0, le=1e6)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Pixels = Annotated[int, Field(ge=8, le=4096)]
@@ -56,10 +56,10 @@ class Recipe:
     """
 
     epochs: Count
-    batch_size: Annotated[int, Field(ge=2, le=2**20)]
+    batch_size: Annotated[int, Field(ge=2, le=1_000_000)]
     base_batch_size: Count
     optimizer: Literal["sgd", "adamw"]
-    learning_rate: Annotated[float, Field(gt=0, le=1000)]
+    learning_rate: Annotated[float, Field(gt=0, le=1e6)]
     momentum: Decay
     betas: tuple[Decay, Decay]
     eps: Annotated[float, Field(gt=0, le=1)]
@@ -72,7 +72,7 @@ class Recipe:
     step_epochs: Count
     gamma: Annotated[float, Field(gt=0, le=1)]
     min_learning_rate: Rate
-    warmup_epochs: Annotated[int, Field(ge=0, le=10**6)]
+    warmup_epochs: Annotated[int, Field(ge=0, le=1_000_000)]
     warmup_start: Annotated[float, Field(gt=0, le=1)]
     label_smoothing: Decay
     mixup: Rate
@@ -80,7 +80,7 @@ class Recipe:
     ema: bool
     ema_decay: Decay
     ema_steps: Count
-    repeated_augmentation: Annotated[int, Field(gt=0, le=100)]
+    repeated_augmentation: Annotated[int, Field(gt=0, le=1000)]
     clip_norm: Rate
     precision: Literal["fp32", "fp16", "bf16"]
     sync_batch_norm: bool
@@ -103,6 +103,10 @@ class Recipe:
             raise ValueError(f"resize_size is {self.resize_size}; it must not be below image_size, {self.image_size}")
         if self.crop_scale[0] > self.crop_scale[1]:
             raise ValueError(f"crop_scale is {list(self.crop_scale)}; its minimum comes first")
+        if self.crop_padding >= self.image_size:
+            raise ValueError(
+                f"crop_padding is {self.crop_padding}; it must be below image_size, {self.image_size}, or crops miss the image"
+            )
         return self
 
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from textguard.artifacts import parse_json, read_safetensors, write_safetensors
 from textguard.environment import environment_number
-from textguard.errors import InvalidArtifact, InvalidParameter
+from textguard.errors import InvalidParameter
 from textguard.runtime import announce, join_processes, progress
 from textguard.vision.mixing import mix
 from textguard.vision.optimisation import Ema, learning_rate_at, make_optimizer
@@ -110,7 +110,8 @@ class Trainer:
     Raises
     ------
     InvalidParameter
-        For a batch that the processes cannot share alike, and for bad settings in the environment.
+        For a batch that the processes cannot share alike, or that leaves each one image where BatchNorm needs two, and for bad
+        settings in the environment.
     """
 
     def __init__(self, model: nn.Module, images: int, classes: int, recipe: Recipe, *, seed: int, label: str) -> None:
@@ -122,12 +123,19 @@ class Trainer:
             raise InvalidParameter(
                 f"{label}: batches of {self.batch_size} images cannot be shared by {self.processes} processes alike"
             )
+        if self.batch_size == self.processes:
+            _check_single_images(model, recipe, self.processes, label)
         self.before = int(recipe.mixup > 0 or recipe.cutmix > 0)
         if recipe.sync_batch_norm and self.processes > 1:
             if self.device.type == "cuda":
                 model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
             elif self.rank == 0:
                 announce(f"{label}: sync_batch_norm works on GPUs alone; BatchNorm's statistics are of each process's images")
+        if self.device.type == "cpu" and recipe.precision != "fp32" and self.rank == 0:
+            announce(
+                f"{label}: precision {recipe.precision} on a CPU, which can be slower than fp32 by orders of magnitude; "
+                "for speed, set params.yaml backbones.*.precision to fp32, or use a GPU"
+            )
         channels_last = environment_number("TEXTGUARD_CHANNELS_LAST", 0, 1)
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._compiles = bool(environment_number("TEXTGUARD_COMPILE", 0, 1))
@@ -265,7 +273,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """Go back to a state that `state_dict` returned.
 
-        Raises KeyError, TypeError, ValueError or RuntimeError for a state of another training; some of it may have been loaded.
+        Raises exceptions of many kinds for a state of another training; some of it may have been loaded.
         """
         self.model.load_state_dict(state["model"])
         if self.average:
@@ -277,7 +285,10 @@ class Trainer:
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": optimizer})
         self.scaler.load_state_dict(state["scaler"])
         history = [Epoch(**epoch) for epoch in state["progress"]["history"]]
-        self.progress = TrainingProgress(**state["progress"] | {"history": history})
+        found = TrainingProgress(**state["progress"] | {"history": history})
+        if not len(history) * self.steps <= found.step <= self.recipe.epochs * self.steps:
+            raise ValueError(f"step {found.step} with {len(history)} epochs behind it")
+        self.progress = found
 
 
 class Checkpoints:
@@ -337,7 +348,7 @@ class Checkpoints:
         for path in reversed(files):
             try:
                 trainer.load_state_dict(_read_state(path))
-            except (InvalidArtifact, KeyError, TypeError, ValueError, RuntimeError) as error:
+            except Exception as error:  # whatever a damaged state makes of itself on its way into the optimiser
                 if trainer.rank == 0:
                     announce(f"{self.label}: {path} cannot be read ({str(error)[:100]}); going back to the checkpoint before")
                     path.unlink(missing_ok=True)
@@ -401,8 +412,8 @@ def train(
     Raises
     ------
     InvalidParameter
-        When the loss is no longer finite, for a batch that the processes cannot share alike, and for bad settings in the
-        environment.
+        When the loss or a weight is no longer finite, for a batch that the processes cannot share alike, or that leaves each
+        one image where BatchNorm needs two, and for bad settings in the environment.
     """
     trainer, checkpoints = Trainer(model, len(view), classes, recipe, seed=seed, label=label), Checkpoints(work, label)
     checkpoints.restore(trainer)
@@ -418,12 +429,14 @@ def train(
             for images, labels in trainer.batches(view):
                 loss = trainer.step(images, labels)
                 if not math.isfinite(loss):
-                    raise _diverged(loss, trainer, checkpoints)
+                    raise _diverged(f"the loss is {loss}", trainer, checkpoints)
                 bar.set_postfix_str(f"loss {trainer.progress.loss / trainer.progress.seen:.3g}", refresh=False)
                 bar.update(batch_size)
                 if trainer.progress.step % steps and checkpoints.due:
                     checkpoints.save(trainer)
                 after_step(trainer.progress.step)
+            if broken := _not_finite(model):
+                raise _diverged(f"{broken} is NaN or infinite", trainer, checkpoints)
             finished = trainer.end_epoch()
             checkpoints.save(trainer)
             report(finished)
@@ -431,12 +444,32 @@ def train(
     return trainer.progress.history
 
 
-def _diverged(loss: float, trainer: Trainer, checkpoints: Checkpoints) -> InvalidParameter:
+def _check_single_images(model: nn.Module, recipe: Recipe, processes: int, label: str) -> None:
+    """Raises InvalidParameter where a network cannot be trained on one image at a time, as with BatchNorm behind a pooling."""
+    if recipe.sync_batch_norm and next(model.parameters()).is_cuda:
+        return  # statistics are of all processes' images
+    shape = (1, 3, recipe.image_size, recipe.image_size)
+    try:
+        copy.deepcopy(model).to("meta").train()(torch.empty(shape, device="meta"))
+    except ValueError as error:  # torch's, of a layer that normalises one value alone
+        raise InvalidParameter(
+            f"{label}: batches of {processes} images leave each of {processes} processes one, and BatchNorm cannot be trained "
+            f"on it ({error}); raise params.yaml backbones.*.batch_size, or lower TEXTGUARD_PROCESSES"
+        ) from error
+
+
+def _not_finite(model: nn.Module) -> str:
+    """The first parameter, or running mean or variance, that is not finite; empty where there is none."""
+    running = [(name, value) for name, value in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    return next((name for name, value in [*model.named_parameters(), *running] if not torch.isfinite(value).all()), "")
+
+
+def _diverged(problem: str, trainer: Trainer, checkpoints: Checkpoints) -> InvalidParameter:
     epoch, step = divmod(trainer.progress.step - 1, trainer.steps)
     kept = checkpoints.files
     last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
     return InvalidParameter(
-        f"{checkpoints.label}: the loss is {loss} in epoch {epoch + 1}, step {step + 1}, "
+        f"{checkpoints.label}: {problem} in epoch {epoch + 1}, step {step + 1}, "
         f"at learning rate {trainer.learning_rate:.3g}; {last}; "
         "lower params.yaml backbones.*.learning_rate or raise warmup_epochs"
     )
