@@ -5,12 +5,15 @@ from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.axis import Tick
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from textguard.artifacts import write_bytes, write_csv
+from textguard.report.escaping import visible
 
+AS_IS = {"parse_math": False}  # of names on an axis: "$" is a dollar
 STYLE = Path(__file__).with_name("textguard.mplstyle")
 NOTE_SIZE = 7
 LETTER_POINTS = 0.51 * NOTE_SIZE  # how wide a letter of a note is
@@ -23,9 +26,19 @@ def add_note(figure: Figure, note: str, **place: float) -> Text:
     return figure.supxlabel("\n".join(lines), fontsize=NOTE_SIZE, **place)
 
 
+def _take_texts_as_they_are(figure: Figure) -> None:
+    """No text of a figure is a formula, but the numbers on its axes; and SVG can hold no control characters."""
+    on_axes = {label for tick in figure.findobj(Tick) for label in (tick.label1, tick.label2)}
+    for text in figure.findobj(Text):
+        if text not in on_axes:
+            text.set_parse_math(False)
+            text.set_text(visible(text.get_text()))
+
+
 def save_figure(figure: Figure, numbers: pd.DataFrame, stem: Path, dpi: int) -> None:
     """Write STEM.png, STEM.svg, STEM.pdf, and the numbers behind them as STEM.csv."""
     FigureCanvasAgg(figure)
+    _take_texts_as_they_are(figure)
     # Dates and version strings in the files would change their bytes from run to run.
     for suffix, metadata in (
         ("png", {"Software": None}),

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from textguard.report.drawing import add_note
+from textguard.report.drawing import AS_IS, add_note
 from textguard.report.published import Published, load_published
 from textguard.report.theme import PLACE_MARKERS, PUBLISHED_MARKER, Style, place_name
 from textguard.report.variants import Variant, count_trainings
@@ -46,7 +46,7 @@ def draw_improvement(cells: Sequence[Cell], styles: Mapping[str, Style]) -> tupl
             )
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set(xscale="log", xlabel=f"improvement, {label} (x)")
-    panels[0].set_yticks(range(len(cells)), names)
+    panels[0].set_yticks(range(len(cells)), names, **AS_IS)
     panels[0].set_ylim(len(cells) - 0.5, -0.5)
     figure.suptitle("Improvement in reliability over the baseline", fontsize=9)
     spread = count_trainings(len(cell.seeds) for cell in cells)

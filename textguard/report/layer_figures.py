@@ -9,12 +9,14 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from textguard.analysis.files import load_ranges
-from textguard.report.drawing import add_note
+from textguard.report.drawing import AS_IS, add_note
+from textguard.report.escaping import shortened
 from textguard.report.variants import Variant, trainings
 from textguard.schema.results import BASELINE, Layer, RunResult
 
 LABEL_INCHES = 0.13  # the least room in which a layer's name can be read
 WIDEST_INCHES = 24.0
+LONGEST = 60  # characters of a layer's name that are drawn
 # Light to dark in the order of harm, told apart without colours too.
 OUTCOMES = {
     "masked": ("#e8e8e8", "masked: no trace"),
@@ -181,7 +183,8 @@ def _panels(layers: Sequence[str], count: int, height: float = 2.3) -> tuple[Fig
 
 
 def _finish(figure: Figure, axes: Axes, layers: Sequence[str], note: str) -> None:
-    axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7 if len(layers) < 80 else 6)
+    names = [shortened(layer, LONGEST) for layer in layers]
+    axes.set_xticks(range(len(layers)), names, rotation=90, fontsize=7 if len(layers) < 80 else 6, **AS_IS)
     axes.set_xlim(-0.6, len(layers) - 0.4)
     add_note(figure, note)
 

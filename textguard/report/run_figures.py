@@ -69,6 +69,7 @@ def draw_convergence(variants: Sequence[Variant], title: str) -> tuple[Figure, p
         points = pd.DataFrame(point.as_json() for point in variant.results[0].convergence)
         if points.empty:
             continue
+        points = points.astype(dict.fromkeys(("value", "low", "high"), float))  # also where no point has an interval
         count, low = points["injections_per_layer"], points["low"].clip(lower=points["value"] / 1000)
         axes.plot(count, points["value"], color=variant.style.colour, marker="o", linewidth=1.2, label=variant.style.name)
         axes.fill_between(count, low, points["high"], color=variant.style.colour, alpha=0.2, linewidth=0)
