@@ -90,6 +90,7 @@ def test_the_page_holds_every_run_table_and_figure_and_needs_nothing_else(here):
     links = [link for link in elements.attributes("href") if link != "data:,"]
     assert all(link[0] == "#" and link[1:] in elements.attributes("id") for link in links)
     ids = elements.attributes("id")
+    assert set(elements.attributes("aria-describedby") + elements.attributes("data-filters")) <= set(ids)
     assert len(ids) == len(set(ids))
     assert "abc1234 of 2026-01-31, with changes" in elements.text
     assert "written for this repository, not by GPT-3" in elements.text
@@ -119,7 +120,7 @@ def test_what_comes_from_outside_stays_text(here):
     )
     classes = Path("metrics/texts") / f"{TEXT}.csv"
     table = pd.read_csv(classes)
-    write_csv(classes, table.assign(**{"class": ATTACK, "nearest_wrong": "{{ 7 * 7 }}"}))
+    write_csv(classes, table.assign(**{"class": [f"{ATTACK} {row}" for row in table.index], "nearest_wrong": "{{ 7 * 7 }}"}))
     with modify_yaml("params.yaml") as params:
         params["texts"]["descriptions"]["questions"][0] = f"{{class}} {ATTACK}"
     elements = page()
@@ -130,11 +131,13 @@ def test_what_comes_from_outside_stays_text(here):
 
 
 def test_what_is_missing_is_named(here, capsys):
-    next(Path("plots/figures").glob("bits-*.png")).unlink()
-    page()  # a figure that is not drawn for a backbone is not on the page
-    (Path("plots/texts") / TEXT / "projection.png").unlink()
-    with pytest.raises(InvalidArtifact, match=r"projection\.png does not exist; run 'dvc repro'"):
-        page()
+    picture = next(Path("plots/figures").glob("bits-*.png"))
+    for file, stage in ((picture, "figures"), (Path("plots/texts") / TEXT / "projection.png", "text_quality")):
+        content = file.read_bytes()
+        file.unlink()
+        with pytest.raises(InvalidArtifact, match=f"{file} is missing; stage '{stage}' writes it: run 'dvc repro'"):
+            page()
+        file.write_bytes(content)
     assert main(["nowhere"]) == 2
     assert main([str(here / "metrics" / "texts"), "base", "page.html"]) == 2
     assert "holds no run's metrics" in capsys.readouterr().err

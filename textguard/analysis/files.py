@@ -71,15 +71,13 @@ def load_threshold_curve(key: str) -> pd.DataFrame:
 
 
 def load_training(key: str) -> pd.DataFrame:
-    """One run's epochs: epoch (1, 2, ...), loss (nats), accuracy (0 to 1), learning_rate. None where it was not trained here."""
+    """Its epochs: epoch (1, 2, ...), loss (nats), accuracy (0 to 1), learning_rate. No rows where it was not trained here."""
     positive = (0, math.inf)
     bounds = {"epoch": (1, math.inf), "loss": positive, "accuracy": (0, 1), "learning_rate": positive}
     return _read_rows(key, "training", "train", [], bounds)
 
 
-def _read_rows(
-    key: str, name: str, made_by: str, texts: list[str], bounds: Mapping[str, tuple[float, float]]
-) -> pd.DataFrame:
+def _read_rows(key: str, name: str, made_by: str, texts: list[str], bounds: Mapping[str, tuple[float, float]]) -> pd.DataFrame:
     """One of a run's CSV files, whose first column tells its rows apart: texts that differ, or numbers that rise."""
     path = RUNS_DIR / key / f"{name}.csv"
     table = read_csv(path, made_by, texts, list(bounds), bounds)

@@ -4,11 +4,14 @@ import textwrap
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.axis import Tick
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from numpy.typing import ArrayLike
 
 from textguard.artifacts import write_bytes, write_csv
 from textguard.report.escaping import visible
@@ -35,6 +38,20 @@ def _take_texts_as_they_are(figure: Figure) -> None:
             text.set_text(visible(text.get_text()))
 
 
+def logarithmic(axes: Axes, side: str, values: ArrayLike) -> str:
+    """Give axis `side` ("x" or "y") a logarithmic scale, or leave it as it is where no value is above 0.
+
+    Returns what a note has to say of values for which such an axis has no place; empty where there are none.
+    """
+    finite = np.asarray(values, dtype=float)
+    finite = finite[np.isfinite(finite)]
+    if not (finite > 0).any():
+        return ""
+    axes.set(**{f"{side}scale": "log"})
+    zeros = int((finite <= 0).sum())
+    return f"; {zeros} of {len(finite)} points are 0, which has no place on a logarithmic axis" if zeros else ""
+
+
 def save_figure(figure: Figure, numbers: pd.DataFrame, stem: Path, dpi: int) -> None:
     """Write STEM.png, STEM.svg, STEM.pdf, and the numbers behind them as STEM.csv."""
     FigureCanvasAgg(figure)
@@ -46,6 +63,7 @@ def save_figure(figure: Figure, numbers: pd.DataFrame, stem: Path, dpi: int) -> 
         ("pdf", {"CreationDate": None, "Creator": None, "Producer": None}),
     ):
         buffer = BytesIO()
-        figure.savefig(buffer, format=suffix, dpi=dpi, metadata=metadata)
+        with np.errstate(over="ignore"):  # of an axis that ends near the largest float there is
+            figure.savefig(buffer, format=suffix, dpi=dpi, metadata=metadata)
         write_bytes(stem.with_name(f"{stem.name}.{suffix}"), buffer.getvalue())
     write_csv(stem.with_name(f"{stem.name}.csv"), numbers)

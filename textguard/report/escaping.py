@@ -5,7 +5,7 @@ HTML is escaped by the page's template, CSV by `textguard.artifacts.write_csv`; 
 
 import re
 
-# Control characters, lone surrogates, and what turns the direction of text around or breaks lines. XML cannot hold most of them.
+# Control characters, lone surrogates, what turns the direction of text around or breaks lines. XML cannot hold most of them.
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 # What GitHub makes links, mentions, formulas, emoji and struck text of, even where a backslash stands before it.
 LINKED = re.compile(r"[@#$~]|://|www\.|\bGH-\d|:[\w+-]+:", re.IGNORECASE)

@@ -55,7 +55,9 @@ def as_frame(table: Table) -> pd.DataFrame:
 def as_latex(table: Table) -> str:
     """The table as a LaTeX `table` environment for the booktabs package."""
     head = " & ".join(for_latex(header) for header in table.headers)
-    body = "".join("    " + " & ".join(line) + r" \\" + "\n" for line in _cells(table, lambda value: for_latex(show_cell(value))))
+    body = "".join(
+        "    " + " & ".join(line) + r" \\" + "\n" for line in _cells(table, lambda value: for_latex(show_cell(value)))
+    )
     return (
         "\\begin{table}\n  \\centering\n"
         f"  \\caption{{{for_latex(table.caption)}}}\n"
