@@ -21,6 +21,9 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 # and a stage can be ten times slower. A short spin before they sleep is as fast alone, and safe. Read when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
+# Figures are files, whatever a shell says of windows; and a name that matplotlib does not know would end the stage.
+os.environ.pop("MPLBACKEND", None)
+
 from textguard.artifacts import cannot_write  # noqa: E402
 from textguard.errors import InvalidParameter, Setting, TextguardError  # noqa: E402
 from textguard.params import load_params, lookup  # noqa: E402

@@ -210,7 +210,7 @@ def read_records(path: Path, made_by: str, kind: type[Record]) -> list[Record]:
 def read_csv(
     path: Path, made_by: str, columns: list[str], numbers: list[str], bounds: Mapping[str, tuple[float, float]] | None = None
 ) -> "pd.DataFrame":
-    """Read a CSV file that must hold `columns` of texts, and `numbers`, which must be finite.
+    """Read a CSV file that must hold `columns` of texts that are not empty, and `numbers`, which must be finite.
 
     Texts stay as they are written, also `NA`, `null` and `007`. bounds: of some numbers, the least and the largest that is
     allowed. Raises InvalidArtifact.
@@ -224,7 +224,7 @@ def read_csv(
         if not isinstance(table.index, pd.RangeIndex):
             raise InvalidArtifact("has rows with more cells than its header")
         for column in columns:
-            if not table[column].map(lambda cell: isinstance(cell, str)).all():
+            if not table[column].map(lambda cell: isinstance(cell, str) and cell != "").all():
                 raise InvalidArtifact(f"has a {column} that is missing")
             table[column] = table[column].map(_as_written)
         for column in numbers:

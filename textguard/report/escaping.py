@@ -11,7 +11,7 @@ UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066
 LINKED = re.compile(r"[@#$~]|://|www\.|\bGH-\d|:[\w+-]+:", re.IGNORECASE)
 # Beyond ASCII, what pdflatex has in T1: letters of most languages in Latin script, and common signs.
 LATEX_SIGNS = frozenset("¡¿«»§°±·×µ–—‘’‚“”„†‡•…€™")
-LATEX_LETTERS = frozenset(map(chr, range(0xC0, 0x180))) - frozenset("×÷ĸĿŀŉſ")
+LATEX_LETTERS = frozenset(map(chr, range(0xC0, 0x180))) - frozenset("×÷ĦħĸĿŀŉŦŧſ")
 LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "`": r"\textasciigrave{}"},
