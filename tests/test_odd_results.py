@@ -62,7 +62,7 @@ def drawn(figure: Figure) -> list[str]:
     """Draw a figure. Returns its texts."""
     figure.set_dpi(30)
     FigureCanvasAgg(figure).draw()
-    return [text.get_text() for text in figure.findobj(Text)]
+    return [" ".join(text.get_text().split()) for text in figure.findobj(Text)]
 
 
 def estimate(value: float, low: float = math.nan, high: float = math.nan) -> Measured:

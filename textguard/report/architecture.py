@@ -17,8 +17,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from textguard.analysis.files import load_text_quality
 from textguard.params import Params, TextParams
-from textguard.report.drawing import AS_IS, NOTE_SIZE
-from textguard.report.escaping import shortened
+from textguard.report.drawing import AS_IS, NOTE_SIZE, drawable
 from textguard.report.theme import backbone_name
 from textguard.report.variants import Variant
 from textguard.schema.results import BASELINE, RunResult
@@ -337,7 +336,7 @@ def _box(axes: Axes, ends: tuple[float, float], top: float, lines: Sequence[str]
 def _fit(axes: Axes, left: float, right: float, y: float, text: str, size: float, *, ha: str = "center", **look: str) -> None:
     """A line of text between two ends, smaller where it would be too long."""
     x = left if ha == "left" else (left + right) / 2
-    drawn = axes.text(x, y, shortened(text, LONGEST), ha=ha, va="center", fontsize=size, **AS_IS, **look)
+    drawn = axes.text(x, y, drawable(text, LONGEST), ha=ha, va="center", fontsize=size, **AS_IS, **look)
     width = drawn.get_window_extent().width / axes.figure.dpi
     if width > right - left:
         drawn.set_fontsize(size * (right - left) / width)

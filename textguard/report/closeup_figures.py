@@ -13,8 +13,7 @@ from PIL import Image
 
 from textguard.analysis.files import CLOSEUP_DIR, load_closeup, load_looks
 from textguard.errors import InvalidArtifact
-from textguard.report.drawing import add_note
-from textguard.report.escaping import shortened
+from textguard.report.drawing import add_note, drawable
 from textguard.report.variants import Variant, trainings
 from textguard.schema.closeup import Cam
 from textguard.schema.results import BASELINE, PROPOSED
@@ -53,7 +52,7 @@ def draw_attention(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.
     for axes, image in zip(panels[:, 0], shown, strict=True):
         golden = first[(first["image"] == image) & (first["state"] == "golden")].iloc[0]
         _show(axes, golden["picture"], None)
-        axes.set_title(shortened(golden["class"], LONGEST), fontsize=7, pad=2)
+        axes.set_title(drawable(golden["class"], LONGEST), fontsize=7, pad=2)
     cams = [_load_cam(variant) for variant in drawn]
     for number, (variant, cam) in enumerate(zip(drawn, cams, strict=True)):
         found = looks[variant.key]
@@ -104,7 +103,7 @@ def _show(axes: Axes, picture: bytes, look: Any) -> None:
     axes.imshow(pixels, cmap="gray", extent=(0, 1, 0, 1), interpolation="nearest")
     if look is None:
         return
-    said = f"{shortened(look['predicted'], LONGEST)} {100 * look['confidence']:.0f} %"
+    said = f"{drawable(look['predicted'], LONGEST)} {100 * look['confidence']:.0f} %"
     axes.set_title(said, fontsize=7, pad=2)
     axes.title.set_color("#1a1a1a" if look["prediction"] == look["label"] else "#c1121f")
     if not look["finite"]:

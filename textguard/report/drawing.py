@@ -1,5 +1,6 @@
 """What all figures share: their style, and files whose bytes depend on nothing but the numbers."""
 
+import functools
 import textwrap
 from io import BytesIO
 from pathlib import Path
@@ -10,11 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Tick
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.text import Text
 from numpy.typing import ArrayLike
 
 from textguard.artifacts import write_bytes, write_csv
-from textguard.report.escaping import visible
+from textguard.report.escaping import one_line, shortened, spelled_out, visible
 
 AS_IS = {"parse_math": False}  # of names on an axis: "$" is a dollar
 STYLE = Path(__file__).with_name("textguard.mplstyle")
@@ -29,13 +31,28 @@ def add_note(figure: Figure, note: str, **place: float) -> Text:
     return figure.supxlabel("\n".join(lines), fontsize=NOTE_SIZE, **place)
 
 
+def drawable(text: str, most: int) -> str:
+    """Foreign text as a figure shows it: one line of at most `most` characters, and those without a glyph spelled out."""
+    return shortened(_with_glyphs(one_line(text)), most)
+
+
+def _with_glyphs(text: str) -> str:
+    known = _glyphs(findfont(FontProperties()))
+    return "".join(letter if ord(letter) in known or letter == "\n" else spelled_out(letter) for letter in text)
+
+
+@functools.cache
+def _glyphs(font: str) -> frozenset[int]:
+    return frozenset(get_font(font).get_charmap())
+
+
 def _take_texts_as_they_are(figure: Figure) -> None:
-    """No text of a figure is a formula, but the numbers on its axes; and SVG can hold no control characters."""
+    """No text of a figure is a formula, but the numbers on its axes; and none holds what SVG or the font has no place for."""
     on_axes = {label for tick in figure.findobj(Tick) for label in (tick.label1, tick.label2)}
     for text in figure.findobj(Text):
         if text not in on_axes:
             text.set_parse_math(False)
-            text.set_text(visible(text.get_text()))
+            text.set_text(_with_glyphs(visible(text.get_text())))
 
 
 def logarithmic(axes: Axes, side: str, values: ArrayLike) -> str:

@@ -23,7 +23,12 @@ LATEX = {
 
 def visible(text: str) -> str:
     r"""The text, with what cannot be seen or must not be obeyed spelled out, as in \x1b. Line ends and tabs stay."""
-    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
+    return UNSEEN.sub(lambda found: spelled_out(found[0]), text)
+
+
+def spelled_out(character: str) -> str:
+    r"""A character's code, as in \x1b."""
+    return character.encode("unicode_escape", "surrogatepass").decode()
 
 
 def one_line(text: str) -> str:

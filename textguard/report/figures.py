@@ -7,7 +7,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from textguard.analysis.files import RUNS_DIR, load_training
+from textguard.analysis.files import RUNS_DIR
 from textguard.artifacts import write_csv
 from textguard.errors import InvalidArtifact
 from textguard.params import Params
@@ -60,7 +60,7 @@ def write_figures(results: Sequence[RunResult], cells: Sequence[Cell], params: P
         save_figure(*draw_tradeoff(everything), folder / "tradeoff", dpi)
         if cells:
             save_figure(*draw_improvement(cells, styles(params.variants, params.figures.colours)), folder / "improvement", dpi)
-    together["training"] = [_training(result, params) for result in results]
+    together["training"] = [training_curve(result, params) for result in results]
     for name, tables in together.items():
         write_csv(folder / f"{name}.csv", pd.concat(tables, ignore_index=True))
 
@@ -75,7 +75,7 @@ def group(results: Sequence[RunResult], params: Params) -> dict[tuple[str, str],
     }
 
 
-def _training(result: RunResult, params: Params) -> pd.DataFrame:
+def training_curve(result: RunResult, params: Params) -> pd.DataFrame:
     """One run's epochs, and whose they are. Raises InvalidArtifact."""
     curve = load_training(result.run)
     trained = f"{result.backbone}-{result.variant}" not in params.weights

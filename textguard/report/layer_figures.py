@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 
 from textguard.analysis.files import RESULTS_DIR, RUNS_DIR, load_ranges
 from textguard.errors import InvalidArtifact, printable
-from textguard.report.drawing import AS_IS, add_note, logarithmic
-from textguard.report.escaping import shortened
+from textguard.report.drawing import AS_IS, add_note, drawable, logarithmic
 from textguard.report.variants import Variant, trainings
 from textguard.schema.results import BASELINE, Layer, RunResult
 
@@ -170,8 +169,9 @@ def draw_bits(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataF
     for variant in variants:
         image = np.full((bits, len(layers)), np.nan)
         for layer in variant.results[0].layers:
-            image[:, layers.index(layer.layer)] = layer.by_bit.delta_loss
-            rows.append(pd.DataFrame(dict(layer.by_bit)).assign(bit=range(bits), **_row(variant, variant.results[0], layer)))
+            found = pd.DataFrame(dict(layer.by_bit))
+            image[: len(found), layers.index(layer.layer)] = found["delta_loss"]
+            rows.append(found.assign(bit=range(len(found)), **_row(variant, variant.results[0], layer)))
         maps.append(image)
     positive = np.concatenate([image[image > 0] for image in maps])
     high = positive.max(initial=1e-6)
@@ -210,7 +210,7 @@ def _panels(layers: Sequence[str], count: int, height: float = 2.3) -> tuple[Fig
 
 
 def _finish(figure: Figure, axes: Axes, layers: Sequence[str], note: str) -> None:
-    names = [shortened(layer, LONGEST) for layer in layers]
+    names = [drawable(layer, LONGEST) for layer in layers]
     axes.set_xticks(range(len(layers)), names, rotation=90, fontsize=7 if len(layers) < 80 else 6, **AS_IS)
     axes.set_xlim(-0.6, len(layers) - 0.4)
     add_note(figure, note)

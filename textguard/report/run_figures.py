@@ -86,11 +86,13 @@ def draw_convergence(variants: Sequence[Variant], title: str) -> tuple[Figure, p
     axes.set(xlabel="injections per layer", ylabel="DeltaLoss, mean of sampled layers (nats)")
     axes.set_title(f"{title}: convergence")
     if tables:
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(sorted(set(pd.concat(tables)["injections_per_layer"])))
+        points = pd.concat(tables)
+        if np.isfinite(points["value"]).any():  # or there is nothing to scale
+            axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(set(points["injections_per_layer"])))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.legend()
-        unseen = logarithmic(axes, "y", pd.concat(tables)["value"])
+        unseen = logarithmic(axes, "y", points["value"])
         note = "one training each; bands: interval over injections; layers whose faults were all tried are left out" + unseen
     else:
         axes.text(0.5, 0.5, "no layer was sampled at random", ha="center", transform=axes.transAxes)

@@ -14,13 +14,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from textguard.report.drawing import AS_IS, STYLE, add_note, save_figure
-from textguard.report.escaping import shortened
+from textguard.report.drawing import AS_IS, STYLE, add_note, drawable, save_figure
 
 MOST_LABELS = 40  # class names that a figure or an axis holds
 LABEL_DISTANCES = (6, 14, 24, 36)  # of a name from its point, in points
 LABEL_DIRECTIONS = (45, 0, 90, 135, 180, 225, 270, 315)  # in degrees
-LONGEST = 60  # characters of a class name that are drawn
+LONGEST = 40  # characters of a class name that are drawn
 
 
 def draw_similarity(similarity_cc: np.ndarray, classes: Sequence[str], title: str, stem: Path, dpi: int) -> None:
@@ -89,7 +88,7 @@ def _name_points(axes: Axes, points_n2: np.ndarray, names: Sequence[str]) -> int
     outermost = np.argsort(-np.linalg.norm(points_n2 - points_n2.mean(axis=0), axis=1), kind="stable")
     for index in outermost[: 2 * MOST_LABELS]:  # further in, there is hardly a place, and looking for it takes time
         text = axes.annotate(
-            shortened(names[index], LONGEST),
+            drawable(names[index], LONGEST),
             points_n2[index],
             xytext=(0, 0),
             textcoords="offset points",
@@ -119,6 +118,6 @@ def _label(axes: Axes, classes: Sequence[str]) -> None:
     if len(classes) > MOST_LABELS:
         axes.set(xlabel=f"{len(classes)} classes, in label order", ylabel="the same classes")
         return
-    names = [shortened(name, LONGEST) for name in classes]
+    names = [drawable(name, LONGEST) for name in classes]
     axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=7, **AS_IS)
     axes.set_yticks(range(len(classes)), names, fontsize=7, **AS_IS)
