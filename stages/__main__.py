@@ -20,9 +20,8 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 # OpenMP's threads spin for milliseconds while they wait. Beside any other busy process they spin away each other's time slices,
 # and a stage can be ten times slower. A short spin before they sleep is as fast alone, and safe. Read when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-
-# Figures are files, whatever a shell says of windows; and a name that matplotlib does not know would end the stage.
-os.environ.pop("MPLBACKEND", None)
+# Figures are files: whatever windows matplotlib is told to open elsewhere. Read when matplotlib is loaded.
+os.environ["MPLBACKEND"] = "agg"
 
 from textguard.artifacts import cannot_write  # noqa: E402
 from textguard.errors import InvalidParameter, Setting, TextguardError  # noqa: E402

@@ -1,13 +1,11 @@
 """Where the stages leave what is analysed and shown, and readers of it. Each raises InvalidArtifact."""
 
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
 
-from textguard.artifacts import read_csv, read_parquet, reading
-from textguard.errors import InvalidArtifact
+from textguard.artifacts import read_csv, read_parquet
 from textguard.params import Run
 from textguard.schema.base import read
 from textguard.schema.closeup import CloseUp
@@ -59,32 +57,15 @@ def load_text_quality(key: str) -> TextQuality:
 
 def load_ranges(key: str) -> pd.DataFrame:
     """One run's value ranges: layer (without the prefix `backbone.`), max_abs, mean_abs, images."""
-    bounds = {"max_abs": (0, math.inf), "mean_abs": (0, math.inf), "images": (1, math.inf)}
-    table = _read_rows(key, "ranges", "ranges", ["layer"], bounds)
+    table = read_csv(RUNS_DIR / key / "ranges.csv", "ranges", ["layer"], ["max_abs", "mean_abs", "images"])
     return table.assign(layer=table["layer"].str.removeprefix("backbone."))
 
 
 def load_threshold_curve(key: str) -> pd.DataFrame:
-    """One run's accuracy against Top2Diff threshold, both in percent; thresholds rise."""
-    percent = (0, 100)
-    return _read_rows(key, "thresholds", "evaluate", [], {"threshold_percent": percent, "accuracy_percent": percent})
+    """One run's accuracy against Top2Diff threshold, both in percent."""
+    return read_csv(RUNS_DIR / key / "thresholds.csv", "evaluate", [], ["threshold_percent", "accuracy_percent"])
 
 
 def load_training(key: str) -> pd.DataFrame:
-    """Its epochs: epoch (1, 2, ...), loss (nats), accuracy (0 to 1), learning_rate. No rows where it was not trained here."""
-    positive = (0, math.inf)
-    bounds = {"epoch": (1, math.inf), "loss": positive, "accuracy": (0, 1), "learning_rate": positive}
-    return _read_rows(key, "training", "train", [], bounds)
-
-
-def _read_rows(key: str, name: str, made_by: str, texts: list[str], bounds: Mapping[str, tuple[float, float]]) -> pd.DataFrame:
-    """One of a run's CSV files, whose first column tells its rows apart: texts that differ, or numbers that rise."""
-    path = RUNS_DIR / key / f"{name}.csv"
-    table = read_csv(path, made_by, texts, list(bounds), bounds)
-    with reading(path, made_by):
-        first = [*texts, *bounds][0]
-        if table.empty and made_by != "train":
-            raise InvalidArtifact("has no rows")
-        if not (table[first].is_unique and (texts or table[first].is_monotonic_increasing)):
-            raise InvalidArtifact(f"has a {first} twice, or out of order")
-    return table
+    """One run's epochs: epoch, loss (nats), accuracy (0 to 1), learning_rate."""
+    return read_csv(RUNS_DIR / key / "training.csv", "train", [], ["epoch", "loss", "accuracy", "learning_rate"])

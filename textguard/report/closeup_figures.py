@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator, StrMethodFormatter
 from PIL import Image
 
 from textguard.analysis.files import CLOSEUP_DIR, load_closeup, load_looks
+from textguard.artifacts import reading
 from textguard.errors import InvalidArtifact
 from textguard.report.drawing import add_note, drawable
 from textguard.report.variants import Variant, trainings
@@ -29,7 +30,7 @@ def draw_attention(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.
     chosen += [variant for variant in variants if variant.key == PROPOSED] or [
         variant for variant in variants if variant.key != BASELINE
     ][-1:]
-    looks = {variant.key: load_looks(variant.results[0].run) for variant in chosen}
+    looks = {variant.key: _load_looks(variant.results[0].run) for variant in chosen}
     drawn = [variant for variant in chosen if not looks[variant.key].empty]
     if not drawn:
         figure = Figure(figsize=(5.2, 1.2), layout="constrained")
@@ -80,6 +81,15 @@ def draw_attention(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.
     )
 
 
+def _load_looks(key: str) -> pd.DataFrame:
+    """What stage closeup saw, with pictures that can be drawn. Raises InvalidArtifact."""
+    looks = load_looks(key)
+    with reading(CLOSEUP_DIR / f"{key}.parquet", "closeup"):
+        for picture in looks.loc[looks["state"] == "golden", "picture"]:
+            Image.open(io.BytesIO(picture), formats=["PNG"]).load()
+    return looks
+
+
 def _load_cam(variant: Variant) -> Cam:
     """What is said of the maps of a variant's first training, which has some. Raises InvalidArtifact."""
     key = variant.results[0].run
@@ -99,7 +109,7 @@ def _head(axes: Axes, text: str, height: float = 1.22, **style: Any) -> None:
 
 def _show(axes: Axes, picture: bytes, look: Any) -> None:
     """A picture, and over it where a classifier looks."""
-    pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("L" if look is not None else "RGB"))
+    pixels = np.asarray(Image.open(io.BytesIO(picture), formats=["PNG"]).convert("L" if look is not None else "RGB"))
     axes.imshow(pixels, cmap="gray", extent=(0, 1, 0, 1), interpolation="nearest")
     if look is None:
         return

@@ -7,7 +7,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from textguard.analysis.files import RUNS_DIR
+from textguard.analysis.files import RUNS_DIR, load_training
 from textguard.artifacts import write_csv
 from textguard.errors import InvalidArtifact
 from textguard.params import Params

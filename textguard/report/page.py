@@ -152,9 +152,9 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
             for name, title in (("improvement", "Improvement over the baseline"), ("tradeoff", "Accuracy and resilience"))
             if name != "improvement" or cells  # without any, there is nothing to draw
         ],
-        compared={"label": compared[0], "table": _table(compared[1], f"{compared[0]} and now")} if compared else None,
+        compared={"label": compared[0], "table": as_shown(compared[1], f"{compared[0]} and now")} if compared else None,
         facts=_facts(params, runs, grid, revision),
-        tables=[_table(table, TABLES.get(table.name, table.name)) for table in tables_of(params)],
+        tables=[as_shown(table, TABLES.get(table.name, table.name)) for table in tables_of(params)],
         figures=_figures(runs),
         runs=[_run(key, run, params) for key, run in runs.items()],
         texts=[_text(texts) for texts in params.class_texts.values()],
@@ -244,7 +244,7 @@ def _facts(params: Params, runs: Mapping[str, RunResult], grid: str, revision: R
     ]
 
 
-def _table(table: Table, label: str) -> dict[str, Any]:
+def as_shown(table: Table, label: str) -> dict[str, Any]:
     """A table as the template takes it: cells with a text, a number to sort by, and a kind (class) where it is a verdict."""
     rows = [
         [
@@ -318,7 +318,7 @@ def _run(key: str, run: RunResult, params: Params) -> dict[str, Any]:
         "overall": show_estimate(run.overall.delta_loss),
         "sdc": show_estimate(run.overall.sdc.times(100)),
         "facts": facts,
-        "layers": _table(_layers(run), f"Layers of {key}"),
+        "layers": as_shown(_layers(run), f"Layers of {key}"),
         "command": f"dvc repro inject@{key}",
     }
 
@@ -368,7 +368,7 @@ def _text(texts: ClassTexts) -> dict[str, Any]:
             _picture("text_quality", pictures / name, f"{title}, {key}", f"{name}-{key}")
             for name, title in (("similarity", "Similarity of classes"), ("projection", "Texts and class means"))
         ],
-        "classes": _table(_classes(key, quality.classes), f"Classes of {key}"),
+        "classes": as_shown(_classes(key, quality.classes), f"Classes of {key}"),
         "said": list(said.items())[:MOST_CLASSES],
         "said_note": f"{min(len(said), MOST_CLASSES)} of {len(said)} classes",
     }
