@@ -190,7 +190,7 @@ def _draw_start(axes: Axes, network: Network, top: float) -> None:
         author = f"by {texts.written_by}"
         if texts.written_by == TEMPLATE:
             asked = [f"{classes} x {texts.questions} sentence{'s' * (texts.questions > 1)}"]
-            asked += wrap(f"“{texts.example}”", 24) if texts.example else []
+            asked += wrap(f"“{texts.example}”", 24, max_lines=4, placeholder="…") if texts.example else []
             author = "no model asked"
         elif texts.written_by == FILE:
             asked = [classes, "described in a file"]

@@ -10,6 +10,7 @@ import hashlib
 import io
 import math
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from textguard import __version__
 from textguard.analysis.files import RESULTS_DIR, TEXTS_DIR, load_cells, load_results, load_text_quality
@@ -289,7 +290,8 @@ def _picture(made_by: str, stem: Path, title: str, name: str) -> dict[str, Any]:
     file = stem.with_name(f"{stem.name}.png")
     with reading(file, made_by):
         content = file.read_bytes()
-        with Image.open(io.BytesIO(content), formats=("PNG",)) as picture:
+        # Not Image.open, which refuses sharp pictures of many layers for their size: nothing is unpacked here.
+        with PngImageFile(io.BytesIO(content)) as picture:
             width, height = picture.size
             picture.verify()
     source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
@@ -409,7 +411,7 @@ def _commands(grid: str, revision: Revision) -> str:
         lines.insert(
             0, f"git checkout {revision.commit}" + ("   # and the changes that were not committed" if revision.changed else "")
         )
-    where = [] if grid == "default" else [f"cd grids/{grid}"]
+    where = [] if grid == "default" else [f"cd grids/{shlex.quote(grid)}"]
     return "\n".join([*lines, *where, "dvc repro dvc.yaml"])
 
 
