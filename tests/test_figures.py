@@ -17,7 +17,7 @@ from conftest import REPOSITORY
 from smoke_grid import run
 from stages import figures
 from textguard.analysis.files import load_cells, load_results
-from textguard.artifacts import write_text
+from textguard.artifacts import read_parquet, write_parquet, write_text
 from textguard.errors import InvalidArtifact
 from textguard.report.figures import DRAWN_BY_DVC, PER_BACKBONE, group, training_curve, write_figures
 from textguard.report.run_figures import crossings
@@ -167,6 +167,15 @@ def test_damaged_numbers_are_named_and_not_drawn(runs, params, name, damage, sai
         draw(*given)
     assert said in str(error.value)
     assert str(file) in str(error.value)
+
+
+def test_a_picture_that_is_none_is_named(runs, params):
+    file = Path("metrics/closeup/d-resnet18-baseline-0.parquet")
+    looks = read_parquet(file, "closeup", [])
+    write_parquet(file, looks.assign(picture=[picture and b"\x89PNG, or not" for picture in looks["picture"]]))
+    (variants, _) = group(list(load_results(runs).values()), params).values()
+    with pytest.raises(InvalidArtifact, match=f"{file} cannot be read .*stage 'closeup' writes it"):
+        PER_BACKBONE["attention"](variants, "t")
 
 
 def test_what_a_killed_stage_has_left_is_removed_and_what_others_have_is_not(tmp_path, monkeypatch):

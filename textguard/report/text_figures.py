@@ -20,12 +20,15 @@ MOST_LABELS = 40  # class names that a figure or an axis holds
 LABEL_DISTANCES = (6, 14, 24, 36)  # of a name from its point, in points
 LABEL_DIRECTIONS = (45, 0, 90, 135, 180, 225, 270, 315)  # in degrees
 LONGEST = 40  # characters of a class name that are drawn
+USUAL = 20  # characters for which an axis has room
 
 
 def draw_similarity(similarity_cc: np.ndarray, classes: Sequence[str], title: str, stem: Path, dpi: int) -> None:
     """A heat map of the cosines [C, C] of class embeddings."""
     with matplotlib.rc_context({"axes.grid": False}, fname=STYLE):
-        side = 3.2 + 0.13 * min(len(classes), MOST_LABELS)
+        named = [drawable(name, LONGEST) for name in classes] if len(classes) <= MOST_LABELS else []
+        room = 0.05 * max(0, max(map(len, named), default=0) - USUAL)
+        side = 3.2 + 0.13 * min(len(classes), MOST_LABELS) + room
         figure = Figure(figsize=(side + 0.8, side), layout="constrained")
         axes = figure.add_subplot()
         diagonal = np.eye(len(classes), dtype=bool)
@@ -34,7 +37,7 @@ def draw_similarity(similarity_cc: np.ndarray, classes: Sequence[str], title: st
         colours = matplotlib.colormaps["viridis"].with_extremes(bad="#d9d9d9")
         image = axes.imshow(np.ma.array(similarity_cc, mask=diagonal), cmap=colours, interpolation="nearest")
         figure.colorbar(image, ax=axes, label="cosine of class embeddings")
-        _label(axes, classes)
+        _label(axes, named, len(classes))
         axes.set_title(title)
         add_note(figure, f"{len(off_diagonal) // 2} pairs, mean cosine {off_diagonal.mean():.3f}")
         save_figure(figure, pd.DataFrame(similarity_cc, columns=list(classes)).round(6), stem, dpi)
@@ -114,10 +117,9 @@ def _name_points(axes: Axes, points_n2: np.ndarray, names: Sequence[str]) -> int
     return len(taken)
 
 
-def _label(axes: Axes, classes: Sequence[str]) -> None:
-    if len(classes) > MOST_LABELS:
-        axes.set(xlabel=f"{len(classes)} classes, in label order", ylabel="the same classes")
+def _label(axes: Axes, names: Sequence[str], count: int) -> None:
+    if not names:
+        axes.set(xlabel=f"{count} classes, in label order", ylabel="the same classes")
         return
-    names = [drawable(name, LONGEST) for name in classes]
-    axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=7, **AS_IS)
-    axes.set_yticks(range(len(classes)), names, fontsize=7, **AS_IS)
+    axes.set_xticks(range(count), names, rotation=90, fontsize=7, **AS_IS)
+    axes.set_yticks(range(count), names, fontsize=7, **AS_IS)
