@@ -1,9 +1,10 @@
 """Draw the figures of a grid."""
 
+import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from textguard.analysis.files import load_cells, load_results
+from textguard.artifacts import WORK_DIR, locked
 from textguard.params import Params
 from textguard.report.figures import write_figures
 
@@ -12,9 +13,14 @@ FIGURES_DIR = Path("plots") / "figures"
 
 def main(params: Params) -> None:
     results = list(load_results(params.runs).values())
-    FIGURES_DIR.mkdir(parents=True, exist_ok=True)
     # All or nothing: where the numbers of one figure are missing, the others stay what they were.
-    with TemporaryDirectory(dir=FIGURES_DIR.parent, suffix=".tmp") as drawn:
-        write_figures(results, load_cells(params.runs), params, Path(drawn))
-        for file in Path(drawn).iterdir():
-            file.replace(FIGURES_DIR / file.name)
+    drawn = FIGURES_DIR.with_name(".figures.tmp")
+    with locked(WORK_DIR / "figures" / "lock", "figures"):
+        shutil.rmtree(drawn, ignore_errors=True)  # of a process that was killed: none that lives can hold the lock as well
+        try:
+            write_figures(results, load_cells(params.runs), params, drawn)
+            FIGURES_DIR.mkdir(parents=True, exist_ok=True)
+            for file in drawn.iterdir():
+                file.replace(FIGURES_DIR / file.name)
+        finally:
+            shutil.rmtree(drawn, ignore_errors=True)

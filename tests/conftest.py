@@ -260,7 +260,7 @@ def params(runs: dict[str, Run]) -> Params:
     found = replace(
         default,
         datasets={"d": default.datasets["digits"], "e": default.datasets["digits"]},
-        backbones=dict.fromkeys(("resnet18", "alexnet"), default.backbones["resnet18"]),
+        backbones=dict.fromkeys(("resnet18", "alexnet"), replace(default.backbones["resnet18"], epochs=2)),
         variants=["baseline", "template", "descriptions"],
         figures=FiguresParams(60),
     )

@@ -118,7 +118,7 @@ def scaled(factor: float) -> Callable[[Metrics], Metrics]:
 
 def row(report: str, quantity: str) -> list[str]:
     """The cells of a quantity's line."""
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in report.splitlines()]
+    lines = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in report.splitlines()]
     (cells,) = (cells for cells in lines if quantity in cells)
     return cells
 

@@ -1,15 +1,27 @@
 """Figures: their numbers and bytes, what they say and how variants look in them."""
 
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axis import Tick
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from conftest import REPOSITORY
+from smoke_grid import run
+from stages import figures
 from textguard.analysis.files import load_cells, load_results
-from textguard.report.figures import DRAWN_BY_DVC, PER_BACKBONE, group, write_figures
+from textguard.artifacts import read_parquet, write_parquet, write_text
+from textguard.errors import InvalidArtifact
+from textguard.report.figures import DRAWN_BY_DVC, PER_BACKBONE, group, training_curve, write_figures
 from textguard.report.run_figures import crossings
+from textguard.report.text_figures import draw_projection, draw_similarity
 from textguard.report.theme import OTHER_MARKERS, PLACE_MARKERS, PUBLISHED_MARKER, VARIANT_MARKERS, place_name, styles
 from textguard.report.variants import Variant, trainings
 
@@ -87,3 +99,108 @@ def test_variants_and_places_are_called_as_they_are_spoken():
     assert place_name("fashion_mnist", "resnet18") == "ResNet-18 on Fashion-MNIST"
     assert place_name("birds", "timm:resnet10t") == "timm:resnet10t on birds"
     assert styles(["random"], {})["random"].name == "random start"
+
+
+NAMES = [
+    "$x^2$",
+    "a$b$c",
+    "<script>alert(1)</script>",
+    "\x07bell\x1b[31m",
+    "x" * 10_000,
+    "two\nlines",
+    "猫",
+    "NA",
+    "--> ]]>",
+    "\u202eb",
+]
+
+
+def test_class_names_are_drawn_as_they_are_whatever_they_are(tmp_path, monkeypatch):
+    vectors = np.random.default_rng(0).normal(size=(len(NAMES), 4))
+    unit = vectors / np.linalg.norm(vectors, axis=1)[:, None]
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *file, **look: drawn.append(figure) or save(figure, *file, **look))
+    draw_similarity(unit @ unit.T, NAMES, "a $title$", tmp_path / "similarity", 60)
+    draw_projection(unit[:, :2], np.arange(len(NAMES)), unit[:, :2], NAMES, 0.5, "a $title$", tmp_path / "projection", 60)
+    for figure in drawn:
+        texts = [text for text in figure.findobj(Text) if text.get_text() and "\u2212" not in text.get_text()]
+        assert all(not text.get_parse_math() for text in texts if "$" in text.get_text())
+        assert {"a $title$", "$x^2$", r"\x07bell\x1b[31m", "two lines", r"\u732b", "--> ]]>"} <= {
+            text.get_text() for text in texts
+        }
+        assert max(len(text.get_text()) for text in texts) < 100
+    for name in ("similarity", "projection"):
+        ElementTree.fromstring((tmp_path / f"{name}.svg").read_bytes())
+
+
+@pytest.mark.parametrize("classes", [2, 3, 1000])
+def test_few_equal_and_many_classes_are_drawn(tmp_path, classes, monkeypatch):
+    monkeypatch.setattr("textguard.report.text_figures.save_figure", lambda figure, numbers, *_: FigureCanvasAgg(figure).draw())
+    draw_similarity(np.ones((classes, classes)), [f"c{place}" for place in range(classes)], "t", tmp_path / "s", 30)
+    points = np.ones((classes, 2))
+    draw_projection(points, np.arange(classes), points, [f"c{place}" for place in range(classes)], 1.0, "t", tmp_path / "p", 30)
+
+
+DRAWN_FROM = {"ranges": "value_ranges", "thresholds": "accuracy_by_top2diff"}
+EPOCHS = "does not hold the epochs 1 to 2, as many as params.yaml asks for"
+DAMAGED = {
+    "a layer more": ("ranges", lambda text: f"{text}foo,Conv2d,1,2.0,0.5,50\n", "are about different layers ('foo')"),
+    "a layer less": ("ranges", lambda text: text.rpartition("head")[0], "are about different layers ('head')"),
+    "half the thresholds": ("thresholds", lambda text: text[: text.index("\n20,") + 1], "has other thresholds"),
+    "an epoch less": ("training", lambda text: text[: text.index("\n2,") + 1], EPOCHS),
+    "no training": ("training", lambda text: text.partition("\n")[0] + "\n", EPOCHS),
+    "an epoch twice": ("training", lambda text: text.replace("\n2,", "\n1,"), EPOCHS),
+}
+
+
+@pytest.mark.parametrize(("name", "damage", "said"), DAMAGED.values(), ids=DAMAGED)
+def test_damaged_numbers_are_named_and_not_drawn(runs, params, name, damage, said):
+    key = "d-resnet18-descriptions-0"
+    file = Path("metrics/runs") / key / f"{name}.csv"
+    file.write_text(damage(file.read_text(encoding="utf-8")), encoding="utf-8")
+    results = load_results(key for key, run in runs.items() if run.dataset == "d")
+    (variants,) = group(list(results.values()), params).values()
+    draw, given = (
+        (training_curve, (results[key], params)) if name == "training" else (PER_BACKBONE[DRAWN_FROM[name]], (variants, "t"))
+    )
+    with pytest.raises(InvalidArtifact) as error:
+        draw(*given)
+    assert said in str(error.value)
+    assert str(file) in str(error.value)
+
+
+def test_a_picture_that_is_none_is_named(runs, params):
+    file = Path("metrics/closeup/d-resnet18-baseline-0.parquet")
+    looks = read_parquet(file, "closeup", [])
+    write_parquet(file, looks.assign(picture=[picture and b"\x89PNG, or not" for picture in looks["picture"]]))
+    (variants, _) = group(list(load_results(runs).values()), params).values()
+    with pytest.raises(InvalidArtifact, match=f"{file} cannot be read .*stage 'closeup' writes it"):
+        PER_BACKBONE["attention"](variants, "t")
+
+
+def test_what_a_killed_stage_has_left_is_removed_and_what_others_have_is_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("plots/.figures.tmp/half.png", "plots/mine.tmp/kept", "plots/figures/old.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("x", encoding="utf-8")
+    monkeypatch.setattr(figures, "load_results", lambda runs: {})
+    monkeypatch.setattr(figures, "load_cells", lambda runs: [])
+    monkeypatch.setattr(figures, "write_figures", lambda *given: write_text(given[-1] / "new.png", "x"))
+    figures.main(SimpleNamespace(runs={}))
+    left = sorted(str(path) for path in Path("plots").rglob("*") if path.is_file())
+    assert left == ["plots/figures/new.png", "plots/figures/old.png", "plots/mine.tmp/kept"]
+    assert not Path("plots/.figures.tmp").exists()
+
+    def fail(*given):
+        write_text(given[-1] / "half.png", "x")
+        raise InvalidArtifact("no")
+
+    monkeypatch.setattr(figures, "write_figures", fail)
+    with pytest.raises(InvalidArtifact):
+        figures.main(SimpleNamespace(runs={}))
+    assert sorted(str(path) for path in Path("plots").rglob("*") if path.is_file()) == left
+
+
+def test_the_environment_chooses_no_backend(untouched):
+    started = f"import runpy; runpy.run_path({str(REPOSITORY / 'stages' / '__main__.py')!r}); import matplotlib"
+    assert run([sys.executable, "-c", started], untouched.folder, MPLBACKEND="nonsense").stderr == ""

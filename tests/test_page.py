@@ -1,5 +1,8 @@
 """The page of results: what it holds, what it must not let through, and how it behaves in a real browser."""
 
+import base64
+import hashlib
+import html
 import io
 import json
 import re
@@ -7,6 +10,7 @@ import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +23,8 @@ from smoke_grid import run
 from textguard.artifacts import read_json_lines, write_csv, write_json, write_json_lines
 from textguard.errors import InvalidArtifact
 from textguard.params import load_params
-from textguard.report.page import Revision, main, read_revision, write_page
+from textguard.report.page import Revision, as_shown, main, read_revision, write_page
+from textguard.report.rendering import Table
 
 SMOKE = REPOSITORY / "grids" / "smoke"
 TEXT = "digits-descriptions"
@@ -79,6 +84,12 @@ def page(name: str = "page.html") -> Elements:
     return Elements(Path(name).read_text(encoding="utf-8"))
 
 
+def written() -> str:
+    """The page's HTML."""
+    write_page(Path("page.html"), load_params(), REVISION)
+    return Path("page.html").read_text(encoding="utf-8")
+
+
 def test_the_page_holds_every_run_table_and_figure_and_needs_nothing_else(here):
     elements = page()
     params = load_params()
@@ -90,6 +101,7 @@ def test_the_page_holds_every_run_table_and_figure_and_needs_nothing_else(here):
     links = [link for link in elements.attributes("href") if link != "data:,"]
     assert all(link[0] == "#" and link[1:] in elements.attributes("id") for link in links)
     ids = elements.attributes("id")
+    assert set(elements.attributes("aria-describedby") + elements.attributes("data-filters")) <= set(ids)
     assert len(ids) == len(set(ids))
     assert "abc1234 of 2026-01-31, with changes" in elements.text
     assert "written for this repository, not by GPT-3" in elements.text
@@ -119,7 +131,7 @@ def test_what_comes_from_outside_stays_text(here):
     )
     classes = Path("metrics/texts") / f"{TEXT}.csv"
     table = pd.read_csv(classes)
-    write_csv(classes, table.assign(**{"class": ATTACK, "nearest_wrong": "{{ 7 * 7 }}"}))
+    write_csv(classes, table.assign(**{"class": [f"{ATTACK} {row}" for row in table.index], "nearest_wrong": "{{ 7 * 7 }}"}))
     with modify_yaml("params.yaml") as params:
         params["texts"]["descriptions"]["questions"][0] = f"{{class}} {ATTACK}"
     elements = page()
@@ -130,14 +142,88 @@ def test_what_comes_from_outside_stays_text(here):
 
 
 def test_what_is_missing_is_named(here, capsys):
-    next(Path("plots/figures").glob("bits-*.png")).unlink()
-    page()  # a figure that is not drawn for a backbone is not on the page
-    (Path("plots/texts") / TEXT / "projection.png").unlink()
-    with pytest.raises(InvalidArtifact, match=r"projection\.png does not exist; run 'dvc repro'"):
-        page()
+    picture = next(Path("plots/figures").glob("bits-*.png"))
+    for file, stage in ((picture, "figures"), (Path("plots/texts") / TEXT / "projection.png", "text_quality")):
+        content = file.read_bytes()
+        file.unlink()
+        with pytest.raises(InvalidArtifact, match=f"{file} is missing; stage '{stage}' writes it: run 'dvc repro'"):
+            page()
+        file.write_bytes(content)
     assert main(["nowhere"]) == 2
     assert main([str(here / "metrics" / "texts"), "base", "page.html"]) == 2
     assert "holds no run's metrics" in capsys.readouterr().err
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+LINES = b'{"class_name": "zero", "text": "a", "provider": "p", "model": null}\n'
+DAMAGED = {
+    "an empty picture": ("plots/figures/tradeoff.png", b"", "figures"),
+    "no picture": ("plots/figures/tradeoff.png", b"<script>alert(1)</script>", "figures"),
+    "half a picture": ("plots/figures/tradeoff.png", None, "figures"),
+    "a picture without a size": (f"plots/texts/{TEXT}/similarity.png", PNG, "text_quality"),
+    "no table": (f"metrics/texts/{TEXT}.csv", b"class\nzero\n", "text_quality"),
+    "half a table": (f"metrics/texts/{TEXT}.csv", None, "text_quality"),
+    "an answer that is a number": (f"prompts/{TEXT}/responses.jsonl", LINES.replace(b'"a"', b"7"), "responses"),
+    "no answer": (f"prompts/{TEXT}/responses.jsonl", b'{"class": "zero"}\n', "responses"),
+    "an answer of a list": (f"prompts/{TEXT}/responses.jsonl", LINES.replace(b"null", b"[]"), "responses"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "stage"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_named_with_the_stage_that_makes_it(here, name, content, stage):
+    whole = Path(name).read_bytes()
+    Path(name).write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(InvalidArtifact) as error:
+        page()
+    assert str(error.value).startswith(name)
+    assert str(error.value).endswith(f"delete it and run 'dvc repro': stage '{stage}' writes it")
+    assert not Path("page.html").exists()
+
+
+def test_classes_are_called_as_they_were_written(here):
+    names = ["NA", "null", "None", "nan", "007", "1e3", "True", "=1+1", "-5", "'@x"]
+    file = Path("metrics/texts") / f"{TEXT}.csv"
+    write_csv(file, pd.read_csv(file).assign(**{"class": names, "nearest_wrong": [*names[1:], names[0]]}))
+    _, _, table = written().partition(f'id="classes-{TEXT}"')
+    shown = re.findall(r"<tr><td>([^<]*)</td>.*<td>([^<]*)</td><td>[^<]*</td></tr>", table)
+    assert [tuple(map(html.unescape, pair)) for pair in shown] == list(zip(names, [*names[1:], names[0]], strict=True))
+
+
+def test_the_browser_is_told_to_run_nothing_but_the_pages_script(here):
+    text = written()
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', text)
+    contents = {kind: re.search(f"<{kind}>(.*?)</{kind}>", text, re.DOTALL)[1].encode() for kind in ("style", "script")}
+    hashes = {kind: base64.b64encode(hashlib.sha256(content).digest()).decode() for kind, content in contents.items()}
+    assert html.unescape(policy) == (
+        "default-src 'none'; object-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "
+        f"style-src 'sha256-{hashes['style']}'; script-src 'sha256-{hashes['script']}'"
+    )
+    elements = Elements(text)
+    assert elements.attributes("style") == []
+    assert not [name for _, attributes in elements.found for name in attributes if name.startswith("on")]
+
+
+def test_no_two_elements_have_one_id():
+    names = ["digits-x", "digits_x", "digits-x-note", "digits.x", "digits:x", "digits x", "note-x", "x", "X", "é", "\u202e"]
+    found = [table["id"] for table in tables(names)] + [table["note"] for table in tables(names)]
+    assert len(set(found)) == len(found)
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+", name) for name in found)
+
+
+def tables(names: list[str]) -> list[dict[str, Any]]:
+    return [as_shown(Table(f"{kind}-{name}", "", [], []), "") for kind in ("layers", "classes") for name in names]
+
+
+def test_what_cannot_be_seen_is_spelled_out(here):
+    answers = Path("prompts") / TEXT / "responses.jsonl"
+    odd = "\x00 \x1b[31m \u202e \x85"
+    rows = read_json_lines(answers, "responses")
+    answers.write_text("".join(json.dumps({**row, "class_name": odd, "text": odd}) + "\n" for row in rows), encoding="utf-8")
+    here.rename(here.with_name("caf\udce9"))
+    elements = Elements(written())
+    assert r"\x00 \x1b[31m \u202e \x85" in elements.text
+    assert r"caf\udce9 grid" in elements.text
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", elements.text)
 
 
 def test_two_revisions_stand_side_by_side(here):
@@ -181,6 +267,32 @@ def test_links_lead_to_what_they_name_and_open_it(opened):
     opened.execute_script("location.hash = document.querySelector('details table').id")
     opened.execute_async_script("addEventListener('hashchange', arguments[0]); setTimeout(arguments[0], 200)")
     assert opened.execute_script("return document.querySelector('details:has(table)').open")
+
+
+@pytest.mark.parametrize("fragment", ["%", "%E0%A4%A", "__proto__", "nothing", "%00", "a%20b", "'\"><script>"])
+def test_whatever_follows_the_hash_does_no_harm(opened, fragment):
+    opened.execute_script("location.hash = arguments[0]", fragment)
+    opened.execute_async_script("setTimeout(arguments[0], 50)")
+    opened.get(opened.current_url.partition("#")[0] + "#" + fragment)
+    opened.refresh()
+    assert opened.execute_script("return !document.querySelector('input[data-filters]').closest('p').hidden")
+
+
+def test_no_other_script_or_style_runs(opened):
+    added = """
+        const script = document.createElement("script");
+        script.textContent = "document.title = 'run'";
+        document.body.append(script);
+        const picture = "<img src='https://x.example/x.png' onerror='document.title = 1'>";
+        document.body.insertAdjacentHTML("beforeend", `${picture}<p id='mine' style='color: red'>`);
+        const done = arguments[0];
+        setTimeout(() => done([document.title, getComputedStyle(document.getElementById("mine")).color]), 200);
+    """
+    title, colour = opened.execute_async_script(added)
+    assert title.startswith("textguard: ")
+    assert colour != "rgb(255, 0, 0)"
+    refused = [entry["message"] for entry in opened.get_log("browser")]
+    assert len([line for line in refused if "Content Security Policy" in line]) >= 4  # script, handler, picture, style
 
 
 def test_tables_sort_by_number_and_filter_by_text(opened):

@@ -5,6 +5,7 @@ interrupted or failed write leaves the old file as it was.
 """
 
 import argparse
+import csv
 import errno
 import fcntl
 import functools
@@ -143,9 +144,32 @@ def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
+# What spreadsheets take for a formula. A text that begins so gets an apostrophe, as does one that already has some before it.
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
+
+
 def write_csv(path: Path, table: "pd.DataFrame") -> None:
-    """Write CSV atomically, numbers in full precision."""
-    write_text(path, table.to_csv(index=False))
+    """Write CSV atomically: numbers in full precision, texts so that spreadsheets do not run them; `read_csv` undoes that."""
+    import pandas as pd
+
+    safe = table.rename(columns=_inert)
+    for place, kind in enumerate(table.dtypes):
+        if kind.kind not in "biufc":
+            # Still objects: numbers among them are to stay what they are.
+            cells = [_inert(cell) for cell in table.iloc[:, place]]
+            safe.isetitem(place, pd.Series(cells, index=table.index, dtype=object))
+    text = safe.to_csv(index=False, lineterminator="\n")
+    if "\r" in text:  # which ends a line, and is not quoted for that
+        text = safe.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    write_text(path, text)
+
+
+def _inert(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell
+
+
+def _as_written(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
 
 
 def write_parquet(path: Path, table: "pd.DataFrame", metadata: Mapping[str, str] | None = None) -> None:
@@ -318,15 +342,34 @@ def _adapter(make: Callable[[type], Any], kind: type) -> Any:
     return make(kind)
 
 
-def read_csv(path: Path, made_by: str, columns: list[str], numbers: list[str]) -> "pd.DataFrame":
-    """Read a CSV file that must hold `columns`, and `numbers`, which must be finite. Raises InvalidArtifact."""
+def read_csv(
+    path: Path, made_by: str, columns: list[str], numbers: list[str], bounds: Mapping[str, tuple[float, float]] | None = None
+) -> "pd.DataFrame":
+    """Read a CSV file that must hold `columns` of texts that are not empty, and `numbers`, which must be finite.
+
+    Texts stay as they are written, also `NA`, `null` and `007`. bounds: of some numbers, the least and the largest that is
+    allowed. Raises InvalidArtifact.
+    """
     import pandas as pd
 
     with reading(path, made_by):
-        table = _require(pd.read_csv(path), [*columns, *numbers])
+        # Without a list of words for "missing", a number that is missing is an empty text, and found below.
+        table = pd.read_csv(path, dtype=dict.fromkeys(columns, str), keep_default_na=False, encoding="utf-8")
+        _require(table, [*columns, *numbers])
+        if not isinstance(table.index, pd.RangeIndex):
+            raise InvalidArtifact("has rows with more cells than its header")
+        for column in columns:
+            if not table[column].map(lambda cell: isinstance(cell, str) and cell != "").all():
+                raise InvalidArtifact(f"has a {column} that is missing")
+            table[column] = table[column].map(_as_written)
         for column in numbers:
-            if not pd.to_numeric(table[column]).map(math.isfinite).all():
+            found = pd.to_numeric(table[column])
+            if len(found) and (found.dtype.kind not in "iuf" or not found.map(math.isfinite).all()):
                 raise InvalidArtifact(f"has a {column} that is no finite number")
+            table[column] = found
+            least, most = (bounds or {}).get(column, (-math.inf, math.inf))
+            for number in found[(found < least) | (found > most)].head(1):
+                raise InvalidArtifact(f"has a {column} of {number:g}; allowed: from {least:g} to {most:g}")
         return table
 
 

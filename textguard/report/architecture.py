@@ -17,7 +17,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from textguard.analysis.files import load_text_quality
 from textguard.params import Params, TextParams
-from textguard.report.drawing import NOTE_SIZE
+from textguard.report.drawing import AS_IS, NOTE_SIZE, drawable
 from textguard.report.theme import backbone_name
 from textguard.report.variants import Variant
 from textguard.schema.results import BASELINE, RunResult
@@ -41,6 +41,7 @@ TEXT = {
     "encoder": (4.1, 5.2),
     "mean": (5.38, 6.48),
 }
+LONGEST = 300  # characters of a line that are drawn, however small
 TRUNK = 6.66  # where the vectors of all variants come down to the head
 TEMPLATE, FILE = "a template", "a file"
 CONTROLS = {"shuffled": "shuffled among classes", "random": "replaced by random ones", "one_hot": "replaced by one-hot ones"}
@@ -189,7 +190,7 @@ def _draw_start(axes: Axes, network: Network, top: float) -> None:
         author = f"by {texts.written_by}"
         if texts.written_by == TEMPLATE:
             asked = [f"{classes} x {texts.questions} sentence{'s' * (texts.questions > 1)}"]
-            asked += wrap(f"“{texts.example}”", 24) if texts.example else []
+            asked += wrap(f"“{texts.example}”", 24, max_lines=4, placeholder="…") if texts.example else []
             author = "no model asked"
         elif texts.written_by == FILE:
             asked = [classes, "described in a file"]
@@ -335,7 +336,7 @@ def _box(axes: Axes, ends: tuple[float, float], top: float, lines: Sequence[str]
 def _fit(axes: Axes, left: float, right: float, y: float, text: str, size: float, *, ha: str = "center", **look: str) -> None:
     """A line of text between two ends, smaller where it would be too long."""
     x = left if ha == "left" else (left + right) / 2
-    drawn = axes.text(x, y, text, ha=ha, va="center", fontsize=size, parse_math=False, **look)  # "$" is a dollar
+    drawn = axes.text(x, y, drawable(text, LONGEST), ha=ha, va="center", fontsize=size, **AS_IS, **look)
     width = drawn.get_window_extent().width / axes.figure.dpi
     if width > right - left:
         drawn.set_fontsize(size * (right - left) / width)

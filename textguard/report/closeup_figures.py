@@ -12,8 +12,9 @@ from matplotlib.ticker import FuncFormatter, NullLocator, StrMethodFormatter
 from PIL import Image
 
 from textguard.analysis.files import CLOSEUP_DIR, load_closeup, load_looks
+from textguard.artifacts import reading
 from textguard.errors import InvalidArtifact
-from textguard.report.drawing import add_note
+from textguard.report.drawing import add_note, drawable
 from textguard.report.variants import Variant, trainings
 from textguard.schema.closeup import Cam
 from textguard.schema.results import BASELINE, PROPOSED
@@ -29,7 +30,7 @@ def draw_attention(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.
     chosen += [variant for variant in variants if variant.key == PROPOSED] or [
         variant for variant in variants if variant.key != BASELINE
     ][-1:]
-    looks = {variant.key: load_looks(variant.results[0].run) for variant in chosen}
+    looks = {variant.key: _load_looks(variant.results[0].run) for variant in chosen}
     drawn = [variant for variant in chosen if not looks[variant.key].empty]
     if not drawn:
         figure = Figure(figsize=(5.2, 1.2), layout="constrained")
@@ -52,7 +53,7 @@ def draw_attention(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.
     for axes, image in zip(panels[:, 0], shown, strict=True):
         golden = first[(first["image"] == image) & (first["state"] == "golden")].iloc[0]
         _show(axes, golden["picture"], None)
-        axes.set_title(_short(golden["class"]), fontsize=7, pad=2, parse_math=False)
+        axes.set_title(drawable(golden["class"], LONGEST), fontsize=7, pad=2)
     cams = [_load_cam(variant) for variant in drawn]
     for number, (variant, cam) in enumerate(zip(drawn, cams, strict=True)):
         found = looks[variant.key]
@@ -80,6 +81,15 @@ def draw_attention(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.
     )
 
 
+def _load_looks(key: str) -> pd.DataFrame:
+    """What stage closeup saw, with pictures that can be drawn. Raises InvalidArtifact."""
+    looks = load_looks(key)
+    with reading(CLOSEUP_DIR / f"{key}.parquet", "closeup"):
+        for picture in looks.loc[looks["state"] == "golden", "picture"]:
+            Image.open(io.BytesIO(picture), formats=["PNG"]).load()
+    return looks
+
+
 def _load_cam(variant: Variant) -> Cam:
     """What is said of the maps of a variant's first training, which has some. Raises InvalidArtifact."""
     key = variant.results[0].run
@@ -97,18 +107,14 @@ def _head(axes: Axes, text: str, height: float = 1.22, **style: Any) -> None:
     axes.text(0.5, height, text, transform=axes.transAxes, ha="center", **{"fontsize": 7, "style": "italic"} | style)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}\u2026"
-
-
 def _show(axes: Axes, picture: bytes, look: Any) -> None:
     """A picture, and over it where a classifier looks."""
     pixels = np.asarray(Image.open(io.BytesIO(picture), formats=["PNG"]).convert("L" if look is not None else "RGB"))
     axes.imshow(pixels, cmap="gray", extent=(0, 1, 0, 1), interpolation="nearest")
     if look is None:
         return
-    said = f"{_short(look['predicted'])} {100 * look['confidence']:.0f} %"
-    axes.set_title(said, fontsize=7, pad=2, parse_math=False)
+    said = f"{drawable(look['predicted'], LONGEST)} {100 * look['confidence']:.0f} %"
+    axes.set_title(said, fontsize=7, pad=2)
     axes.title.set_color("#1a1a1a" if look["prediction"] == look["label"] else "#c1121f")
     if not look["finite"]:
         axes.set_title("not finite", fontsize=7, pad=2, color="#c1121f")

@@ -1,16 +1,24 @@
 """What all figures share: their style, and files whose bytes depend on nothing but the numbers."""
 
+import functools
 import textwrap
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.axis import Tick
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.text import Text
+from numpy.typing import ArrayLike
 
 from textguard.artifacts import write_bytes, write_csv
+from textguard.report.escaping import one_line, shortened, spelled_out, visible
 
+AS_IS = {"parse_math": False}  # of names on an axis: "$" is a dollar
 STYLE = Path(__file__).with_name("textguard.mplstyle")
 NOTE_SIZE = 7
 LETTER_POINTS = 0.51 * NOTE_SIZE  # how wide a letter of a note is
@@ -23,9 +31,48 @@ def add_note(figure: Figure, note: str, **place: float) -> Text:
     return figure.supxlabel("\n".join(lines), fontsize=NOTE_SIZE, **place)
 
 
+def drawable(text: str, most: int) -> str:
+    """Foreign text as a figure shows it: one line of at most `most` characters, and those without a glyph spelled out."""
+    return shortened(_with_glyphs(one_line(text)), most)
+
+
+def _with_glyphs(text: str) -> str:
+    known = _glyphs(findfont(FontProperties()))
+    return "".join(letter if ord(letter) in known or letter == "\n" else spelled_out(letter) for letter in text)
+
+
+@functools.cache
+def _glyphs(font: str) -> frozenset[int]:
+    return frozenset(get_font(font).get_charmap())
+
+
+def _take_texts_as_they_are(figure: Figure) -> None:
+    """No text of a figure is a formula, but the numbers on its axes; and none holds what SVG or the font has no place for."""
+    on_axes = {label for tick in figure.findobj(Tick) for label in (tick.label1, tick.label2)}
+    for text in figure.findobj(Text):
+        if text not in on_axes:
+            text.set_parse_math(False)
+            text.set_text(_with_glyphs(visible(text.get_text())))
+
+
+def logarithmic(axes: Axes, side: str, values: ArrayLike) -> str:
+    """Give axis `side` ("x" or "y") a logarithmic scale, or leave it as it is where no value is above 0.
+
+    Returns what a note has to say of values for which such an axis has no place; empty where there are none.
+    """
+    finite = np.asarray(values, dtype=float)
+    finite = finite[np.isfinite(finite)]
+    if not (finite > 0).any():
+        return ""
+    axes.set(**{f"{side}scale": "log"})
+    zeros = int((finite <= 0).sum())
+    return f"; {zeros} of {len(finite)} points are 0, which has no place on a logarithmic axis" if zeros else ""
+
+
 def save_figure(figure: Figure, numbers: pd.DataFrame, stem: Path, dpi: int) -> None:
     """Write STEM.png, STEM.svg, STEM.pdf, and the numbers behind them as STEM.csv."""
     FigureCanvasAgg(figure)
+    _take_texts_as_they_are(figure)
     # Dates and version strings in the files would change their bytes from run to run.
     for suffix, metadata in (
         ("png", {"Software": None}),
@@ -33,6 +80,7 @@ def save_figure(figure: Figure, numbers: pd.DataFrame, stem: Path, dpi: int) -> 
         ("pdf", {"CreationDate": None, "Creator": None, "Producer": None}),
     ):
         buffer = BytesIO()
-        figure.savefig(buffer, format=suffix, dpi=dpi, metadata=metadata)
+        with np.errstate(over="ignore"):  # of an axis that ends near the largest float there is
+            figure.savefig(buffer, format=suffix, dpi=dpi, metadata=metadata)
         write_bytes(stem.with_name(f"{stem.name}.{suffix}"), buffer.getvalue())
     write_csv(stem.with_name(f"{stem.name}.csv"), numbers)

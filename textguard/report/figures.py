@@ -7,8 +7,9 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from textguard.analysis.files import load_training
+from textguard.analysis.files import RUNS_DIR, load_training
 from textguard.artifacts import write_csv
+from textguard.errors import InvalidArtifact
 from textguard.params import Params
 from textguard.report.architecture import draw_architecture
 from textguard.report.closeup_figures import draw_attention, draw_last_layer
@@ -59,7 +60,7 @@ def write_figures(results: Sequence[RunResult], cells: Sequence[Cell], params: P
         save_figure(*draw_tradeoff(everything), folder / "tradeoff", dpi)
         if cells:
             save_figure(*draw_improvement(cells, styles(params.variants, params.figures.colours)), folder / "improvement", dpi)
-    together["training"] = [_training(result) for result in results]
+    together["training"] = [training_curve(result, params) for result in results]
     for name, tables in together.items():
         write_csv(folder / f"{name}.csv", pd.concat(tables, ignore_index=True))
 
@@ -74,7 +75,14 @@ def group(results: Sequence[RunResult], params: Params) -> dict[tuple[str, str],
     }
 
 
-def _training(result: RunResult) -> pd.DataFrame:
-    """One run's epochs, and whose they are."""
+def training_curve(result: RunResult, params: Params) -> pd.DataFrame:
+    """One run's epochs, and whose they are. Raises InvalidArtifact."""
     curve = load_training(result.run)
+    trained = f"{result.backbone}-{result.variant}" not in params.weights
+    epochs = params.backbones[result.backbone].epochs if trained else 0
+    if curve["epoch"].to_list() != list(range(1, epochs + 1)):
+        raise InvalidArtifact(
+            f"{RUNS_DIR / result.run / 'training.csv'} does not hold the epochs 1 to {epochs}, as many as params.yaml "
+            "asks for; delete it and run 'dvc repro': stage 'train' writes it"
+        )
     return curve.assign(run=result.run, variant=result.variant, dataset=result.dataset, backbone=result.backbone)

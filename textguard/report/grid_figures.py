@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from textguard.report.drawing import add_note
+from textguard.report.drawing import AS_IS, add_note, logarithmic
 from textguard.report.published import Published, load_published
 from textguard.report.theme import PLACE_MARKERS, PUBLISHED_MARKER, Style, place_name
 from textguard.report.variants import Variant, count_trainings
@@ -46,7 +46,7 @@ def draw_improvement(cells: Sequence[Cell], styles: Mapping[str, Style]) -> tupl
             )
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set(xscale="log", xlabel=f"improvement, {label} (x)")
-    panels[0].set_yticks(range(len(cells)), names)
+    panels[0].set_yticks(range(len(cells)), names, **AS_IS)
     panels[0].set_ylim(len(cells) - 0.5, -0.5)
     figure.suptitle("Improvement in reliability over the baseline", fontsize=9)
     spread = count_trainings(len(cell.seeds) for cell in cells)
@@ -96,12 +96,13 @@ def draw_tradeoff(variants: Sequence[Variant]) -> tuple[Figure, pd.DataFrame]:
     numbers.loc[front.index[front["delta_loss"] <= front["delta_loss"].cummin()], "undominated"] = True
     edge = numbers[numbers["undominated"]].sort_values("top1_percent")
     axes.plot(edge["top1_percent"], edge["delta_loss"], color="black", linewidth=0.8, linestyle=":", zorder=0)
-    axes.set(yscale="log", xlabel="top-1 accuracy (%)", ylabel="overall DeltaLoss (nats)", title="Accuracy and resilience")
+    unseen = logarithmic(axes, "y", numbers["delta_loss"])
+    axes.set(xlabel="top-1 accuracy (%)", ylabel="overall DeltaLoss (nats)", title="Accuracy and resilience")
     looks = {variant.style.name: variant.style.colour for variant in variants}
     handles = [Line2D([], [], linestyle="none", marker="s", color=colour, label=name) for name, colour in looks.items()]
     look = {"linestyle": "none", "color": "black", "markerfacecolor": "none"}
     handles += [Line2D([], [], marker=marker, label=place_name(*place), **look) for place, marker in markers.items()]
     figure.legend(handles=handles, loc="outside right upper")  # beside the points, and not on them
     note = "one point per training; bars: intervals over images and over injections; dotted: none is better in both"
-    add_note(figure, note)
+    add_note(figure, note + unseen)
     return figure, numbers

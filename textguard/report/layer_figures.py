@@ -8,13 +8,15 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from textguard.analysis.files import load_ranges
-from textguard.report.drawing import add_note
+from textguard.analysis.files import RESULTS_DIR, RUNS_DIR, load_ranges
+from textguard.errors import InvalidArtifact, printable
+from textguard.report.drawing import AS_IS, add_note, drawable, logarithmic
 from textguard.report.variants import Variant, trainings
 from textguard.schema.results import BASELINE, Layer, RunResult
 
 LABEL_INCHES = 0.13  # the least room in which a layer's name can be read
 WIDEST_INCHES = 24.0
+LONGEST = 60  # characters of a layer's name that are drawn
 # Light to dark in the order of harm, told apart without colours too.
 OUTCOMES = {
     "masked": ("#e8e8e8", "masked: no trace"),
@@ -28,7 +30,7 @@ def draw_delta_loss(variants: Sequence[Variant], title: str) -> tuple[Figure, pd
     """Mean DeltaLoss per layer, with intervals over injections; with several trainings, their mean and their range."""
     layers = layer_axis(variants)
     figure, (axes,) = _panels(layers, 1, height=2.7)
-    rows = []
+    rows, means = [], []
     for number, variant in enumerate(variants):
         at = {name: [] for name in layers}
         for result in variant.results:
@@ -38,6 +40,7 @@ def draw_delta_loss(variants: Sequence[Variant], title: str) -> tuple[Figure, pd
         shift = 0.5 * ((number + 0.5) / len(variants) - 0.5)
         points = [(layers.index(name) + shift, *_point(found)) for name, found in at.items() if found]
         x, y, low, high = np.array(points).T
+        means += list(y)
         # An interval that reaches below 0 has no place on a logarithmic axis: it is cut at a thousandth of the mean.
         bars = [y - np.maximum(low, y / 1000), high - y]
         axes.errorbar(x, y, yerr=bars, linestyle="none", elinewidth=0.8, **_style(variant))
@@ -52,33 +55,54 @@ def draw_delta_loss(variants: Sequence[Variant], title: str) -> tuple[Figure, pd
     )
     several = any(len(variant.results) > 1 for variant in variants)
     bars = "lowest to highest training" if several else "interval over injections, cut where it reaches 0; without: exact"
-    axes.set(yscale="log", ylabel="mean DeltaLoss (nats)", title=f"{title}: DeltaLoss of faults per layer")
-    _finish(figure, axes, layers, f"{_range(injections)} injections per layer, {trainings(variants)}; bars: {bars}")
+    unseen = logarithmic(axes, "y", means)
+    axes.set(ylabel="mean DeltaLoss (nats)", title=f"{title}: DeltaLoss of faults per layer")
+    _finish(figure, axes, layers, f"{_range(injections)} injections per layer, {trainings(variants)}; bars: {bars}{unseen}")
     axes.legend(ncols=4)
     return figure, pd.DataFrame(rows)
 
 
 def draw_value_ranges(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataFrame]:
     """The largest and the mean absolute value of every layer's outputs, without faults."""
+    found = {variant.key: [_ranges(result) for result in variant.results] for variant in variants}
     layers = layer_axis(variants)
+    profiled = dict.fromkeys(name for tables in found.values() for table in tables for name in table["layer"])
+    layers += [name for name in profiled if name not in layers]
     figure, panels = _panels(layers, 2)
-    tables = []
+    tables, drawn = [], []
     for variant in variants:
-        ranges = [load_ranges(result.run) for result in variant.results]
+        ranges = found[variant.key]
         tables += [
             table.assign(run=result.run, variant=variant.key) for table, result in zip(ranges, variant.results, strict=True)
         ]
         means = pd.concat(ranges).groupby("layer", sort=False)[["max_abs", "mean_abs"]].mean()
+        drawn.append(means)
         x = [layers.index(name) for name in means.index]
         for axes, column in zip(panels, means.columns, strict=True):
             axes.plot(x, means[column], linewidth=0.8, **_style(variant))
-    panels[0].set(yscale="log", ylabel="largest |value|", title=f"{title}: neuron values per layer, without faults")
-    panels[1].set(yscale="log", ylabel="mean |value|")
+    unseen = {
+        logarithmic(axes, "y", pd.concat(drawn)[name]) for axes, name in zip(panels, ("max_abs", "mean_abs"), strict=True)
+    }
+    panels[0].set(ylabel="largest |value|", title=f"{title}: neuron values per layer, without faults")
+    panels[1].set(ylabel="mean |value|")
     panels[0].legend(ncols=4)
     images = int(tables[0]["images"].iloc[0])
     note = f"{images:,} training images, {trainings(variants)}; outputs before activation; only text-guided models have a head"
-    _finish(figure, panels[-1], layers, note)
+    _finish(figure, panels[-1], layers, note + "".join(sorted(unseen)))
     return figure, pd.concat(tables, ignore_index=True)
+
+
+def _ranges(result: RunResult) -> pd.DataFrame:
+    """The ranges of a run's layers, faulty or skipped. Raises InvalidArtifact."""
+    table = load_ranges(result.run)
+    own, found = {layer.layer for layer in result.layers}, set(table["layer"])
+    known = own | {name.removeprefix("backbone.") for name in result.skipped}
+    if wrong := sorted((own - found) | (found - known)):
+        raise InvalidArtifact(
+            f"{RUNS_DIR / result.run / 'ranges.csv'} and {RESULTS_DIR / result.run}.json are about different layers "
+            f"({printable(wrong[0])!r}); delete both and run 'dvc repro': stages 'ranges' and 'results' write them"
+        )
+    return table
 
 
 def draw_range_effect(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataFrame]:
@@ -89,7 +113,7 @@ def draw_range_effect(variants: Sequence[Variant], title: str) -> tuple[Figure, 
     for variant in variants:
         found = []
         for result in variant.results:
-            largest = load_ranges(result.run).set_index("layer")["max_abs"]
+            largest = _ranges(result).set_index("layer")["max_abs"]
             found += [
                 _row(variant, result, layer, max_abs=largest[layer.layer], delta_loss=layer.delta_loss.value)
                 for layer in result.layers
@@ -105,11 +129,13 @@ def draw_range_effect(variants: Sequence[Variant], title: str) -> tuple[Figure, 
             **_style(variant) | {"label": f"{variant.style.name}, rank correlation {shown}"},
         )
         rows += found
-    axes.set(xscale="log", yscale="log", xlabel="largest |value| of a layer, without faults", ylabel="mean DeltaLoss (nats)")
+    axes.set(xlabel="largest |value| of a layer, without faults", ylabel="mean DeltaLoss (nats)")
+    numbers = pd.DataFrame(rows)
+    unseen = logarithmic(axes, "x", numbers["max_abs"]) + logarithmic(axes, "y", numbers["delta_loss"])
     axes.set_title(f"{title}: value range and damage")
     axes.legend()
-    add_note(figure, f"one point per layer and training, {trainings(variants)}; Spearman's rank correlation")
-    return figure, pd.DataFrame(rows)
+    add_note(figure, f"one point per layer and training, {trainings(variants)}; Spearman's rank correlation{unseen}")
+    return figure, numbers
 
 
 def draw_outcomes(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataFrame]:
@@ -143,8 +169,9 @@ def draw_bits(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataF
     for variant in variants:
         image = np.full((bits, len(layers)), np.nan)
         for layer in variant.results[0].layers:
-            image[:, layers.index(layer.layer)] = layer.by_bit.delta_loss
-            rows.append(pd.DataFrame(dict(layer.by_bit)).assign(bit=range(bits), **_row(variant, variant.results[0], layer)))
+            found = pd.DataFrame(dict(layer.by_bit))
+            image[: len(found), layers.index(layer.layer)] = found["delta_loss"]
+            rows.append(found.assign(bit=range(len(found)), **_row(variant, variant.results[0], layer)))
         maps.append(image)
     positive = np.concatenate([image[image > 0] for image in maps])
     high = positive.max(initial=1e-6)
@@ -171,7 +198,9 @@ def layer_axis(variants: Sequence[Variant]) -> list[str]:
     """All layers' names in order of execution; the text-guided head comes last."""
     results = [result for variant in variants for result in variant.results]
     longest = max(results, key=lambda result: (len(result.layers), result.variant != BASELINE))
-    return [layer.layer for layer in longest.layers]
+    names = [layer.layer for layer in longest.layers]
+    others = dict.fromkeys(layer.layer for result in results for layer in result.layers if layer.layer not in names)
+    return [*names[:-1], *others, names[-1]]
 
 
 def _panels(layers: Sequence[str], count: int, height: float = 2.3) -> tuple[Figure, list[Axes]]:
@@ -181,7 +210,8 @@ def _panels(layers: Sequence[str], count: int, height: float = 2.3) -> tuple[Fig
 
 
 def _finish(figure: Figure, axes: Axes, layers: Sequence[str], note: str) -> None:
-    axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7 if len(layers) < 80 else 6)
+    names = [drawable(layer, LONGEST) for layer in layers]
+    axes.set_xticks(range(len(layers)), names, rotation=90, fontsize=7 if len(layers) < 80 else 6, **AS_IS)
     axes.set_xlim(-0.6, len(layers) - 0.4)
     add_note(figure, note)
 

@@ -29,7 +29,9 @@ for (const button of document.querySelectorAll("table.sortable th button")) {
 
 // Fields that leave only the rows that hold what is typed.
 for (const field of document.querySelectorAll("input[data-filters]")) {
-  const rows = document.getElementById(field.dataset.filters).tBodies[0].rows;
+  const table = document.getElementById(field.dataset.filters);
+  if (!table) continue;  // which has no rows
+  const rows = table.tBodies[0].rows;
   const count = field.closest("p").querySelector("output");
   field.addEventListener("input", () => {
     const wanted = field.value.trim().toLowerCase();
@@ -43,9 +45,12 @@ for (const field of document.querySelectorAll("input[data-filters]")) {
   field.closest("p").hidden = false;
 }
 
-// A link into a closed part opens it.
+// A link into a closed part opens it. What is behind "#" may be anything: a lone "%" cannot be decoded.
+const wanted = () => {
+  try { return decodeURIComponent(location.hash.slice(1)); } catch { return ""; }
+};
 const open = () => {
-  const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  const target = document.getElementById(wanted());
   for (let part = target; part; part = part.parentElement) if (part.tagName === "DETAILS") part.open = true;
   if (target) target.scrollIntoView();
 };

@@ -1,13 +1,16 @@
 """One page that shows a grid's results: a single HTML file that needs no network and no server.
 
 Class names, answers of language models and parameters come from outside. Every value goes through the template's escaping, and
-pictures are data: nothing that was read can become markup or a script.
+pictures are data: nothing that was read can become markup or a script. A browser runs the page's own script, which it knows by
+its hash, and no other.
 """
 
 import base64
+import hashlib
+import io
 import math
 import re
-import struct
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,19 +18,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
+from PIL.PngImagePlugin import PngImageFile
 
 from textguard import __version__
 from textguard.analysis.files import RESULTS_DIR, TEXTS_DIR, load_cells, load_results, load_text_quality
 from textguard.analysis.regression import compare_all, judge
-from textguard.artifacts import read_csv, read_json_lines, write_text
+from textguard.artifacts import read_csv, read_json_lines, reading, write_text
 from textguard.environment import run_command
-from textguard.errors import InvalidArtifact, TextguardError, printable
+from textguard.errors import InvalidArtifact, TextguardError
 from textguard.estimates.statistics import Estimate
 from textguard.params import ClassTexts, Params, load_params
+from textguard.report.escaping import visible
 from textguard.report.gate import read_runs, verdict_table
 from textguard.report.published import load_published
 from textguard.report.rendering import Table, show_cell, show_estimate
@@ -36,6 +40,7 @@ from textguard.report.theme import place_name, variant_name
 from textguard.schema.results import BASELINE, PROPOSED, Cell, RunResult
 
 HERE = Path(__file__).parent
+FIGURES_DIR = Path("plots") / "figures"
 TABLES = {
     "table1": "Table 1: backbones",
     "table2": "Table 2: data sets",
@@ -96,7 +101,13 @@ def read_revision() -> Revision:
 
 def _git(*arguments: str) -> str:
     try:
-        return subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-c", "log.showSignature=false", *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=True,
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 
@@ -125,25 +136,27 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
     compared: the name of another state of the grid, and the gate's table of both.
     """
     cells, runs = load_cells(params.runs), load_results(params.runs)
-    grid = "default" if params.root == "." else printable(Path.cwd().name)  # it need not be text
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False)
+    grid = "default" if params.root == "." else Path.cwd().name
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False, finalize=_finalize)
     template = environment.from_string((HERE / "page.html").read_text(encoding="utf-8"))
+    style, script = (f"\n{(HERE / name).read_text(encoding='utf-8')}\n" for name in ("page.css", "page.js"))
     content = template.render(
         title=f"textguard: {grid} grid",
         version=__version__,
-        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
-        script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
+        policy=_policy(style, script),
+        style=Markup(style),
+        script=Markup(script),
         parts=PARTS if compared is None else [PARTS[0], ("compared", "Compared"), *PARTS[1:]],
         headline=[_headline(cell) for cell in cells if cell.variant == PROPOSED] or [_headline(cell) for cell in cells],
         remarks=_remarks(cells, runs),
         headline_figures=[
-            _picture(Path("plots/figures") / name, title)
+            _picture("figures", FIGURES_DIR / name, title, f"picture-{name}")
             for name, title in (("improvement", "Improvement over the baseline"), ("tradeoff", "Accuracy and resilience"))
-            if (Path("plots/figures") / f"{name}.png").exists()
+            if name != "improvement" or cells  # without any, there is nothing to draw
         ],
-        compared={"label": compared[0], "table": _table(compared[1], f"{compared[0]} and now")} if compared else None,
+        compared={"label": compared[0], "table": as_shown(compared[1], f"{compared[0]} and now")} if compared else None,
         facts=_facts(params, runs, grid, revision),
-        tables=[_table(table, TABLES.get(table.name, table.name)) for table in tables_of(params)],
+        tables=[as_shown(table, TABLES.get(table.name, table.name)) for table in tables_of(params)],
         figures=_figures(runs),
         runs=[_run(key, run, params) for key, run in runs.items()],
         texts=[_text(texts) for texts in params.class_texts.values()],
@@ -152,6 +165,20 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
         not_run=_not_run(runs, {dataset.source for dataset in params.datasets.values()}),
     )
     write_text(path, content)
+
+
+def _finalize(value: Any) -> Any:
+    """Every value of the template comes through here: what is text must be one that HTML can hold."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _policy(style: str, script: str) -> str:
+    """What a browser may load and run: pictures in the page, and these two texts, each just as it stands in its element."""
+    style_hash, script_hash = (
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in (style, script)
+    )
+    none = "; ".join(f"{name} 'none'" for name in ("default-src", "object-src", "base-uri", "form-action"))
+    return f"{none}; img-src data:; style-src {style_hash}; script-src {script_hash}"
 
 
 def _headline(cell: Cell) -> dict[str, str]:
@@ -219,7 +246,7 @@ def _facts(params: Params, runs: Mapping[str, RunResult], grid: str, revision: R
     ]
 
 
-def _table(table: Table, label: str) -> dict[str, Any]:
+def as_shown(table: Table, label: str) -> dict[str, Any]:
     """A table as the template takes it: cells with a text, a number to sort by, and a kind (class) where it is a verdict."""
     rows = [
         [
@@ -232,7 +259,15 @@ def _table(table: Table, label: str) -> dict[str, Any]:
         ]
         for row in table.rows
     ]
-    return {"id": _id(table.name), "label": label, "caption": table.caption, "headers": table.headers, "rows": rows}
+    name = _id(table.name)
+    return {
+        "id": name,
+        "note": f"note-{name}",
+        "label": label,
+        "caption": table.caption,
+        "headers": table.headers,
+        "rows": rows,
+    }
 
 
 def _number(value: Any) -> float | None:
@@ -244,25 +279,26 @@ def _figures(runs: Mapping[str, RunResult]) -> list[dict[str, Any]]:
     for dataset, backbone in dict.fromkeys((run.dataset, run.backbone) for run in runs.values()):
         stem, place = f"{dataset}-{backbone}", place_name(dataset, backbone)
         pictures = [
-            _picture(Path("plots/figures") / f"{name}-{stem}", f"{title}, {place}")
+            _picture("figures", FIGURES_DIR / f"{name}-{stem}", f"{title}, {place}", f"picture-{name}-{stem}")
             for name, title in FIGURES.items()
-            if (Path("plots/figures") / f"{name}-{stem}.png").exists()
         ]
         groups.append({"id": _id(f"figures-{stem}"), "title": place, "pictures": pictures})
     return groups
 
 
-def _picture(stem: Path, title: str) -> dict[str, Any]:
+def _picture(made_by: str, stem: Path, title: str, name: str) -> dict[str, Any]:
     """A PNG as the template takes it, small enough for sharp print. Raises InvalidArtifact."""
     file = stem.with_name(f"{stem.name}.png")
-    if not file.exists():
-        raise InvalidArtifact(f"{file} does not exist; run 'dvc repro', which draws it")
-    content = file.read_bytes()
-    width, height = struct.unpack(">II", content[16:24])
+    with reading(file, made_by):
+        content = file.read_bytes()
+        # Not Image.open, which refuses sharp pictures of many layers for their size: nothing is unpacked here.
+        with PngImageFile(io.BytesIO(content)) as picture:
+            width, height = picture.size
+            picture.verify()
     source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     numbers = str(stem.with_name(f"{stem.name}.csv"))
     size = {"width": round(width / 1.5), "height": round(height / 1.5)}
-    return {"id": _id(str(stem)), "source": source, "title": title, "caption": f"{title}.", "numbers": numbers, **size}
+    return {"id": _id(name), "source": source, "title": title, "caption": f"{title}.", "numbers": numbers, **size}
 
 
 def _run(key: str, run: RunResult, params: Params) -> dict[str, Any]:
@@ -280,11 +316,12 @@ def _run(key: str, run: RunResult, params: Params) -> dict[str, Any]:
     ]
     return {
         "key": key,
+        "id": _id(f"run-{key}"),
         "top1": show_estimate(run.top1.times(100)),
         "overall": show_estimate(run.overall.delta_loss),
         "sdc": show_estimate(run.overall.sdc.times(100)),
         "facts": facts,
-        "layers": _table(_layers(run), f"Layers of {key}"),
+        "layers": as_shown(_layers(run), f"Layers of {key}"),
         "command": f"dvc repro inject@{key}",
     }
 
@@ -310,10 +347,8 @@ def _layers(run: RunResult) -> Table:
 
 
 def _text(texts: ClassTexts) -> dict[str, Any]:
-    key, text, path = texts.key, texts.params, Path("prompts") / texts.key / "responses.jsonl"
-    answers, quality = read_json_lines(path, "responses"), load_text_quality(key)
-    columns = ["class", "answers", "embedded", "words", "spread", "nearest_wrong", "cosine"]
-    classes = read_csv(TEXTS_DIR / f"{key}.csv", "text_quality", columns[:1], ["answers", "spread", "cosine"])
+    key, text = texts.key, texts.params
+    answers, quality = _answers(Path("prompts") / key / "responses.jsonl"), load_text_quality(key)
     said: dict[str, list[str]] = {}
     for answer in answers:
         said.setdefault(answer["class_name"], []).append(answer["text"])
@@ -321,6 +356,7 @@ def _text(texts: ClassTexts) -> dict[str, Any]:
     pictures = Path("plots/texts") / key
     return {
         "key": key,
+        "id": _id(f"text-{key}"),
         "facts": [
             ("Answered by", "; ".join(providers)),
             ("Questions", " / ".join(text.questions[: text.limit_questions or None])),
@@ -332,19 +368,38 @@ def _text(texts: ClassTexts) -> dict[str, Any]:
             ("Encoder", quality.encoder),
         ],
         "pictures": [
-            _picture(pictures / name, f"{title}, {key}")
+            _picture("text_quality", pictures / name, f"{title}, {key}", f"{name}-{key}")
             for name, title in (("similarity", "Similarity of classes"), ("projection", "Texts and class means"))
         ],
-        "classes": _table(_classes(key, classes[[name for name in columns if name in classes]]), f"Classes of {key}"),
+        "classes": as_shown(_classes(key, quality.classes), f"Classes of {key}"),
         "said": list(said.items())[:MOST_CLASSES],
         "said_note": f"{min(len(said), MOST_CLASSES)} of {len(said)} classes",
     }
 
 
-def _classes(key: str, classes: pd.DataFrame) -> Table:
-    rows = [[_short(value) for value in row] for row in classes.itertuples(index=False)]
+def _answers(path: Path) -> list[dict[str, Any]]:
+    """What was said, as far as the page shows it. Raises InvalidArtifact."""
+    answers = read_json_lines(path, "responses")
+    with reading(path, "responses"):
+        for number, answer in enumerate(answers, start=1):
+            texts = [answer.get(name) for name in ("class_name", "text", "provider")]
+            if not all(isinstance(text, str) for text in texts) or not isinstance(answer.get("model", 0), str | None):
+                raise InvalidArtifact(f"line {number} must have texts as class_name, text and provider, and a model or null")
+    return answers
+
+
+def _classes(key: str, count: int) -> Table:
+    """What is known of every class. Raises InvalidArtifact."""
+    path, columns = TEXTS_DIR / f"{key}.csv", ["class", "answers", "embedded", "words", "spread", "nearest_wrong", "cosine"]
+    bounds = dict.fromkeys(("answers", "embedded", "words"), (0.0, math.inf))
+    bounds |= {"spread": (-1e-6, 1 + 1e-6), "cosine": (-1 - 1e-6, 1 + 1e-6)}  # but for rounding
+    classes = read_csv(path, "text_quality", ["class", "nearest_wrong"], list(bounds), bounds)
+    with reading(path, "text_quality"):
+        if len(classes) != count or not classes["class"].is_unique:
+            raise InvalidArtifact(f"does not have one row for each of the {count} classes that {key}.json counts")
+    rows = [[_short(value) for value in row] for row in classes[columns].itertuples(index=False)]
     note = "Spread: mean cosine distance of a text to its class's mean; cosine: to the nearest wrong class."
-    return Table(f"classes-{key}", note, [name.replace("_", " ") for name in classes.columns], rows)
+    return Table(f"classes-{key}", note, [name.replace("_", " ") for name in columns], rows)
 
 
 def _short(value: Any) -> Any:
@@ -357,7 +412,7 @@ def _commands(grid: str, revision: Revision) -> str:
         lines.insert(
             0, f"git checkout {revision.commit}" + ("   # and the changes that were not committed" if revision.changed else "")
         )
-    where = [] if grid == "default" else [f"cd grids/{grid}"]
+    where = [] if grid == "default" else [f"cd grids/{shlex.quote(grid)}"]
     return "\n".join([*lines, *where, "dvc repro dvc.yaml"])
 
 
@@ -387,7 +442,8 @@ def _not_run(runs: Mapping[str, RunResult], sources: set[str]) -> list[str]:
 
 
 def _id(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]", "-", name)
+    """The name as an element's id, another for each name. What stands before the first dash tells kinds of elements apart."""
+    return re.sub(r"[^A-Za-z0-9_-]", lambda found: f".{ord(found[0]):x}.", name)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pandas as pd
 
 from textguard.artifacts import write_csv, write_text
 from textguard.estimates.statistics import Estimate
+from textguard.report.escaping import for_latex, for_markdown
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def write_table(table: Table, folder: Path) -> None:
 
 def as_markdown(table: Table) -> str:
     """The table as GitHub Markdown, its caption below."""
-    lines = [table.headers, ["---"] * len(table.headers), *_cells(table, show_estimate, _escape_markdown)]
+    lines = [[for_markdown(header) for header in table.headers], ["---"] * len(table.headers), *_cells(table, _as_markdown)]
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"{body}\n\n{table.caption}\n"
 
@@ -53,27 +54,33 @@ def as_frame(table: Table) -> pd.DataFrame:
 
 def as_latex(table: Table) -> str:
     """The table as a LaTeX `table` environment for the booktabs package."""
-    head = " & ".join(_escape_latex(header) for header in table.headers)
-    body = "".join("    " + " & ".join(line) + r" \\" + "\n" for line in _cells(table, _show_latex, _escape_latex))
+    head = " & ".join(for_latex(header) for header in table.headers)
+    body = "".join(
+        "    " + " & ".join(line) + r" \\" + "\n" for line in _cells(table, lambda value: for_latex(show_cell(value)))
+    )
     return (
         "\\begin{table}\n  \\centering\n"
-        f"  \\caption{{{_escape_latex(table.caption)}}}\n"
+        f"  \\caption{{{for_latex(table.caption)}}}\n"
         f"  \\begin{{tabular}}{{{'l' * len(table.headers)}}}\n    \\toprule\n    {head} \\\\\n    \\midrule\n"
         f"{body}    \\bottomrule\n  \\end{{tabular}}\n\\end{{table}}\n"
     )
 
 
-def _cells(table: Table, show: Callable[[Estimate], str], escape: Callable[[str], str]) -> list[list[str]]:
-    return [[show_cell(value, show, escape) for value in row] for row in table.rows]
+def _cells(table: Table, show: Callable[[Any], str]) -> list[list[str]]:
+    return [[show(value) for value in row] for row in table.rows]
 
 
-def show_cell(value: Any, show: Callable[[Estimate], str] | None = None, escape: Callable[[str], str] = str) -> str:
+def _as_markdown(value: Any) -> str:
+    return for_markdown(value) if isinstance(value, str) else show_cell(value)
+
+
+def show_cell(value: Any) -> str:
     """One value of a table as text; an Estimate with its interval."""
     if isinstance(value, Estimate):
-        return (show or show_estimate)(value)
+        return show_estimate(value)
     if value is None:
         return "-"
-    return f"{value:+.2f}" if isinstance(value, float) else escape(str(value))
+    return f"{value:+.2f}" if isinstance(value, float) else str(value)
 
 
 def show_estimate(estimate: Estimate) -> str:
@@ -95,17 +102,3 @@ def show_number(number: float) -> str:
     if size >= 100:
         return f"{number:,.0f}"
     return f"{number:#.3g}".removesuffix(".") if size else "0"
-
-
-def _show_latex(estimate: Estimate) -> str:
-    return show_estimate(estimate).replace("[", "{[}").replace("]", "{]}")
-
-
-def _escape_markdown(text: str) -> str:
-    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace("\n", " ")
-    return "".join(f"\\{character}" if character in "\\|*_`[]" else character for character in escaped)
-
-
-def _escape_latex(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)

@@ -7,8 +7,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from textguard.analysis.files import load_threshold_curve
-from textguard.report.drawing import add_note
+from textguard.analysis.files import RUNS_DIR, load_threshold_curve
+from textguard.errors import InvalidArtifact
+from textguard.report.drawing import add_note, logarithmic
 from textguard.report.variants import Variant, trainings
 from textguard.schema.results import BASELINE
 
@@ -18,8 +19,16 @@ def draw_accuracy(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.D
     figure = Figure(figsize=(5.2, 3.6), layout="constrained")
     axes = figure.add_subplot()
     tables, curves = [], {}
+    steps = None
     for variant in variants:
         own = [load_threshold_curve(result.run) for result in variant.results]
+        for curve, result in zip(own, variant.results, strict=True):
+            steps = curve["threshold_percent"] if steps is None else steps
+            if not curve["threshold_percent"].equals(steps):
+                raise InvalidArtifact(
+                    f"{RUNS_DIR / result.run / 'thresholds.csv'} has other thresholds than another run's; delete both and run "
+                    "'dvc repro': stage 'evaluate' writes them"
+                )
         tables += [
             curve.assign(run=result.run, variant=variant.key) for curve, result in zip(own, variant.results, strict=True)
         ]
@@ -69,18 +78,22 @@ def draw_convergence(variants: Sequence[Variant], title: str) -> tuple[Figure, p
         points = pd.DataFrame(point.as_json() for point in variant.results[0].convergence)
         if points.empty:
             continue
+        points = points.astype(dict.fromkeys(("value", "low", "high"), float))  # also where no point has an interval
         count, low = points["injections_per_layer"], points["low"].clip(lower=points["value"] / 1000)
         axes.plot(count, points["value"], color=variant.style.colour, marker="o", linewidth=1.2, label=variant.style.name)
         axes.fill_between(count, low, points["high"], color=variant.style.colour, alpha=0.2, linewidth=0)
         tables.append(points.assign(run=variant.results[0].run, variant=variant.key))
-    axes.set(xlabel="injections per layer", ylabel="DeltaLoss, mean of sampled layers (nats)", yscale="log")
+    axes.set(xlabel="injections per layer", ylabel="DeltaLoss, mean of sampled layers (nats)")
     axes.set_title(f"{title}: convergence")
     if tables:
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(sorted(set(pd.concat(tables)["injections_per_layer"])))
+        points = pd.concat(tables)
+        if np.isfinite(points["value"]).any():  # or there is nothing to scale
+            axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(set(points["injections_per_layer"])))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.legend()
-        note = "one training each; bands: interval over injections; layers whose faults were all tried are left out"
+        unseen = logarithmic(axes, "y", points["value"])
+        note = "one training each; bands: interval over injections; layers whose faults were all tried are left out" + unseen
     else:
         axes.text(0.5, 0.5, "no layer was sampled at random", ha="center", transform=axes.transAxes)
         note = "faults planned by bit, or by what the first ones did, do not tell what fewer would have told"

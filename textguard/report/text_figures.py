@@ -1,6 +1,6 @@
 """Figures of class embeddings: how similar classes are, and how their texts lie.
 
-Class names come from data sets: they are drawn as they are, and never read as markup.
+Class names come from data sets: they are drawn as they are, if not in full length, and never read as markup.
 """
 
 from collections.abc import Sequence
@@ -14,18 +14,21 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from textguard.report.drawing import STYLE, add_note, save_figure
+from textguard.report.drawing import AS_IS, STYLE, add_note, drawable, save_figure
 
 MOST_LABELS = 40  # class names that a figure or an axis holds
 LABEL_DISTANCES = (6, 14, 24, 36)  # of a name from its point, in points
 LABEL_DIRECTIONS = (45, 0, 90, 135, 180, 225, 270, 315)  # in degrees
-AS_IS = {"parse_math": False}
+LONGEST = 40  # characters of a class name that are drawn
+USUAL = 20  # characters for which an axis has room
 
 
 def draw_similarity(similarity_cc: np.ndarray, classes: Sequence[str], title: str, stem: Path, dpi: int) -> None:
     """A heat map of the cosines [C, C] of class embeddings."""
     with matplotlib.rc_context({"axes.grid": False}, fname=STYLE):
-        side = 3.2 + 0.13 * min(len(classes), MOST_LABELS)
+        named = [drawable(name, LONGEST) for name in classes] if len(classes) <= MOST_LABELS else []
+        room = 0.05 * max(0, max(map(len, named), default=0) - USUAL)
+        side = 3.2 + 0.13 * min(len(classes), MOST_LABELS) + room
         figure = Figure(figsize=(side + 0.8, side), layout="constrained")
         axes = figure.add_subplot()
         diagonal = np.eye(len(classes), dtype=bool)
@@ -34,8 +37,8 @@ def draw_similarity(similarity_cc: np.ndarray, classes: Sequence[str], title: st
         colours = matplotlib.colormaps["viridis"].with_extremes(bad="#d9d9d9")
         image = axes.imshow(np.ma.array(similarity_cc, mask=diagonal), cmap=colours, interpolation="nearest")
         figure.colorbar(image, ax=axes, label="cosine of class embeddings")
-        _label(axes, classes)
-        axes.set_title(title, **AS_IS)
+        _label(axes, named, len(classes))
+        axes.set_title(title)
         add_note(figure, f"{len(off_diagonal) // 2} pairs, mean cosine {off_diagonal.mean():.3f}")
         save_figure(figure, pd.DataFrame(similarity_cc, columns=list(classes)).round(6), stem, dpi)
 
@@ -61,7 +64,7 @@ def draw_projection(
         axes.scatter(*texts_n2.T, s=10, color=colours[owners_n], alpha=0.7, linewidths=0)
         axes.scatter(*means_c2.T, s=36, color=colours, edgecolors="black", linewidths=0.6)
         axes.set(xlabel="first principal component", ylabel="second principal component")
-        axes.set_title(title, **AS_IS)
+        axes.set_title(title)
         note = f"{len(texts_n2)} texts (small), {len(classes)} class means (large); {100 * shown:.0f} % of the variance"
         add_note(figure, note)
         named = _name_points(axes, means_c2, classes)
@@ -88,7 +91,7 @@ def _name_points(axes: Axes, points_n2: np.ndarray, names: Sequence[str]) -> int
     outermost = np.argsort(-np.linalg.norm(points_n2 - points_n2.mean(axis=0), axis=1), kind="stable")
     for index in outermost[: 2 * MOST_LABELS]:  # further in, there is hardly a place, and looking for it takes time
         text = axes.annotate(
-            names[index],
+            drawable(names[index], LONGEST),
             points_n2[index],
             xytext=(0, 0),
             textcoords="offset points",
@@ -114,9 +117,9 @@ def _name_points(axes: Axes, points_n2: np.ndarray, names: Sequence[str]) -> int
     return len(taken)
 
 
-def _label(axes: Axes, classes: Sequence[str]) -> None:
-    if len(classes) > MOST_LABELS:
-        axes.set(xlabel=f"{len(classes)} classes, in label order", ylabel="the same classes")
+def _label(axes: Axes, names: Sequence[str], count: int) -> None:
+    if not names:
+        axes.set(xlabel=f"{count} classes, in label order", ylabel="the same classes")
         return
-    axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7, **AS_IS)
-    axes.set_yticks(range(len(classes)), classes, fontsize=7, **AS_IS)
+    axes.set_xticks(range(count), names, rotation=90, fontsize=7, **AS_IS)
+    axes.set_yticks(range(count), names, fontsize=7, **AS_IS)
