@@ -77,10 +77,11 @@ endif
 test: setup  ## run the tests
 	python -m pytest
 
-lint: setup  ## check style, format, import rules and the grids' copies of dvc.yaml
+lint: setup  ## check style, format, import rules, the CI's workflow and the grids' copies of dvc.yaml
 	ruff check .
 	ruff format --check .
 	lint-imports
+	zizmor --offline --quiet .github
 	@for grid in $(GRIDS); do cmp dvc.yaml grids/$$grid/dvc.yaml || { echo "run 'make grids'"; exit 1; }; done
 
 format: setup  ## format the code

@@ -50,7 +50,7 @@ def pin(entry: str) -> str:
 
 
 def split(entries: Mapping[str, str], cpu: Mapping[str, set[str]]) -> dict[str, str]:
-    """The text of every lock. entries: what pyproject.toml resolves to; cpu: the hashes of torch's and torchvision's CPU builds."""
+    """The text of every lock. entries: what pyproject.toml resolves to; cpu: hashes of torch's builds for CPUs."""
     of_cuda = {name for name in entries if re.match(r"nvidia-(?!ml-py)|cuda-|triton$", name)} | set(TORCH)
     chosen = {
         BUILD: [entries["setuptools"]],
