@@ -23,7 +23,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 # https://download.pytorch.org/whl/cpu has torch's build for CPUs. Only torch and torchvision are taken from there.
 TORCH_INDEX ?=
 
-setup: $(READY)  ## create .venv with the pinned packages and this project; see requirements-torch-cpu.lock for TORCH_INDEX=URL
+setup: $(READY)  ## create .venv with the pinned packages and this project; TORCH_INDEX=URL takes torch's build for CPUs from there
 
 $(READY): $(wildcard requirements*.lock) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
