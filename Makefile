@@ -28,14 +28,21 @@ unexport PYTHONDONTWRITEBYTECODE
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
 
-setup: $(READY)  ## create .venv with the pinned packages and this project
+# A lock names every package, so pip looks for no others. Byte code of all would take half of the time, and nobody runs most of it.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --no-build-isolation
+# https://download.pytorch.org/whl/cpu has torch's build for CPUs. Only torch and torchvision are taken from there.
+TORCH_INDEX ?=
 
-$(READY): requirements.lock pyproject.toml
+setup: $(READY)  ## create .venv with the pinned packages and this project; TORCH_INDEX=URL takes torch's build for CPUs from there
+
+$(READY): $(wildcard requirements*.lock) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	# Without --no-compile, half of the time goes into byte code that nobody runs.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --requirement requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(INSTALL) --require-hashes --requirement requirements-build.lock
+	# The build for CPUs, a tenth of the size, where TORCH_INDEX or pip's own configuration has it; else PyPI's.
+	$(INSTALL) --require-hashes --requirement requirements-torch-cpu.lock $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)',2> /dev/null || $(INSTALL) --require-hashes --requirement requirements-torch.lock)
+	$(INSTALL) --require-hashes --requirement requirements.lock
+	$(INSTALL) --editable .
 	@touch $@
 
 grid:
@@ -83,10 +90,11 @@ endif
 test: setup  ## run the tests
 	python -m pytest
 
-lint: setup  ## check style, format, import rules and the grids' copies of dvc.yaml
+lint: setup  ## check style, format, import rules, the CI's workflow and the grids' copies of dvc.yaml
 	ruff check .
 	ruff format --check .
 	lint-imports
+	zizmor --offline --quiet .github
 	@for grid in $(GRIDS); do cmp dvc.yaml grids/$$grid/dvc.yaml || { echo "run 'make grids'"; exit 1; }; done
 
 format: setup  ## format the code
@@ -104,12 +112,10 @@ grids:  ## give every grid the root's dvc.yaml and DVC configuration, remotes in
 bench: setup  ## measure the performance claims, some 15 minutes, into benchmarks/results.json
 	python -W ignore -m benchmarks
 
-lock:  ## pin what pyproject.toml resolves to today in requirements.lock
+lock:  ## pin what pyproject.toml resolves to today in requirements*.lock, with hashes, and list the licences in THIRD_PARTY.md
 	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv
-	.lock-venv/bin/python -m pip install --quiet 'setuptools>=77' torch==2.13.0 torchvision==0.28.0
-	.lock-venv/bin/python -m pip install --quiet '.[dev]'
-	{ echo "# Written by 'make lock' from pyproject.toml. CUDA packages come with torch where its build needs them."; \
-	  .lock-venv/bin/python -m pip freeze --all | sed -E 's/\+cpu$$//' | grep -vP '^(pip|textguard|nvidia-(?!ml-py)|cuda-|triton)'; } > requirements.lock
+	.lock-venv/bin/python -m pip install --quiet pip==26.3 uv==0.13.9
+	PATH="$(CURDIR)/.lock-venv/bin:$$PATH" .lock-venv/bin/python tests/lock.py
 	rm -rf .lock-venv
 
 clean:  ## delete the environment, caches and partial results; keep every result

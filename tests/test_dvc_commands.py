@@ -168,3 +168,21 @@ def test_unused_cache_goes_and_what_any_grid_uses_stays(project):
         shutil.rmtree(project / folder / "models")
         quiet(project / folder, "checkout")
         assert (project / folder / "models" / f"{GUIDED}.safetensors").exists()
+
+
+def test_ci_runs_what_a_change_touches_and_pulls_the_rest(project, tmp_path):
+    """The commands of docs/clusters.md, "In your CI": a clone without data or cache, and a folder as the remote."""
+    run(["git", "reset", "--hard", "--quiet"], project)
+    clone = tmp_path / "clone"
+    run(["git", "clone", "--quiet", str(project), str(clone)], tmp_path)
+    for folder in (project / GRID, clone / GRID):
+        quiet(folder, "remote", "add", "--local", "--default", "store", str(tmp_path / "remote"))
+    quiet(project / GRID, "checkout", "--quiet")
+    quiet(project / GRID, "push")
+    with modify_yaml(str(clone / GRID / "params.yaml")) as params:
+        params["figures"]["dpi"] = 81
+    touched = {"figures", "report", "text_quality@digits-descriptions"}
+    assert ran(quiet(clone / GRID, "repro", "--pull")) == touched
+    assert ran(quiet(clone / GRID, "repro", "--dry")) == set()
+    changed = run(["git", "status", "--porcelain"], clone).stdout.split()[1::2]
+    assert {Path(name).suffix for name in changed} <= {".yaml", ".lock", ".png", ".svg", ".pdf"}
