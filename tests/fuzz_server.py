@@ -12,8 +12,10 @@ import resource
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -21,11 +23,26 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Imported by some stage while it runs. No code of these may run in this process: a thread of it would be missing in the forks.
-HEAVY = ("dvclive", "matplotlib.pyplot", "matplotlib.backends.backend_svg", "openai", "pandas", "pyarrow.parquet", "scipy.stats")
+HEAVY = (
+    "dvclive",
+    "matplotlib.pyplot",
+    "matplotlib.backends.backend_svg",
+    "openai",
+    "pandas",
+    "pyarrow.parquet",
+    "scipy.stats",
+)
 HEAVY += ("sentence_transformers", "sklearn.datasets", "sklearn.model_selection", "timm", "py3langid", "ftfy", "inflect")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # Audit event -> which of its arguments are paths that change.
-CHANGES = {"os.remove": (0,), "os.rename": (0, 1), "os.mkdir": (0,), "os.rmdir": (0,), "os.truncate": (0,), "shutil.rmtree": (0,)}
+CHANGES = {
+    "os.remove": (0,),
+    "os.rename": (0, 1),
+    "os.mkdir": (0,),
+    "os.rmdir": (0,),
+    "os.truncate": (0,),
+    "shutil.rmtree": (0,),
+}
 CHANGES |= {"os.link": (1,), "os.symlink": (1,), "os.chmod": (0,), "os.chown": (0,), "os.utime": (0,)}
 PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
 GRACE = 0.005  # seconds between two looks at a fork
@@ -107,10 +124,8 @@ def _run(request: Request) -> Reply:
             break
         time.sleep(GRACE)
     seconds = time.monotonic() - start
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # and whatever it started
-    except ProcessLookupError:
-        pass
     if code is None:
         os.waitpid(child, 0)
     told = scratch / "outcome.json"
@@ -132,6 +147,7 @@ def _become(request: Request) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.chdir(request.folder)
         os.environ.update(request.variables, TMPDIR=request.scratch)
+        tempfile.tempdir = None  # found before
         signal.signal(signal.SIGINT, signal.default_int_handler)
         taken = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + request.bytes,) * 2)
