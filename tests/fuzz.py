@@ -26,18 +26,16 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**9)
     parser.add_argument("--kinds", default="", help="names with commas between them; all where it is empty")
-    parser.add_argument("--no-shrink", action="store_true")
+    parser.add_argument("--no-shrink", action="store_true", help="show the first example of each fault, not the smallest")
+    parser.add_argument("--no-figures", action="store_true", help="leave out the figures, which take the longest, and the page")
     parser.add_argument("--replay", default="", help="what an earlier run printed")
-    parser.add_argument(
-        "--folder", type=Path, help="to keep the grid in, for the next call; a temporary one where it is left out"
-    )
+    parser.add_argument("--folder", type=Path, help="that keeps the grid for the next call; by default a temporary one")
     options = parser.parse_args()
-    kinds = options.kinds.split(",") if options.kinds else KINDS
-    if unknown := set(kinds) - set(KINDS):
+    if unknown := {kind for kind in options.kinds.split(",") if kind} - set(KINDS):
         parser.error(f"unknown kinds: {', '.join(unknown)}; known: {', '.join(KINDS)}")
     with TemporaryDirectory(prefix="fuzz-") as folder:
         print("building a grid", file=sys.stderr, flush=True)
-        with workplace(options.folder or Path(folder)) as place:
+        with workplace(options.folder or Path(folder), figures=not options.no_figures) as place:
             if options.replay:
                 kind, *numbers = json.loads(options.replay)
                 choices = replayed(numbers)
@@ -49,7 +47,7 @@ def main() -> int:
             print(f"trying inputs from seed {number} on", file=sys.stderr, flush=True)
             try:
                 while time.monotonic() < ends:
-                    for kind in kinds:
+                    for kind in options.kinds.split(",") if options.kinds else place.kinds:
                         campaign.round(kind, number, ROUND, shrink=not options.no_shrink)
                         if time.monotonic() >= ends:
                             break

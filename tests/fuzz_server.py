@@ -1,7 +1,7 @@
 """Runs stages in forks of one process that has imported everything, so that a run takes a tenth of a second and not five.
 
-A fork can be killed, may use so much memory and no more, and is watched: what it writes outside its folder, and which programs it
-starts. One request per line on stdin, one reply per line on stdout; see `Request` and `Reply`.
+A fork can be killed, may use so much memory and no more, and is watched: what it writes outside its folder, and which programs
+it starts. One request per line on stdin, one reply per line on stdout; see `Request` and `Reply`.
 """
 
 import gc
@@ -53,8 +53,8 @@ OUTPUT = 20_000  # letters of stdout and of stderr that a reply holds at most
 class Request:
     """What to run: `python stages ARGUMENTS`, or `python -m MODULE ARGUMENTS`, in `folder`.
 
-    scratch: for temporary files, the only other place that may be written to. seconds, bytes: what it may take; bytes are added to
-    what the process takes before it begins.
+    scratch: for temporary files, the only other place that may be written to. seconds, bytes: what it may take, beside the
+    memory that the process has before it begins.
     """
 
     arguments: list[str]
@@ -171,6 +171,12 @@ def _become(request: Request) -> None:
         outcome["outside"] = watch.seen
         Path(request.scratch, "outcome.json").write_text(json.dumps(outcome), encoding="utf-8")
         os._exit(code)
+
+
+def main(arguments: list[str]) -> int:
+    """What tests run in place of a stage: lines of Python."""
+    exec("\n".join(arguments))
+    return 0
 
 
 def _place(error: BaseException) -> str:

@@ -20,19 +20,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mutations
 import torch
 import yaml
-from fuzz_server import REPOSITORY, Reply, Request
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Flaky
-from mutations import MARKER, NUMBERS, SPECIALS, TEXTS, Choices, Raw, put
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load
 
+import mutations
 from answer_server import SECRET, Handler, Server
+from fuzz_server import REPOSITORY, Reply, Request
+from mutations import MARKER, NUMBERS, SPECIALS, TEXTS, Choices, Raw, put
 from textguard.errors import TextguardError
 from textguard.schema.campaign import StoredCampaign
 from textguard.schema.closeup import CloseUp
@@ -226,7 +226,7 @@ TARGETS: dict[str, list[Target]] = {
 # Files that say nothing of whose they are, so that their swap cannot be told.
 UNTELLABLE = ("pictures/", "published/", "features/", "prompts/cache", "metrics/tables", "plots/")
 SECTIONS = {
-    "root": ("data own", f"responses {TEXT}", "report"),
+    "root": ("data own", f"responses {TEXT}"),
     "encoder": ("heads digits", f"embeddings {TEXT}"),
     "datasets": ("data digits", "data own", f"prompts {TEXT}", f"evaluate {OWN}"),
     "backbones": ("recipes", f"train {RUN}"),
@@ -287,6 +287,17 @@ class Workplace:
         assert self.server.stdout.readline() == "{}\n", "the server of stages does not start"
         self._build()
 
+    def commands_of(self, target: Target) -> list[str]:
+        """The commands that read a file, in this grid."""
+        return [command for command in target.commands if command in self.commands]
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of input that this grid can be tried with."""
+        return [
+            kind for kind in KINDS if any(self.commands_of(target) for target in TARGETS.get(kind, ())) or kind not in TARGETS
+        ]
+
     def close(self) -> None:
         """End both servers."""
         self.server.stdin.close()
@@ -297,8 +308,13 @@ class Workplace:
     def run(self, command: str, variables: dict[str, str] | None = None, seconds: float = 0) -> Reply:
         """Run a stage, or the gate, in the grid's folder."""
         first, *rest = command.split()
-        module, arguments = ("textguard.report.gate", rest) if first == "gate" else ("stages.__main__", [first, *rest])
         seconds = seconds or SECONDS + 10 * self.took[command]
+        if first == "gate":
+            return self.ask(rest, "textguard.report.gate", seconds, variables)
+        return self.ask([first, *rest], "stages.__main__", seconds, variables)
+
+    def ask(self, arguments: list[str], module: str, seconds: float, variables: dict[str, str] | None = None) -> Reply:
+        """Have a module's `main` called in the grid's folder."""
         request = Request(arguments, str(self.grid), str(self.scratch), variables or {}, module, seconds)
         print(json.dumps(asdict(request)), file=self.server.stdin, flush=True)
         reply = json.loads(self.server.stdout.readline())
@@ -327,12 +343,14 @@ class Workplace:
                 _answer_own(self.grid)
             if command == GATE:
                 shutil.copytree(self.grid / "metrics/results", self.grid / "base")
-            before = self._states(self.grid)
+            _fit(self.grid, command, self.model.url)
+            before = self.files_of(self.grid)
             reply = self.run(command, seconds=600)
             assert reply.code == 0, (command, reply)
-            after = self._states(self.grid)
+            after = self.files_of(self.grid)
             self.took[command] = reply.seconds
             self.clean[command] = {name: (self.grid / name).read_bytes() for name in after if after[name] != before.get(name)}
+        put(self.grid / "params.yaml", json.dumps(parameters(self.model.url)).encode())
         model = (self.grid / f"models/{RUN}.safetensors").read_bytes()
         put(self.grid / "foreign/net.safetensors", model)
         torch.save(load(model), self.grid / "foreign/net.pth")
@@ -341,10 +359,10 @@ class Workplace:
         shutil.copytree(self.grid, self.base)
         written = {command: list(files) for command, files in self.clean.items()}
         known.write_text(json.dumps([self.took, written]), encoding="utf-8")
-        self.states = self._states(self.grid)
+        self.states = self.files_of(self.grid)
 
     @staticmethod
-    def _states(folder: Path) -> dict[str, tuple[int, ...]]:
+    def files_of(folder: Path) -> dict[str, tuple[int, ...]]:
         """Every file below a folder but partial results, with what changes when it is written."""
         found = {}
         for parent, folders, files in os.walk(folder):
@@ -358,7 +376,7 @@ class Workplace:
     def restore(self) -> None:
         """Make the grid what it was."""
         shutil.rmtree(self.grid / ".work", ignore_errors=True)
-        now = self._states(self.grid)
+        now = self.files_of(self.grid)
         for name in now.keys() - self.states.keys():
             (self.grid / name).unlink()
         wrong = [name for name, state in self.states.items() if now.get(name) != state]
@@ -375,7 +393,7 @@ class Workplace:
                 if not (self.base / os.path.relpath(folder, self.grid)).exists() and not os.listdir(folder):
                     os.rmdir(folder)
         if wrong:
-            after = self._states(self.grid)
+            after = self.files_of(self.grid)
             self.states |= {name: after[name] for name in wrong}
         for file in self.scratch.iterdir():
             shutil.rmtree(file) if file.is_dir() else file.unlink()
@@ -427,6 +445,14 @@ def write_inputs(folder: Path, url: str) -> None:
     put(folder / "pictures/classes.json", b'{"cat": "cat", "dog": "dog"}')
 
 
+def _fit(folder: Path, command: str, url: str) -> None:
+    """The page wants the quality of all texts; only those of one variant went through all stages."""
+    params = parameters(url)
+    if command == "report":
+        params["texts"] = {"descriptions": params["texts"]["descriptions"]}
+    put(folder / "params.yaml", json.dumps(params).encode())
+
+
 def _answer_own(folder: Path) -> None:
     """Store an answer to every question about the own pictures."""
     asked = [
@@ -444,14 +470,15 @@ def _answer_own(folder: Path) -> None:
 def example_of(kind: str, place: Workplace, choices: Choices) -> Example:
     """Make the grid hostile."""
     if kind in TARGETS:
-        return _hostile_file(choices.of(TARGETS[kind]), place, choices)
+        return _hostile_file(kind, place, choices)
     make = {"own folder": _own_folder, "params.yaml": _params, "environment": _environment, "replies": _replies}
     return make[kind](place, choices)
 
 
-def _hostile_file(target: Target, place: Workplace, choices: Choices) -> Example:
+def _hostile_file(kind: str, place: Workplace, choices: Choices) -> Example:
+    target = choices.of([target for target in TARGETS[kind] if place.commands_of(target)])
+    command = choices.of(place.commands_of(target))
     path = place.grid / target.file
-    command = choices.of(target.commands)
     choices.say(target.file)
     content = path.read_bytes()
     way = choices.of(["format"] * 6 + ["bytes", "bytes", "special", "sibling"])
@@ -471,6 +498,7 @@ def _hostile_file(target: Target, place: Workplace, choices: Choices) -> Example
         other = choices.of(others)
         choices.say("swapped with", other)
         put(path, (place.base / other).read_bytes())
+    _fit(place.grid, command, place.model.url)
     target.before(place.grid)
     swapped = way == "sibling" and not target.file.startswith(UNTELLABLE)
     return Example(command, swapped=swapped)
@@ -579,7 +607,9 @@ def _environment(place: Workplace, choices: Choices) -> Example:
         choices.say(f"{name}={value!r}")
         if name not in ASKS_FOR_MUCH or not ASKS_FOR_MUCH[name].fullmatch(value):
             variables[name] = value
-    return Example(choices.of(VARIABLES[names[0]]), variables)
+    command = choices.of([command for command in VARIABLES[names[0]] if command in place.commands])
+    _fit(place.grid, command, place.model.url)
+    return Example(command, variables)
 
 
 def _replies(place: Workplace, choices: Choices) -> Example:
@@ -623,17 +653,17 @@ def try_one(kind: str, place: Workplace, choices: Choices) -> tuple[int | None, 
     try:
         example = example_of(kind, place, choices)
         choices.say(example.command)
-        before = place._states(place.grid)
+        before = place.files_of(place.grid)
         reply = place.run(example.command, example.variables)
-        return reply.code, list(_judge(kind, example, reply, before, place))
+        return reply.code, list(judge(kind, example, reply, before, place))
     finally:
         place.restore()
 
 
-def _judge(kind: str, example: Example, reply: Reply, before: dict, place: Workplace) -> Iterator[tuple[str, str]]:
+def judge(kind: str, example: Example, reply: Reply, before: dict, place: Workplace) -> Iterator[tuple[str, str]]:
     stage = example.command.split()[0]
     lines = [line for line in reply.stderr.splitlines() if line.strip()]
-    after = place._states(place.grid)
+    after = place.files_of(place.grid)
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     for seen in reply.outside:
         if not re.match(r"subprocess.Popen git ", seen):
@@ -832,9 +862,8 @@ class Campaign:
         for fault in sorted(self.faults.values(), key=lambda fault: fault.signature):
             again = json.dumps([fault.kind, *fault.numbers])
             end = fault.told.strip().splitlines()[-1:] or [""]
-            parts.append(
-                f"{fault.signature}  ({fault.times} times)\n    {'; '.join(fault.said)}\n    {end[0][:300]}\n    REPLAY='{again}'"
-            )
+            told = (f"{fault.signature}  ({fault.times} times)", "; ".join(fault.said), end[0][:300], f"REPLAY='{again}'")
+            parts.append("\n    ".join(told))
         return "\n".join(parts)
 
 

@@ -1,0 +1,76 @@
+"""Hostile inputs of every kind, for a minute and always the same ones first; `make fuzz` tries others for longer."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from fuzzing import RUN, TEXT, Campaign, Example, Workplace, judge, workplace
+
+BUDGET_S = 60.0
+ROUND = 3  # examples of a kind before the next has its turn; the first round is done whatever it takes
+
+# What the first rounds find and nobody has mended yet.
+KNOWN: set[str] = set()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+    with workplace(tmp_path_factory.mktemp("fuzz"), figures=False) as found:
+        yield found
+
+
+def test_hostile_inputs_are_taken_well_or_refused_in_one_line(place):
+    campaign, started, number = Campaign(place), time.monotonic(), 0
+    while time.monotonic() - started < BUDGET_S or not number:
+        for kind in place.kinds:
+            campaign.round(kind, number, ROUND, shrink=False)
+            if number and time.monotonic() - started > BUDGET_S:
+                break
+        number += 1
+    print(campaign.table())
+    for signature in KNOWN & campaign.faults.keys():
+        del campaign.faults[signature]
+    assert not campaign.faults, f"\n{campaign.report()}\nTo repeat one of them: make fuzz FIGURES= REPLAY='...'"
+    assert set(campaign.ends) == set(place.kinds)
+
+
+def test_what_is_untouched_is_taken_and_gives_the_same_bytes(place):
+    """So that a fault is the input's, and the grid is put back after each example."""
+    for command in (f"evaluate {RUN}", f"prompts {TEXT}", "results", "tables"):
+        reply = place.run(command)
+        assert (reply.code, reply.outside) == (0, ())
+        for name, content in place.clean[command].items():
+            assert (place.grid / name).read_bytes() == content
+        place.restore()
+
+
+PLANTED = {
+    "a write outside": ("Path('../outside').touch()", "outside"),
+    "a program": ("import subprocess; subprocess.run(['true'])", "outside"),
+    "a traceback": ("[][0]", "IndexError"),
+    "no end": ("time.sleep(99)", "does not end"),
+    "memory": ("bytearray(1 << 40)", "MemoryError"),
+    "a crash": ("os.kill(os.getpid(), 11)", "signal 11"),
+    "another exit code": ("sys.exit(3)", "exit code 3"),
+    "no line": ("sys.exit(1)", "0 error lines"),
+    "a temporary file": ("Path('x.tmp').touch()", "temporary"),
+    "a changed output": ("Path('metrics/cells.json').write_text('[]'); sys.exit(1)", "has changed"),
+    "a warning": ("print('UserWarning: x', file=sys.stderr)", "says UserWarning"),
+    "NaN": ("Path('metrics/cells.json').write_text('NaN')", "NaN in JSON"),
+    "a share of 2": (
+        """Path('metrics/summary.json').write_text('{"sdc": {"value": 2, "low": 2, "high": 2, "n": 1}}')""",
+        "is no share",
+    ),
+    "the mark of code that ran": ("Path('EXECUTED').touch()", "was run"),
+}
+
+
+@pytest.mark.parametrize(("code", "found"), PLANTED.values(), ids=PLANTED)
+def test_what_must_not_happen_is_seen(place, code, found):
+    before = place.files_of(place.grid)
+    reply = place.ask([code], "fuzz_server", 2.0)
+    seen = [signature for signature, _ in judge("planted", Example("results"), reply, before, place)]
+    place.restore()
+    assert len(seen) == 1, seen
+    assert found in seen[0]
