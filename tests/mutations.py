@@ -512,8 +512,10 @@ class _Code:
 
 
 def spoil_pth(content: bytes, choices: Choices) -> bytes:
-    """What torch.save writes of hostile things. content: a state dict."""
+    """What torch.save writes of hostile things. content: a state dict, or one tensor."""
     tensors = torch.load(io.BytesIO(content), weights_only=True)
+    alone = "alone" if isinstance(tensors, torch.Tensor) else None
+    tensors = {alone: tensors} if alone else tensors
     name = choices.of(sorted(tensors))
     first = tensors[name]
     with warnings.catch_warnings():
@@ -555,7 +557,8 @@ def spoil_pth(content: bytes, choices: Choices) -> bytes:
         if "plain pickle" in way:
             return pickle.dumps(_Code() if "code" in way else {"model": 1})
         out = io.BytesIO()
-        torch.save(contents[way](), out)
+        made = contents[way]()
+        torch.save(made[alone] if alone and isinstance(made, dict) and list(made) == [alone] else made, out)
         return out.getvalue()
 
 
