@@ -48,7 +48,10 @@ def main() -> int:
             try:
                 while time.monotonic() < ends:
                     for kind in options.kinds.split(",") if options.kinds else place.kinds:
+                        known = set(campaign.faults)
                         campaign.round(kind, number, ROUND, shrink=not options.no_shrink)
+                        if new := campaign.faults.keys() - known:
+                            print(campaign.report(new), file=sys.stderr, flush=True)
                         if time.monotonic() >= ends:
                             break
                     number += 1
@@ -58,7 +61,7 @@ def main() -> int:
                     )
             except KeyboardInterrupt:
                 print("interrupted", file=sys.stderr)
-            print(campaign.report(), campaign.table(), sep="\n\n")
+            print(campaign.report(campaign.faults), campaign.table(), sep="\n\n")
             return int(bool(campaign.faults))
 
 

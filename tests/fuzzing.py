@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -31,7 +31,7 @@ from safetensors.torch import load
 import mutations
 from answer_server import SECRET, Handler, Server
 from fuzz_server import REPOSITORY, Reply, Request
-from mutations import MARKER, NUMBERS, SPECIALS, TEXTS, Choices, Raw, put
+from mutations import MARKER, NUMBERS, SPECIALS, TEXTS, Choices, Raw, put, replayed
 from textguard.errors import TextguardError
 from textguard.schema.campaign import StoredCampaign
 from textguard.schema.closeup import CloseUp
@@ -848,10 +848,10 @@ class Campaign:
             rows.append(f"{kind:24} {ends.total():8} {taken:6} {refused:7} {ends.total() - taken - refused:6} {found:6}")
         return "\n".join(rows)
 
-    def report(self) -> str:
-        """Every distinct fault with its smallest example, and how to repeat it."""
+    def report(self, signatures: Iterable[str]) -> str:
+        """These faults, each with its smallest example, and how to repeat it."""
         parts = []
-        for fault in sorted(self.faults.values(), key=lambda fault: fault.signature):
+        for fault in (self.faults[signature] for signature in sorted(signatures)):
             again = json.dumps([fault.kind, *fault.numbers])
             end = fault.told.strip().splitlines()[-1:] or [""]
             told = (f"{fault.signature}  ({fault.times} times)", "; ".join(fault.said), end[0][:300], f"REPLAY='{again}'")

@@ -31,7 +31,7 @@ def test_hostile_inputs_are_taken_well_or_refused_in_one_line(place):
     print(campaign.table())
     for signature in KNOWN & campaign.faults.keys():
         del campaign.faults[signature]
-    assert not campaign.faults, f"\n{campaign.report()}\nTo repeat one of them: make fuzz FIGURES= REPLAY='...'"
+    assert not campaign.faults, f"\n{campaign.report(campaign.faults)}\nTo repeat one of them: make fuzz FIGURES= REPLAY='...'"
     assert set(campaign.ends) == set(place.kinds)
 
 
