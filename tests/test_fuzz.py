@@ -76,5 +76,4 @@ def test_what_must_not_happen_is_seen(place, code, found):
     reply = place.ask([code], "fuzz_server", 2.0)
     seen = [signature for signature, _ in judge("planted", Example("results"), reply, before, place)]
     place.restore()
-    assert len(seen) == 1, seen
-    assert found in seen[0]
+    assert any(found in signature for signature in seen), seen
