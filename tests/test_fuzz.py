@@ -11,7 +11,10 @@ EXAMPLES = 4  # of every kind
 BUDGET_S = 60.0  # after which the second half of them is left out, on a machine that is slow
 
 # What they find and nobody has mended yet.
-KNOWN: set[str] = set()
+KNOWN = {
+    "TypeError in textguard/vision/datasets.py:read_source",
+    "TypeError in textguard/vision/evaluation.py:predict",
+}
 
 
 @pytest.fixture(scope="module")
