@@ -579,8 +579,8 @@ def _params(place: Workplace, choices: Choices) -> Example:
     command = choices.of(["check", *commands])
     if command.startswith("gate"):
         command = GATE
-    large = [word for word in choices.said if re.search(r"2\^|10\^|1e308|5000|99\b", word)] or choices.drawn
-    return Example(command, expensive=bool(large) and command != "check")
+    large = any(re.search(r"2\^|10\^|1e308|5000|99\b", word) for word in choices.said)  # of which there may rightly be as many
+    return Example(command, expensive=large and command != "check")
 
 
 def _environment(place: Workplace, choices: Choices) -> Example:
