@@ -27,8 +27,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**9)
     parser.add_argument("--kinds", default="", help="names with commas between them; all where it is empty")
     parser.add_argument("--no-shrink", action="store_true", help="show the first example of each fault, not the smallest")
-    parser.add_argument("--no-figures", action="store_true", help="leave out the figures, which take the longest, and the page")
-    parser.add_argument("--replay", default="", help="what an earlier run printed")
+    parser.add_argument("--no-figures", action="store_true", help="without figures and page, as tests/test_fuzz.py")
+    parser.add_argument("--replay", default="", help="what an earlier run with the same figures printed")
     parser.add_argument("--folder", type=Path, help="that keeps the grid for the next call; by default a temporary one")
     options = parser.parse_args()
     if unknown := {kind for kind in options.kinds.split(",") if kind} - set(KINDS):

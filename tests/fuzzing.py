@@ -196,9 +196,9 @@ TARGETS: dict[str, list[Target]] = {
         Target(f"metrics/texts/{TEXT}.csv", CSV, ("report",)),
     ],
     "what is shown": [
-        Target("plots/figures/improvement-digits-net.csv", CSV, ("report",)),
+        Target("plots/figures/delta_loss-digits-net.csv", CSV, ("report",)),
         Target(f"plots/texts/{TEXT}/similarity.csv", CSV, ("report",)),
-        Target("plots/figures/improvement-digits-net.svg", mutations.spoil_bytes, ("report",)),
+        Target("plots/figures/delta_loss-digits-net.svg", mutations.spoil_bytes, ("report",)),
         Target(f"prompts/{TEXT}/responses.jsonl", LINES, ("report",)),
     ],
     "gate": [
