@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BASE ?= HEAD
+SECONDS ?= 3600
 # repro, plan, gate and report take GRID=NAME, for grids/NAME; without it they work on the root's, the demo.
 GRID ?=
 FOLDER = $(if $(GRID),grids/$(GRID),.)
@@ -23,7 +24,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Every stage is a process of its own: without byte code each would compile its packages again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup grid repro gate report test lint format grids smoke plan bench lock clean
+.PHONY: help setup grid repro gate report test fuzz lint format grids smoke plan bench lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
@@ -89,6 +90,9 @@ endif
 
 test: setup  ## run the tests
 	python -m pytest
+
+fuzz: setup  ## try hostile inputs on every stage for SECONDS (3600), or one again: make fuzz REPLAY='...'
+	python -W ignore tests/fuzz.py --seconds $(SECONDS) $(if $(REPLAY),--replay '$(REPLAY)')
 
 lint: setup  ## check style, format, import rules, the CI's workflow and the grids' copies of dvc.yaml
 	ruff check .

@@ -53,3 +53,14 @@ def test_several_trainings_widen_an_improvement():
     assert together.low < 2
     assert together.high > 8
     assert verdict(together, 0.99) == "not separable at 99%"
+
+
+@pytest.mark.filterwarnings("error")
+def test_resamples_without_harm_on_either_side_leave_an_interval_open_without_a_warning():
+    harm = np.zeros(16)
+    harm[0] = 1.0
+    base, guided = draw_pairs([layer_result(harm)], [layer_result(0.5 * harm)], 200, seed=0)
+    found = improvement(base[0], guided[0], 0.99).estimate
+    assert found.value == 2
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)

@@ -95,7 +95,9 @@ def improvement(baseline: Draws, guided: Draws, confidence: float) -> Ratio:
     count = min(baseline.n, guided.n)
     if not (baseline.value > 0 and guided.value > 0):
         return Ratio(Estimate(math.nan, math.nan, math.nan, count), np.full(len(baseline.plain), np.nan))
-    with np.errstate(divide="ignore"):
+    tail = (1 - confidence) / 2
+    # A draw in which nothing did harm on one side is infinitely better or worse, and says nothing where it is so on both: NaN.
+    with np.errstate(divide="ignore", invalid="ignore"):
         plain, low, high = (
             np.log(numerator) - np.log(denominator)
             for numerator, denominator in (
@@ -104,9 +106,8 @@ def improvement(baseline: Draws, guided: Draws, confidence: float) -> Ratio:
                 (baseline.unseen, guided.plain),
             )
         )
-    tail = (1 - confidence) / 2
+        limits = [float(np.exp(np.quantile(low, tail))), float(np.exp(np.quantile(high, 1 - tail)))]
     value = baseline.value / guided.value
-    limits = [float(np.exp(np.quantile(low, tail))), float(np.exp(np.quantile(high, 1 - tail)))]
     # Of exact means, what exp and log leave of the ratio is not a spread.
     limits = [value if math.isclose(limit, value, rel_tol=1e-12) else limit for limit in limits]
     return Ratio(Estimate(value, min(limits[0], value), max(limits[1], value), count), plain)
