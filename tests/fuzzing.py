@@ -216,8 +216,9 @@ TARGETS: dict[str, list[Target]] = {
         Target(f"metrics/texts/{TEXT}.json", JSON, ("figures",)),
     ],
 }
-# Files that say nothing of whose they are, so that their swap cannot be told.
-UNTELLABLE = ("data/digits/classes.json", "pictures/", "published/", "features/", "prompts/cache", "metrics/tables", "plots/")
+# Files that say nothing of whose they are, so that their swap cannot be told. Of weights, params.yaml states the hash.
+UNTELLABLE = ("data/digits/classes.json", "pictures/", "published/", "features/", "foreign/", "prompts/cache", "metrics/tables")
+UNTELLABLE += ("plots/", "metrics/texts/digits-descriptions.json", "activations.csv")
 SECTIONS = {
     "root": ("data own", f"responses {TEXT}"),
     "encoder": ("heads digits", f"embeddings {TEXT}"),
@@ -496,7 +497,7 @@ def _hostile_file(kind: str, place: Workplace, choices: Choices) -> Example:
         put(path, (place.base / other).read_bytes())
     _fit(place.grid, command, place.model.url)
     target.before(place.grid)
-    swapped = way == "sibling" and not target.file.startswith(UNTELLABLE)
+    swapped = way == "sibling" and not target.file.startswith(UNTELLABLE) and not target.file.endswith(UNTELLABLE)
     return Example(command, swapped=swapped)
 
 

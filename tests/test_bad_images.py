@@ -14,10 +14,11 @@ import pytest
 from PIL import EpsImagePlugin, Image, ImageOps
 
 from conftest import REPOSITORY
+from textguard.artifacts import MOST_BYTES, read_regular
 from textguard.errors import InvalidArtifact, UnreadableImage
 from textguard.vision import datasets
 from textguard.vision.datasets import IndexedSplit, Part, index_files, load_split, make_splits, read_source, save_splits
-from textguard.vision.image_files import MOST_BYTES, decode, read_regular, reason
+from textguard.vision.image_files import decode, reason
 
 GREY = np.arange(0, 240, 4, dtype=np.uint8).reshape(6, 10)
 RGB = np.stack([GREY, GREY[::-1], GREY[:, ::-1]], axis=-1)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import pytest
 import torch
@@ -69,6 +70,9 @@ def test_a_damaged_answer_is_named_with_file_and_line(grid, spoil, reason):
 def test_a_missing_answers_file_is_named_with_the_parameter(grid):
     grid.change("texts.descriptions.cache", ["prompts/cache/none.jsonl"])
     says(grid.fails("responses", TEXT), "prompts/cache/none.jsonl is missing", "params.yaml texts")
+    os.mkfifo(grid.folder / "prompts" / "pipe.jsonl")
+    grid.change("texts.descriptions.cache", ["prompts/pipe.jsonl"])
+    says(grid.fails("responses", TEXT), "prompts/pipe.jsonl cannot be read (it is no regular file)", "params.yaml texts")
 
 
 def test_an_answer_with_a_line_separator_can_be_read_again(grid):

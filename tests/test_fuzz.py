@@ -10,13 +10,6 @@ from fuzzing import RUN, TEXT, Campaign, Example, Workplace, judge, workplace
 EXAMPLES = 4  # of every kind
 BUDGET_S = 60.0  # after which the second half of them is left out, on a machine that is slow
 
-# What they find and nobody has mended yet.
-KNOWN = {
-    "LinAlgError in textguard/text/quality.py:principal_components",
-    "TypeError in textguard/vision/evaluation.py:predict",
-    "ValueError in textguard/text/quality.py:<listcomp>",
-}
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
@@ -31,8 +24,6 @@ def test_hostile_inputs_are_taken_well_or_refused_in_one_line(place):
             if not number or time.monotonic() - started < BUDGET_S:
                 campaign.round(kind, number, EXAMPLES // 2, shrink=False)
     print(campaign.table())
-    for signature in KNOWN & campaign.faults.keys():
-        del campaign.faults[signature]
     assert not campaign.faults, f"\n{campaign.report(campaign.faults)}"  # each with its numbers for `make fuzz`
     assert set(campaign.ends) == set(place.kinds)
 

@@ -71,6 +71,7 @@ INJECTIONS = {
     "all missing": (lambda table: table.iloc[:0], "has no injections into layer 'conv1', which"),
     "one more": (lambda table: pd.concat([table, table.iloc[:1].assign(index=200)]), "has 201 rows, and there can be 200"),
     "a column less": (lambda table: table.drop(columns="weight"), "lacks the columns weight"),
+    "another detector's": (lambda table: table.assign(detector="off"), "is not what its name says"),
     "more images than are eligible": (lambda table: table.assign(image=range(200)), "more images than the 10"),
 }
 
@@ -101,6 +102,7 @@ CHANGES = {
     "one twice": (lambda table: pd.concat([table, table.iloc[:1]]), "has 2 rows of injection 0"),
     "another weight": (setting("weight", 2.0), "under detector 'off' that the campaign did not draw"),
     "null": (setting("detector", None), "column detector that holds anything else than text"),
+    "the campaign's own": (lambda table: table.drop(columns="detector"), "is not what its name says"),
 }
 
 

@@ -16,9 +16,11 @@ import operator
 import os
 import re
 import shutil
+import stat
 import sys
 import time
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WORK_DIR = Path(".work")
+MOST_BYTES = 2**30  # of one file that is read whole
 FP32_MAX = 3.4028234663852886e38
 Record = TypeVar("Record")
 
@@ -193,6 +196,16 @@ def write_safetensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Map
     # safetensors writes its metadata in an order that changes from run to run; one sorted string keeps the bytes stable.
     packed = {"textguard": json.dumps(dict(metadata or {}), sort_keys=True, ensure_ascii=False)}
     write_bytes(path, save(contiguous, metadata=packed))
+
+
+def read_regular(path: Path) -> bytes:
+    """The bytes of a regular file. Raises ValueError for a pipe, a device, or more than MOST_BYTES; and OSError."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is no regular file")
+    if found.st_size > MOST_BYTES:
+        raise ValueError(f"it has {found.st_size:,} bytes; {MOST_BYTES:,} are the most that are read")
+    return path.read_bytes()
 
 
 @contextmanager
@@ -437,7 +450,8 @@ def read_pth(path: Path) -> Any:
 
     import torch
 
-    with reading(path, ""), torch.serialization.safe_globals([argparse.Namespace]):
+    with reading(path, ""), torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of pickles that it then refuses
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:

@@ -50,6 +50,8 @@ def read_columns(path: Path, made_by: str, columns: Sequence[str], most: int) ->
     Raises InvalidArtifact, also where a column holds what it cannot; see COLUMNS.
     """
     with reading(path, made_by):
+        if ("detector" in pq.read_schema(path).names) != ("detector" in columns):
+            raise InvalidArtifact("is not what its name says: only injections under compared detectors have a detector")
         rows = pq.read_metadata(path).num_rows
         if rows > most:
             raise InvalidArtifact(f"has {rows:,} rows, and there can be {most:,}")

@@ -16,7 +16,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from textguard.artifacts import as_record, cannot_write, locked, parse_json
+from textguard.artifacts import as_record, cannot_write, locked, parse_json, read_regular
 from textguard.errors import InvalidArtifact
 
 
@@ -62,10 +62,11 @@ def read_answers(files: Sequence[Path]) -> Store:
     store = Store({}, [])
     for file in files:
         try:
-            content = file.read_bytes()
-        except OSError as error:
+            content = read_regular(file)
+        except (OSError, ValueError) as error:
             how = "params.yaml texts.*.cache names it: correct that, or create the file"
-            what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+            reason = error.strerror if isinstance(error, OSError) else error
+            what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({reason})"
             raise InvalidArtifact(f"{file} {what}; {how}") from error
         # Not splitlines(): an answer may hold other separators that Unicode counts as line ends.
         for number, line in enumerate(content.removesuffix(b"\n").split(b"\n") if content else [], start=1):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from textguard.artifacts import beside_copy, parse_json, sha256_of_file
+from textguard.artifacts import beside_copy, parse_json, read_regular, sha256_of_file
 from textguard.errors import InvalidArtifact, UnknownName
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _encode_minilm(texts: list[str], device: "torch.device", batch_size: int) ->
 def _sentence_transformers_width(folder: Path) -> int:
     path = folder / "modules.json"
     try:
-        modules = parse_json(path.read_bytes())
+        modules = parse_json(read_regular(path))
         width = 0
         for module in modules:
             # Any other class would be imported by its name.
@@ -110,12 +110,12 @@ def _sentence_transformers_width(folder: Path) -> int:
                 raise ValueError(f"a module is {module['type']!r}")
             config = folder / module["path"] / "config.json"
             if module["type"].endswith((".Pooling", ".Dense")):
-                sizes = parse_json(config.read_bytes())
+                sizes = parse_json(read_regular(config))
                 width = int(sizes.get("out_features") or sizes.get("word_embedding_dimension") or sizes["embedding_dimension"])
         if width < 1:
             raise ValueError("it states no width")
         settings = folder / "config_sentence_transformers.json"
-        kept = parse_json(settings.read_bytes()).get("truncate_dim") if settings.is_file() else None
+        kept = parse_json(read_regular(settings)).get("truncate_dim") if settings.is_file() else None
         if kept is not None and (type(kept) is not int or kept < 1):
             raise ValueError(f"its truncate_dim is {kept!r}")
     except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
@@ -180,7 +180,7 @@ def _open_clip_config(model: str, pretrained: str) -> dict:
     if model == "local-dir":
         path = Path(pretrained) / "open_clip_config.json"
         try:
-            config = parse_json(path.read_bytes())["model_cfg"]
+            config = parse_json(read_regular(path))["model_cfg"]
             return {**config, "embed_dim": int(config["embed_dim"])}
         except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"

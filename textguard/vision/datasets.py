@@ -36,6 +36,7 @@ from textguard.artifacts import (
     parse_json,
     read_classes,
     read_json,
+    read_regular,
     read_safetensors,
     reading,
     write_json,
@@ -50,7 +51,6 @@ from textguard.vision.image_files import (
     ClassFolders,
     announce_left_out,
     decode,
-    read_regular,
     reason,
     shown,
 )

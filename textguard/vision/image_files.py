@@ -7,7 +7,6 @@ walked twice, and what cannot be shown in 8 bits per channel without a guess is 
 import io
 import logging
 import os
-import stat
 import sys
 import warnings
 from collections import Counter
@@ -38,7 +37,6 @@ EXTENSIONS = (
     ".webp",
 )  # as torchvision's ImageFolder has them
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # 8 bits per channel, or fewer
-MOST_BYTES = 2**30  # of one file; the number of pixels is limited by Pillow
 ORIENTATIONS = ("stored", "exif")
 EXIF_ORIENTATION = 0x0112
 TURNS = {
@@ -68,16 +66,6 @@ class Decoded:
     turned: bool
     transparent: bool
     deep: bool
-
-
-def read_regular(path: Path) -> bytes:
-    """The bytes of a regular file. Raises ValueError for a pipe, a device, a folder, or more than MOST_BYTES; and OSError."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError("it is no regular file")
-    if found.st_size > MOST_BYTES:
-        raise ValueError(f"it has {found.st_size:,} bytes; {MOST_BYTES:,} are the most that are read")
-    return path.read_bytes()
 
 
 def decode(content: bytes, orientation: str, *, small: bool = False) -> Decoded:
