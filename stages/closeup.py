@@ -40,7 +40,7 @@ def main(params: Params, key: str) -> None:
         looks, content["cam"] = pd.DataFrame(columns=LOOKS), {"skipped": str(error)}
     else:
         looks, content["cam"] = _look(cam, run, records, settings, profiled, params.closeup, params.statistics.confidence)
-    write_parquet(Path("metrics") / "closeup" / f"{key}.parquet", looks)
+    write_parquet(Path("metrics") / "looks" / f"{key}.parquet", looks)
     write(Path("metrics") / "closeup" / f"{key}.json", CloseUp, content)
 
 

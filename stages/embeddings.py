@@ -33,7 +33,7 @@ def main(params: Params, key: str) -> None:
     told = set(owners)
     silent = [name for name in classes if name not in told]
     if silent:
-        where = f"params.yaml texts.{texts.variant}.drop and prompts/{key}"
+        where = f"params.yaml texts.{texts.variant}.drop and prompts/texts/{key}"
         raise InvalidParameter(f"class {silent[0]!r} has no text left (and {len(silent) - 1} more); see {where}")
 
     make_deterministic(0)

@@ -24,4 +24,4 @@ def ask_all(params: Params, key: str) -> list[Question]:
 
 def question_file(key: str) -> Path:
     """Where the questions of a text variant lie."""
-    return Path("prompts") / key / "questions.jsonl"
+    return Path("prompts") / "texts" / key / "questions.jsonl"

@@ -13,7 +13,7 @@ from textguard.text.responses import Sources, answer, self_answered
 
 
 def main(params: Params, key: str) -> None:
-    folder, texts = Path("prompts") / key, params.class_texts[key]
+    folder, texts = Path("prompts") / "texts" / key, params.class_texts[key]
     dataset, wanted = params.datasets[texts.dataset], texts.params
     questions = read_questions(params, key)
     answers = answer(wanted.provider, questions, sources(params, key))

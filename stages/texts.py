@@ -29,7 +29,7 @@ def read_descriptions(params: Params, key: str, classes: list[str]) -> list[Desc
 
     Raises InvalidArtifact for those of other classes, questions or samples, and for flags and texts that no answer has.
     """
-    path, wanted = Path("prompts") / key / "responses.jsonl", params.class_texts[key].params
+    path, wanted = Path("prompts") / "texts" / key / "responses.jsonl", params.class_texts[key].params
     found = read_records(path, "responses", Description)
     samples = range(1 if wanted.provider in ("features", "template") else wanted.samples)
     questions = read_records(question_file(key), "prompts", Question)

@@ -28,7 +28,7 @@ from textguard.artifacts import write_safetensors
 from textguard.text.embeddings import ClassEmbeddings, EmbeddingOptions, save_class_embeddings
 
 MODEL, RUN, RECORDS = f"models/{BASELINE}.safetensors", f"metrics/runs/{BASELINE}", f"metrics/records/{BASELINE}"
-EMBEDDINGS, QUESTIONS = f"embeddings/{TEXT}.safetensors", f"prompts/{TEXT}/questions.jsonl"
+EMBEDDINGS, QUESTIONS = f"embeddings/{TEXT}.safetensors", f"prompts/texts/{TEXT}/questions.jsonl"
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 WIDTH = 16  # of the class embeddings
 REMOVED = object()

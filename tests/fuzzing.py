@@ -154,8 +154,8 @@ TARGETS: dict[str, list[Target]] = {
         Target("data/own/train/index.parquet", PARQUET, (f"ranges {OWN}", f"train {OWN}")),
         Target("pictures/dog/1.png", mutations.spoil_picture, (f"ranges {OWN}", f"train {OWN}")),
     ],
-    "questions": [Target(f"prompts/{TEXT}/questions.jsonl", LINES, (f"responses {TEXT}",))],
-    "answers": [Target(f"prompts/{TEXT}/responses.jsonl", LINES, (f"embeddings {TEXT}", f"text_quality {TEXT}"))],
+    "questions": [Target(f"prompts/texts/{TEXT}/questions.jsonl", LINES, (f"responses {TEXT}",))],
+    "answers": [Target(f"prompts/texts/{TEXT}/responses.jsonl", LINES, (f"embeddings {TEXT}", f"text_quality {TEXT}"))],
     "stored answers": [
         Target("prompts/cache/digits.jsonl", LINES, (f"responses {TEXT}",)),
         Target("prompts/cache/digits.jsonl", partial(LINES, seal=seal), (f"responses {TEXT}",)),
@@ -199,7 +199,7 @@ TARGETS: dict[str, list[Target]] = {
         Target("plots/figures/delta_loss-digits-net.csv", CSV, ("report",)),
         Target(f"plots/texts/{TEXT}/similarity.csv", CSV, ("report",)),
         Target("plots/figures/delta_loss-digits-net.svg", mutations.spoil_bytes, ("report",)),
-        Target(f"prompts/{TEXT}/responses.jsonl", LINES, ("report",)),
+        Target(f"prompts/texts/{TEXT}/responses.jsonl", LINES, ("report",)),
     ],
     "gate": [
         Target(f"base/{RUN}.json", JSON, (GATE,)),
@@ -210,7 +210,7 @@ TARGETS: dict[str, list[Target]] = {
         Target(f"{RUNS}/thresholds.csv", CSV, ("figures",)),
         Target(f"{RUNS}/ranges.csv", CSV, ("figures",)),
         Target(f"metrics/closeup/{RUN}.json", JSON, ("figures",)),
-        Target(f"metrics/closeup/{RUN}.parquet", PARQUET, ("figures",)),
+        Target(f"metrics/looks/{RUN}.parquet", PARQUET, ("figures",)),
         Target(f"metrics/results/{RUN}.json", JSON, ("figures",)),
         Target("metrics/cells.json", JSON, ("figures",)),
         Target(f"metrics/texts/{TEXT}.json", JSON, ("figures",)),
@@ -454,7 +454,7 @@ def _answer_own(folder: Path) -> None:
     """Store an answer to every question about the own pictures."""
     asked = [
         json.loads(line)["text"]
-        for line in (folder / "prompts/own-descriptions/questions.jsonl").read_text("utf-8").splitlines()
+        for line in (folder / "prompts/texts/own-descriptions/questions.jsonl").read_text("utf-8").splitlines()
     ]
     rest = ("a person", None, None, None, None, None, None)
     lines = [

@@ -136,7 +136,7 @@ def store_closeup(key: str) -> None:
         for image in (0, 1)
         for state in ("golden", "weights", "worst")
     )
-    write_parquet(Path(f"metrics/closeup/{key}.parquet"), looks)
+    write_parquet(Path(f"metrics/looks/{key}.parquet"), looks)
 
 
 BASELINE_LAYERS = {"conv1": (100, 0.2), "fc": (10, 3.0)}

@@ -23,7 +23,7 @@ MISSING = [
     ("prompts", TEXT, "data/digits/classes.json", "data"),
     ("responses", TEXT, QUESTIONS, "prompts"),
     ("text_quality", TEXT, f"embeddings/{TEXT}.texts.safetensors", "embeddings"),
-    ("embeddings", TEXT, f"prompts/{TEXT}/responses.jsonl", "responses"),
+    ("embeddings", TEXT, f"prompts/texts/{TEXT}/responses.jsonl", "responses"),
     ("train", BASELINE, "data/digits/train/images.safetensors", "data"),
     ("train", BASELINE, HEAD, "heads"),
     ("train", GUIDED, EMBEDDINGS, "embeddings"),
@@ -43,7 +43,7 @@ MISSING = [
     ("tables", None, f"metrics/results/{BASELINE}.json", "results"),
     ("tables", None, "metrics/cells.json", "results"),
     ("tables", None, f"metrics/closeup/{BASELINE}.json", "closeup"),
-    ("figures", None, f"metrics/closeup/{BASELINE}.parquet", "closeup"),
+    ("figures", None, f"metrics/looks/{BASELINE}.parquet", "closeup"),
     ("heads", "digits", "data/digits/classes.json", "data"),
     ("embeddings", TEXT, "data/digits/classes.json", "data"),
 ]

@@ -245,7 +245,7 @@ def test_fewer_questions_than_params_yaml_asks_are_refused(grid):
     says(grid.fails("responses", TEXT), "InvalidArtifact", QUESTIONS, "19 instead of 20")
 
 
-RESPONSES = f"prompts/{TEXT}/responses.jsonl"
+RESPONSES = f"prompts/texts/{TEXT}/responses.jsonl"
 WRONG_RESPONSES = {
     "an unknown class": ({"class_name": "ten"}, ["line 1 is of class 'ten'"]),
     "a list for a class": ({"class_name": ["zero"]}, ["line 1 has a wrong class_name"]),
@@ -364,7 +364,7 @@ def told_by_features(grid):
 
 
 def test_class_embeddings_are_the_rows_of_the_features_and_follow_their_file(told_by_features):
-    grid, responses, seen = told_by_features, f"prompts/{TEXT}/responses.jsonl", set()
+    grid, responses, seen = told_by_features, f"prompts/texts/{TEXT}/responses.jsonl", set()
     for factor in (1, -1):
         features = factor * torch.load(grid.folder / "features.pth")
         torch.save(features, grid.folder / "features.pth")

@@ -179,7 +179,7 @@ def test_the_locale_changes_no_text(untouched):
     for variables in (LATIN, {"PYTHONUTF8": "1"}):
         done = shell(folder, f"$STAGES prompts {TEXT}", **variables)
         assert (done.returncode, done.stderr) == (0, "")
-        questions = folder / "prompts" / TEXT / "questions.jsonl"
+        questions = folder / "prompts" / "texts" / TEXT / "questions.jsonl"
         written.append(questions.read_bytes())
         questions.unlink()
     assert written[0] == written[1]

@@ -170,7 +170,7 @@ def test_damaged_numbers_are_named_and_not_drawn(runs, params, name, damage, sai
 
 
 def test_a_picture_that_is_none_is_named(runs, params):
-    file = Path("metrics/closeup/d-resnet18-baseline-0.parquet")
+    file = Path("metrics/looks/d-resnet18-baseline-0.parquet")
     looks = read_parquet(file, "closeup", [])
     write_parquet(file, looks.assign(picture=[picture and b"\x89PNG, or not" for picture in looks["picture"]]))
     (variants, _) = group(list(load_results(runs).values()), params).values()

@@ -123,7 +123,7 @@ def test_the_same_results_make_the_same_bytes(here):
 
 
 def test_what_comes_from_outside_stays_text(here):
-    answers = Path("prompts") / TEXT / "responses.jsonl"
+    answers = Path("prompts") / "texts" / TEXT / "responses.jsonl"
     rows = read_json_lines(answers, "responses")
     write_json_lines(
         answers,
@@ -163,9 +163,9 @@ DAMAGED = {
     "a picture without a size": (f"plots/texts/{TEXT}/similarity.png", PNG, "text_quality"),
     "no table": (f"metrics/texts/{TEXT}.csv", b"class\nzero\n", "text_quality"),
     "half a table": (f"metrics/texts/{TEXT}.csv", None, "text_quality"),
-    "an answer that is a number": (f"prompts/{TEXT}/responses.jsonl", LINES.replace(b'"a"', b"7"), "responses"),
-    "no answer": (f"prompts/{TEXT}/responses.jsonl", b'{"class": "zero"}\n', "responses"),
-    "an answer of a list": (f"prompts/{TEXT}/responses.jsonl", LINES.replace(b"null", b"[]"), "responses"),
+    "an answer that is a number": (f"prompts/texts/{TEXT}/responses.jsonl", LINES.replace(b'"a"', b"7"), "responses"),
+    "no answer": (f"prompts/texts/{TEXT}/responses.jsonl", b'{"class": "zero"}\n', "responses"),
+    "an answer of a list": (f"prompts/texts/{TEXT}/responses.jsonl", LINES.replace(b"null", b"[]"), "responses"),
 }
 
 
@@ -215,7 +215,7 @@ def tables(names: list[str]) -> list[dict[str, Any]]:
 
 
 def test_what_cannot_be_seen_is_spelled_out(here):
-    answers = Path("prompts") / TEXT / "responses.jsonl"
+    answers = Path("prompts") / "texts" / TEXT / "responses.jsonl"
     odd = "\x00 \x1b[31m \u202e \x85"
     rows = read_json_lines(answers, "responses")
     answers.write_text("".join(json.dumps({**row, "class_name": odd, "text": odd}) + "\n" for row in rows), encoding="utf-8")
@@ -349,7 +349,7 @@ def test_axe_finds_nothing_serious(opened, theme):
 
 
 def test_a_class_called_like_a_script_does_not_run(here, browser):
-    answers = Path("prompts") / TEXT / "responses.jsonl"
+    answers = Path("prompts") / "texts" / TEXT / "responses.jsonl"
     write_json_lines(answers, [{**row, "class_name": ATTACK, "text": ATTACK} for row in read_json_lines(answers, "responses")])
     page()
     show(browser, 1280, Path("page.html"))

@@ -257,7 +257,7 @@ LOOKS = {
 
 @pytest.mark.parametrize(("spoil", "said"), LOOKS.values(), ids=LOOKS)
 def test_looks_that_cannot_be_are_refused(runs, spoil, said):
-    file = Path(f"metrics/closeup/{KEY}.parquet")
+    file = Path(f"metrics/looks/{KEY}.parquet")
     assert len(load_looks(KEY)) == 6
     write_parquet(file, spoil(pd.read_parquet(file)))
     with pytest.raises(InvalidArtifact, match="stage 'closeup' writes it") as caught:

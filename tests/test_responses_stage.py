@@ -71,7 +71,7 @@ def test_dvc_pays_once_and_only_for_what_is_new(server, grid):
     # Every answer repeats the key: it is in no answer, embedding, figure, metric, log, cache or DVC file of the run.
     ran, output = repro(grid, "text_quality")
     assert {f"embeddings@{TEXT}", f"text_quality@{TEXT}"} <= ran
-    assert (grid / "prompts" / TEXT / "responses.jsonl").read_text(encoding="utf-8").count("[OPENAI_API_KEY]") >= 20
+    assert (grid / "prompts" / "texts" / TEXT / "responses.jsonl").read_text(encoding="utf-8").count("[OPENAI_API_KEY]") >= 20
     places = (".dvc/cache", "prompts/live", "grids/smoke/dvc.lock", f"grids/smoke/metrics/texts/{TEXT}.csv")
     assert all((grid.parent.parent / place).exists() for place in places)
     assert leaks(grid.parent.parent) == []
@@ -131,7 +131,7 @@ def test_the_stage_ends_in_one_line_and_writes_no_answers_file(server, grid):
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("LanguageModelError: ")
     assert SECRET not in done.stdout + done.stderr
-    assert not (grid / "prompts" / TEXT / "responses.jsonl").exists()
+    assert not (grid / "prompts" / "texts" / TEXT / "responses.jsonl").exists()
     assert leaks(grid.parent.parent) == []
 
 

@@ -19,6 +19,7 @@ METRICS_DIR = Path("metrics")
 RUNS_DIR = METRICS_DIR / "runs"
 RECORDS_DIR = METRICS_DIR / "records"
 CLOSEUP_DIR = METRICS_DIR / "closeup"
+LOOKS_DIR = METRICS_DIR / "looks"  # what git does not keep, apart from what it keeps
 TEXTS_DIR = METRICS_DIR / "texts"
 RESULTS_DIR = METRICS_DIR / "results"
 CELLS_FILE = METRICS_DIR / "cells.json"
@@ -83,7 +84,7 @@ def load_closeup(key: str) -> CloseUp:
 
 def load_looks(key: str) -> pd.DataFrame:
     """What stage closeup saw: one row per image and state, see stages/closeup.py. Empty where the network has no maps."""
-    file, cam = CLOSEUP_DIR / f"{key}.parquet", load_closeup(key).cam
+    file, cam = LOOKS_DIR / f"{key}.parquet", load_closeup(key).cam
     states = ["golden", *(name for name in ("weights", "worst") if getattr(cam, name, None))] if isinstance(cam, Cam) else []
     images, places = (cam.images, cam.places) if isinstance(cam, Cam) else (0, 0)
     columns = ["image", "label", "class", "state", "finite", "prediction", "predicted", "confidence", "map", "picture"]

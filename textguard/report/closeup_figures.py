@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, StrMethodFormatter
 from PIL import Image
 
-from textguard.analysis.files import CLOSEUP_DIR, load_closeup, load_looks
+from textguard.analysis.files import CLOSEUP_DIR, LOOKS_DIR, load_closeup, load_looks
 from textguard.artifacts import reading
 from textguard.errors import InvalidArtifact
 from textguard.report.drawing import add_note, drawable
@@ -84,7 +84,7 @@ def draw_attention(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.
 def _load_looks(key: str) -> pd.DataFrame:
     """What stage closeup saw, with pictures that can be drawn. Raises InvalidArtifact."""
     looks = load_looks(key)
-    with reading(CLOSEUP_DIR / f"{key}.parquet", "closeup"):
+    with reading(LOOKS_DIR / f"{key}.parquet", "closeup"):
         for picture in looks.loc[looks["state"] == "golden", "picture"]:
             Image.open(io.BytesIO(picture), formats=["PNG"]).load()
     return looks
@@ -96,7 +96,7 @@ def _load_cam(variant: Variant) -> Cam:
     cam = load_closeup(key).cam
     if not isinstance(cam, Cam):
         raise InvalidArtifact(
-            f"{CLOSEUP_DIR / key}.json has no maps, and {key}.parquet has; "
+            f"{CLOSEUP_DIR / key}.json has no maps, and {LOOKS_DIR / key}.parquet has; "
             "delete both and run 'dvc repro': stage 'closeup' writes them"
         )
     return cam

@@ -348,7 +348,7 @@ def _layers(run: RunResult) -> Table:
 
 def _text(texts: ClassTexts) -> dict[str, Any]:
     key, text = texts.key, texts.params
-    answers, quality = _answers(Path("prompts") / key / "responses.jsonl"), load_text_quality(key)
+    answers, quality = _answers(Path("prompts") / "texts" / key / "responses.jsonl"), load_text_quality(key)
     said: dict[str, list[str]] = {}
     for answer in answers:
         said.setdefault(answer["class_name"], []).append(answer["text"])
