@@ -219,6 +219,8 @@ TARGETS: dict[str, list[Target]] = {
 # Files that say nothing of whose they are, so that their swap cannot be told. Of weights, params.yaml states the hash.
 UNTELLABLE = ("data/digits/classes.json", "pictures/", "published/", "features/", "foreign/", "prompts/cache", "metrics/tables")
 UNTELLABLE += ("plots/", "metrics/texts/digits-descriptions.json", "activations.csv")
+# Files that earlier stages compare with what they know, and that these only show.
+UNTOLD = {("report", "responses.jsonl"), ("results", "ranges.csv")}
 SECTIONS = {
     "root": ("data own", f"responses {TEXT}"),
     "encoder": ("heads digits", f"embeddings {TEXT}"),
@@ -498,6 +500,7 @@ def _hostile_file(kind: str, place: Workplace, choices: Choices) -> Example:
     _fit(place.grid, command, place.model.url)
     target.before(place.grid)
     swapped = way == "sibling" and not target.file.startswith(UNTELLABLE) and not target.file.endswith(UNTELLABLE)
+    swapped = swapped and (command, target.file.rpartition("/")[2]) not in UNTOLD
     return Example(command, swapped=swapped)
 
 
