@@ -292,7 +292,8 @@ class Campaigns:
         measured |= {"top1": rate_estimate(int(hits.sum()), len(hits)).as_json()}
         measured |= {"parameters": 1, "multiply_adds": 1, "scale": 1.0}
         write_json(out / "evaluation.json", measured | {"seed": 0, "device": "cpu"})
-        ranges = pd.DataFrame({"layer": list(limits), "max_abs": limits.values(), "mean_abs": 0.0, "images": 1})
+        ranges = pd.DataFrame({"layer": list(limits), "kind": "Conv2d", "neurons": 1, "max_abs": limits.values()})
+        ranges = ranges.assign(mean_abs=0.0, images=1)
         write_csv(out / "ranges.csv", ranges)
         layers = [{key: getattr(site, key) for key in ("layer", "kind", "neurons", "multiply_adds")} for site in (*sites, last)]
         campaign = {"layers": layers, "bits": 32, "strata": 0, "eligible_images": len(eligible), "detectors": ["profiled"]}

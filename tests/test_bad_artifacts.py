@@ -238,7 +238,7 @@ def test_bounds_that_cannot_be_are_named(grid):
         (good.assign(low=good["high"] + 1), "impossible range"),
         (good.assign(high=1e300), "impossible range 0.0 to 1e+300 for activation 'relu'"),
         (pd.concat([good, good.head(1)]), "names activation 'relu' twice"),
-        (good.assign(activation=""), "without the name of its activation"),
+        (good.assign(activation=""), "without its activation"),
     ):
         grid.put(file, bad.to_csv(index=False))
         says(grid.fails("inject", BASELINE), "InvalidArtifact", file, part, "'ranges'")
@@ -270,7 +270,7 @@ CURVES = {
     "half a neuron": (load_ranges, "ranges.csv", "fc,Linear,10.5,1,0.5,9", "neurons 10.5"),
     "other images": (load_ranges, "ranges.csv", "a,Linear,1,1,0.5,9\nfc,Linear,10,1,0.5,8", "for layer 'fc': .* images 8"),
     "no images": (load_ranges, "ranges.csv", "fc,Linear,10,1,0.5,0", "images 0"),
-    "no name": (load_ranges, "ranges.csv", ",Linear,10,1,0.5,1\nfc,Linear,10,1,0.5,1", "without the name of its layer"),
+    "no name": (load_ranges, "ranges.csv", ",Linear,10,1,0.5,1\nfc,Linear,10,1,0.5,1", "without its layer"),
     "no layer": (load_ranges, "ranges.csv", "", "names no layer"),
     "twice": (load_ranges, "ranges.csv", "fc,Linear,10,1,0.5,1\nfc,Linear,10,1,0.5,1", "names layer 'fc' twice"),
 }

@@ -20,7 +20,7 @@ TEMPLATES = {
     "other field": (["What is {name}?"], ["'What is {name}?'", "{class} or {a_class}"]),
     "no field": (["What is it?"], ["'What is it?'", "{class} or {a_class}"]),
     "open brace": (["What is {class?"], ["'What is {class?'", "is no template"]),
-    "twice": (["{class}?", "{class}?"], ["the same question twice"]),
+    "twice": (["{class}?", "{class}?"], ["should hold '{class}?' once"]),
     "number format": (["What is {class:d}?"], ["'What is {class:d}?'"]),
     "conversion": (["What is {class!z}?"], ["'What is {class!z}?'"]),
 }
@@ -121,7 +121,10 @@ MODELS = {
     "endpoint": ({"endpoint": "chat"}, ["model.endpoint", '"chat"', "'chat.completions'"]),
     "password in the URL": ({"base_url": "https://me:secret@host/v1"}, ["model.base_url", "holds a name or password"]),
     "key in the URL": ({"base_url": "https://host/v1?key=secret"}, ["model.base_url", "must end before '?'"]),
-    "version in the URL": ({"base_url": "https://host/v1?api-version=1"}, ["model.base_url", "an address without", "Azure"]),
+    "version in the URL": (
+        {"base_url": "https://host/v1?api-version=1"},
+        ["model.base_url", "another address without", "Azure"],
+    ),
     "another scheme": ({"base_url": "ftp://host/v1"}, ["model.base_url", "begin with https:// or http://"]),
     "no scheme": ({"base_url": "host/v1"}, ["model.base_url", "begin with https:// or http://"]),
     "a blank in the URL": ({"base_url": "https://ho st/v1"}, ["model.base_url", "is no address"]),

@@ -182,7 +182,7 @@ def test_ci_runs_what_a_change_touches_and_pulls_the_rest(project, tmp_path):
     assert ran(quiet(clone / GRID, "repro", "--dry", "--allow-missing")) == set()  # though nothing is pulled
     with modify_yaml(str(clone / GRID / "params.yaml")) as params:
         params["figures"]["dpi"] = 81
-    touched = {"figures", "report", "text_quality@digits-descriptions"}
+    touched = {"check", "figures", "report", "text_quality@digits-descriptions"}
     assert ran(quiet(clone / GRID, "repro", "--dry", "--allow-missing")) == touched
     assert ran(quiet(clone / GRID, "repro", "--pull")) == touched
     assert ran(quiet(clone / GRID, "repro", "--dry")) == set()

@@ -60,7 +60,7 @@ DAMAGED = {
     "many digits": (f"a,b\nx,{'9' * 5000}\n", "cannot be read"),
     "too large": ("a,b\nx,1\ny,9\n", "has a b of 9; allowed: from 0 to 5"),
     "too small": ("a,b\nx,-0.5\n", "has a b of -0.5; allowed: from 0 to 5"),
-    "a short row": ("b,a\n1\n", "has a a that is missing"),
+    "a short row": ("b,a\n1\n", "has a row without its a"),
     "longer rows": ("a,b\nx,1,2\n", "has rows with more cells than its header"),
     "one longer row": ("a,b\nx,1\nx,1,2\n", "cannot be read"),
     "an open quote": ('a,b\n"x,1\n', "cannot be read"),

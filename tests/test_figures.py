@@ -149,7 +149,7 @@ DAMAGED = {
     "half the thresholds": ("thresholds", lambda text: text[: text.index("\n20,") + 1], "has other thresholds"),
     "an epoch less": ("training", lambda text: text[: text.index("\n2,") + 1], EPOCHS),
     "no training": ("training", lambda text: text.partition("\n")[0] + "\n", EPOCHS),
-    "an epoch twice": ("training", lambda text: text.replace("\n2,", "\n1,"), EPOCHS),
+    "an epoch twice": ("training", lambda text: text.replace("\n2,", "\n1,"), "does not count its epochs from 1"),
 }
 
 

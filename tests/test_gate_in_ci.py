@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,8 @@ touch results-of-the-base dvc.lock plots/plot.png
     for content in (usual, worse):
         (folder / "code.json").write_text(json.dumps(content), encoding="utf-8")
         commit(folder)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "GITHUB_ENV": str(tmp_path / "env"), "GITHUB_SHA": head(folder)}
+    programs = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {"PATH": programs, "GITHUB_ENV": str(tmp_path / "env"), "GITHUB_SHA": head(folder)}
     for name, code in (("Demo of the base", 0), ("Demo of this revision", 0), ("Compare the two", 2)):
         done = run(["bash", "-eo", "pipefail", "-c", scripts[name]], folder, check=False, **environment)
         assert done.returncode == code, done

@@ -103,7 +103,7 @@ ODD = {
     "unbounded intervals": everywhere(estimate(0.5, low=0.1)),
     "no DeltaLoss": everywhere(estimate(0.0, 0.0, 0.0)),
     "no DeltaLoss, and no interval": everywhere(estimate(0.0)),
-    "huge": everywhere(estimate(1e300, 1e299, 1e301)),
+    "huge": everywhere(estimate(1e299, 1e298, 1e300)),
     "tiny": everywhere(estimate(1e-300, 0.0, 1e-299)),
     "nothing finite": everywhere(NOTHING),
     "no accuracy": lambda result: result.model_copy(update={"top1": NOTHING}),
@@ -137,7 +137,7 @@ def test_figures_say_what_their_axes_have_no_place_for(here):
 
 @pytest.mark.parametrize(
     "found",
-    [NOTHING, estimate(0.0, 0.0, 0.0), estimate(1e300, 1e299, 1e301), estimate(2.0), estimate(math.nan, math.nan, 3.0)],
+    [NOTHING, estimate(0.0, 0.0, 0.0), estimate(1e299, 1e298, 1e300), estimate(2.0), estimate(math.nan, math.nan, 3.0)],
     ids=["nothing", "zero", "huge", "no interval", "below a bound"],
 )
 def test_odd_improvements_are_drawn(here, found):

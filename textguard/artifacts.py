@@ -56,12 +56,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_left_behind(path.parent.absolute())
-        with temporary.open("wb") as file:
-            _lock(file)
+        with _locked_new(temporary) as file:  # until it has its name: without the lock it would be taken for left behind
             yield temporary
-        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
+            temporary.replace(path)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
@@ -74,18 +72,29 @@ def _remove_left_behind(folder: Path) -> None:
     """Remove the temporary files of writers that were killed."""
     for path in folder.glob(".*.tmp"):
         if re.fullmatch(r"\..+\.[0-9]+\.tmp", path.name):
+            # Whoever lives has the lock; on file systems without locks nobody gets one, and nothing is removed.
             with suppress(OSError), path.open("rb+") as file:
-                if _lock(file):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_at(file, path):
                     path.unlink()
 
 
-def _lock(file: BinaryIO) -> bool:
-    """Lock an open file until it is closed. False where another process has it, or the file system knows no locks."""
+def _locked_new(path: Path) -> BinaryIO:
+    """A new file, open and locked until it is closed."""
+    while True:
+        file = path.open("wb")
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if _is_at(file, path):
+            return file
+        file.close()  # another process took it for left behind, before it was locked
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
         return False
-    return True
 
 
 def absolute(path: Path) -> Path:
@@ -373,7 +382,7 @@ def read_csv(
             raise InvalidArtifact("has rows with more cells than its header")
         for column in columns:
             if not table[column].map(lambda cell: isinstance(cell, str) and cell != "").all():
-                raise InvalidArtifact(f"has a {column} that is missing")
+                raise InvalidArtifact(f"has a row without its {column}")
             table[column] = table[column].map(_as_written)
         for column in numbers:
             found = pd.to_numeric(table[column])
@@ -408,9 +417,9 @@ def read_ranges(path: Path) -> "pd.DataFrame":
 
 
 def check_names(names: "pd.Series", what: str) -> None:
-    """Raises InvalidArtifact where a table's rows have no names, or one of them twice. what: they are names of."""
-    if names.empty or not names.map(lambda name: isinstance(name, str)).all():
-        raise InvalidArtifact(f"names no {what}" if names.empty else f"has a row without the name of its {what}")
+    """Raises InvalidArtifact where a table has no names, or one of them twice. what: they are names of."""
+    if names.empty:
+        raise InvalidArtifact(f"names no {what}")
     if names.duplicated().any():
         raise InvalidArtifact(f"names {what} {printable(names[names.duplicated()].iloc[0])!r} twice")
 
