@@ -402,7 +402,7 @@ def test_listed_paths_stay_in_the_data_set(photo, tmp_path):
     if isinstance(photo, int):
         assert paths(read_source("food101", tmp_path))["test"][1] == "food-101/images/5.jpg"  # missing, which the index says
         return
-    with pytest.raises(InvalidArtifact, match="is listed, which is no path below it|half of a character"):
+    with pytest.raises(InvalidArtifact, match=r"is listed, which is no path below it|half of a character"):
         read_source("food101", tmp_path)
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from conftest import REPOSITORY
-from stored_grid import STATISTICS, store_grid
+from stored_grid import INJECT, STATISTICS, store_grid
 from textguard.analysis.files import load_cells, load_results
 from textguard.analysis.results import write_results
 from textguard.params import Params, load_params
@@ -44,7 +44,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         runs = {key: run for key, run in store_grid().items() if run.dataset == "d"}
-        write_results(runs, STATISTICS)
+        write_results(runs, STATISTICS, INJECT)
         found = list(load_results(runs).values()), load_cells(runs)
     return Stored(folder, *found, replace(load_params(REPOSITORY / "params.yaml"), variants=VARIANTS))
 
