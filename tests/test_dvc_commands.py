@@ -183,7 +183,10 @@ def test_ci_runs_what_a_change_touches_and_pulls_the_rest(project, tmp_path):
     with modify_yaml(str(clone / GRID / "params.yaml")) as params:
         params["figures"]["dpi"] = 81
     touched = {"check", "figures", "report", "text_quality@digits-descriptions"}
-    assert ran(quiet(clone / GRID, "repro", "--dry", "--allow-missing")) == touched
+    # Beyond the first stage DVC looks for data that it would need.
+    stale = run(["dvc", "repro", "--dry", "--allow-missing"], clone / GRID, check=False)
+    assert ran(stale.stdout) == {"check"}
+    assert stale.returncode != 0
     assert ran(quiet(clone / GRID, "repro", "--pull")) == touched
     assert ran(quiet(clone / GRID, "repro", "--dry")) == set()
     changed = run(["git", "status", "--porcelain"], clone).stdout.split()[1::2]
