@@ -218,7 +218,7 @@ TARGETS: dict[str, list[Target]] = {
 }
 # Files that say nothing of whose they are, so that their swap cannot be told. Of weights, params.yaml states the hash.
 UNTELLABLE = ("data/digits/classes.json", "pictures/", "published/", "features/", "foreign/", "prompts/cache", "metrics/tables")
-UNTELLABLE += ("plots/", "metrics/closeup/", "metrics/texts/digits-descriptions.json", "activations.csv")
+UNTELLABLE += ("plots/", "metrics/closeup/", "metrics/looks/", "metrics/texts/digits-descriptions.json", "activations.csv")
 # Files that earlier stages compare with what they know, and that these only show.
 UNTOLD = {("report", "responses.jsonl"), ("results", "ranges.csv")}
 SECTIONS = {

@@ -123,13 +123,14 @@ def store_closeup(key: str) -> None:
     found = {name: {"value": 0.5, "low": 0.4, "high": 0.6, "n": 2} for name in ("rank_correlation", "overlap", "changed")}
     cam = {"layer": "conv1", "places": 4, "images": 2, "detector": "off", "weights": {**found, "flips": 2000, "finite": 2}}
     cam["worst"] = {**found, "finite": 0, "target": "neuron", "layer": "conv1", "neuron": 7, "bit": 30}
-    cam["worst"] |= {"golden_value": 1.0, "faulty_value": -1.0}
+    cam["worst"] |= {"golden_value": 1.0, "faulty_value": -1.0, "changed": {"value": 1.0, "low": 0.4, "high": 1.0, "n": 2}}
     write_json(Path(f"metrics/closeup/{key}.json"), {"last_layer": {**last, "beyond": 0.1, "not_finite": 0.01}, "cam": cam})
     file = io.BytesIO()
     Image.new("RGB", (8, 8), (90, 90, 90)).save(file, "png")
     looks = pd.DataFrame(
         {
-            **{"image": image, "label": 0, "class": "<b>$x", "state": state, "finite": state != "worst", "prediction": image},
+            **{"image": image, "label": 0, "class": "<b>$x", "state": state, "finite": state != "worst"},
+            "prediction": image * (state != "weights"),
             **{"predicted": "a very long class", "confidence": 0.5, "map": [0.0, -1.0, 2.0, 1.0]},
             **{"picture": file.getvalue() if state == "golden" else b""},
         }

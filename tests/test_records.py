@@ -252,6 +252,8 @@ LOOKS = {
     "text for a class": (typed("prediction", "str"), "column prediction that holds"),
     "null for a name": (setting("predicted", None), "column predicted that holds anything else than text"),
     "far more rows": (lambda table: pd.concat([table] * 9), "has 54 rows, and there can be 6"),
+    "a map more that is not finite": (setting("finite", False, 1), "has other maps of state weights than"),
+    "another prediction": (setting("prediction", 1, 1), "has other maps of state weights than"),
 }
 
 

@@ -100,6 +100,12 @@ def load_looks(key: str) -> pd.DataFrame:
             raise InvalidArtifact(f"must have maps of {places} places, finite where it says so")
         if not all(picture.startswith(b"\x89PNG") for picture in looks.loc[looks["state"] == "golden", "picture"]):
             raise InvalidArtifact("must have a PNG picture in the rows of state golden")
+        by_state = dict(iter(looks.groupby("state", sort=False)))
+        for state in states[1:]:
+            stays = by_state[state]["finite"] & by_state[state]["prediction"].eq(by_state["golden"]["prediction"].to_numpy())
+            found, stated = (by_state[state]["finite"].sum(), images - stays.sum()), getattr(cam, state)
+            if found != (stated.finite, round(stated.changed.value * images)):
+                raise InvalidArtifact(f"has other maps of state {state} than {CLOSEUP_DIR / key}.json tells of")
     return looks
 
 

@@ -37,6 +37,8 @@ def draw_attention(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.
         figure.text(0.5, 0.5, f"{title}: no layer puts out a map", ha="center", va="center")
         return figure, pd.DataFrame(columns=["variant"])
     first = looks[drawn[0].key]
+    for variant in drawn[1:]:
+        _check_same_images(variant, looks[variant.key], first)
     images = first["image"].unique()
     shown = images[:SHOWN]
     # Laid out by hand: what solves constraints moves images by a last digit from one drawing to the next.
@@ -88,6 +90,15 @@ def _load_looks(key: str) -> pd.DataFrame:
         for picture in looks.loc[looks["state"] == "golden", "picture"]:
             Image.open(io.BytesIO(picture), formats=["PNG"]).load()
     return looks
+
+
+def _check_same_images(variant: Variant, looks: pd.DataFrame, first: pd.DataFrame) -> None:
+    """Raises InvalidArtifact where a variant's maps are of other images than the first variant's."""
+    named = [table.loc[table["state"] == "golden", ["image", "label", "class"]].to_numpy().tolist() for table in (looks, first)]
+    file = LOOKS_DIR / f"{variant.results[0].run}.parquet"
+    with reading(file, "closeup"):
+        if named[0] != named[1]:
+            raise InvalidArtifact("is of other images than the maps of another variant")
 
 
 def _load_cam(variant: Variant) -> Cam:
