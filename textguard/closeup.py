@@ -13,7 +13,6 @@ import pandas as pd
 import torch
 from PIL import Image
 from scipy.special import stdtrit
-from scipy.stats import rankdata
 from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader
 
@@ -289,6 +288,8 @@ def rank_correlation(golden: np.ndarray, faulty: np.ndarray) -> float:
     """Spearman's rank correlation of two maps, -1 to 1; 0 where the faulty one is not finite, or one of them is flat."""
     if not np.isfinite(faulty).all():
         return 0.0
+    from scipy.stats import rankdata  # takes as long to load as all else here, and training rehearses with this module
+
     ranks = [rankdata(image) - (image.size + 1) / 2 for image in (golden.ravel(), faulty.ravel())]
     length = math.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum())
     return round(float(ranks[0] @ ranks[1] / length), 12) if length else 0.0
