@@ -7,8 +7,8 @@ import pytest
 
 from fuzzing import RUN, TEXT, Campaign, Example, Workplace, judge, workplace
 
-EXAMPLES = 3  # of every kind
-BUDGET_S = 45.0  # after which the second half of them is left out, on a machine that is slow
+EXAMPLES = 10  # of every kind
+BUDGET_S = 60.0  # after which the second half of them is left out, on a machine that is slow
 
 
 @pytest.fixture(scope="module")
