@@ -296,8 +296,7 @@ class Workplace:
 
     def close(self) -> None:
         """End both servers."""
-        self.server.stdin.close()
-        self.server.wait()
+        self.server.communicate()
         self.model.shutdown()
         self.model.server_close()
 

@@ -127,7 +127,8 @@ def test_several_writers_lose_nothing(tmp_path):
     command = [sys.executable, "-c", script]
     writers = [subprocess.Popen([*command, name, path], cwd=REPOSITORY, stderr=subprocess.PIPE) for name in ("a", "b", "c")]
     for writer in writers:
-        assert writer.wait(60) == 0, writer.stderr.read()
+        _, errors = writer.communicate(timeout=60)
+        assert writer.returncode == 0, errors
     store = read_answers([path])
     assert store.damaged == []
     assert {(row.question, row.sample) for row in store.answers.values()} == {(w, n) for w in "abc" for n in range(100)}

@@ -168,7 +168,8 @@ touch results-of-the-base dvc.lock plots/plot.png
     )
     make.chmod(0o755)
     worse = changed(usual, "layers.2.delta_loss", scaled(2))
-    (folder / ".gitignore").open("a", encoding="utf-8").write("/results-of-the-base\n")
+    ignored = folder / ".gitignore"
+    ignored.write_text(ignored.read_text(encoding="utf-8") + "/results-of-the-base\n", encoding="utf-8")
     put(folder, worse, 0.1)  # by another machine
     (folder / "summary.json").write_text(json.dumps({"a": {"delta_loss": 0.5}}), encoding="utf-8")
     for content in (usual, worse):

@@ -211,7 +211,7 @@ def test_every_estimate_keeps_its_four_columns_together_whatever_the_first_row_h
     table = tables([cell("imagenet", "focalnet_s")], "imagenet")["table1"]
     assert table.rows[0][table.headers.index("Source")] == NOT_RUN
     write_table(table, tmp_path)
-    header = next(csv.reader((tmp_path / "table1.csv").open(encoding="utf-8")))
+    header = next(csv.reader((tmp_path / "table1.csv").read_text(encoding="utf-8").splitlines()))
     at = header.index("Acc. Ours (%)")
     assert header[at + 1 : at + 4] == [f"Acc. Ours (%) {part}" for part in ("low", "high", "n")]
 
