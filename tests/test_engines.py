@@ -10,7 +10,7 @@ from fault_helpers import OFF, TOLERANCE, assert_same, close, make_constant, mak
 from textguard.errors import UnknownName, UnsupportedModel
 from textguard.faults.damage import SINGLE_FLIP, Faults
 from textguard.faults.detectors import clamp_to_range
-from textguard.faults.engines import PyTorchFIEngine, ReplayEngine, WholeEngine, make_engine
+from textguard.faults.engines import ENGINES, PyTorchFIEngine, ReplayEngine, WholeEngine, make_engine
 from textguard.vision.classifiers import ClassifierSpec, build_classifier
 
 LIMITS = (2.0, 65536.0, OFF)  # of the range detector
@@ -398,3 +398,16 @@ def test_a_model_that_runs_other_layers_for_other_images_is_refused(images):
     engine.observe(images)
     with pytest.raises(UnsupportedModel, match="other operations for other images"):
         engine.observe(images * 100)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_engine_shows_the_outputs_of_its_sites(resnet, images, name):
+    reference, engine = (make_engine(each, resnet, images[0], 4) for each in ("whole", name))
+    seen = {reference: {}, engine: {}}
+    logits = [
+        each.observe(images, lambda position, output, each=each: seen[each].update({position: output.clone()}))
+        for each in (reference, engine)
+    ]
+    assert [site.layer for site in engine.sites] == [site.layer for site in reference.sites]
+    torch.testing.assert_close(seen[engine], seen[reference])
+    torch.testing.assert_close(logits[1], logits[0])

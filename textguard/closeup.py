@@ -426,7 +426,7 @@ def count_magnitudes(engine: Engine, loader: DataLoader, limit: float) -> dict[s
 
     def see(position: int, output: Tensor) -> None:
         if position == last:
-            seen.append(output)
+            seen.append(output.clone())
 
     for part, images, _ in batches(loader, engine.device):
         engine.observe(images, see)

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -381,6 +382,8 @@ class PyTorchFIEngine(_Engine):
     model: as for PyTorchFI, every Conv2d and Linear called exactly once, as a module. Source: Mahmoud et al., DSN-W 2020.
     """
 
+    _kinds = (nn.Conv2d, nn.Linear)
+
     def _set_up(
         self, model: nn.Module, image: Tensor, kinds: Sequence[str], profiled: Mapping[str, float], target: Target
     ) -> None:
@@ -391,11 +394,12 @@ class PyTorchFIEngine(_Engine):
                 "PyTorchFI flips bits of fp32 neurons of Conv2d and Linear; set ", Setting("engine"), " to replay"
             )
         self._model = model
-        modules = (nn.Conv2d, nn.Linear)
         self._injector = fault_injection(
-            self._model, self._batch_size, input_shape=list(image.shape), layer_types=list(modules), use_cuda=image.is_cuda
+            self._model, self._batch_size, input_shape=list(image.shape), layer_types=list(self._kinds), use_cuda=image.is_cuda
         )
-        called = _called_in_order(self._model, image, modules)
+        called: list[tuple[str, nn.Module]] = []
+        with torch.inference_mode():
+            _run_hooked(model, image[None], self._kinds, lambda name, module, output: called.append((name, module)))
         shapes = [tuple(shape[1:]) for shape in self._injector.output_size]
         names = [name for name, _ in called]
         if len(names) != len(shapes) or len(set(names)) < len(names):
@@ -420,8 +424,9 @@ class PyTorchFIEngine(_Engine):
 
     @torch.inference_mode()
     def observe(self, images: Tensor, see: See = lambda position, output: None) -> Tensor:
-        """Run images [B, ...] without faults. Returns the logits [B, C]; PyTorchFI has nothing for `see`."""
-        return self._model(images.clone())
+        """Run images [B, ...] without faults; `see` gets each site's position and output. Returns the logits [B, C]."""
+        positions = itertools.count()
+        return _run_hooked(self._model, images, self._kinds, lambda name, module, output: see(next(positions), output))
 
     def _run_batch(self, images: Tensor, faults: Faults, values: Tensor, results: _Results) -> Tensor:
         def flip(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -447,19 +452,20 @@ class PyTorchFIEngine(_Engine):
         return logits
 
 
-def _called_in_order(model: nn.Module, image: Tensor, kinds: tuple[type, ...]) -> list[tuple[str, nn.Module]]:
-    """The modules of these kinds, with their names, as a forward pass calls them."""
-    called: list[tuple[str, nn.Module]] = []
+def _run_hooked(
+    model: nn.Module, images: Tensor, kinds: tuple[type, ...], see: Callable[[str, nn.Module, Tensor], None]
+) -> Tensor:
+    """Run the model; `see` gets name, module and output of each module of these kinds when it is called."""
     handles = [
-        module.register_forward_hook(lambda module, inputs, output, name=name: called.append((name, module)))
+        module.register_forward_hook(lambda module, inputs, output, name=name: see(name, module, output))
         for name, module in model.named_modules()
         if isinstance(module, kinds)
     ]
-    with torch.inference_mode():
-        model(image[None].clone())
-    for handle in handles:
-        handle.remove()
-    return called
+    try:
+        return model(images.clone())
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 ENGINES = {"replay": ReplayEngine, "whole": WholeEngine, "pytorchfi": PyTorchFIEngine}
