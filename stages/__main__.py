@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from textguard.errors import InvalidParameter, Setting, TextguardError, printabl
 from textguard.params import load_params, lookup  # noqa: E402
 
 SHARED = ("train", "evaluate", "inject")  # stages that several processes can work on
+WORD = "_TEXTGUARD_WORD"  # in the environment of such processes: the file that the first of them makes which has something to say
 # Stage -> what of the parameters its KEY names; None where it takes no key.
 STAGES = {
     "check": None,
@@ -94,7 +96,7 @@ def main(arguments: list[str]) -> int:
             needed = "a C++ compiler, and none works here; install g++, or unset it"
             return _complain(f"InvalidParameter: TEXTGUARD_COMPILE=1 in the environment needs {needed}")
         if not isinstance(error, MemoryError) and "OutOfMemoryError" not in said and "can't allocate memory" not in said:
-            _let_the_first_speak()
+            _speak_alone()
             raise
         reason = str(error).partition("\n")[0] or "none left"
         return _complain(f"OutOfMemory: {reason}; lower the batch sizes in params.yaml, or free memory")
@@ -107,7 +109,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _complain(line: str) -> int:
-    _let_the_first_speak()
+    _speak_alone()
     print(line, file=sys.stderr)
     return 1
 
@@ -117,9 +119,14 @@ def _place(setting: Setting) -> str:
     return f"params.yaml {PLACES.get(setting, f'inject.{setting}')}"
 
 
-def _let_the_first_speak() -> None:
-    """What ends one process mostly ends all: where it ends the first, the others are stopped before they say the same."""
-    if not _is_first():
+def _speak_alone() -> None:
+    """What ends one process mostly ends all: the first one that comes here goes on and says so, the others wait to be stopped."""
+    if WORD in os.environ:
+        try:
+            os.close(os.open(os.environ[WORD], os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            time.sleep(60)
+    elif not _is_first():  # started by torchrun
         time.sleep(3)
 
 
@@ -140,6 +147,8 @@ def _share(processes: int, arguments: list[str]) -> int:
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
     group |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    folder = tempfile.TemporaryDirectory()
+    group[WORD] = str(Path(folder.name) / "taken")
     members = [
         subprocess.Popen(
             [sys.executable, __file__, *arguments],
@@ -161,6 +170,7 @@ def _share(processes: int, arguments: list[str]) -> int:
         for member in members:
             member.kill()
             member.wait()
+        folder.cleanup()
 
 
 if __name__ == "__main__":  # not in processes that read images, where the system starts them afresh
