@@ -30,7 +30,7 @@ from textguard.errors import InvalidParameter, Setting, TextguardError, printabl
 from textguard.params import load_params, lookup  # noqa: E402
 
 SHARED = ("train", "evaluate", "inject")  # stages that several processes can work on
-WORD = "_TEXTGUARD_WORD"  # in the environment of such processes: the file that the first of them makes which has something to say
+WORD = "_TEXTGUARD_WORD"  # in their environment: the file that the first of them makes which has something to say
 # Stage -> what of the parameters its KEY names; None where it takes no key.
 STAGES = {
     "check": None,
@@ -120,7 +120,7 @@ def _place(setting: Setting) -> str:
 
 
 def _speak_alone() -> None:
-    """What ends one process mostly ends all: the first one that comes here goes on and says so, the others wait to be stopped."""
+    """What ends one process mostly ends all: the first that comes here goes on and says so, the others wait to be stopped."""
     if WORD in os.environ:
         try:
             os.close(os.open(os.environ[WORD], os.O_CREAT | os.O_EXCL))
