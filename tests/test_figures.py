@@ -1,6 +1,7 @@
 """Figures: their numbers and bytes, what they say and how variants look in them."""
 
 import sys
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -146,6 +147,11 @@ EPOCHS = "does not hold the epochs 1 to 2, as many as params.yaml asks for"
 DAMAGED = {
     "a layer more": ("ranges", lambda text: f"{text}foo,Conv2d,1,2.0,0.5,50\n", "are about different layers ('foo')"),
     "a layer less": ("ranges", lambda text: text.rpartition("head")[0], "are about different layers ('head')"),
+    "another's ranges": (
+        "ranges",
+        lambda text: re.sub(r"(\nhead,\w+,\d+,)", r"\g<1>7", text),
+        "of different classifiers ('head')",
+    ),
     "half the thresholds": ("thresholds", lambda text: text[: text.index("\n20,") + 1], "has other thresholds"),
     "an epoch less": ("training", lambda text: text[: text.index("\n2,") + 1], EPOCHS),
     "no training": ("training", lambda text: text.partition("\n")[0] + "\n", EPOCHS),

@@ -1,5 +1,6 @@
 """Figures with one place per layer, of one backbone on one data set."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -97,12 +98,17 @@ def _ranges(result: RunResult) -> pd.DataFrame:
     table = load_ranges(result.run)
     own, found = {layer.layer for layer in result.layers}, set(table["layer"])
     known = own | {name.removeprefix("backbone.") for name in result.skipped}
+    last = result.layers[-1].layer
     if wrong := sorted((own - found) | (found - known)):
-        raise InvalidArtifact(
-            f"{RUNS_DIR / result.run / 'ranges.csv'} and {RESULTS_DIR / result.run}.json are about different layers "
-            f"({printable(wrong[0])!r}); delete both and run 'dvc repro': stages 'ranges' and 'results' write them"
-        )
-    return table
+        differ = f"are about different layers ({printable(wrong[0])!r})"
+    elif math.isclose(result.scale * dict(zip(table["layer"], table["max_abs"], strict=True))[last], result.largest_logit):
+        return table
+    else:
+        differ = f"are of different classifiers (the largest value of {printable(last)!r})"
+    raise InvalidArtifact(
+        f"{RUNS_DIR / result.run / 'ranges.csv'} and {RESULTS_DIR / result.run}.json {differ}; "
+        "delete both and run 'dvc repro': stages 'ranges' and 'results' write them"
+    )
 
 
 def draw_range_effect(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataFrame]:
