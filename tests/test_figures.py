@@ -1,7 +1,7 @@
 """Figures: their numbers and bytes, what they say and how variants look in them."""
 
-import sys
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -150,7 +150,7 @@ DAMAGED = {
     "another's ranges": (
         "ranges",
         lambda text: re.sub(r"(\nhead,\w+,\d+,)", r"\g<1>7", text),
-        "of different classifiers ('head')",
+        "are of different classifiers (the largest value of 'head')",
     ),
     "half the thresholds": ("thresholds", lambda text: text[: text.index("\n20,") + 1], "has other thresholds"),
     "an epoch less": ("training", lambda text: text[: text.index("\n2,") + 1], EPOCHS),
