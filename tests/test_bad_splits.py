@@ -26,7 +26,7 @@ from textguard.artifacts import (
     write_safetensors,
 )
 from textguard.errors import InvalidArtifact, InvalidParameter
-from textguard.vision import image_files
+from textguard.vision import datasets, image_files
 from textguard.vision.datasets import (
     Content,
     data_root,
@@ -629,3 +629,10 @@ def test_a_home_that_does_not_exist_is_named(folder, shared, monkeypatch):
     monkeypatch.setenv("TEXTGUARD_DATA", shared)
     with pytest.raises(InvalidParameter, match=r"~nobody-of-this-name.*no such home directory"):
         data_root("folder", folder, Path())
+
+
+def test_folders_of_any_name_are_told_in_letters_that_can_be_printed(tmp_path):
+    (tmp_path / "classes.json").write_text('{"x": "y"}', encoding="utf-8")
+    with pytest.raises(InvalidArtifact, match="names 'x', which is no class folder; it must map folders") as raised:
+        datasets._own_classes(tmp_path / "classes.json", ["\udcff", "a\x1b[31m\nb"])
+    assert str(raised.value).isprintable()

@@ -445,7 +445,7 @@ def _own_classes(path: Path, folders: list[str]) -> list[str]:
             raise InvalidArtifact(f"{path} is no regular file; it must map folders to class names, or not be there")
         with reading(path, ""):
             names = parse_json(path.read_text(encoding="utf-8"))
-    known = f"it must map folders ({', '.join(folders[:3])}{', ...' if len(folders) > 3 else ''}) to class names"
+    known = f"it must map folders ({printable(', '.join(folders), 60)}) to class names"
     if not isinstance(names, dict):
         raise InvalidArtifact(f"{path} holds a {type(names).__name__}; {known}")
     for folder, name in names.items():
