@@ -39,10 +39,9 @@ def main(params: Params, key: str) -> None:
     make_deterministic(0)
     if texts.features:
         file = Path(params.root) / texts.features
-        encoder = f"features:{file.name}"
         encoded = EncodedTexts(load_text_features(file, classes), sha256_of_file(file, ""), 0)
     else:
-        encoder, encoded = params.encoder, encode(params.encoder, [said.text for said in used], pick_device())
+        encoded = encode(params.encoder, [said.text for said in used], pick_device())
     if len(kept) < len(descriptions):
         print(f"embeddings {key}: {len(descriptions) - len(kept)} of {len(descriptions)} texts left out", file=sys.stderr)
     if encoded.shortened:
@@ -52,7 +51,7 @@ def main(params: Params, key: str) -> None:
     templates = [said.provider == "template" for said in used] if wanted.templates else None
     matrix_ce = average_by_class(encoded.vectors, owners, classes, options, templates)
     matrix_ce = control(matrix_ce, options.vectors, options.seed)
-    provenance = (texts.dataset, tuple(classes), encoder, encoded.weights_sha256, matrix_ce.shape[1], len(used))
+    provenance = (texts.dataset, tuple(classes), params.encoder_of(key), encoded.weights_sha256, matrix_ce.shape[1], len(used))
     embeddings = ClassEmbeddings(matrix_ce, *provenance, encoded.shortened, options)
     write_safetensors(Path("embeddings") / f"{key}.texts.safetensors", {"vectors": encoded.vectors, "rows": torch.tensor(kept)})
     save_class_embeddings(Path("embeddings") / f"{key}.safetensors", embeddings)

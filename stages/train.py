@@ -30,7 +30,8 @@ def main(params: Params, key: str) -> None:
     folder, dataset = Path("data") / run.dataset, params.datasets[run.dataset]
     split = read_split(folder, "train", dataset, Path(params.root))
     prepared = recipe.image_size, recipe.resize_size, recipe.interpolation
-    width, class_embeddings = (0, None) if weights else load_head(head, run.dataset, split.classes)
+    encoder = params.encoder_of(head.stem) if head.stem in params.class_texts else ""
+    width, class_embeddings = (0, None) if weights else load_head(head, run.dataset, split.classes, encoder)
     spec = ClassifierSpec(run.dataset, recipe.network, run.variant, *prepared, width, tuple(split.classes))
     mark = fingerprint(
         run=run,

@@ -220,7 +220,7 @@ TARGETS: dict[str, list[Target]] = {
 UNTELLABLE = ("data/digits/classes.json", "pictures/", "published/", "features/", "foreign/", "prompts/cache", "metrics/tables")
 UNTELLABLE += ("plots/", "metrics/closeup/", "metrics/looks/", "metrics/texts/digits-descriptions.json", "activations.csv")
 # Files that earlier stages compare with what they know, and that these only show.
-UNTOLD = {("report", "responses.jsonl"), ("results", "ranges.csv")}
+UNTOLD = {("report", "responses.jsonl"), ("results", "ranges.csv"), ("figures", "training.csv")}
 SECTIONS = {
     "root": ("data own", f"responses {TEXT}"),
     "encoder": ("heads digits", f"embeddings {TEXT}"),

@@ -120,6 +120,13 @@ def test_of_nothing_nothing_is_known_and_of_one_no_interval():
     assert mean_estimate(np.array([3.0])).as_json() == {"value": 3.0, "low": None, "high": None, "n": 1}
 
 
+def test_the_mean_of_shares_is_a_share():
+    shares = np.array([1.0] * 5 + [0.99])
+    assert mean_estimate(shares).high > 2
+    assert mean_estimate(shares, most=1.0).high == 1.0
+    assert mean_estimate(shares[:1], most=1.0).as_json() == {"value": 1.0, "low": None, "high": None, "n": 1}
+
+
 @pytest.mark.parametrize("confidence", CONFIDENCES)
 def test_a_rate_has_wilsons_interval(confidence):
     for count in (1, 2, 7, 50, 400, 4096):

@@ -463,6 +463,8 @@ def test_a_head_starts_without_a_width_with_one_or_from_class_embeddings(tmp_pat
     assert load_head(tmp_path / "d-baseline.safetensors", "d", ["a", "b"]) == (0, None)
     assert load_head(tmp_path / "d-random.safetensors", "d", ["a", "b"]) == (384, None)
     width, matrix = load_head(tmp_path / "d-told.safetensors", "d", ["a", "b"])
+    with pytest.raises(InvalidEmbeddings, match=r"d-told\.safetensors comes from encoder .*, and params.yaml names 'another'"):
+        load_head(tmp_path / "d-told.safetensors", "d", ["a", "b"], "another")
     assert width == 3
     assert torch.equal(matrix, torch.eye(2, 3))
 

@@ -470,6 +470,11 @@ def test_a_rehearsal_refuses_nothing_that_works(kind, number_format, engine):
     rehearse(network(kind), view_of(used), used, inject, LOOK)
 
 
+def test_a_rehearsal_takes_the_only_image_twice():
+    used = recipe()
+    rehearse(network(), training_view(split(1), used, 0), used, SMOKE.inject, LOOK)
+
+
 def test_a_rehearsal_says_that_a_mitigation_needs_a_trace():
     used, inject = recipe(), replace(SMOKE.inject, mitigation="ranger")
     rehearse(network(), view_of(used), used, inject, LOOK)

@@ -351,6 +351,11 @@ class Params:
         found = [ClassTexts(dataset, variant, self.texts[variant]) for dataset, variant in pairs]
         return {texts.key: texts for texts in found}
 
+    def encoder_of(self, key: str) -> str:
+        """What the class embeddings of a text variant say they were encoded with."""
+        features = self.class_texts[key].features
+        return f"features:{Path(features).name}" if features else self.encoder
+
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
     """Read and check a grid's params.yaml. Raises InvalidParameter or UnknownName, in one line."""

@@ -46,7 +46,7 @@ def describe_run(key: str, run: Run, campaign: CampaignRecords, statistics: Stat
         images=fingerprint(labels=predictions["label"].tolist()),
         top1=_measured(rate_estimate(int(correct.sum()), len(correct), confidence), _blocks([correct], [1.0], np.nan)),
         loss=Measured.of(mean_estimate(predictions["loss"].to_numpy(float), confidence)),
-        top2diff=Measured.of(mean_estimate(predictions["top2diff"].to_numpy(float), confidence)),
+        top2diff=Measured.of(mean_estimate(predictions["top2diff"].to_numpy(float), confidence, most=1.0)),
         parameters=evaluation.parameters,
         multiply_adds=evaluation.multiply_adds,
         scale=evaluation.scale,

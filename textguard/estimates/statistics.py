@@ -11,7 +11,7 @@ benchmarks/coverage.py measures how often either interval holds, and benchmarks/
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -366,7 +366,7 @@ def rate_interval(sample: Sample, confidence: float = CONFIDENCE) -> Estimate:
     return Estimate(rate, low if rate > 0 else 0.0, high if rate < 1 else 1.0, sample.n)
 
 
-def mean_estimate(values: np.ndarray, confidence: float = CONFIDENCE) -> Estimate:
+def mean_estimate(values: np.ndarray, confidence: float = CONFIDENCE, most: float = math.inf) -> Estimate:
     """The mean of independent observations, with its interval.
 
     Parameters
@@ -375,6 +375,8 @@ def mean_estimate(values: np.ndarray, confidence: float = CONFIDENCE) -> Estimat
         float [N], none of them negative.
     confidence : float
         How often such intervals shall hold, between 0 and 1.
+    most : float
+        What no value can be above: 1 for shares. Nor is the interval, then.
 
     Returns
     -------
@@ -389,7 +391,8 @@ def mean_estimate(values: np.ndarray, confidence: float = CONFIDENCE) -> Estimat
     """
     if not len(values):
         return Estimate(math.nan, math.nan, math.nan, 0)
-    return mean_interval(sample_mean([values], [1.0], [2 * float(np.max(values))]), confidence)
+    found = mean_interval(sample_mean([values], [1.0], [2 * float(np.max(values))]), confidence)
+    return replace(found, high=min(found.high, most))
 
 
 def rate_estimate(hits: int, count: int, confidence: float = CONFIDENCE) -> Estimate:

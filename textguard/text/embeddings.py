@@ -218,19 +218,22 @@ def save_width(path: Path, dataset: str, classes: list[str], width: int) -> None
     write_safetensors(path, {}, {"head": json.dumps({"dataset": dataset, "classes": classes, "width": width})})
 
 
-def load_head(path: Path, dataset: str, classes: list[str]) -> tuple[int, Tensor | None]:
+def load_head(path: Path, dataset: str, classes: list[str], encoder: str = "") -> tuple[int, Tensor | None]:
     """Width E and first weights of a head for this data set and these classes, from a file of either kind.
 
     Returns (0, None) for no text-guided head, (E, None) for one that starts at random, (E, float32 [C, E]) for one that starts
-    from class embeddings. Raises InvalidArtifact, InvalidEmbeddings.
+    from class embeddings. encoder: which these must come from, where that is known. Raises InvalidArtifact, InvalidEmbeddings.
     """
     # Which of two stages writes the file, the name says: it may be missing.
     most = {f"{dataset}-baseline": 0, f"{dataset}-random": LARGEST_WIDTH}.get(path.stem)
     made_by = "embeddings" if most is None else "heads"
     _, metadata = read_safetensors(path, made_by)
     if most is None and "head" not in metadata:
-        matrix_ce = load_class_embeddings(path, dataset, classes).matrix
-        return matrix_ce.shape[1], matrix_ce
+        found = load_class_embeddings(path, dataset, classes)
+        if encoder and found.encoder != encoder:
+            said = f"{path} comes from encoder {printable(found.encoder, 100)!r}, and params.yaml names {encoder!r}"
+            raise InvalidEmbeddings(f"{said}; delete it and run 'dvc repro'")
+        return found.width, found.matrix
     with reading(path, made_by):
         if "head" not in metadata:
             raise InvalidArtifact("does not state the width of a head")
