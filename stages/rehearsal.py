@@ -28,7 +28,8 @@ def rehearse(model: nn.Module, view: TrainingView, recipe: Recipe, inject: Injec
 
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        images, labels = (torch.stack(part) for part in zip(*[_pair(view[(i % len(view), 0)]) for i in range(IMAGES)], strict=True))
+        pairs = [_pair(view[(number % len(view), 0)]) for number in range(IMAGES)]
+        images, labels = (torch.stack(part) for part in zip(*pairs, strict=True))
         tried = copy.deepcopy(model).train()
         optimizer = make_optimizer(tried, recipe)
         with torch.autocast(device.type, AUTOCAST.get(recipe.precision), enabled=recipe.precision in AUTOCAST):
