@@ -179,10 +179,10 @@ def test_bits_that_were_hit_more_often_count_no_more():
     columns = ["index", "bit", "weight", "masked", "golden_loss", "faulty_loss", "mismatch"]
     rows = [(0, 0, 1.0, True, 0.0, 0.0, False), (1, 1, 0.5, False, 0.0, 2.0, True), (2, 1, 1.5, False, 0.0, math.inf, False)]
     sums = sums_by_bit(pd.DataFrame(rows, columns=columns), 3)
-    outcomes, by_bit = describe_layer(sums, strata=0)
+    outcomes, by_bit = describe_layer(sums, strata=0, guided=False)
     assert dict(outcomes) == pytest.approx({"masked": 1 / 3, "benign": 0, "sdc": 0.5 / 3, "nonfinite": 1.5 / 3}, abs=1e-6)
     assert by_bit.as_json() == {"n": [1, 2, 0], "delta_loss": [0.0, 2.0, None], "sdc": [0.0, 1.0, None]}
-    outcomes, _ = describe_layer(sums.iloc[:2], strata=2)
+    outcomes, _ = describe_layer(sums.iloc[:2], strata=2, guided=False)
     assert outcomes == Outcomes(masked=0.5, benign=0.0, sdc=0.125, nonfinite=0.375)
 
 

@@ -34,7 +34,7 @@ WRONG_VALUES = {
     "negative injections": ("inject.injections_per_layer", -1, ["-1", "greater than 0"]),
     "unknown kind of site": ("inject.kinds", ["Pool"], ['"Pool"', "'Conv2d'", "'MatMul'"]),
     "no kind of site": ("inject.kinds", [], ["at least 1"]),
-    "unknown plan": ("inject.plan", "sobol", ['"sobol"', "'uniform', 'proportional' or 'neyman'"]),
+    "unknown plan": ("inject.plan", "sobol", ['"sobol"', "'uniform', 'proportional', 'neyman' or 'guided'"]),
     "unknown images": ("inject.images", "best", ['"best"', "'uniform' or 'importance'"]),
     "no pilot": ("inject.pilot", 0, ["0", "greater than 0"]),
     "certainty": ("statistics.confidence", 1.0, ["1.0", "less than or equal to 0.9999"]),

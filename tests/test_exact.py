@@ -171,7 +171,7 @@ def test_totals_survive_their_file(network, loader):
 # Samples of what is known.
 
 LAYERS = ("backbone.fc", "head")
-PLANS = ("uniform", "proportional", "neyman")
+PLANS = ("uniform", "proportional", "neyman", "guided")
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def known(guided, data) -> SimpleNamespace:
     """The text-guided model's last two layers, enumerated."""
     loader = DataLoader(TensorDataset(*data), batch_size=64)
     engine, limits = ReplayEngine(guided, data[0][0], 256), limits_of(guided, loader)
-    chances = {images: image_chances(engine, loader, images) for images in ("uniform", "importance")}
+    chances = {images: image_chances(engine, loader, images) for images in ("uniform", "importance", "guided")}
     eligible = np.flatnonzero(chances["uniform"]).tolist()
     sites = engine.sites[2:]
     totals = {
@@ -193,7 +193,8 @@ def sampled(known, plan: str, images: str, seed: int, injections: int, detector:
     """Layer -> its estimates from a campaign."""
     design = Design(plan, injections, 256, "never", 0.99, seed)
     limits = known.limits if detector == "profiled" else dict.fromkeys(known.limits, math.inf)
-    records = run_design(known.engine, known.sites, known.loader, known.chances[images], limits, design, image_batch=200)
+    chances = known.chances["guided" if plan == "guided" else images]
+    records = run_design(known.engine, known.sites, known.loader, chances, limits, design, image_batch=200)
     neurons = {site.layer: site.neurons for site in known.sites}
     return summarise(records, neurons, design.strata(SINGLE_FLIP, known.engine), nonfinite)
 
@@ -215,7 +216,11 @@ def test_sampled_campaigns_agree_with_all_faults_and_have_no_bias(plan, images, 
             limits = mean_interval(together, 0.999)
             assert limits.low <= value <= limits.high < 5 * value  # an interval that says something
         masked = np.mean([result.masked / result.injections for result in results])
-        assert images == "importance" or plan == "neyman" or masked == pytest.approx(truth.masked / truth.injections, abs=0.02)
+        assert (
+            images == "importance"
+            or plan in ("neyman", "guided")
+            or masked == pytest.approx(truth.masked / truth.injections, abs=0.02)
+        )
 
 
 def test_plans_by_bit_are_worth_more(known):
@@ -223,7 +228,7 @@ def test_plans_by_bit_are_worth_more(known):
         plan: np.mean([sampled(known, plan, "uniform", seed, 1500)["head"].delta_loss.variance for seed in range(3)])
         for plan in PLANS
     }
-    assert variance["uniform"] > variance["proportional"] > variance["neyman"]
+    assert variance["uniform"] > variance["proportional"] > variance["neyman"] > variance["guided"]
 
 
 def test_images_by_importance_are_drawn_by_doubt_and_weighed_by_its_inverse(known, guided, data):

@@ -226,7 +226,7 @@ def test_options_that_cannot_be_are_refused(network, loader):
         assess(network, loader, fault_model=FaultModel(target="metadata"))
     with pytest.raises(UnknownName, match=r"engine 'goldeneye' in argument engine; known: pytorchfi, replay, whole"):
         assess(network, loader, engine="goldeneye")
-    with pytest.raises(UnknownName, match=r"plan 'even' in argument plan; known: neyman, proportional, uniform"):
+    with pytest.raises(UnknownName, match=r"plan 'even' in argument plan; known: guided, neyman, proportional, uniform"):
         assess(network, loader, plan="even")
     with pytest.raises(UnknownName, match=r"way to draw images 'some' in argument images; known: importance, uniform"):
         assess(network, loader, images="some")

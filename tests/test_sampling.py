@@ -64,7 +64,7 @@ def by_bit(records):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"plan": "random"}, UnknownName, r"plan 'random' in argument plan; known: neyman, proportional, uniform"),
+        ({"plan": "random"}, UnknownName, r"plan 'random' in argument plan; known: guided, neyman, proportional, uniform"),
         ({"pilot": 63}, InvalidParameter, r"argument pilot is 63; a plan by bit needs 2 for each of 32 bits"),
         ({"injections": 63}, InvalidParameter, r"argument injections_per_layer is 63; a plan by bit needs 2"),
         ({"injections": 63, "plan": "proportional"}, InvalidParameter, r"injections_per_layer is 63; a plan by bit"),

@@ -244,7 +244,7 @@ class InjectParams:
         Distinct,
     ]
     faults: FaultParams
-    plan: Literal["uniform", "proportional", "neyman"]
+    plan: Literal["uniform", "proportional", "neyman", "guided"]
     images: Literal["uniform", "importance"]
     injections_per_layer: Count
     pilot: Count

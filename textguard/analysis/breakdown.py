@@ -40,16 +40,25 @@ def sums_of_totals(totals: Totals) -> pd.DataFrame:
     return pd.DataFrame({"n": totals.faults, "weight": totals.faults, **known})
 
 
-def describe_layer(sums: pd.DataFrame, strata: int) -> tuple[Outcomes, ByBit]:
-    """One layer's outcomes and bits, from sums by bit. strata: as in campaign.json, 0 where bits were drawn at random."""
+def describe_layer(sums: pd.DataFrame, strata: int, guided: bool) -> tuple[Outcomes, ByBit]:
+    """One layer's outcomes and bits, from sums by bit. strata: as in campaign.json, 0 where bits were drawn at random.
+
+    guided: whether faults were drawn by what they were predicted to do. Every bit then has the same share of all weights,
+    however few of its faults were drawn.
+    """
     counts = sums[["masked", "mismatches", "nonfinite"]]
     if strata:  # each bit is one stratum, of the same share
         masked, sdc, nonfinite = counts.div(sums["weight"], axis=0).mean()
     else:
         masked, sdc, nonfinite = counts.sum() / sums["weight"].sum()
+    if guided:
+        total, harmless = float(sums["n"].sum()), 1 - sdc - nonfinite
+        sdc, nonfinite = counts[["mismatches", "nonfinite"]].sum() / total
+        masked *= (1 - sdc - nonfinite) / harmless if harmless > 0 else 0.0
+        sums = sums.assign(weight=np.where(sums["n"] > 0, total / len(sums), np.nan))
     with np.errstate(invalid="ignore"):
         delta_loss = sums["delta_loss"] / (sums["weight"] - sums["nonfinite"])
-        bad = (sums["mismatches"] + sums["nonfinite"]) / sums["weight"]
+        bad = ((sums["mismatches"] + sums["nonfinite"]) / sums["weight"]).clip(upper=1.0)
     shares = {"masked": masked, "benign": 1 - masked - sdc - nonfinite, "sdc": sdc, "nonfinite": nonfinite}
     return (
         Outcomes(**{name: round(max(0.0, float(share)), 6) for name, share in shares.items()}),
@@ -57,7 +66,9 @@ def describe_layer(sums: pd.DataFrame, strata: int) -> tuple[Outcomes, ByBit]:
     )
 
 
-def convergence(records: pd.DataFrame, neurons: Mapping[str, int], nonfinite: str, confidence: float) -> list[Convergence]:
+def convergence(
+    records: pd.DataFrame, neurons: Mapping[str, int], nonfinite: str, confidence: float, guided: bool = False
+) -> list[Convergence]:
     """The mean DeltaLoss of the sampled layers after the first 8, 16, ... injections into each.
 
     records: with bits drawn at random. nonfinite: see `summarise`. Returns one entry per number of injections.
@@ -66,7 +77,7 @@ def convergence(records: pd.DataFrame, neurons: Mapping[str, int], nonfinite: st
     counts = [FIRST_POINT << power for power in range(32) if FIRST_POINT << power < most] + [most] * bool(most)
     points = []
     for count in counts:
-        layers = summarise(records[records["index"] < count], dict(neurons), 0, nonfinite).values()
+        layers = summarise(records[records["index"] < count], dict(neurons), 0, nonfinite, guided).values()
         estimate = mean_interval(average([layer.delta_loss for layer in layers]), confidence)
         points.append(Convergence(injections_per_layer=count, **vars(estimate)))
     return points

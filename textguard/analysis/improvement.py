@@ -70,14 +70,14 @@ def _draw(result: LayerResult, rows: Sequence[np.ndarray], resamples: int, gener
     ]
     plain = np.sum(means, axis=0)
     shifts = [
-        share * (2 * stratum.max() - stratum.mean()) / (len(stratum) + 1)
+        share * (result.unseen * stratum.max() - stratum.mean()) / (len(stratum) + 1)
         for share, stratum in zip(result.shares, result.strata, strict=True)
     ]
     worst = int(np.argmax(shifts))
     stratum, count = result.strata[worst], len(result.strata[worst]) + 1
     # How often the unseen one is drawn; the others are those of the plain draw, so that pairs stay pairs.
     times = generator.binomial(count, 1 / count, resamples)
-    larger = (means[worst] * (count - times) + result.shares[worst] * times * 2 * stratum.max()) / count
+    larger = (means[worst] * (count - times) + result.shares[worst] * times * result.unseen * stratum.max()) / count
     return Draws(value, plain, plain - means[worst] + larger, n)
 
 

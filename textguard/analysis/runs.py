@@ -132,7 +132,9 @@ def _layers(campaign: CampaignRecords, statistics: StatisticsParams) -> list[Lay
     described = []
     names = short_names([site.layer for site in stored.layers])
     for layer, site, name in zip(campaign.layers, stored.layers, names, strict=True):
-        outcomes, by_bit = describe_layer(sums[layer.layer], stored.strata)
+        outcomes, by_bit = describe_layer(
+            sums[layer.layer], stored.strata, layer.method == "sampled" and stored.settings["plan"] == "guided"
+        )
         sdc = rate_interval(layer.sdc, confidence)
         described.append(
             Layer(
@@ -170,7 +172,8 @@ def _convergence(campaign: CampaignRecords, statistics: StatisticsParams) -> lis
     if campaign.stored.strata or campaign.stored.settings["stop_at"] != "never":
         return []
     neurons = {layer.layer: layer.neurons for layer in campaign.layers}
-    return convergence(campaign.records, neurons, statistics.nonfinite, statistics.confidence)
+    guided = campaign.stored.settings["plan"] == "guided"
+    return convergence(campaign.records, neurons, statistics.nonfinite, statistics.confidence, guided)
 
 
 def headline(layers: Sequence[LayerResult], weights: Sequence[float], confidence: float) -> Headline:

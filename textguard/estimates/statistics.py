@@ -5,13 +5,14 @@ its image. Source: Mahmoud et al., ISSRE 2021, as used by GoldenEye, DSN 2022.
 
 DeltaLoss is so skewed that the usual interval, the mean +- a normal quantile of standard errors, holds far less often than it
 says. The interval here corrects for the skewness of the sample (Hall, 1992). The sample may also have missed the worst faults.
-The upper limit is therefore that of the same sample with one more injection, whose DeltaLoss is twice the largest in it.
+The upper limit is therefore that of the same sample with one more injection, whose DeltaLoss is twice the largest in it, or the
+largest itself where the plan was guided, which looks at the worst first.
 benchmarks/coverage.py measures how often either interval holds, and benchmarks/results.md has its numbers.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -79,6 +80,8 @@ class Sample:
     unseen : (float, float, float)
         By how much `value`, `variance` and `third` would change if the sample held one more observation, as bad as the `worst`
         that `sample_mean` was given.
+    guided : bool
+        Whether the sample looked where something was to be found, so that it may be worth more than a simple one of its size.
     """
 
     value: float
@@ -86,12 +89,13 @@ class Sample:
     third: float
     n: int
     unseen: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    guided: bool = field(default=False, repr=False)
 
     @property
     def with_unseen(self) -> "Sample":
         """The sample as it would be with that one more observation."""
         value, variance, third = self.unseen
-        return Sample(self.value + value, self.variance + variance, self.third + third, self.n)
+        return Sample(self.value + value, self.variance + variance, self.third + third, self.n, guided=self.guided)
 
 
 def exact(value: float, n: int) -> Sample:
@@ -211,6 +215,7 @@ def combine(samples: Sequence[Sample], weights: Sequence[float]) -> Sample:
         sum(weight**3 * sample.third for sample, weight in pairs),
         sum(sample.n for sample in samples),
         unseen,
+        any(sample.guided for sample in samples),
     )
 
 
@@ -325,7 +330,7 @@ def rate_interval(sample: Sample, confidence: float = CONFIDENCE) -> Estimate:
     """The interval of a proportion: Wilson's score interval [1]_, which also holds for no hits and for few.
 
     A stratified or weighted sample is worth as much as a simple one of another size. The interval takes that size, as it would
-    be if the sample held one more hit [2]_.
+    be if the sample held one more hit [2]_; but no more than the sample's own, unless it was guided.
 
     Parameters
     ----------
@@ -358,7 +363,8 @@ def rate_interval(sample: Sample, confidence: float = CONFIDENCE) -> Estimate:
     rate, larger = min(1.0, max(0.0, sample.value)), sample.with_unseen
     if larger.variance == 0:
         return Estimate(rate, rate, rate, sample.n)
-    count = min(sample.n, larger.value * (1 - larger.value) / larger.variance) if 0 < larger.value < 1 else 1.0
+    count = larger.value * (1 - larger.value) / larger.variance if 0 < larger.value < 1 else 1.0
+    count = count if sample.guided else min(sample.n, count)
     z2 = quantile(confidence) ** 2
     centre = (rate + z2 / (2 * count)) / (1 + z2 / count)
     half = math.sqrt(z2) * math.sqrt(rate * (1 - rate) / count + z2 / (4 * count**2)) / (1 + z2 / count)

@@ -1,7 +1,7 @@
 """From the records of a campaign to what is estimated of each layer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,9 @@ from textguard.errors import InvalidParameter, Setting
 from textguard.estimates.statistics import CONFIDENCE, Sample, exact, mean_interval, rate_interval, sample_mean
 
 GOLDENEYE = "goldeneye"  # the policy that leaves injections with a NaN or infinite loss out of DeltaLoss
+UNSEEN = 2.0  # see LayerResult.unseen
+# Guided plans draw the worst faults first, and the weights of the others have a limit.
+UNSEEN_GUIDED = 1.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class LayerResult:
         Of a sampled layer: each stratum's share in the estimates, float [strata].
     strata, sdc_strata : list of ndarray
         Of a sampled layer: each stratum's weighted DeltaLoss and weighted SDCs, float [n], by the injections' index.
+    unseen : float
+        How many times the worst that an injection did, its weight counted, one that was not seen may do.
     """
 
     layer: str
@@ -63,6 +68,7 @@ class LayerResult:
     shares: np.ndarray = field(default_factory=lambda: np.zeros(0))
     strata: list[np.ndarray] = field(default_factory=list)
     sdc_strata: list[np.ndarray] = field(default_factory=list)
+    unseen: float = UNSEEN
 
     def __str__(self) -> str:
         shares = f"{self.masked / self.injections:.0%} masked, {self.detected / self.injections:.0%} detected"
@@ -119,7 +125,7 @@ class Totals:
 
 
 def summarise(
-    records: pd.DataFrame, neurons: dict[str, int], bits: int = 0, nonfinite: str = GOLDENEYE
+    records: pd.DataFrame, neurons: dict[str, int], bits: int = 0, nonfinite: str = GOLDENEYE, guided: bool = False
 ) -> dict[str, LayerResult]:
     """Estimate what faults do to each sampled layer.
 
@@ -134,6 +140,8 @@ def summarise(
     nonfinite : str
         What an injection with a NaN or infinite loss counts for in DeltaLoss: `goldeneye` leaves it out, `cap:X` makes it X
         nats.
+    guided : bool
+        Whether the plan was `guided`.
 
     Returns
     -------
@@ -169,7 +177,9 @@ def summarise(
     by_layer = dict(list(injections.groupby("layer", sort=False)))
     cap = cap_of(nonfinite)
     return {
-        layer: _summarise_layer(by_layer[layer].sort_values("index"), layer, count, bits, cap)
+        layer: _summarise_layer(
+            by_layer[layer].sort_values("index"), layer, count, bits, cap, UNSEEN_GUIDED if guided else UNSEEN
+        )
         for layer, count in neurons.items()
         if layer in by_layer
     }
@@ -256,10 +266,12 @@ def cap_of(nonfinite: str) -> float | None:
     return cap
 
 
-def _summarise_layer(records: pd.DataFrame, layer: str, neurons: int, bits: int, cap: float | None) -> LayerResult:
+def _summarise_layer(
+    records: pd.DataFrame, layer: str, neurons: int, bits: int, cap: float | None, unseen: float
+) -> LayerResult:
     """The estimates of one layer from its records, one row per injection, in order of their index."""
     loss = (records["faulty_loss"].to_numpy(float) - records["golden_loss"].to_numpy(float)).__abs__()
-    finite, weight = np.isfinite(loss), records["weight"].to_numpy(float)
+    finite, weight, guided = np.isfinite(loss), records["weight"].to_numpy(float), unseen == UNSEEN_GUIDED
     mismatch, everywhere = records["mismatch"].to_numpy(bool), np.ones(len(records), dtype=bool)
     groups = [np.flatnonzero(records["bit"].to_numpy() == bit) for bit in range(bits)] if bits else [np.arange(len(records))]
     shares = np.full(len(groups), 1 / len(groups))
@@ -271,11 +283,14 @@ def _summarise_layer(records: pd.DataFrame, layer: str, neurons: int, bits: int,
         strata = stratify(hits.astype(float), counted)
         share = sum(part * stratum.mean() for part, stratum in zip(shares, strata, strict=True))
         another = [weight[group].max() if share <= 0.5 else 0.0 for group in groups]
-        return _counting(sample_mean(strata, shares, another), int(counted.sum()))
+        if guided and share <= 0.5:
+            # One more hit, as heavy as the heaviest was; without any, as heavy as a fault is on average (Kish's design effect).
+            another = [strata[0].max() if strata[0].max() > 0 else (weight**2).sum() / weight.sum()]
+        return replace(_counting(sample_mean(strata, shares, another), int(counted.sum())), guided=guided)
 
     counted = finite if cap is None else everywhere
     strata = stratify(np.where(finite, loss, 0.0 if cap is None else cap), counted)
-    delta_loss = sample_mean(strata, shares, [2 * stratum.max() for stratum in strata])
+    delta_loss = sample_mean(strata, shares, [unseen * stratum.max() for stratum in strata])
     return LayerResult(
         layer,
         neurons,
@@ -291,6 +306,7 @@ def _summarise_layer(records: pd.DataFrame, layer: str, neurons: int, bits: int,
         shares=shares,
         strata=strata,
         sdc_strata=stratify((mismatch | ~finite).astype(float), everywhere),
+        unseen=unseen,
     )
 
 
@@ -315,4 +331,4 @@ def _split(
 
 def _counting(sample: Sample, n: int) -> Sample:
     """The sample with another number of observations."""
-    return Sample(sample.value, sample.variance, sample.third, n, sample.unseen)
+    return replace(sample, n=n)

@@ -5,6 +5,7 @@
 `assess` goes from a model and a DataLoader to the resilience of each layer. What it is made of is exported too.
 """
 
+from textguard.estimates.channels import summarise_channels
 from textguard.estimates.summary import summarise
 from textguard.faults.assessment import assess
 from textguard.faults.campaign import Campaign, CampaignResult, CampaignSettings
@@ -13,6 +14,7 @@ from textguard.faults.engines import make_engine
 from textguard.faults.exact import enumerate_layer
 from textguard.faults.execution import run_campaign
 from textguard.faults.formats import parse_format
+from textguard.faults.guided import draw_guided
 from textguard.faults.mitigations import protect
 from textguard.faults.plans import draw_plan
 from textguard.faults.profiling import eligible_images, image_chances, profile_activations, profile_ranges
@@ -25,6 +27,7 @@ __all__ = [
     "Design",
     "FaultModel",
     "assess",
+    "draw_guided",
     "draw_plan",
     "eligible_images",
     "enumerate_layer",
@@ -37,4 +40,5 @@ __all__ = [
     "run_campaign",
     "run_design",
     "summarise",
+    "summarise_channels",
 ]

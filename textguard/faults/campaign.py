@@ -1,6 +1,7 @@
 """A campaign from its settings to what each layer is found to stand: sampled layers, enumerated ones, several detectors."""
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from textguard.faults.engines import Engine, make_engine
 from textguard.faults.exact import affordable, enumerate_layer
 from textguard.faults.execution import measure_pace, no_records
 from textguard.faults.formats import Format, parse_format
+from textguard.faults.guided import draw_guided
 from textguard.faults.plans import bits_of, draw_plan
 from textguard.faults.profiling import (
     IMAGES,
@@ -47,10 +49,10 @@ class CampaignSettings:
         Injections into each sampled layer, at most.
     seed : int, default 0
         Of the fault plan. The same seed gives corresponding layers of two models corresponding faults.
-    plan : {"uniform", "proportional", "neyman"}, default "uniform"
-        How injections are spread over bits; see `Design`.
+    plan : {"uniform", "proportional", "neyman", "guided"}, default "uniform"
+        Which injections are made; see `Design`.
     images : {"uniform", "importance"}, default "uniform"
-        How images are drawn; see `image_chances`.
+        How images are drawn; see `image_chances`. Plan `guided` has a way of its own.
     pilot : int, default 128
         Injections into each layer before the rest is planned; see `Design`.
     stop_at : str, default "never"
@@ -250,7 +252,8 @@ class Campaign:
     @cached_property
     def chances(self) -> np.ndarray:
         """How likely each image is to be drawn, float64 [N]; see `image_chances`."""
-        return image_chances(self.engine, self.loader, self.settings.images)
+        guided = self.settings.plan == "guided"
+        return image_chances(self.engine, self.loader, "guided" if guided else self.settings.images)
 
     @property
     def eligible(self) -> list[int]:
@@ -296,6 +299,7 @@ class Campaign:
             self.settings.design,
             shard_dir=shard_dir,
             label=label,
+            guides=[self.limits[name] for name in others],
             **options,
         )
         for number, name in enumerate(others):
@@ -334,19 +338,27 @@ class Campaign:
 
     def summarise(self, records: pd.DataFrame, totals: Sequence[Totals]) -> dict[str, LayerResult]:
         """Layer -> its estimates, in order of execution, from the records of sampled layers and the totals of the others."""
-        results = summarise(records, {site.layer: site.neurons for site in self.sampled}, self.strata)
+        neurons, guided = {site.layer: site.neurons for site in self.sampled}, self.settings.plan == "guided"
+        results = summarise(records, neurons, self.strata, guided=guided)
         return results | {layer.layer: summarise_totals(layer) for layer in totals}
 
     def pace(self, injections_per_layer: int = 1, sites: Sequence[Site] | None = None, injections: int = 256) -> float:
-        """Injections per second, roughly, measured on a few of them, whose outcomes are thrown away.
+        """Injections per second, roughly, drawing them included, measured on a few of them, whose outcomes are thrown away.
 
         Images need not be eligible. sites: all of the engine's by default. injections: how many are measured, at most.
         """
         chances, settings = np.ones(count_images(self.loader)), self.settings
         sites = self.engine.sites if sites is None else sites
-        plan = draw_plan(sites, chances, injections_per_layer, settings.seed, settings.fault_model, self.number_format)
-        limits = self.limits[settings.detector]
-        return measure_pace(self.engine, self.loader, plan, limits, injections=injections, fault_model=settings.fault_model)
+        limits, start = self.limits[settings.detector], time.perf_counter()
+        if settings.plan == "guided":
+            counts = {site.layer: (0, injections_per_layer) for site in sites}
+            guides = list(self.limits.values())
+            plan = draw_guided(self.engine, sites, self.loader, chances, counts, settings.seed, settings.fault_model, guides)
+        else:
+            plan = draw_plan(sites, chances, injections_per_layer, settings.seed, settings.fault_model, self.number_format)
+        drawing = (time.perf_counter() - start) / len(plan)
+        pace = measure_pace(self.engine, self.loader, plan, limits, injections=injections, fault_model=settings.fault_model)
+        return 1 / (1 / pace + drawing)
 
     def as_json(self, totals: Mapping[str, Sequence[Totals]]) -> dict[str, Any]:
         """What is to be known of the campaign beside its records. totals: as `enumerate_layers` returns them."""

@@ -199,21 +199,13 @@ class Storage:
             What the faults did. Nothing is written.
         """
         model, row, neuron = faults.model, faults.row, faults.neuron
-        if not self.format.shared_bits:
-            golden = read(row, neuron)
-            return self._damage_values(faults, golden, torch.zeros_like(neuron))
-        if not self.format.block and model.target != "metadata":
-            # The metadata follows from the layer's limit alone, so no other value of the block has to be read.
-            golden = read(row, neuron)
-            return self._damage_values(faults, golden, self.format.shared(golden[:, None], self.limit))
-        block = self.format.block or self.size
-        number = neuron if model.target == "metadata" else neuron // block
-        neurons = number[:, None] * block + torch.arange(block, device=row.device)  # all of each block: [M, block]
-        inside = neurons < self.size  # the last block may be shorter
-        golden = read(row[:, None].expand_as(neurons), neurons.clamp(max=self.size - 1)) * inside
-        shared = self.format.shared(golden, self.limit)
         if model.target != "metadata":
-            return self._damage_values(faults, golden.gather(1, (neuron % block)[:, None])[:, 0], shared)
+            golden, shared = self._read(row, neuron, read)
+            codes = operate(self.format.encode(golden, self.limit, shared), faults.mask, model.operation)
+            faulty, detected = clamp_to_range(self.format.decode(codes, self.limit, shared), faults.limit[row])
+            return Damage(golden, faulty, detected, row, neuron, faulty)
+        golden, neurons, inside = self._block_of(row, neuron, read)
+        shared = self.format.shared(golden, self.limit)
         damaged = operate(shared, faults.mask, model.operation)
         codes = self.format.encode(golden, self.limit, shared[:, None])
         values = self.format.decode(codes, self.limit, damaged[:, None])
@@ -221,11 +213,40 @@ class Storage:
         each = row[:, None].expand_as(neurons)[inside]
         return Damage(shared.float(), damaged.float(), (detected & inside).any(dim=1), each, neurons[inside], written[inside])
 
-    def _damage_values(self, faults: Faults, golden: Tensor, shared: Tensor) -> Damage:
-        """Damage to the M values themselves, float32 [M], each under its metadata, int64 [M]."""
-        codes = operate(self.format.encode(golden, self.limit, shared), faults.mask, faults.model.operation)
-        faulty, detected = clamp_to_range(self.format.decode(codes, self.limit, shared), faults.limit[faults.row])
-        return Damage(golden, faulty, detected, faults.row, faults.neuron, faulty)
+    def variants(
+        self,
+        neuron: Tensor,
+        masks: Tensor,
+        operation: Operation,
+        limit: float,
+        read: Callable[[Tensor, Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Damage each of N values in V ways.
+
+        neuron: int64 [N], as in Faults. masks: int64 [1 or N, V], damaged bits. limit: of the range detector. read: as for
+        `damage`. Returns the golden values, float32 [N, 1], and the faulty ones behind the detector, float32 [N, V].
+        """
+        golden, shared = (part[:, None] for part in self._read(torch.arange(len(neuron), device=neuron.device), neuron, read))
+        codes = operate(self.format.encode(golden, self.limit, shared), masks, operation)
+        faulty = self.format.decode(codes, self.limit, shared.expand_as(codes))
+        return golden, clamp_to_range(faulty, torch.tensor(limit, dtype=torch.float32, device=faulty.device))[0]
+
+    def _read(self, row: Tensor, neuron: Tensor, read: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """The golden values, float32 [M], and the metadata that each is stored under, int64 [M]."""
+        if self.format.shared_bits and self.format.block:
+            golden, _, _ = self._block_of(row, neuron // self.format.block, read)
+            return golden.gather(1, (neuron % self.format.block)[:, None])[:, 0], self.format.shared(golden, self.limit)
+        golden = read(row, neuron)
+        # Without blocks, metadata follows from the layer's limit alone, so no other value has to be read.
+        return golden, self.format.shared(golden[:, None], self.limit)
+
+    def _block_of(self, row: Tensor, number: Tensor, read: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """M whole blocks [M, block]: the golden values, their indices, and which are inside, for the last may be shorter."""
+        block = self.format.block or self.size
+        neurons = number[:, None] * block + torch.arange(block, device=row.device)
+        inside = neurons < self.size
+        golden = read(row[:, None].expand_as(neurons), neurons.clamp(max=self.size - 1)) * inside
+        return golden, neurons, inside
 
 
 def operate(codes: Tensor, mask: Tensor, operation: Operation) -> Tensor:

@@ -18,6 +18,7 @@ from textguard.faults.damage import Damage, Faults, Storage, Target, damage_outp
 from textguard.faults.formats import FP32, Format
 from textguard.faults.graph import TracedModel, Values
 from textguard.faults.local import PRODUCTS, LocalFaults, LocalSteps, covers, in_batches, neuron_patch, paste_whole, whole
+from textguard.faults.prediction import Prediction, chains_of, foresee, straight_through
 from textguard.faults.sites import DEFAULT_KINDS, SURVEYED, Call, Calls, Site, SiteList
 from textguard.faults.suffix import shortcuts
 
@@ -59,6 +60,10 @@ class Engine(Protocol):
 
     def observe(self, images: Tensor, see: See = lambda position, output: None) -> Tensor:
         """Run images [B, ...] without faults; `see` gets each site's position and output. Returns the logits [B, C]."""
+        ...
+
+    def predict(self, images: Tensor, labels: Tensor) -> Prediction:
+        """Foresee what faults will do on images [B, ...] with labels [B]."""
         ...
 
 
@@ -141,6 +146,7 @@ class ReplayEngine(_Engine):
             self._traced.visit = lambda position, call: outputs[position].round(call.output)
         self._shortcuts = {} if self._rounds else shortcuts(self._traced)
         self._local = LocalSteps(self._traced)
+        self._chains = chains_of(self._traced)
 
     @torch.inference_mode()
     def run(self, images: Tensor, faults: Faults) -> Outcomes:
@@ -170,10 +176,14 @@ class ReplayEngine(_Engine):
     @torch.inference_mode()
     def observe(self, images: Tensor, see: See = lambda position, output: None) -> Tensor:
         """Run images [B, ...] without faults; `see` gets each site's position and output. Returns the logits [B, C]."""
+        return self._observe(images, see)
+
+    def _observe(self, images: Tensor, see: See, keep: Callable[[fx.Node, Any], None] = lambda step, value: None) -> Tensor:
+        """The same; `keep` gets each step and its value."""
         visit = self._traced.visit
 
         def watch(position: int, call: Call) -> Tensor:
-            output = visit(position, call) if visit else call.output
+            output = straight_through(call.output, visit(position, call)) if visit else call.output
             see(position, output)
             return output
 
@@ -181,8 +191,13 @@ class ReplayEngine(_Engine):
         for index, step in enumerate(self._traced.steps):
             if step not in values:
                 values[step] = self._traced.run_step(index, values, watch)
+            keep(step, values[step])
             self._traced.release(index, values)
         return values[self._traced.steps[-1]]
+
+    def predict(self, images: Tensor, labels: Tensor) -> Prediction:
+        """Foresee what faults will do on images [B, ...] with labels [B]."""
+        return foresee(self._observe, self.sites, self._storages, images, labels, self._chains, self._local)
 
     def _start(
         self, position: int, index: int, rows: Tensor, faults: Faults, golden: Values, results: _Results
@@ -343,6 +358,14 @@ class WholeEngine(_Engine):
         """Run images [B, ...] without faults; `see` gets each site's position and output. Returns the logits [B, C]."""
         return self._infer(images.clone(), see=see)
 
+    def predict(self, images: Tensor, labels: Tensor) -> Prediction:
+        """Foresee what faults will do on images [B, ...] with labels [B], linearly from each site's output on."""
+
+        def run(pictures: Tensor, see: See, keep: object) -> Tensor:
+            return self._infer(pictures.clone(), see=see)
+
+        return foresee(run, self.sites, self._storages, images, labels, {}, None)
+
     def _infer(
         self,
         images: Tensor,
@@ -365,7 +388,7 @@ class WholeEngine(_Engine):
             if weights:
                 damage, output = damage_weights(self._storages[here], call, faults)
                 found.append(damage)
-            output = self._outputs[here].round(output)
+            output = straight_through(output, self._outputs[here].round(output))
             if faults is not None and here == position and not weights:
                 output = output.clone()
                 found.append(damage_output(self._storages[here], output, faults))
@@ -427,6 +450,15 @@ class PyTorchFIEngine(_Engine):
         """Run images [B, ...] without faults; `see` gets each site's position and output. Returns the logits [B, C]."""
         positions = itertools.count()
         return _run_hooked(self._model, images, self._kinds, lambda name, module, output: see(next(positions), output))
+
+    def predict(self, images: Tensor, labels: Tensor) -> Prediction:
+        """Foresee what faults will do on images [B, ...] with labels [B], linearly from each site's output on."""
+
+        def run(pictures: Tensor, see: See, keep: object) -> Tensor:
+            positions = itertools.count()
+            return _run_hooked(self._model, pictures, self._kinds, lambda name, module, output: see(next(positions), output))
+
+        return foresee(run, self.sites, self._storages, images, labels, {}, None)
 
     def _run_batch(self, images: Tensor, faults: Faults, values: Tensor, results: _Results) -> Tensor:
         def flip(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

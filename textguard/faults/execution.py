@@ -50,6 +50,7 @@ def run_campaign(
     fault_model: FaultModel = SINGLE_FLIP,
     shard_dir: Path | None = None,
     label: str = "inject",
+    same: Sequence[str] = PLAN_COLUMNS,
 ) -> pd.DataFrame:
     """Carry out a fault plan and record what each fault did.
 
@@ -72,6 +73,9 @@ def run_campaign(
         `torchrun` starts share the shards through this folder, which all of them must reach.
     label : str, default "inject"
         Names the campaign in progress lines.
+    same : sequence of str, default all
+        The plan's columns that have to be the same for a campaign to go on. What a shard holds counts, whatever the others
+        say: predictions may take another fault where a processor adds up in another order.
 
     Returns
     -------
@@ -110,7 +114,7 @@ def run_campaign(
     if processes > 1 and not shard_dir:
         raise InvalidParameter("several processes need a shard_dir to share their results")
     if shard_dir:
-        _check_settings(shard_dir, _settings(engine, loader, plan, limits, image_batch, fault_model), rank)
+        _check_settings(shard_dir, _settings(engine, loader, plan[list(same)], limits, image_batch, fault_model), rank)
     mine = {number: part for number, part in enumerate(parts) if number % processes == rank}
     records = {number: _load_shard(_shard(shard_dir, number)) for number in mine}
     missing = {number: part for number, part in mine.items() if records[number] is None}

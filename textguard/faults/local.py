@@ -39,7 +39,7 @@ class Patch:
     Attributes
     ----------
     values : Tensor
-        float32 [N, h, w, c], channels last.
+        float32 [N, h, w, c], channels last. A prediction has c variants of a single channel instead.
     top, left : Tensor
         int64 [N], the window's first row and first column in the map.
     channel : Tensor or None
@@ -63,8 +63,8 @@ class Patch:
 
 
 def as_map(value: Tensor) -> Tensor:
-    """The value [B, F] or [B, C, H, W] as a map [B, C, H, W]."""
-    return value[:, :, None, None] if value.ndim == 2 else value
+    """The value as a map [B, C, H, W]; where it is none, each of its numbers is a channel of its own: [B, F, 1, 1]."""
+    return value if value.ndim == 4 else value.flatten(1)[:, :, None, None]
 
 
 def neuron_patch(shape: tuple[int, ...], neuron: Tensor, values: Tensor) -> Patch:
@@ -77,7 +77,7 @@ def neuron_patch(shape: tuple[int, ...], neuron: Tensor, values: Tensor) -> Patc
     neuron : Tensor
         int64 [N], indices into the flattened output.
     values : Tensor
-        float32 [N], the neurons' faulty values.
+        float32 [N], the neurons' faulty values; [N, V] for V variants of each.
 
     Returns
     -------
@@ -93,7 +93,7 @@ def neuron_patch(shape: tuple[int, ...], neuron: Tensor, values: Tensor) -> Patc
     (1, 2, 3)
     """
     channel, top, left = torch.unravel_index(neuron, (*shape, 1, 1)[:3])
-    return Patch(values.reshape(-1, 1, 1, 1), top, left, channel)
+    return Patch(values.reshape(len(neuron), 1, 1, -1), top, left, channel)
 
 
 def read(golden: Tensor, image: Tensor, patch: Patch, outside: float | None = None) -> Tensor:
@@ -277,7 +277,7 @@ class LocalSteps:
         Patch or None
             None where the whole value has to be computed.
         """
-        if not isinstance(golden[step], Tensor) or golden[step].ndim not in (2, 4):
+        if not isinstance(golden[step], Tensor):
             return None
         operation = self._traced.operation(step)
         if operation in ADDITIONS:
@@ -384,10 +384,11 @@ class LocalSteps:
                 inputs.values.permute(0, 3, 1, 2), conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups
             )
             return replace(output, values=values.permute(0, 2, 3, 1))
-        inputs = replace(inputs, values=patch.values.new_zeros(len(image), *inputs.values.shape[1:]))
+        variants = patch.values.shape[3]
+        inputs = replace(inputs, values=patch.values.new_zeros(len(image), *inputs.values.shape[1:3], variants))
         paste(inputs, replace(patch, values=patch.values - read(source, image, patch)))
         # [N, outputs, kernel]. Not by F.unfold, which copies image by image.
-        changes = inputs.values[..., 0]
+        changes = inputs.values.movedim(3, 1).flatten(0, 1)
         for axis in (0, 1):
             changes = changes.unfold(1 + axis, kernel.reach[axis], kernel.stride[axis])[..., :: kernel.dilation[axis]]
         changes = changes.flatten(3).flatten(1, 2)
@@ -395,8 +396,12 @@ class LocalSteps:
             self._weights[step] = (
                 conv.weight.detach().flatten(2).permute(0 if depthwise else 1, 2, 1 if depthwise else 0).contiguous()
             )
-        golden = read(target, image, output).flatten(1, 2)
-        values = torch.baddbmm(golden, changes, self._weights[step][patch.channel])
+        golden, weights = read(target, image, output).flatten(1, 2), self._weights[step][patch.channel]
+        if variants > 1:  # [N, variants * outputs, kernel]: the variants of a fault share its weights
+            changed = torch.bmm(changes.unflatten(0, (-1, variants)).flatten(1, 2), weights).unflatten(1, (variants, -1))
+            values = golden + changed[..., 0].movedim(1, 2)
+        else:
+            values = torch.baddbmm(golden, changes, weights)
         return replace(output, values=values.unflatten(1, (rows, columns)))
 
     def _pool(self, step: fx.Node, patch: Patch, source: Tensor, target: Tensor, image: Tensor) -> Patch | None:
@@ -407,6 +412,8 @@ class LocalSteps:
         kernel = _Kernel(pool)
         output, inputs = _windows(patch, target, kernel)
         inputs = replace(inputs, values=read(source, image, inputs, outside=-torch.inf))
+        if patch.one_channel:
+            inputs = replace(inputs, values=inputs.values.repeat(1, 1, 1, patch.values.shape[3]))
         paste(inputs, patch)
         values = F.max_pool2d(inputs.values.permute(0, 3, 1, 2), kernel.size, kernel.stride, 0, kernel.dilation)
         return replace(output, values=values.permute(0, 2, 3, 1))

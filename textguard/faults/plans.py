@@ -14,6 +14,7 @@ from textguard.faults.formats import FP32, Format
 from textguard.faults.sites import Site
 
 PLAN_COLUMNS = ["layer", "index", "image", "neuron", "bit", "weight"]
+DRAWN_COLUMNS = ["layer", "index", "image"]  # of these, what predictions have no part in: it is the same on all machines
 TRIES = 32  # candidate images that each injection draws at once
 Count = int | np.ndarray  # a layer's injections; or those of each bit, int [bits]
 
@@ -108,14 +109,14 @@ def _draw(
     """The injections of one layer, by column; with `bit`, all of them in that bit."""
     values, bits, all_bits = fault_model.values, fault_model.bits, bits_of(fault_model, number_format)
     stream = f"{site.position}" if bit is None else f"{site.position} bit {bit}"
-    uniform = _uniform(seed, stream, count, values * (1 + bits))
-    neurons = _distinct(uniform[:, :values], _targets(site, fault_model, number_format), "values")
+    uniform = uniform_numbers(seed, stream, count, values * (1 + bits))
+    neurons = distinct(uniform[:, :values], _targets(site, fault_model, number_format), "values")
     index = np.arange(count, dtype=np.int64)
     if bit is None:
-        damaged = _distinct(uniform[:, values:].reshape(-1, bits), all_bits, "bits").reshape(-1)
+        damaged = distinct(uniform[:, values:].reshape(-1, bits), all_bits, "bits").reshape(-1)
     else:
         damaged, index = np.full(count, bit, dtype=np.int64), index * all_bits + bit
-    image = _draw_images(chances, seed, stream, count)
+    image = draw_images(chances, seed, stream, count)
     weight = chances[chances > 0].mean() / chances[image]
     return {
         "layer": np.full(count * values * bits, site.layer, dtype=object),
@@ -127,7 +128,7 @@ def _draw(
     }
 
 
-def _draw_images(chances: np.ndarray, seed: int, stream: str, count: int) -> np.ndarray:
+def draw_images(chances: np.ndarray, seed: int, stream: str, count: int) -> np.ndarray:
     """The image of each injection, int64 [count], drawn by rejection sampling.
 
     Image i is accepted with probability chances[i] / max(chances). Every injection has a random sequence of candidate images of
@@ -137,7 +138,7 @@ def _draw_images(chances: np.ndarray, seed: int, stream: str, count: int) -> np.
     accepted = chances / chances.max()
     image, missing, block = np.empty(count, dtype=np.int64), np.arange(count), 0
     while len(missing):
-        uniform = _uniform(seed, f"{stream} images {block}", count, 2 * TRIES)[missing]
+        uniform = uniform_numbers(seed, f"{stream} images {block}", count, 2 * TRIES)[missing]
         candidates = (uniform[:, :TRIES] * len(chances)).astype(np.int64)
         taken = uniform[:, TRIES:] < accepted[candidates]
         found = taken.any(axis=1)
@@ -215,7 +216,7 @@ def bits_of(fault_model: FaultModel, number_format: Format) -> int:
     return number_format.shared_bits if fault_model.target == "metadata" else number_format.bits
 
 
-def _distinct(uniform: np.ndarray, size: int, what: str) -> np.ndarray:
+def distinct(uniform: np.ndarray, size: int, what: str) -> np.ndarray:
     """Integers below `size`, uniformly and all different within a row, from uniform numbers in [0, 1), float [N, k]."""
     count = uniform.shape[1]
     if count > size:
@@ -230,7 +231,7 @@ def _distinct(uniform: np.ndarray, size: int, what: str) -> np.ndarray:
     return drawn
 
 
-def _uniform(seed: int, stream: str, count: int, width: int) -> np.ndarray:
+def uniform_numbers(seed: int, stream: str, count: int, width: int) -> np.ndarray:
     """Uniform numbers in [0, 1), float [count, width].
 
     Row i depends only on (seed, stream, i), because Philox counts up from its key.

@@ -17,11 +17,12 @@ from textguard.faults.checks import checked_name, confidence_level, some_text, w
 from textguard.faults.damage import SINGLE_FLIP, FaultModel
 from textguard.faults.engines import Engine
 from textguard.faults.execution import measure_pace, run_campaign
-from textguard.faults.plans import PLAN_COLUMNS, Count, bits_of, draw_plan
+from textguard.faults.guided import check_predictable, draw_guided
+from textguard.faults.plans import DRAWN_COLUMNS, PLAN_COLUMNS, Count, bits_of, draw_plan
 from textguard.faults.sites import Site
 from textguard.runtime import announce
 
-PLANS = ("uniform", "proportional", "neyman")
+PLANS = ("uniform", "proportional", "neyman", "guided")
 # Of Neyman's allocation this share goes evenly to all bits: a pilot that missed a bit's rare disasters must not silence it.
 EVENLY = 0.3
 GROWTH = 3  # times the injections so far, at most, in one go: half-widths from few injections promise too much
@@ -33,9 +34,10 @@ class Design:
 
     Parameters
     ----------
-    plan : {"uniform", "proportional", "neyman"}
+    plan : {"uniform", "proportional", "neyman", "guided"}
         `uniform` draws bits as it draws everything else. `proportional` gives every bit the same number of injections.
-        `neyman` gives every bit a number in proportion to the standard deviation of its DeltaLoss.
+        `neyman` gives every bit a number in proportion to the standard deviation of its DeltaLoss. `guided` draws mostly the
+        faults that are predicted to do most; see `draw_guided`.
     injections_per_layer : int
         Injections into each layer, at most.
     pilot : int
@@ -81,7 +83,9 @@ class Design:
     def strata(self, fault_model: FaultModel, engine: Engine) -> int:
         """How many strata the plan has: one for each bit, or 0. Raises UnknownName, InvalidParameter, for all of the design."""
         self.half_width(0.0)
-        bits = 0 if self.plan == "uniform" else bits_of(fault_model, engine.number_format)
+        if self.plan == "guided":
+            check_predictable(fault_model)
+        bits = bits_of(fault_model, engine.number_format) if self.plan in ("proportional", "neyman") else 0
         name = "pilot" if self.in_rounds and self.pilot < self.injections_per_layer else "injections_per_layer"
         least = getattr(self, name)
         if least < max(1, 2 * bits):
@@ -125,6 +129,7 @@ def run_design(
     shard_dir: Path | None = None,
     label: str = "inject",
     half_widths: Mapping[str, float] | None = None,
+    guides: Sequence[Mapping[str, float]] = (),
 ) -> pd.DataFrame:
     """Inject faults into some sites of an engine's model as designed.
 
@@ -155,6 +160,8 @@ def run_design(
         Names the campaign in progress lines.
     half_widths : mapping of str to float, optional
         Layer -> the half-width in nats that ends it, where it is not the same for all layers.
+    guides : sequence of mappings of str to float, optional
+        The limits of other range detectors that a guided plan shall serve too.
 
     Returns
     -------
@@ -190,12 +197,18 @@ def run_design(
     wanted = {site.layer: first for site in sites}
     counts: dict[str, Count] = {layer: spread_over_bits(first, shares[layer], None) for layer in wanted}
     found: dict[str, list[pd.DataFrame]] = {layer: [] for layer in wanted}
-    going_on, number = list(sites), 0
+    going_on, number, guided = list(sites), 0, design.plan == "guided"
     while going_on:
-        plan = draw_plan(going_on, chances, counts, design.seed, fault_model, engine.number_format)
-        if number:
-            plan = without(plan, pd.concat(part for site in going_on for part in found[site.layer]))
+        if guided:
+            ranges = {site.layer: (sum(map(_count, found[site.layer])), wanted[site.layer]) for site in going_on}
+            plan = draw_guided(
+                engine, going_on, loader, chances, ranges, design.seed, fault_model, [limits, *guides], f"{label}, plan"
+            )
         else:
+            plan = draw_plan(going_on, chances, counts, design.seed, fault_model, engine.number_format)
+            if number:
+                plan = without(plan, pd.concat(part for site in going_on for part in found[site.layer]))
+        if not number:
             _announce(engine, sites, loader, plan, limits, design, np.count_nonzero(chances), fault_model, label)
         records = run_campaign(
             engine,
@@ -206,11 +219,12 @@ def run_design(
             fault_model=fault_model,
             shard_dir=shard_dir / f"round-{number}" if shard_dir else None,
             label=f"{label}, round {number + 1}" if design.in_rounds else label,
+            same=DRAWN_COLUMNS if guided else PLAN_COLUMNS,
         )
         for layer, part in records.groupby("layer", sort=False):
             found[layer].append(part)
         results = {
-            site.layer: summarise(pd.concat(found[site.layer]), {site.layer: site.neurons}, bits)[site.layer]
+            site.layer: summarise(pd.concat(found[site.layer]), {site.layer: site.neurons}, bits, guided=guided)[site.layer]
             for site in going_on
         }
         if not number and design.plan == "neyman":
@@ -222,6 +236,11 @@ def run_design(
         number += 1
     in_order = sorted(sites, key=lambda site: site.position)
     return pd.concat((pd.concat(found[site.layer]).sort_values("index", kind="stable") for site in in_order), ignore_index=True)
+
+
+def _count(records: pd.DataFrame) -> int:
+    """How many injections these records are of."""
+    return records["index"].nunique()
 
 
 def rerun_changed(
