@@ -85,15 +85,17 @@ def draw_guided(
 
     Examples
     --------
+    >>> import numpy as np
     >>> import torch
     >>> from torch import nn
     >>> from torch.utils.data import DataLoader, TensorDataset
-    >>> from textguard.faults import SINGLE_FLIP, draw_guided, make_engine
+    >>> from textguard.faults import FaultModel, draw_guided, make_engine
+    >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(2, 100), nn.Linear(100, 2))
     >>> images = torch.tensor([[1.0, 0.0], [3.0, 0.0]])
     >>> engine, loader = make_engine("replay", model, images[0], 8), DataLoader(TensorDataset(images, torch.tensor([0, 0])))
     >>> limits = {site.layer: 10.0 for site in engine.sites}
-    >>> plan = draw_guided(engine, engine.sites, loader, np.ones(2), {"0": (0, 500), "1": (0, 500)}, 0, SINGLE_FLIP, [limits])
+    >>> plan = draw_guided(engine, engine.sites, loader, np.ones(2), {"0": (0, 500), "1": (0, 500)}, 0, FaultModel(), [limits])
     >>> bool((plan["bit"] >= 24).mean() > 0.7), bool(plan["weight"].max() <= 10)  # 8 of 32 bits
     (True, True)
     """
