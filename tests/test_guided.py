@@ -278,7 +278,7 @@ def test_guided_intervals_are_much_tighter(small):
 
 @pytest.mark.parametrize("plan", ["uniform", "guided"])
 def test_channels_make_up_their_layer_and_hold_their_truth(small, plan):
-    count = 40_000 if plan == "uniform" else 4000
+    count = 10_000 if plan == "uniform" else 4000
     records = Campaign(small.model, small.loader, CampaignSettings(plan=plan, injections_per_layer=count)).run().records
     shapes = {site.layer: site.shape for site in small.engine.sites}
     channels = summarise_channels(records, shapes, confidence=0.9999)
@@ -289,7 +289,7 @@ def test_channels_make_up_their_layer_and_hold_their_truth(small, plan):
         assert found["delta_loss"].mean() == pytest.approx(layers[layer].delta_loss.value, rel=1e-9)
         assert found["sdc"].mean() == pytest.approx(layers[layer].sdc.value, rel=1e-9)
     if plan == "guided":
-        plain = Campaign(small.model, small.loader, CampaignSettings(injections_per_layer=40_000, seed=1)).run().records
+        plain = Campaign(small.model, small.loader, CampaignSettings(injections_per_layer=20_000, seed=1)).run().records
         others = summarise_channels(plain, shapes, confidence=0.9999)
         apart = (channels["delta_loss_low"] > others["delta_loss_high"]) | (
             channels["delta_loss_high"] < others["delta_loss_low"]

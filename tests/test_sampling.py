@@ -260,7 +260,7 @@ def table(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("plan", "how", "seeds"), [("uniform", "importance", 100), ("proportional", "uniform", 50), ("neyman", "importance", 200)]
+    ("plan", "how", "seeds"), [("uniform", "importance", 100), ("proportional", "uniform", 50), ("neyman", "importance", 100)]
 )
 def test_every_plan_is_unbiased(table, plan, how, seeds):
     bits = 0 if plan == "uniform" else BITS
