@@ -295,3 +295,11 @@ def test_channels_make_up_their_layer_and_hold_their_truth(small, plan):
             channels["delta_loss_high"] < others["delta_loss_low"]
         )
         assert not apart.any()
+
+
+def test_a_guided_campaign_promises_no_half_width_of_uniform_ones(small, capfd):
+    for plan, promised in (("uniform", True), ("guided", False)):
+        Campaign(small.model, small.loader, CampaignSettings(plan=plan, injections_per_layer=8)).run()
+        said = capfd.readouterr().err
+        assert f"plan {plan}, 8 injections each" in said
+        assert ("Leveugle" in said) is promised

@@ -48,7 +48,7 @@ class CampaignSettings:
     injections_per_layer : int, default 1000
         Injections into each sampled layer, at most.
     seed : int, default 0
-        Of the fault plan. The same seed gives corresponding layers of two models corresponding faults.
+        Of the fault plan. The same seed gives corresponding layers of two models corresponding faults, unless it is guided.
     plan : {"uniform", "proportional", "neyman", "guided"}, default "uniform"
         Which injections are made; see `Design`.
     images : {"uniform", "importance"}, default "uniform"

@@ -21,8 +21,8 @@ from textguard.faults.sites import Site
 
 Chain = tuple[fx.Node, ...]
 
-# Behind these steps, a change in one channel is still in one channel only. So it is behind a depthwise convolution.
-ONE_CHANNEL = (*ELEMENTWISE, *ADDITIONS, *PRODUCTS, nn.BatchNorm2d, nn.MaxPool2d)
+# Plain steps behind which a change in one channel is still in one channel only, whatever their settings.
+ONE_CHANNEL = (*ELEMENTWISE, nn.MaxPool2d)
 LARGEST = 500.0  # exp of it is a float64
 
 

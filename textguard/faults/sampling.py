@@ -349,8 +349,12 @@ def _announce(
     population = min(site.neurons for site in sites) * images * bits_of(fault_model, engine.number_format)
     half = planned_half_width(population, most, design.confidence)
     duration = timedelta(seconds=round(most * len(sites) / pace))
+    # The formula is of draws that are alike; what guided ones are worth, only their results tell.
+    worth = (
+        f"; any rate to +-{half:.2%} at {confidence}, "
+        f"{planned_injections(population, 0.01, design.confidence):,} would to +-1 % (Leveugle et al., 2009)"
+    )
     announce(
         f"{label}: {len(sites)} layers to sample, plan {design.plan}, {'at most ' if design.in_rounds else ''}{most:,} "
-        f"injections each, {most * len(sites):,} in all, about {duration}; any rate to +-{half:.2%} at {confidence}, "
-        f"{planned_injections(population, 0.01, design.confidence):,} would to +-1 % (Leveugle et al., 2009)"
+        f"injections each, {most * len(sites):,} in all, about {duration}{'' if design.plan == 'guided' else worth}"
     )
