@@ -48,27 +48,40 @@ def main(names: list[str]) -> int:
 def table(results: dict) -> str:
     """The results as Markdown."""
     lines = [
-        "| Model | Layers | Masked | Forward (images/s) | PyTorchFI (inj/s) | textguard (inj/s) | x PyTorchFI | x forward |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| Model | Layers | Forward (images/s) | Faults per image | Masked | PyTorchFI (inj/s) | textguard (inj/s) "
+        "| x PyTorchFI | r | At most | x forward |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, found in results["injections"].items():
-        lines.append(
-            f"| {name} | {found['layers']} | {found['masked_share']:.0%} | {_number(found['forward_images_per_s'])} "
-            f"| {_number(found.get('pytorchfi_per_s'))} | {_number(found['replay_per_s'])} "
-            f"| {_number(found.get('times_pytorchfi'))} | {_number(found['times_forward'])} |"
-        )
+        head = f"{name} | {found['layers']} | {_number(found['forward_images_per_s'])}"
+        for density, own in found["densities"].items():
+            lines.append(
+                f"| {head} | {density} | {own['masked_share']:.0%} | {_number(own.get('pytorchfi_per_s'))} "
+                f"| {_number(own['replay_per_s'])} | {_number(own.get('times_pytorchfi'))} | {own['r']:.3f} "
+                f"| {_number(own.get('bound'))} | {_number(own['times_forward'])} |"
+            )
+            head = " | | "
     shares, peak, last = results["overhead"], results["memory"], results["last_layer"]
     reach, held, trained = results["efficiency"], results["coverage"], results["training"]
     one = reach["each"][0]
     lines += [
         "",
-        f"{results['device']}; {_dates(results['dates'])}. Medians of {injections.ROUNDS} alternating runs of the same plan.",
+        f"{results['device']}; {_dates(results['dates'])}. Medians of {injections.ROUNDS} alternating runs. Injections of both "
+        "engines are counted with the golden run of their images. PyTorchFI is declared once. r: what a fault costs the "
+        "replay engine beyond the golden run, in forward passes of one image. At most: (1 + n) / (1 + n r) with n faults per "
+        "image, which is what a golden run as fast as a forward pass would come to.",
+        _goal(results["injections"]),
+        "Memory format and batch size that were the fastest, of PyTorchFI and of the plain forward pass: "
+        + "; ".join(f"{name}: {found['pytorchfi']} / {found['forward']}" for name, found in results["injections"].items())
+        + ".",
         f"ResNet-18's campaign: {shares['products']:.0%} of the time in convolutions and matrix products, "
         f"{shares['movement']:.0%} in data movement, {shares['other']:.0%} elsewhere.",
         f"Peak memory, ResNet-50 at 224 x 224: {peak['ratio']:.2f} times that of a plain forward pass with the same batch.",
         f"Last layer in closed form: {last['faults']:,} faults in {last['seconds']:.2f} s.",
         f"ResNet-18, until every layer's DeltaLoss has the 99 % half-width that {one['uniform_per_layer']:,} uniform "
         f"injections with PyTorchFI give: {_spread(reach['times_fewer'], 1)} times fewer injections, "
+        f"in the median layer {_spread(reach['times_fewer_median'], 0)}, in the worst one "
+        f"{_spread(reach['times_fewer_worst'], 0)}; "
         f"{_spread(reach['times_faster'], 0)} times less time. Brackets hold the lowest and the highest of "
         f"{reach['trainings']} trainings. {reach['reached']} of their {reach['sampled']} sampled layers reached the "
         f"half-width. PyTorchFI ran {one['pytorchfi_timed']:,} of its {one['pytorchfi_injections']:,} injections; its time is "
@@ -78,23 +91,45 @@ def table(results: dict) -> str:
         f"{_spread(trained['times_ours_channels_last'], 2)} times with TEXTGUARD_CHANNELS_LAST=1. In brackets, of "
         f"{training.ROUNDS} rounds the lowest and the highest.",
         "",
-        "How often 99 % intervals of DeltaLoss hold, and their mean half-width relative to the truth, in "
-        f"{held['repetitions']:,} campaigns: {held['uniform']:,} injections uniformly, {held['neyman']:,} by plan neyman on "
-        "images by importance; "
-        f"mean +- 2.576 standard errors, Hall's, ours. Of {held['trainings']} trainings, the lowest coverage and the mean "
-        "half-width.",
+        f"How often 99 % intervals of DeltaLoss hold in {held['repetitions']:,} campaigns, on the worst of {coverage.LAYERS} "
+        "layers, and in brackets their median half-width as a share of the truth; then the same for the mean over them. "
+        "Intervals: mean +- 2.576 standard errors, Hall's, ours.",
         "",
-        "| Layer | CV | Skewness | Uniform: normal | Hall | Ours | Neyman: normal | Hall | Ours |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| Classifier | Plan, injections | Normal | Hall | Ours | Mean of layers: normal | Hall | Ours |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, layer in held["layers"].items():
-        cells = [
-            f"{found['coverage']:.1%} (+-{found['half_width']:.2g})"
-            for plan in ("uniform", "neyman")
-            for found in (layer[plan][interval] for interval in coverage.INTERVALS)
-        ]
-        lines.append(f"| {name} | {layer['cv']:.0f} | {layer['skewness']:.0f} | {' | '.join(cells)} |")
+    for name, classifier in held["classifiers"].items():
+        for campaign, found in classifier["campaigns"].items():
+            layers = [f"{one['lowest_coverage']:.1%} (+-{one['half_width']:.0%})" for one in found.values()]
+            means = [f"{one['mean_coverage']:.1%} (+-{one['mean_half_width']:.0%})" for one in found.values()]
+            lines.append(f"| {name} | {campaign} | {' | '.join([*layers, *means])} |")
+    lines += [
+        "",
+        "What a guided plan is worth: the variance of a layer's DeltaLoss under uniform injections, over that under as many "
+        "guided ones; how uneven weighted results are (coefficient of variation, CV); and the half-width of 1,024 guided ones.",
+        "",
+        "| Classifier | Layer | CV, uniform | CV, guided | Variance ratio | Half-width |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, classifier in held["classifiers"].items():
+        for layer, own in classifier["layers"].items():
+            half = classifier["campaigns"]["guided, 1,024"]["ours"]["layers"][layer][1]
+            ratio = (own["uniform_cv"] / own["guided_cv"]) ** 2
+            lines.append(
+                f"| {name} | {layer} | {own['uniform_cv']:.0f} | {own['guided_cv']:.2g} | {_number(ratio)} | {half:.0%} |"
+            )
     return "\n".join(lines) + "\n"
+
+
+def _goal(cases: dict[str, dict]) -> str:
+    """Where the replay engine is less than GOAL times as fast as PyTorchFI."""
+    missed = [
+        f"{name} with {density} faults per image ({_number(own['times_pytorchfi'])}, at most {_number(own['bound'])})"
+        for name, found in cases.items()
+        for density, own in found["densities"].items()
+        if own.get("times_pytorchfi", injections.GOAL) < injections.GOAL
+    ]
+    return f"Less than {injections.GOAL:.0f} times PyTorchFI: {'; '.join(missed) or 'nowhere'}."
 
 
 def _dates(dates: dict[str, str]) -> str:

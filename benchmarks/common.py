@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,8 +27,59 @@ SEED = 0
 DETECTOR_LIMIT = 100.0
 
 
-def trained_digits(seed: int = SEED) -> tuple[nn.Module, EvaluationView, EvaluationView]:
-    """ResNet-18 after two epochs on the demo's data, its training data and its test data: 360 images of 32 x 32 pixels.
+@dataclass(frozen=True)
+class Classifier:
+    """A network for the digits, 32 x 32 pixels, and what it takes to train it to some 90 % top-1 in seconds."""
+
+    make: Callable[[], nn.Module]
+    epochs: int
+    optimizer: Callable[..., torch.optim.Optimizer]
+
+
+class DigitsViT(nn.Module):
+    """A vision transformer of six blocks on 64 patches of 4 x 4 pixels."""
+
+    def __init__(self, width: int = 64, heads: int = 4, blocks: int = 6) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, stride=4)
+        self.places = nn.Parameter(torch.randn(64, width) * 0.02)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(blocks)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patches(images).flatten(2).transpose(1, 2) + self.places
+        return self.head(self.norm(self.blocks(tokens)).mean(dim=1))
+
+
+class Block(nn.Module):
+    """Attention and an MLP, each behind a LayerNorm and round a residual connection."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.qkv, self.projection = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm2, self.fc1, self.fc2 = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.activation = nn.GELU()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        parts = self.qkv(self.norm1(tokens)).chunk(3, dim=2)
+        query, key, value = (parts[place].unflatten(2, (self.heads, -1)).transpose(1, 2) for place in range(3))
+        attended = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        tokens = tokens + self.projection(attended)
+        return tokens + self.fc2(self.activation(self.fc1(self.norm2(tokens))))
+
+
+CLASSIFIERS = {
+    "resnet18": Classifier(partial(build_backbone, "resnet18", 10, 32), 2, partial(torch.optim.SGD, lr=0.05, momentum=0.9)),
+    "mobilenet_v2": Classifier(
+        partial(build_backbone, "mobilenet_v2", 10, 32), 8, partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+    ),
+    "vit": Classifier(DigitsViT, 12, partial(torch.optim.AdamW, lr=1e-3)),
+}
+
+
+def trained_digits(seed: int = SEED, network: str = "resnet18") -> tuple[nn.Module, EvaluationView, EvaluationView]:
+    """One of CLASSIFIERS, trained on the demo's data; its training data and its test data: 360 images of 32 x 32 pixels.
 
     seed: of the training; the split is always the same.
     """
@@ -39,9 +91,10 @@ def trained_digits(seed: int = SEED) -> tuple[nn.Module, EvaluationView, Evaluat
         )
         train, test = (evaluation_view(load_split(Path(folder), split, None), 32, 32, "bilinear") for split in splits)
     torch.manual_seed(seed)
-    model = build_backbone("resnet18", 10, 32).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    for _ in range(2):
+    known = CLASSIFIERS[network]
+    model = known.make().train()
+    optimizer = known.optimizer(model.parameters())
+    for _ in range(known.epochs):
         order = torch.randperm(len(train))
         for images, labels in image_loader(train, batches=order.split(64)):
             loss = nn.functional.cross_entropy(model(images), labels)
@@ -67,9 +120,9 @@ class DigitsCampaign:
     limits: dict[str, float]
 
 
-def digits_campaign(batch_size: int = 256, seed: int = SEED) -> DigitsCampaign:
-    """A campaign on the trained classifier and its test images, with ranges from its training images."""
-    model, train, test = trained_digits(seed)
+def digits_campaign(batch_size: int = 256, seed: int = SEED, network: str = "resnet18") -> DigitsCampaign:
+    """A campaign on a trained classifier and its test images, with ranges from its training images."""
+    model, train, test = trained_digits(seed, network)
     limits = largest_outputs(profile_ranges(model, image_loader(train, 256)))
     return DigitsCampaign(model, ReplayEngine(model, test[0][0], batch_size), image_loader(test, 256), limits)
 
@@ -86,11 +139,10 @@ def random_classifier(backbone: str, image_size: int, images: int) -> tuple[nn.M
     return model.eval().to(pick_device()), pictures.to(pick_device())
 
 
-def draw_faults(engine: Engine, images: int, per_layer: int) -> Faults:
-    """Single bit flips, uniform over images, neurons and bits, the same number in every layer."""
+def draw_faults(engine: Engine, images: int, count: int) -> Faults:
+    """Single bit flips, uniform over images, neurons and bits, evenly spread over the layers."""
     draw = torch.Generator().manual_seed(SEED)
-    count = per_layer * len(engine.sites)
-    position = torch.arange(len(engine.sites)).repeat_interleave(per_layer)
+    position = torch.arange(count) * len(engine.sites) // count
     neurons = torch.tensor([site.neurons for site in engine.sites])[position]
     columns = {
         "position": position,

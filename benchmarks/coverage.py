@@ -1,113 +1,116 @@
-"""How often intervals of DeltaLoss hold, and how wide they are, on layers of the trained classifier.
+"""How often intervals of DeltaLoss hold, and how wide they are, on layers of trained classifiers.
 
-A big campaign on a layer stands for all its faults; small ones are drawn from it, again and again.
+Big campaigns stand for all faults of their layers, one with uniform injections and one with guided ones; small ones are drawn
+from them, again and again.
 """
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from benchmarks.common import SEED, digits_campaign
-from textguard.estimates.statistics import CONFIDENCE, Sample, mean_interval, quantile, sample_mean, studentised
+from benchmarks.common import CLASSIFIERS, SEED, digits_campaign
+from textguard.estimates.statistics import CONFIDENCE, Sample, average, mean_interval, quantile, sample_mean, studentised
+from textguard.estimates.summary import UNSEEN, UNSEEN_GUIDED
+from textguard.faults.damage import SINGLE_FLIP
 from textguard.faults.execution import run_campaign
+from textguard.faults.guided import draw_guided
 from textguard.faults.plans import draw_plan
 from textguard.faults.profiling import image_chances
-from textguard.faults.sampling import neyman_shares, spread_over_bits
 
-BITS = 32
-PLANS = ("uniform", "neyman")
 INTERVALS = ("normal", "hall", "ours")
+SIZES = {"uniform": (4096,), "guided": (64, 256, 1024)}  # injections per layer of small campaigns
 Z = quantile(CONFIDENCE)
 
-TRAININGS = 3
-LAYERS = 6  # that are measured, spread over the depth
-POPULATION = 65_536  # injections into each; the other layers, which only have pilots, get an eighth
+LAYERS = 8  # that are measured, spread over the depth; the last is enumerated where its faults have a closed form
+POPULATION = 32_768  # injections into each, of either kind
 REPETITIONS = 2_000
-UNIFORM, NEYMAN, PILOT = 4096, 1024, 128  # injections per layer of a small campaign
 
 
 def measure() -> dict[str, Any]:
-    """Layer -> its coefficient of variation and skewness, and plan -> interval -> coverage and mean relative half-width.
-
-    Of the trainings, the lowest coverage, and the mean of the rest.
-    """
-    found = [_measure(SEED + number) for number in range(TRAININGS)]
-    layers = {name: {kind: _mean([own[name][kind] for own in found]) for kind in ("cv", "skewness")} for name in found[0]}
-    for name, layer in layers.items():
-        for plan in PLANS:
-            layer[plan] = {
-                interval: {
-                    "coverage": min(own[name][plan][interval]["coverage"] for own in found),
-                    "half_width": _mean([own[name][plan][interval]["half_width"] for own in found]),
-                }
-                for interval in INTERVALS
-            }
-    sizes = {"trainings": TRAININGS, "population": POPULATION, "repetitions": REPETITIONS, "uniform": UNIFORM, "neyman": NEYMAN}
-    return {**sizes, "layers": layers}
+    """Classifier -> campaign -> interval -> coverage, and half-width as a share of the truth: by layer, and of their mean."""
+    found = {name: _measure(name) for name in CLASSIFIERS}
+    return {"population": POPULATION, "repetitions": REPETITIONS, "classifiers": found}
 
 
-def _measure(seed: int) -> dict[str, dict[str, Any]]:
-    """The same for one training."""
-    setup = digits_campaign(seed=seed)
-    chances = image_chances(setup.engine, setup.loader, "importance")
-    sites = setup.engine.sites[:-1]  # the last is exact
-    measured = [sites[place].layer for place in np.unique(np.linspace(0, len(sites) - 1, LAYERS).round().astype(int))]
-    counts = {site.layer: POPULATION if site.layer in measured else POPULATION // 8 for site in sites}
-    plan = draw_plan(sites, (chances > 0).astype(float), counts, SEED)
-    records = run_campaign(setup.engine, setup.loader, plan, setup.limits, image_batch=64, label="coverage")
-    known = {name: _Layer(rows, chances) for name, rows in records.groupby("layer", sort=False)}
-    tallies = {name: {plan: _Tally() for plan in PLANS} for name in measured}
-    draw, even = np.random.default_rng(SEED), np.full(BITS, 1 / BITS)
-    first = spread_over_bits(PILOT, even, None)
+def _measure(network: str) -> dict[str, Any]:
+    setup = digits_campaign(network=network)
+    sites = setup.engine.sites[:-1]
+    sites = [sites[place] for place in np.unique(np.linspace(0, len(sites) - 1, LAYERS).round().astype(int))]
+    plain, chances = (image_chances(setup.engine, setup.loader, how) for how in ("uniform", "guided"))
+    plans = {
+        "uniform": draw_plan(sites, plain, POPULATION, SEED),
+        "guided": draw_guided(
+            setup.engine,
+            sites,
+            setup.loader,
+            chances,
+            {site.layer: (0, POPULATION) for site in sites},
+            SEED,
+            SINGLE_FLIP,
+            [setup.limits],
+        ),
+    }
+    pools = {
+        name: _pools(run_campaign(setup.engine, setup.loader, plan, setup.limits, image_batch=64, label=f"{network}, {name}"))
+        for name, plan in plans.items()
+    }
+    layers = {
+        site.layer: {
+            f"{name}_{what}": float(number)
+            for name, pool in pools.items()
+            for what, number in zip(("mean", "cv", "skewness"), _moments(pool[site.layer]), strict=True)
+        }
+        for site in sites
+    }
+    found = {
+        f"{name}, {size:,}": _small_campaigns(pools[name], size, UNSEEN_GUIDED if name == "guided" else UNSEEN)
+        for name, sizes in SIZES.items()
+        for size in sizes
+    }
+    return {"eligible": int((plain > 0).sum()), "layers": layers, "campaigns": found}
+
+
+def _pools(records: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Layer -> weighted DeltaLoss of its injections. With so few non-finite losses, to leave them out first is as good."""
+    loss = (records["faulty_loss"] - records["golden_loss"]).abs().to_numpy(float) * records["weight"].to_numpy(float)
+    layers = records["layer"].to_numpy()
+    return {str(layer): loss[(layers == layer) & np.isfinite(loss)] for layer in pd.unique(layers)}
+
+
+def _moments(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean, coefficient of variation, skewness."""
+    return values.mean(), values.std() / values.mean(), ((values - values.mean()) ** 3).mean() / values.std() ** 3
+
+
+def _small_campaigns(pools: dict[str, np.ndarray], size: int, unseen: float) -> dict[str, Any]:
+    """Interval -> its lowest coverage over layers, that of the mean over layers, and their half-widths: mean, and largest."""
+    draw = np.random.default_rng(SEED)
+    truths = {layer: float(pool.mean()) for layer, pool in pools.items()}
+    truth = float(np.mean(list(truths.values())))
+    tallies = {layer: Tally() for layer in [*pools, ""]}
     for _ in range(REPETITIONS):
-        pilots = {name: layer.strata(draw, first) for name, layer in known.items()}
-        shares = neyman_shares({name: SimpleNamespace(strata=strata) for name, strata in pilots.items()})
-        for name in measured:
-            layer = known[name]
-            drawn = layer.values[draw.integers(0, len(layer.values), UNIFORM)]
-            tallies[name]["uniform"].add(sample_mean([drawn], [1.0], [2 * drawn.max()]), layer.mean)
-            more = layer.strata(draw, spread_over_bits(NEYMAN, shares[name], first) - first)
-            strata = [np.concatenate(pair) for pair in zip(pilots[name], more, strict=True)]
-            sample = sample_mean(strata, even, [2 * stratum.max() for stratum in strata])
-            tallies[name]["neyman"].add(sample, layer.mean_over_bits)
+        samples = []
+        for layer, pool in pools.items():
+            drawn = pool[draw.integers(0, len(pool), size)]
+            samples.append(sample_mean([drawn], [1.0], [unseen * drawn.max()]))
+            tallies[layer].add(samples[-1], truths[layer])
+        tallies[""].add(average(samples), truth)
+    results = {layer: tally.result() for layer, tally in tallies.items()}
+    overall = results.pop("")
     return {
-        name: {"cv": known[name].cv, "skewness": known[name].skewness} | {plan: tally.result() for plan, tally in own.items()}
-        for name, own in tallies.items()
+        interval: {
+            "layers": {layer: own[interval] for layer, own in results.items()},
+            "lowest_coverage": min(own[interval][0] for own in results.values()),
+            "half_width": float(np.median([own[interval][1] for own in results.values()])),
+            "mean_coverage": overall[interval][0],
+            "mean_half_width": overall[interval][1],
+        }
+        for interval in INTERVALS
     }
 
 
-def _mean(numbers: list[float]) -> float:
-    return float(np.mean(numbers))
-
-
-class _Layer:
-    """A layer's population, and samples of it by bit with images by their chances."""
-
-    def __init__(self, records: pd.DataFrame, chances: np.ndarray) -> None:
-        loss = (records["faulty_loss"] - records["golden_loss"]).abs().to_numpy(float)
-        finite = np.isfinite(loss)  # with so few non-finite losses, leaving them out first is as good
-        order = np.argsort(records["bit"].to_numpy()[finite], kind="stable")
-        bit, image = (records[name].to_numpy()[finite][order] for name in ("bit", "image"))
-        self.values = loss[finite][order]
-        self.mean = float(self.values.mean())
-        self.cv = float(self.values.std() / self.mean)
-        self.skewness = float(((self.values - self.mean) ** 3).mean() / self.values.std() ** 3)
-        starts, sizes = np.searchsorted(bit, np.arange(BITS)), np.bincount(bit, minlength=BITS)
-        self.mean_over_bits = float((np.add.reduceat(self.values, starts) / sizes).mean())
-        chance = chances[image]
-        total = np.add.reduceat(chance, starts)
-        self._weighted = self.values * (total / sizes)[bit] / chance
-        self._edges = np.concatenate([np.cumsum(part) / part.sum() for part in np.split(chance, starts[1:])]) + bit
-
-    def strata(self, draw: np.random.Generator, counts: np.ndarray) -> list[np.ndarray]:
-        bit = np.repeat(np.arange(BITS), counts)
-        chosen = np.searchsorted(self._edges, draw.random(len(bit)) + bit, side="right")
-        return np.split(self._weighted[chosen], np.cumsum(counts)[:-1])
-
-
-class _Tally:
+class Tally:
     """How often each interval held, and its half-width as a share of the truth."""
 
     def __init__(self) -> None:
@@ -123,9 +126,7 @@ class _Tally:
         )
         self._found.append([(low <= truth <= high, (high - low) / 2 / truth) for low, high in limits])
 
-    def result(self) -> dict[str, dict[str, float]]:
+    def result(self) -> dict[str, tuple[float, float]]:
+        """Interval -> coverage, and mean half-width."""
         means = np.array(self._found, dtype=float).mean(axis=0)
-        return {
-            name: {"coverage": float(held), "half_width": float(width)}
-            for name, (held, width) in zip(INTERVALS, means, strict=True)
-        }
+        return {name: (float(held), float(width)) for name, (held, width) in zip(INTERVALS, means, strict=True)}

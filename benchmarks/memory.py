@@ -44,7 +44,7 @@ def _main(what: str) -> None:
     with torch.inference_mode():
         if engine:
             # As many faults per layer and golden run as there are images in a plain pass.
-            engine.run(images, draw_faults(engine, BATCH, BATCH))
+            engine.run(images, draw_faults(engine, BATCH, BATCH * len(engine.sites)))
         else:
             model(images)
     print(_memory_mb("VmHWM") - before)

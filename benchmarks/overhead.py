@@ -26,7 +26,7 @@ def measure() -> dict[str, float]:
     model, images = digits_classifier()
     images = images[:64]
     engine = ReplayEngine(model, images[0], 512)
-    faults = draw_faults(engine, len(images), 4096 * 64 // 360)
+    faults = draw_faults(engine, len(images), 4096 * 64 // 360 * len(engine.sites))
     engine.run(images, faults)
     found: dict[str, list[float]] = {"wall": [], "products": [], "movement": []}
     for _ in range(ROUNDS):

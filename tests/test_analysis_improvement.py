@@ -10,12 +10,13 @@ from textguard.estimates.statistics import Estimate, exact, sample_mean
 from textguard.estimates.summary import LayerResult
 
 
-def layer_result(values: np.ndarray | float) -> LayerResult:
+def layer_result(values: np.ndarray | float, shared: bool = False) -> LayerResult:
     if isinstance(values, float):
-        mean, strata = exact(values, 100), []
+        mean, shares, strata = exact(values, 100), np.zeros(0), {}
     else:
-        mean, strata = sample_mean([values], [1.0], [2 * values.max()]), [values]
-    return LayerResult("x", 1, "sampled", 100, 0, 0, 0, mean, mean, mean, mean, np.ones(len(strata)), strata)
+        mean, shares = sample_mean([values], [1.0], [2 * values.max()]), np.ones(1)
+        strata = {name: [values] for name in ("delta_loss", "mismatch", "sdc", "broken")}
+    return LayerResult("x", 1, "sampled", 100, 0, 0, 0, mean, mean, mean, mean, shares, strata, shared=shared)
 
 
 def test_shared_injections_narrow_an_improvement():

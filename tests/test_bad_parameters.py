@@ -35,7 +35,7 @@ WRONG_VALUES = {
     "unknown kind of site": ("inject.kinds", ["Pool"], ['"Pool"', "'Conv2d'", "'MatMul'"]),
     "no kind of site": ("inject.kinds", [], ["at least 1"]),
     "unknown plan": ("inject.plan", "sobol", ['"sobol"', "'uniform', 'proportional', 'neyman' or 'guided'"]),
-    "unknown images": ("inject.images", "best", ['"best"', "'uniform' or 'importance'"]),
+    "unknown images": ("inject.images", "best", ['"best"', "'uniform', 'importance' or 'shared'"]),
     "no pilot": ("inject.pilot", 0, ["0", "greater than 0"]),
     "certainty": ("statistics.confidence", 1.0, ["1.0", "less than or equal to 0.9999"]),
     "few resamples": ("statistics.bootstrap", 10, ["10", "greater than or equal to 200"]),

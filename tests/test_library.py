@@ -228,7 +228,7 @@ def test_options_that_cannot_be_are_refused(network, loader):
         assess(network, loader, engine="goldeneye")
     with pytest.raises(UnknownName, match=r"plan 'even' in argument plan; known: guided, neyman, proportional, uniform"):
         assess(network, loader, plan="even")
-    with pytest.raises(UnknownName, match=r"way to draw images 'some' in argument images; known: importance, uniform"):
+    with pytest.raises(UnknownName, match=r"way to draw images 'some' in argument images; known: importance, shared, uniform"):
         assess(network, loader, images="some")
     with pytest.raises(InvalidParameter, match="argument stop_at is 'soon'; allowed: never"):
         assess(network, loader, stop_at="soon")

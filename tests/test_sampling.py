@@ -139,7 +139,9 @@ def test_a_neyman_design_looks_where_the_spread_is(tiny):
     records = tiny.run(design_of(injections=1024, pilot=256))
     pilot = records[records["index"] < 8 * BITS]  # 8 of each bit
     results = tiny.summary(pilot)
-    spreads = {layer: np.array([stratum.std(ddof=1) for stratum in result.strata]) for layer, result in results.items()}
+    spreads = {
+        layer: np.array([stratum.std(ddof=1) for stratum in result.strata["delta_loss"]]) for layer, result in results.items()
+    }
     for layer, counts in by_bit(records).items():
         others = np.mean([spread / spread.sum() for other, spread in spreads.items() if other != layer], axis=0)
         assert np.corrcoef(others, counts)[0, 1] > 0.99

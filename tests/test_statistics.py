@@ -382,7 +382,7 @@ def test_strata_make_the_estimate_that_a_summary_of_records_makes():
     for name in ("value", "variance", "third", "n"):
         assert getattr(found.delta_loss, name) == pytest.approx(getattr(made, name))
     assert found.delta_loss.unseen == pytest.approx(made.unseen)
-    assert all(np.allclose(a, b) for a, b in zip(found.strata, strata, strict=True))
+    assert all(np.allclose(a, b) for a, b in zip(found.strata["delta_loss"], strata, strict=True))
 
 
 def design_of(injections_per_layer, stop_at="never"):
@@ -393,7 +393,7 @@ def campaign(draw, design):
     """The strata of the first layer after all rounds of a design, for which the other layers' pilots plan."""
     counts = spread_over_bits(design.pilot, EVEN, None)
     pilots = {str(place): population.strata(draw, counts) for place, population in enumerate(LAYERS)}
-    shares = neyman_shares({name: SimpleNamespace(strata=strata) for name, strata in pilots.items()})["0"]
+    shares = neyman_shares(pilots)["0"]
     strata, injections = pilots["0"], design.pilot
     while (wanted := next_total(SimpleNamespace(delta_loss=sampled(strata)), injections, design)) > injections:
         more = spread_over_bits(wanted, shares, counts)
@@ -435,7 +435,17 @@ def test_sequentially_stopped_intervals_hold():
 
 def as_result(values):
     return LayerResult(
-        "", 1, "sampled", 0, 0, 0, 0, exact(values.mean(), len(values)), *[exact(0.0, 0)] * 3, np.ones(1), [values]
+        "",
+        1,
+        "sampled",
+        0,
+        0,
+        0,
+        0,
+        exact(values.mean(), len(values)),
+        *[exact(0.0, 0)] * 3,
+        np.ones(1),
+        {"delta_loss": [values]},
     )
 
 

@@ -245,7 +245,7 @@ class InjectParams:
     ]
     faults: FaultParams
     plan: Literal["uniform", "proportional", "neyman", "guided"]
-    images: Literal["uniform", "importance"]
+    images: Literal["uniform", "importance", "shared"]
     injections_per_layer: Count
     pilot: Count
     stop_at: Line

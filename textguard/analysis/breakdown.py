@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from textguard.estimates.statistics import average, mean_interval
-from textguard.estimates.summary import Totals, summarise
+from textguard.estimates.statistics import mean_interval
+from textguard.estimates.summary import Totals, mean_over_layers, summarise
 from textguard.schema.results import ByBit, Convergence, Outcomes
 
 FIRST_POINT = 8  # injections per layer at which convergence is shown first; then twice as many, and so on
@@ -67,7 +67,12 @@ def describe_layer(sums: pd.DataFrame, strata: int, guided: bool) -> tuple[Outco
 
 
 def convergence(
-    records: pd.DataFrame, neurons: Mapping[str, int], nonfinite: str, confidence: float, guided: bool = False
+    records: pd.DataFrame,
+    neurons: Mapping[str, int],
+    nonfinite: str,
+    confidence: float,
+    guided: bool = False,
+    shared: bool = False,
 ) -> list[Convergence]:
     """The mean DeltaLoss of the sampled layers after the first 8, 16, ... injections into each.
 
@@ -77,8 +82,8 @@ def convergence(
     counts = [FIRST_POINT << power for power in range(32) if FIRST_POINT << power < most] + [most] * bool(most)
     points = []
     for count in counts:
-        layers = summarise(records[records["index"] < count], dict(neurons), 0, nonfinite, guided).values()
-        estimate = mean_interval(average([layer.delta_loss for layer in layers]), confidence)
+        layers = summarise(records[records["index"] < count], dict(neurons), 0, nonfinite, guided, shared).values()
+        estimate = mean_interval(mean_over_layers(list(layers), "delta_loss"), confidence)
         points.append(Convergence(injections_per_layer=count, **vars(estimate)))
     return points
 

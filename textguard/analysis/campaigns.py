@@ -52,7 +52,9 @@ def load_campaign(key: str, run: Run, statistics: StatisticsParams, inject: Inje
     detectors = {}
     for name, known in totals.items():
         under = replace_records(records, changed.loc[changed["detector"] == name, RECORDS])
-        found = summarise(under, stored.sampled, stored.strata, statistics.nonfinite, stored.settings["plan"] == "guided")
+        found = summarise(
+            under, stored.sampled, stored.strata, statistics.nonfinite, inject.plan == "guided", inject.images == "shared"
+        )
         found |= {layer.layer: summarise_totals(layer, statistics.nonfinite) for layer in known}
         detectors[name] = [found[site.layer] for site in stored.layers]
     return CampaignRecords(detectors, stored, records, next(iter(totals.values())))

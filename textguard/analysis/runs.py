@@ -12,8 +12,8 @@ from textguard.analysis.campaigns import CampaignRecords, last_layer_weights
 from textguard.analysis.files import RECORDS_DIR, RUNS_DIR, load_ranges, short_names
 from textguard.artifacts import fingerprint, reading
 from textguard.errors import InvalidArtifact
-from textguard.estimates.statistics import Estimate, average, mean_estimate, mean_interval, rate_estimate, rate_interval
-from textguard.estimates.summary import LayerResult
+from textguard.estimates.statistics import Estimate, mean_estimate, mean_interval, rate_estimate, rate_interval
+from textguard.estimates.summary import LayerResult, mean_over_layers
 from textguard.params import Run, StatisticsParams
 from textguard.schema.base import Measured, read
 from textguard.schema.campaign import PLAN_KEYS, Site
@@ -111,9 +111,9 @@ def _plan(campaign: CampaignRecords) -> Plan:
 def _overall(campaign: CampaignRecords, statistics: StatisticsParams) -> Overall:
     layers, confidence = campaign.layers, statistics.confidence
     means = headline(layers, [1.0] * len(layers), confidence)
-    by_neurons = average([layer.delta_loss for layer in layers], [layer.neurons for layer in layers])
+    by_neurons = mean_over_layers(layers, "delta_loss", [layer.neurons for layer in layers])
     exposures = [_exposure(site, statistics) for site in campaign.stored.layers]
-    network_fit = rate_interval(average([layer.sdc for layer in layers], exposures), confidence)
+    network_fit = rate_interval(mean_over_layers(layers, "sdc", exposures), confidence)
     return Overall(
         delta_loss=means.delta_loss,
         sdc=means.sdc,
@@ -146,9 +146,12 @@ def _layers(campaign: CampaignRecords, statistics: StatisticsParams) -> list[Lay
                 injections=layer.injections,
                 masked=layer.masked,
                 detected=layer.detected,
-                delta_loss=_measured(mean_interval(layer.delta_loss, confidence), _blocks(layer.strata, layer.shares, np.nan)),
+                delta_loss=_measured(
+                    mean_interval(layer.delta_loss, confidence),
+                    _blocks(layer.strata.get("delta_loss", ()), layer.shares, np.nan),
+                ),
                 mismatch=Measured.of(rate_interval(layer.mismatch, confidence)),
-                sdc=_measured(sdc, _blocks(layer.sdc_strata, layer.shares, np.nan)),
+                sdc=_measured(sdc, _blocks(layer.strata.get("sdc", ()), layer.shares, np.nan)),
                 nonfinite=Measured.of(rate_interval(layer.broken, confidence)),
                 fit=_bounded(sdc.times(_exposure(site, statistics) * failures)),
                 outcomes=outcomes,
@@ -172,8 +175,8 @@ def _convergence(campaign: CampaignRecords, statistics: StatisticsParams) -> lis
     if campaign.stored.strata or campaign.stored.settings["stop_at"] != "never":
         return []
     neurons = {layer.layer: layer.neurons for layer in campaign.layers}
-    guided = campaign.stored.settings["plan"] == "guided"
-    return convergence(campaign.records, neurons, statistics.nonfinite, statistics.confidence, guided)
+    guided, shared = campaign.stored.settings["plan"] == "guided", campaign.stored.settings["images"] == "shared"
+    return convergence(campaign.records, neurons, statistics.nonfinite, statistics.confidence, guided, shared)
 
 
 def headline(layers: Sequence[LayerResult], weights: Sequence[float], confidence: float) -> Headline:
@@ -182,16 +185,16 @@ def headline(layers: Sequence[LayerResult], weights: Sequence[float], confidence
     blocks: dict[str, list[np.ndarray]] = {"delta_loss": [], "sdc": []}
     for layer, share in zip(layers, shares, strict=True):
         if share:
-            blocks["delta_loss"].append(share * _blocks(layer.strata, layer.shares, layer.delta_loss.value))
-            blocks["sdc"].append(share * _blocks(layer.sdc_strata, layer.shares, layer.sdc.value))
-    delta_loss = mean_interval(average([layer.delta_loss for layer in layers], weights), confidence)
-    sdc = rate_interval(average([layer.sdc for layer in layers], weights), confidence)
+            for name, parts in blocks.items():
+                parts.append(share * _blocks(layer.strata.get(name, ()), layer.shares, getattr(layer, name).value))
+    delta_loss = mean_interval(mean_over_layers(layers, "delta_loss", weights), confidence)
+    sdc = rate_interval(mean_over_layers(layers, "sdc", weights), confidence)
     return Headline(delta_loss=_measured(delta_loss, _sum(blocks["delta_loss"])), sdc=_measured(sdc, _sum(blocks["sdc"])))
 
 
 def _rate(layers: Sequence[LayerResult], name: str, confidence: float) -> Measured:
     """The plain mean of a rate over layers."""
-    return Measured.of(rate_interval(average([getattr(layer, name) for layer in layers]), confidence))
+    return Measured.of(rate_interval(mean_over_layers(layers, name), confidence))
 
 
 def _sum(parts: Sequence[np.ndarray]) -> np.ndarray:

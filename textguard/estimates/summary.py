@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from textguard.errors import InvalidParameter, Setting
-from textguard.estimates.statistics import CONFIDENCE, Sample, exact, mean_interval, rate_interval, sample_mean
+from textguard.estimates.statistics import CONFIDENCE, Sample, average, exact, mean_interval, rate_interval, sample_mean
 
 GOLDENEYE = "goldeneye"  # the policy that leaves injections with a NaN or infinite loss out of DeltaLoss
 UNSEEN = 2.0  # see LayerResult.unseen
@@ -48,10 +48,13 @@ class LayerResult:
         Share of injections that make the loss NaN or infinite.
     shares : ndarray
         Of a sampled layer: each stratum's share in the estimates, float [strata].
-    strata, sdc_strata : list of ndarray
-        Of a sampled layer: each stratum's weighted DeltaLoss and weighted SDCs, float [n], by the injections' index.
+    strata : dict of str to list of ndarray
+        Of a sampled layer: `delta_loss`, `mismatch`, `sdc` and `broken` -> each stratum's weighted values, float [n], by the
+        injections' index. Empty where the layer is exact.
     unseen : float
         How many times the worst that an injection did, its weight counted, one that was not seen may do.
+    shared : bool
+        Whether injections of the same index hit the same image in all of the campaign's sampled layers.
     """
 
     layer: str
@@ -66,9 +69,9 @@ class LayerResult:
     sdc: Sample
     broken: Sample
     shares: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    strata: list[np.ndarray] = field(default_factory=list)
-    sdc_strata: list[np.ndarray] = field(default_factory=list)
+    strata: dict[str, list[np.ndarray]] = field(default_factory=dict)
     unseen: float = UNSEEN
+    shared: bool = False
 
     def __str__(self) -> str:
         shares = f"{self.masked / self.injections:.0%} masked, {self.detected / self.injections:.0%} detected"
@@ -125,7 +128,12 @@ class Totals:
 
 
 def summarise(
-    records: pd.DataFrame, neurons: dict[str, int], bits: int = 0, nonfinite: str = GOLDENEYE, guided: bool = False
+    records: pd.DataFrame,
+    neurons: dict[str, int],
+    bits: int = 0,
+    nonfinite: str = GOLDENEYE,
+    guided: bool = False,
+    shared: bool = False,
 ) -> dict[str, LayerResult]:
     """Estimate what faults do to each sampled layer.
 
@@ -142,6 +150,8 @@ def summarise(
         nats.
     guided : bool
         Whether the plan was `guided`.
+    shared : bool
+        Whether the layers shared their images.
 
     Returns
     -------
@@ -177,12 +187,61 @@ def summarise(
     by_layer = dict(list(injections.groupby("layer", sort=False)))
     cap = cap_of(nonfinite)
     return {
-        layer: _summarise_layer(
-            by_layer[layer].sort_values("index"), layer, count, bits, cap, UNSEEN_GUIDED if guided else UNSEEN
-        )
+        layer: _summarise_layer(by_layer[layer].sort_values("index"), layer, count, bits, cap, guided, shared)
         for layer, count in neurons.items()
         if layer in by_layer
     }
+
+
+def mean_over_layers(layers: Sequence[LayerResult], measure: str, weights: Sequence[float] | None = None) -> Sample:
+    """The mean of a measure over the layers of one campaign.
+
+    Layers that share their images err together, because an image that the model is unsure of raises the DeltaLoss of all.
+    Injections of the same index then count as one observation.
+
+    Parameters
+    ----------
+    layers : sequence of LayerResult
+        The layers, at least one.
+    measure : {"delta_loss", "mismatch", "sdc", "broken"}
+        What is averaged.
+    weights : sequence of float, optional
+        What each layer counts for; their sum need not be 1. By default all count the same.
+
+    Returns
+    -------
+    Sample
+        The mean.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> rows = {"index": [0, 1] * 2, "weight": 1.0, "golden_loss": 0.5, "faulty_loss": [0.5, 2.5, 1.5, 3.5]}
+    >>> rows |= {"bit": 30, "detected": False, "masked": False, "mismatch": False}
+    >>> records = pd.DataFrame({"layer": ["conv", "conv", "fc", "fc"], **rows})
+    >>> apart, shared = (summarise(records, {"conv": 8, "fc": 2}, shared=shared) for shared in (False, True))
+    >>> [mean_over_layers(list(found.values()), "delta_loss").variance for found in (apart, shared)]
+    [0.5, 1.0]
+    """
+    weights = [1.0] * len(layers) if weights is None else weights
+    apart = average([getattr(layer, measure) for layer in layers], weights)
+    together = [
+        (weight / sum(weights), layer) for weight, layer in zip(weights, layers, strict=True) if layer.shared and layer.strata
+    ]
+    if not together:
+        return apart
+    shares = together[0][1].shares
+    joint = []
+    for number in range(len(shares)):
+        size = max(len(layer.strata[measure][number]) for _, layer in together)
+        total = np.zeros(size)
+        for weight, layer in together:
+            values = layer.strata[measure][number]
+            total += weight * values.mean()
+            total[: len(values)] += weight * size / len(values) * (values - values.mean())
+        joint.append(total)
+    moments = sample_mean(joint, shares, np.zeros(len(shares)))
+    return replace(apart, variance=moments.variance, third=moments.third)
 
 
 def summarise_totals(totals: Totals, nonfinite: str = GOLDENEYE) -> LayerResult:
@@ -267,30 +326,36 @@ def cap_of(nonfinite: str) -> float | None:
 
 
 def _summarise_layer(
-    records: pd.DataFrame, layer: str, neurons: int, bits: int, cap: float | None, unseen: float
+    records: pd.DataFrame, layer: str, neurons: int, bits: int, cap: float | None, guided: bool, shared: bool
 ) -> LayerResult:
     """The estimates of one layer from its records, one row per injection, in order of their index."""
     loss = (records["faulty_loss"].to_numpy(float) - records["golden_loss"].to_numpy(float)).__abs__()
-    finite, weight, guided = np.isfinite(loss), records["weight"].to_numpy(float), unseen == UNSEEN_GUIDED
+    finite, weight = np.isfinite(loss), records["weight"].to_numpy(float)
     mismatch, everywhere = records["mismatch"].to_numpy(bool), np.ones(len(records), dtype=bool)
     groups = [np.flatnonzero(records["bit"].to_numpy() == bit) for bit in range(bits)] if bits else [np.arange(len(records))]
     shares = np.full(len(groups), 1 / len(groups))
+    # Of each measure: what an injection counts, and whether it does.
+    counts = {
+        "delta_loss": (np.where(finite, loss, 0.0 if cap is None else cap), finite if cap is None else everywhere),
+        "mismatch": (mismatch, finite),
+        "sdc": (mismatch | ~finite, everywhere),
+        "broken": (~finite, everywhere),
+    }
+    strata = {
+        name: _split(np.where(known, values, 0.0), known, weight, groups, shares) for name, (values, known) in counts.items()
+    }
+    unseen = UNSEEN_GUIDED if guided else UNSEEN
 
-    def stratify(values: np.ndarray, counted: np.ndarray) -> list[np.ndarray]:
-        return _split(np.where(counted, values, 0.0), counted, weight, groups, shares)
-
-    def rate(hits: np.ndarray, counted: np.ndarray) -> Sample:
-        strata = stratify(hits.astype(float), counted)
-        share = sum(part * stratum.mean() for part, stratum in zip(shares, strata, strict=True))
+    def rate(name: str) -> Sample:
+        values = strata[name]
+        share = sum(part * stratum.mean() for part, stratum in zip(shares, values, strict=True))
         another = [weight[group].max() if share <= 0.5 else 0.0 for group in groups]
         if guided and share <= 0.5:
             # One more hit, as heavy as the heaviest was; without any, as heavy as a fault is on average (Kish's design effect).
-            another = [strata[0].max() if strata[0].max() > 0 else (weight**2).sum() / weight.sum()]
-        return replace(_counting(sample_mean(strata, shares, another), int(counted.sum())), guided=guided)
+            another = [values[0].max() if values[0].max() > 0 else (weight**2).sum() / weight.sum()]
+        return replace(sample_mean(values, shares, another), n=int(counts[name][1].sum()), guided=guided)
 
-    counted = finite if cap is None else everywhere
-    strata = stratify(np.where(finite, loss, 0.0 if cap is None else cap), counted)
-    delta_loss = sample_mean(strata, shares, [unseen * stratum.max() for stratum in strata])
+    delta_loss = sample_mean(strata["delta_loss"], shares, [unseen * stratum.max() for stratum in strata["delta_loss"]])
     return LayerResult(
         layer,
         neurons,
@@ -299,14 +364,14 @@ def _summarise_layer(
         int(records["masked"].sum()),
         int(records["detected"].sum()),
         int((~finite).sum()),
-        delta_loss=_counting(delta_loss, int(counted.sum())),
-        mismatch=rate(mismatch, finite),
-        sdc=rate(mismatch | ~finite, everywhere),
-        broken=rate(~finite, everywhere),
+        delta_loss=replace(delta_loss, n=int(counts["delta_loss"][1].sum())),
+        mismatch=rate("mismatch"),
+        sdc=rate("sdc"),
+        broken=rate("broken"),
         shares=shares,
         strata=strata,
-        sdc_strata=stratify((mismatch | ~finite).astype(float), everywhere),
         unseen=unseen,
+        shared=shared,
     )
 
 
@@ -327,8 +392,3 @@ def _split(
     known, total = np.sum(parts, axis=0)
     mean = total / known if known else np.nan
     return [(mean + weight * counted * (values - mean) / (known or np.nan))[group] for group in groups]
-
-
-def _counting(sample: Sample, n: int) -> Sample:
-    """The sample with another number of observations."""
-    return replace(sample, n=n)

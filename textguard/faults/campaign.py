@@ -51,8 +51,9 @@ class CampaignSettings:
         Of the fault plan. The same seed gives corresponding layers of two models corresponding faults, unless it is guided.
     plan : {"uniform", "proportional", "neyman", "guided"}, default "uniform"
         Which injections are made; see `Design`.
-    images : {"uniform", "importance"}, default "uniform"
-        How images are drawn; see `image_chances`. Plan `guided` has a way of its own.
+    images : {"uniform", "importance", "shared"}, default "uniform"
+        How images are drawn; see `image_chances`. `shared` hits all layers on the same ones, see `Design`. Plan `guided` has
+        chances of its own, whether images are shared or not.
     pilot : int, default 128
         Injections into each layer before the rest is planned; see `Design`.
     stop_at : str, default "never"
@@ -131,7 +132,8 @@ class CampaignSettings:
     @property
     def design(self) -> Design:
         """How the campaign spreads its injections."""
-        return Design(self.plan, self.injections_per_layer, self.pilot, self.stop_at, self.confidence, self.seed)
+        shared = self.images == "shared"
+        return Design(self.plan, self.injections_per_layer, self.pilot, self.stop_at, self.confidence, self.seed, shared)
 
     @property
     def detectors(self) -> list[str]:
@@ -339,7 +341,7 @@ class Campaign:
     def summarise(self, records: pd.DataFrame, totals: Sequence[Totals]) -> dict[str, LayerResult]:
         """Layer -> its estimates, in order of execution, from the records of sampled layers and the totals of the others."""
         neurons, guided = {site.layer: site.neurons for site in self.sampled}, self.settings.plan == "guided"
-        results = summarise(records, neurons, self.strata, guided=guided)
+        results = summarise(records, neurons, self.strata, guided=guided, shared=self.settings.design.share_images)
         return results | {layer.layer: summarise_totals(layer) for layer in totals}
 
     def pace(self, injections_per_layer: int = 1, sites: Sequence[Site] | None = None, injections: int = 256) -> float:

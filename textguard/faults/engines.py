@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -400,7 +399,7 @@ class WholeEngine(_Engine):
 
 
 class PyTorchFIEngine(_Engine):
-    """The reference: PyTorchFI 0.6.0's batched declaration, one fault per element, whole network each time.
+    """The reference: PyTorchFI 0.6.0 with a function of ours, one fault per element of the batch, whole network each time.
 
     model: as for PyTorchFI, every Conv2d and Linear called exactly once, as a module. Source: Mahmoud et al., DSN-W 2020.
     """
@@ -435,6 +434,8 @@ class PyTorchFIEngine(_Engine):
             for position, ((name, module), shape) in enumerate(zip(called, shapes, strict=True))
         ]
         self._storages, _ = make_storages(model, self.sites, FP32, {}, target)
+        # Declared once for all faults: a declaration copies the model. Where they happen is told to `_flip`, batch by batch.
+        self._corrupted = self._injector.declare_neuron_fi(function=self._flip)
 
     @torch.inference_mode()
     def run(self, images: Tensor, faults: Faults) -> Outcomes:
@@ -442,8 +443,10 @@ class PyTorchFIEngine(_Engine):
         results = _Results(faults)
         for rows in torch.arange(len(faults.image), device=images.device).split(self._batch_size):
             part, values = faults.select(rows)
-            results.reached(rows, self._run_batch(images, part, values, results))
-        return results.outcomes(self._model(images.clone()))
+            self._now = part, values, results
+            self._injector.reset_current_layer()
+            results.reached(rows, self._corrupted(images[part.image]))
+        return results.outcomes(torch.cat([self._model(some.clone()) for some in images.split(self._batch_size)]))
 
     @torch.inference_mode()
     def observe(self, images: Tensor, see: See = lambda position, output: None) -> Tensor:
@@ -460,28 +463,18 @@ class PyTorchFIEngine(_Engine):
 
         return foresee(run, self.sites, self._storages, images, labels, {}, None)
 
-    def _run_batch(self, images: Tensor, faults: Faults, values: Tensor, results: _Results) -> Tensor:
-        def flip(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            position = self._injector.get_current_layer()
-            here = torch.where(faults.position == position)[0]
-            if len(here):
-                part, part_values = faults.select(here)
-                rows = output[here]
-                results.damaged(values[part_values], damage_output(self._storages[position], rows, part))
-                output[here] = rows
-            self._injector.updateLayer()
-            return output
-
-        position = faults.position[faults.row].tolist()
-        shapes = [self.sites[number].shape for number in position]
-        places = [np.unravel_index(neuron, shape) for neuron, shape in zip(faults.neuron.tolist(), shapes, strict=True)]
-        dims = [[int(place[d]) if d < len(place) else None for place in places] for d in range(3)]
-        corrupted = self._injector.declare_neuron_fi(
-            function=flip, batch=faults.row.tolist(), layer_num=position, dim1=dims[0], dim2=dims[1], dim3=dims[2]
-        )
-        logits = corrupted(images[faults.image])
-        self._injector.fi_reset()
-        return logits
+    def _flip(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """What PyTorchFI calls behind each layer."""
+        faults, values, results = self._now
+        position = self._injector.get_current_layer()
+        here = torch.where(faults.position == position)[0]
+        if len(here):
+            part, part_values = faults.select(here)
+            rows = output[here]
+            results.damaged(values[part_values], damage_output(self._storages[position], rows, part))
+            output[here] = rows
+        self._injector.updateLayer()
+        return output
 
 
 def _run_hooked(

@@ -22,7 +22,7 @@ from textguard.errors import InvalidParameter, Setting
 from textguard.faults.damage import FaultModel
 from textguard.faults.engines import Engine
 from textguard.faults.formats import Format
-from textguard.faults.plans import PLAN_COLUMNS, bits_of, distinct, draw_images, uniform_numbers
+from textguard.faults.plans import PLAN_COLUMNS, SHARED, bits_of, distinct, draw_images, uniform_numbers
 from textguard.faults.prediction import Prediction, loss_changes
 from textguard.faults.profiling import batches
 from textguard.faults.sites import Site
@@ -34,6 +34,7 @@ CANDIDATES = 64  # neurons that an injection looks at
 SHARES = {"uniform": 0.1, "bit": 0.1, "predicted": 0.55, "feared": 0.25}
 TRIED = 10  # the highest bits, for which predictions are computed. Each one below does half of what the next one does.
 LARGEST_LOSS = 1e30  # nats, of what overflows
+AT_ONCE = 256  # injections that are chosen for together
 VALUES = 2**25  # that the sites of all images of one prediction hold together
 
 
@@ -46,6 +47,7 @@ def draw_guided(
     seed: int,
     fault_model: FaultModel,
     limits: Sequence[Mapping[str, float]],
+    share_images: bool = False,
     label: str = "guide",
 ) -> pd.DataFrame:
     """Draw independent injections for each layer, mostly those that are predicted to do most.
@@ -70,6 +72,8 @@ def draw_guided(
         What one injection damages.
     limits : sequence of mappings of str to float
         For each range detector that the faults are for: layer -> largest magnitude that it lets pass.
+    share_images : bool, default False
+        Whether injections of the same index hit the same image in all layers; see `draw_plan`.
     label : str, default "guide"
         Names the work in progress lines.
 
@@ -100,7 +104,10 @@ def draw_guided(
     (True, True)
     """
     check_predictable(fault_model)
-    drawn = {site.layer: _Draws(site, chances, *counts[site.layer], seed, fault_model, engine.number_format) for site in sites}
+    drawn = {
+        site.layer: _Draws(site, chances, *counts[site.layer], seed, fault_model, engine.number_format, share_images)
+        for site in sites
+    }
     wanted = np.unique(np.concatenate([draws.image for draws in drawn.values()]))
     size = max(1, VALUES // sum(site.neurons for site in engine.sites))
     parts = [part.tolist() for part in np.array_split(wanted, range(size, len(wanted), size))]
@@ -134,11 +141,12 @@ class _Draws:
         seed: int,
         fault_model: FaultModel,
         number_format: Format,
+        share_images: bool,
     ) -> None:
         self.site, self.model, self.index = site, fault_model, np.arange(first, end)
         self.bits = bits_of(fault_model, number_format)
         values, bits = fault_model.values, fault_model.bits
-        self.image = draw_images(chances, seed, f"{site.position}", end)[first:]
+        self.image = draw_images(chances, seed, SHARED if share_images else f"{site.position}", end)[first:]
         self.weight = chances[chances > 0].mean() / chances[self.image]
         uniform = uniform_numbers(seed, f"{site.position} candidates", end, CANDIDATES * values * (1 + bits) + 1)[first:]
         self._chosen, rest = uniform[:, 0], uniform[:, 1:].reshape(len(uniform) * CANDIDATES, -1)
@@ -156,9 +164,12 @@ class _Draws:
 
     def take(self, prediction: Prediction, part: np.ndarray, limits: Sequence[float]) -> None:
         """Take a candidate for each injection on the images `part`, which the prediction is of. limits: of each detector."""
-        rows = np.flatnonzero(np.isin(self.image, part))
-        if not len(rows):
-            return
+        there = np.flatnonzero(np.isin(self.image, part))
+        for first in range(0, len(there), AT_ONCE):
+            self._take(prediction, there[first : first + AT_ONCE], part, limits)
+
+    def _take(self, prediction: Prediction, rows: np.ndarray, part: np.ndarray, limits: Sequence[float]) -> None:
+        """The same for the injections `rows`, few enough for the processor's cache."""
         device = prediction.doubt.device
         image = torch.as_tensor(np.searchsorted(part, self.image[rows]), device=device)
         predicted = [self._predict(prediction, rows, image, limit) for limit in limits]

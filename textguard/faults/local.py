@@ -384,9 +384,12 @@ class LocalSteps:
                 inputs.values.permute(0, 3, 1, 2), conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups
             )
             return replace(output, values=values.permute(0, 2, 3, 1))
-        variants = patch.values.shape[3]
-        inputs = replace(inputs, values=patch.values.new_zeros(len(image), *inputs.values.shape[1:3], variants))
-        paste(inputs, replace(patch, values=patch.values - read(source, image, patch)))
+        change, scale = patch.values - read(source, image, patch), None
+        if change.shape[3] > 1 and change.shape[1:3] == (1, 1):  # what changes of one place do is in proportion to them
+            change, scale = torch.ones_like(change[..., :1]), change[:, 0]
+        variants = change.shape[3]
+        inputs = replace(inputs, values=change.new_zeros(len(image), *inputs.values.shape[1:3], variants))
+        paste(inputs, replace(patch, values=change))
         # [N, outputs, kernel]. Not by F.unfold, which copies image by image.
         changes = inputs.values.movedim(3, 1).flatten(0, 1)
         for axis in (0, 1):
@@ -400,6 +403,8 @@ class LocalSteps:
         if variants > 1:  # [N, variants * outputs, kernel]: the variants of a fault share its weights
             changed = torch.bmm(changes.unflatten(0, (-1, variants)).flatten(1, 2), weights).unflatten(1, (variants, -1))
             values = golden + changed[..., 0].movedim(1, 2)
+        elif scale is not None:
+            values = golden + torch.bmm(changes, weights) * scale
         else:
             values = torch.baddbmm(golden, changes, weights)
         return replace(output, values=values.unflatten(1, (rows, columns)))

@@ -15,6 +15,7 @@ from textguard.faults.sites import Site
 
 PLAN_COLUMNS = ["layer", "index", "image", "neuron", "bit", "weight"]
 DRAWN_COLUMNS = ["layer", "index", "image"]  # of these, what predictions have no part in: it is the same on all machines
+SHARED = "all layers"  # the stream of images that all layers are hit on
 TRIES = 32  # candidate images that each injection draws at once
 Count = int | np.ndarray  # a layer's injections; or those of each bit, int [bits]
 
@@ -26,6 +27,7 @@ def draw_plan(
     seed: int,
     fault_model: FaultModel = SINGLE_FLIP,
     number_format: Format = FP32,
+    share_images: bool = False,
 ) -> pd.DataFrame:
     """Draw independent injections for each layer.
 
@@ -51,6 +53,9 @@ def draw_plan(
         What one injection damages.
     number_format : Format
         How values are stored, which says how many bits there are.
+    share_images : bool
+        Whether injections of the same index hit the same image in all layers. Layers then are not independent of each other;
+        see `textguard.estimates.summary.mean_over_layers`.
 
     Returns
     -------
@@ -85,12 +90,12 @@ def draw_plan(
     for site in sites:
         count = counts[site.layer]
         if isinstance(count, Integral):
-            drawn.append(_draw(site, chances, int(count), seed, fault_model, number_format))
+            drawn.append(_draw(site, chances, int(count), seed, fault_model, number_format, share_images))
             continue
         if (fault_model.bits, fault_model.values) != (1, 1):
             raise InvalidParameter(Setting("plan"), ": only faults of one bit in one value can be planned by bit")
         drawn += [
-            _draw(site, chances, int(of_bit), seed, fault_model, number_format, bit)
+            _draw(site, chances, int(of_bit), seed, fault_model, number_format, share_images, bit)
             for bit, of_bit in enumerate(count)
             if of_bit
         ]
@@ -104,11 +109,13 @@ def _draw(
     seed: int,
     fault_model: FaultModel,
     number_format: Format,
+    share_images: bool,
     bit: int | None = None,
 ) -> dict[str, np.ndarray]:
     """The injections of one layer, by column; with `bit`, all of them in that bit."""
     values, bits, all_bits = fault_model.values, fault_model.bits, bits_of(fault_model, number_format)
-    stream = f"{site.position}" if bit is None else f"{site.position} bit {bit}"
+    of_bit = "" if bit is None else f" bit {bit}"
+    stream = f"{site.position}{of_bit}"
     uniform = uniform_numbers(seed, stream, count, values * (1 + bits))
     neurons = distinct(uniform[:, :values], _targets(site, fault_model, number_format), "values")
     index = np.arange(count, dtype=np.int64)
@@ -116,7 +123,7 @@ def _draw(
         damaged = distinct(uniform[:, values:].reshape(-1, bits), all_bits, "bits").reshape(-1)
     else:
         damaged, index = np.full(count, bit, dtype=np.int64), index * all_bits + bit
-    image = draw_images(chances, seed, stream, count)
+    image = draw_images(chances, seed, f"{SHARED}{of_bit}" if share_images else stream, count)
     weight = chances[chances > 0].mean() / chances[image]
     return {
         "layer": np.full(count * values * bits, site.layer, dtype=object),

@@ -24,7 +24,7 @@ from textguard.faults.graph import TracedModel
 from textguard.faults.mitigations import activations
 from textguard.faults.sites import DEFAULT_KINDS
 
-IMAGES = ("uniform", "importance")
+IMAGES = ("uniform", "importance", "shared")
 
 
 def loader_of(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
@@ -103,10 +103,11 @@ def image_chances(engine: Engine, loader: DataLoader, images: str = "uniform") -
         Runs the fault-free model; see `make_engine`.
     loader : DataLoader
         Gives images and labels, from a map-style data set of N images.
-    images : {"uniform", "importance", "guided"}, default "uniform"
-        `uniform` gives all eligible images the chance 1. `importance` gives half of that to all, and half in proportion to
-        1 - p(label), because a small change of the logits changes the loss most where the model is least certain. It makes
-        estimates steadier in layers whose faults do little, not in the last ones. No injection weighs more than about 2.
+    images : {"uniform", "importance", "shared", "guided"}, default "uniform"
+        `uniform` and `shared` give all eligible images the chance 1. `importance` gives half of that to all, and half in
+        proportion to 1 - p(label), because a small change of the logits changes the loss most where the model is least
+        certain. It makes estimates steadier in layers whose faults do little, not in the last ones. No injection weighs more
+        than about 2.
         `guided` is what plan `guided` draws by: a quarter to all, the rest where the class is in doubt.
 
     Returns
@@ -150,7 +151,7 @@ def image_chances(engine: Engine, loader: DataLoader, images: str = "uniform") -
         doubt[part] = (-torch.expm1(-loss)).clamp(min=0).cpu().numpy()
         odds[part] = torch.expm1(loss).clamp(min=0).cpu().numpy()  # against the image's class
     doubt *= chances
-    if images == "uniform" or not doubt.sum():
+    if images in ("uniform", "shared") or not doubt.sum():
         return chances
     # Batches of another size change the last digits of logits. Two decimals hide that, so that it changes no plan.
     if images == "importance":

@@ -48,6 +48,9 @@ class Design:
         Of that interval, 0.5 to 0.9999.
     seed : int
         Of the fault plan.
+    share_images : bool, default False
+        Whether all layers are hit on the same images. Where there are more images than injections, each image then has more
+        faults, which makes a campaign faster. Means over layers are less precise, because their layers err together.
 
     Raises
     ------
@@ -72,6 +75,7 @@ class Design:
     stop_at: str
     confidence: float
     seed: int
+    share_images: bool = False
 
     def __post_init__(self) -> None:
         checked_name("plan", self.plan, PLANS, Setting("plan"))
@@ -202,10 +206,19 @@ def run_design(
         if guided:
             ranges = {site.layer: (sum(map(_count, found[site.layer])), wanted[site.layer]) for site in going_on}
             plan = draw_guided(
-                engine, going_on, loader, chances, ranges, design.seed, fault_model, [limits, *guides], f"{label}, plan"
+                engine,
+                going_on,
+                loader,
+                chances,
+                ranges,
+                design.seed,
+                fault_model,
+                [limits, *guides],
+                design.share_images,
+                f"{label}, plan",
             )
         else:
-            plan = draw_plan(going_on, chances, counts, design.seed, fault_model, engine.number_format)
+            plan = draw_plan(going_on, chances, counts, design.seed, fault_model, engine.number_format, design.share_images)
             if number:
                 plan = without(plan, pd.concat(part for site in going_on for part in found[site.layer]))
         if not number:
@@ -228,7 +241,7 @@ def run_design(
             for site in going_on
         }
         if not number and design.plan == "neyman":
-            shares = neyman_shares(results)
+            shares = neyman_shares({layer: result.strata["delta_loss"] for layer, result in results.items()})
         ends = {layer: next_total(result, wanted[layer], designs[layer]) for layer, result in results.items()}
         going_on = [site for site in going_on if ends[site.layer] > wanted[site.layer]]
         for layer in (site.layer for site in going_on):
@@ -294,18 +307,18 @@ def spread_over_bits(total: int, shares: np.ndarray, before: Count | None) -> Co
     return whole
 
 
-def neyman_shares(pilots: Mapping[str, LayerResult]) -> dict[str, np.ndarray]:
+def neyman_shares(pilots: Mapping[str, Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
     """Layer -> share of each bit, float [bits], by Neyman's allocation.
 
-    pilots: layer -> its estimates from a pilot; only their strata are used, one for each bit. A layer's shares are the mean of
-    the other layers' standard deviations by bit, each layer's scaled to sum 1, mixed with even shares (see EVENLY).
+    pilots: layer -> DeltaLoss of each bit's injections, float [n]. A layer's shares are the mean of the other layers' standard
+    deviations by bit, each layer's scaled to sum 1, mixed with even shares (see EVENLY).
     """
-    spreads = {layer: np.array([stratum.std(ddof=1) for stratum in pilot.strata]) for layer, pilot in pilots.items()}
+    spreads = {layer: np.array([stratum.std(ddof=1) for stratum in strata]) for layer, strata in pilots.items()}
     spreads = {layer: spread / spread.sum() for layer, spread in spreads.items() if spread.sum() > 0}
     shares = {}
-    for layer, pilot in pilots.items():
+    for layer, strata in pilots.items():
         others = [spread for other, spread in spreads.items() if other != layer]
-        even = np.full(len(pilot.strata), 1 / len(pilot.strata))
+        even = np.full(len(strata), 1 / len(strata))
         if not others:
             shares[layer] = even
             continue
