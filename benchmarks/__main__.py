@@ -9,14 +9,15 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import coverage, efficiency, injections, last_layer, memory, overhead, training
+from benchmarks import coverage, efficiency, guided, injections, last_layer, memory, overhead, training
 from textguard import __version__
 from textguard.artifacts import write_json, write_text
 from textguard.runtime import describe_device, pick_device
 
 HERE = Path(__file__).parent
 MEASURES = {
-    module.__name__.rpartition(".")[2]: module.measure for module in (last_layer, overhead, memory, coverage, efficiency)
+    module.__name__.rpartition(".")[2]: module.measure
+    for module in (last_layer, overhead, memory, guided, coverage, efficiency)
 }
 MEASURES |= {"training": training.measure, "injections": lambda: injections.measure(list(injections.CASES))}
 
@@ -91,33 +92,48 @@ def table(results: dict) -> str:
         f"{_spread(trained['times_ours_channels_last'], 2)} times with TEXTGUARD_CHANNELS_LAST=1. In brackets, of "
         f"{training.ROUNDS} rounds the lowest and the highest.",
         "",
-        f"How often 99 % intervals of DeltaLoss hold in {held['repetitions']:,} campaigns, on the worst of {coverage.LAYERS} "
-        "layers, and in brackets their median half-width as a share of the truth; then the same for the mean over them. "
-        "Intervals: mean +- 2.576 standard errors, Hall's, ours.",
+        f"How often 99 % intervals hold in {held['repetitions']:,} campaigns on {coverage.LAYERS} layers: DeltaLoss of the "
+        "worst layer, with mean +- 2.576 standard errors, Hall's interval and ours; ours in the mean over layers, its "
+        "half-width as a share of the truth (median layer) and over 2.576 true standard errors; DeltaLoss of the mean of these "
+        "layers, with ours; and SDC probability, of the worst layer and in the mean over layers.",
         "",
-        "| Classifier | Plan, injections | Normal | Hall | Ours | Mean of layers: normal | Hall | Ours |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| Classifier | Plan, injections | Normal | Hall | Ours | Ours, mean | Half-width | Over ideal | Mean of layers "
+        "| SDC | SDC, mean |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, classifier in held["classifiers"].items():
         for campaign, found in classifier["campaigns"].items():
-            layers = [f"{one['lowest_coverage']:.1%} (+-{one['half_width']:.0%})" for one in found.values()]
-            means = [f"{one['mean_coverage']:.1%} (+-{one['mean_half_width']:.0%})" for one in found.values()]
-            lines.append(f"| {name} | {campaign} | {' | '.join([*layers, *means])} |")
+            ours = found["ours"]
+            numbers = [
+                *(f"{found[interval]['lowest_coverage']:.1%}" for interval in ("normal", "hall", "ours")),
+                f"{ours['coverage']:.1%}",
+                f"{ours['half_width']:.0%}",
+                f"{found['ours_ideal']:.2f}",
+                f"{ours['mean_coverage']:.1%} (+-{ours['mean_half_width']:.0%})",
+                f"{found['sdc']['lowest_coverage']:.1%}",
+                f"{found['sdc']['coverage']:.1%}",
+            ]
+            lines.append(f"| {name} | {campaign} | {' | '.join(numbers)} |")
     lines += [
         "",
-        "What a guided plan is worth: the variance of a layer's DeltaLoss under uniform injections, over that under as many "
-        "guided ones; how uneven weighted results are (coefficient of variation, CV); and the half-width of 1,024 guided ones.",
+        "What a guided plan is worth: how uneven the results of single injections are, weights counted (coefficient of "
+        "variation, CV), and the ratio of the variances of a layer's DeltaLoss, uniform over guided, at the same number of "
+        "injections.",
         "",
-        "| Classifier | Layer | CV, uniform | CV, guided | Variance ratio | Half-width |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| Classifier | Layer | CV, uniform | CV, guided | Variance ratio |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for name, classifier in held["classifiers"].items():
         for layer, own in classifier["layers"].items():
-            half = classifier["campaigns"]["guided, 1,024"]["ours"]["layers"][layer][1]
             ratio = (own["uniform_cv"] / own["guided_cv"]) ** 2
+            lines.append(f"| {name} | {layer} | {own['uniform_cv']:.0f} | {own['guided_cv']:.2g} | {_number(ratio)} |")
+    for name, found in results["guided"].items():
+        for layer, own in found["layers"].items():
             lines.append(
-                f"| {name} | {layer} | {own['uniform_cv']:.0f} | {own['guided_cv']:.2g} | {_number(ratio)} | {half:.0%} |"
+                f"| {name} at 224 x 224 | {layer} | {own['uniform_cv']:.0f} | {own['guided_cv']:.2g} "
+                f"| {_number(own['variance_ratio'])} |"
             )
+    lines += ["", "Drawing takes, per image and for " + _preparation(results["guided"]) + "."]
     return "\n".join(lines) + "\n"
 
 
@@ -130,6 +146,16 @@ def _goal(cases: dict[str, dict]) -> str:
         if own.get("times_pytorchfi", injections.GOAL) < injections.GOAL
     ]
     return f"Less than {injections.GOAL:.0f} times PyTorchFI: {'; '.join(missed) or 'nowhere'}."
+
+
+def _preparation(cases: dict[str, dict]) -> str:
+    each = "; ".join(
+        f"{name}, {found['drawing_s_per_image']:.2g} s, {found['drawing_s_per_image'] / found['forward_s_per_image']:.1f} "
+        "forward passes"
+        for name, found in cases.items()
+    )
+    one = next(iter(cases.values()))
+    return f"{one['injections'] // one['images']} injections on each: {each}"
 
 
 def _dates(dates: dict[str, str]) -> str:

@@ -10,15 +10,24 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.common import CLASSIFIERS, SEED, digits_campaign
-from textguard.estimates.statistics import CONFIDENCE, Sample, average, mean_interval, quantile, sample_mean, studentised
-from textguard.estimates.summary import UNSEEN, UNSEEN_GUIDED
+from textguard.estimates.statistics import (
+    CONFIDENCE,
+    Sample,
+    average,
+    mean_interval,
+    quantile,
+    rate_interval,
+    sample_mean,
+    studentised,
+)
+from textguard.estimates.summary import UNSEEN, UNSEEN_GUIDED, rate_sample
 from textguard.faults.damage import SINGLE_FLIP
 from textguard.faults.execution import run_campaign
 from textguard.faults.guided import draw_guided
 from textguard.faults.plans import draw_plan
 from textguard.faults.profiling import image_chances
 
-INTERVALS = ("normal", "hall", "ours")
+INTERVALS = ("normal", "hall", "ours", "sdc")
 SIZES = {"uniform": (4096,), "guided": (64, 256, 1024)}  # injections per layer of small campaigns
 Z = quantile(CONFIDENCE)
 
@@ -52,79 +61,103 @@ def _measure(network: str) -> dict[str, Any]:
         ),
     }
     pools = {
-        name: _pools(run_campaign(setup.engine, setup.loader, plan, setup.limits, image_batch=64, label=f"{network}, {name}"))
+        name: {
+            str(layer): _Pool(records)
+            for layer, records in run_campaign(
+                setup.engine, setup.loader, plan, setup.limits, image_batch=64, label=f"{network}, {name}"
+            ).groupby("layer", sort=False)
+        }
         for name, plan in plans.items()
     }
     layers = {
         site.layer: {
             f"{name}_{what}": float(number)
             for name, pool in pools.items()
-            for what, number in zip(("mean", "cv", "skewness"), _moments(pool[site.layer]), strict=True)
+            for what, number in pool[site.layer].moments().items()
         }
         for site in sites
     }
     found = {
-        f"{name}, {size:,}": _small_campaigns(pools[name], size, UNSEEN_GUIDED if name == "guided" else UNSEEN)
+        f"{name}, {size:,}": _small_campaigns(pools[name], size, name == "guided")
         for name, sizes in SIZES.items()
         for size in sizes
     }
     return {"eligible": int((plain > 0).sum()), "layers": layers, "campaigns": found}
 
 
-def _pools(records: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Layer -> weighted DeltaLoss of its injections. With so few non-finite losses, to leave them out first is as good."""
-    loss = (records["faulty_loss"] - records["golden_loss"]).abs().to_numpy(float) * records["weight"].to_numpy(float)
-    layers = records["layer"].to_numpy()
-    return {str(layer): loss[(layers == layer) & np.isfinite(loss)] for layer in pd.unique(layers)}
+class _Pool:
+    """A layer's injections: weighted DeltaLoss, weighted SDCs, weights. The few losses that are not finite count as none."""
+
+    def __init__(self, records: pd.DataFrame) -> None:
+        loss = (records["faulty_loss"] - records["golden_loss"]).abs().to_numpy(float)
+        finite, self.weight = np.isfinite(loss), records["weight"].to_numpy(float)
+        self.losses = self.weight * np.where(finite, loss, 0.0)
+        self.sdcs = self.weight * (records["mismatch"].to_numpy(bool) | ~finite)
+
+    def moments(self) -> dict[str, float]:
+        """Of weighted DeltaLoss: mean, coefficient of variation, skewness; the share of SDCs."""
+        mean, spread = self.losses.mean(), self.losses.std()
+        skewness = ((self.losses - mean) ** 3).mean() / spread**3
+        return {"mean": mean, "cv": spread / mean, "skewness": skewness, "sdc": self.sdcs.mean()}
 
 
-def _moments(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean, coefficient of variation, skewness."""
-    return values.mean(), values.std() / values.mean(), ((values - values.mean()) ** 3).mean() / values.std() ** 3
+def _small_campaigns(pools: dict[str, _Pool], size: int, guided: bool) -> dict[str, Any]:
+    """Interval -> its lowest coverage over layers, that of the mean over layers, and their half-widths.
 
-
-def _small_campaigns(pools: dict[str, np.ndarray], size: int, unseen: float) -> dict[str, Any]:
-    """Interval -> its lowest coverage over layers, that of the mean over layers, and their half-widths: mean, and largest."""
-    draw = np.random.default_rng(SEED)
-    truths = {layer: float(pool.mean()) for layer, pool in pools.items()}
-    truth = float(np.mean(list(truths.values())))
-    tallies = {layer: Tally() for layer in [*pools, ""]}
+    ours_ideal: the half-width of our interval, over 2.576 true standard errors.
+    """
+    draw, unseen = np.random.default_rng(SEED), UNSEEN_GUIDED if guided else UNSEEN
+    ideal = {layer: Z * pool.losses.std() / np.sqrt(size) / pool.losses.mean() for layer, pool in pools.items()}
+    truths = {layer: (float(pool.losses.mean()), float(pool.sdcs.mean())) for layer, pool in pools.items()}
+    truths[""] = tuple(np.mean(list(truths.values()), axis=0).tolist())
+    tallies = {layer: _Tally(*truth) for layer, truth in truths.items()}
     for _ in range(REPETITIONS):
-        samples = []
+        samples, rates = [], []
         for layer, pool in pools.items():
-            drawn = pool[draw.integers(0, len(pool), size)]
-            samples.append(sample_mean([drawn], [1.0], [unseen * drawn.max()]))
-            tallies[layer].add(samples[-1], truths[layer])
-        tallies[""].add(average(samples), truth)
+            chosen = draw.integers(0, len(pool.weight), size)
+            losses, sdcs = pool.losses[chosen], pool.sdcs[chosen]
+            samples.append(sample_mean([losses], [1.0], [unseen * losses.max()]))
+            rates.append(rate_sample([sdcs], [1.0], [pool.weight[chosen]], guided))
+            tallies[layer].add(samples[-1], rates[-1])
+        tallies[""].add(average(samples), average(rates))
     results = {layer: tally.result() for layer, tally in tallies.items()}
     overall = results.pop("")
-    return {
+    found = {
         interval: {
             "layers": {layer: own[interval] for layer, own in results.items()},
             "lowest_coverage": min(own[interval][0] for own in results.values()),
-            "half_width": float(np.median([own[interval][1] for own in results.values()])),
+            "coverage": float(np.mean([own[interval][0] for own in results.values()])),
+            "half_width": float(np.nanmedian([own[interval][1] for own in results.values()])),
             "mean_coverage": overall[interval][0],
             "mean_half_width": overall[interval][1],
         }
         for interval in INTERVALS
     }
+    return found | {"ours_ideal": float(np.median([own["ours"][1] / ideal[layer] for layer, own in results.items()]))}
 
 
-class Tally:
+class _Tally:
     """How often each interval held, and its half-width as a share of the truth."""
 
-    def __init__(self) -> None:
-        self._found: list[list[tuple[bool, float]]] = []
+    def __init__(self, truth: float, rate: float) -> None:
+        self._truth, self._rate = truth, rate
+        self._found: list[list[tuple[float, float]]] = []
 
-    def add(self, sample: Sample, truth: float) -> None:
-        ours = mean_interval(sample)
-        half = Z * sample.variance**0.5
+    def add(self, sample: Sample, rate: Sample) -> None:
+        """sample, rate: of DeltaLoss and SDCs."""
+        ours, sdc = mean_interval(sample), rate_interval(rate)
+        error = np.sqrt(sample.variance)
         limits = (
-            (sample.value - half, sample.value + half),
+            (sample.value - Z * error, sample.value + Z * error),
             (sample.value - studentised(sample, Z), sample.value - studentised(sample, -Z)),
             (ours.low, ours.high),
         )
-        self._found.append([(low <= truth <= high, (high - low) / 2 / truth) for low, high in limits])
+        self._found.append(
+            [
+                *((low <= self._truth <= high, (high - low) / 2 / self._truth) for low, high in limits),
+                (sdc.low <= self._rate <= sdc.high, (sdc.high - sdc.low) / 2 / self._rate if self._rate else np.nan),
+            ]
+        )
 
     def result(self) -> dict[str, tuple[float, float]]:
         """Interval -> coverage, and mean half-width."""

@@ -347,13 +347,8 @@ def _summarise_layer(
     unseen = UNSEEN_GUIDED if guided else UNSEEN
 
     def rate(name: str) -> Sample:
-        values = strata[name]
-        share = sum(part * stratum.mean() for part, stratum in zip(shares, values, strict=True))
-        another = [weight[group].max() if share <= 0.5 else 0.0 for group in groups]
-        if guided and share <= 0.5:
-            # One more hit, as heavy as the heaviest was; without any, as heavy as a fault is on average (Kish's design effect).
-            another = [values[0].max() if values[0].max() > 0 else (weight**2).sum() / weight.sum()]
-        return replace(sample_mean(values, shares, another), n=int(counts[name][1].sum()), guided=guided)
+        sample = rate_sample(strata[name], shares, [weight[group] for group in groups], guided)
+        return replace(sample, n=int(counts[name][1].sum()))
 
     delta_loss = sample_mean(strata["delta_loss"], shares, [unseen * stratum.max() for stratum in strata["delta_loss"]])
     return LayerResult(
@@ -373,6 +368,41 @@ def _summarise_layer(
         unseen=unseen,
         shared=shared,
     )
+
+
+def rate_sample(
+    strata: Sequence[np.ndarray], shares: Sequence[float], weights: Sequence[np.ndarray], guided: bool = False
+) -> Sample:
+    """Estimate a proportion from weighted hits.
+
+    Parameters
+    ----------
+    strata : sequence of ndarray
+        For each stratum, the weight of each injection that hit, and 0 for the others, float [n].
+    shares : sequence of float
+        The share of each stratum in the population.
+    weights : sequence of ndarray
+        For each stratum, the weights of all injections, float [n].
+    guided : bool
+        Whether the plan was `guided`, which has one stratum.
+
+    Returns
+    -------
+    Sample
+        For `rate_interval`. Its `unseen` is one more hit, or one more miss where hits are the more frequent outcome.
+
+    Examples
+    --------
+    >>> rate_sample([np.array([0.0, 0.0, 1.0, 0.0])], [1.0], [np.ones(4)]).value
+    0.25
+    """
+    share = sum(part * stratum.mean() for part, stratum in zip(shares, strata, strict=True))
+    another = [weight.max() if share <= 0.5 else 0.0 for weight in weights]
+    if guided and share <= 0.5:
+        # As heavy as the heaviest hit was; without any, as heavy as a fault is on average (Kish's design effect).
+        (hits,), (weight,) = strata, weights
+        another = [hits.max() if hits.max() > 0 else (weight**2).sum() / weight.sum()]
+    return replace(sample_mean(strata, shares, another), guided=guided)
 
 
 def _split(
