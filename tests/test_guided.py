@@ -26,7 +26,7 @@ from textguard.faults import (
 from textguard.faults.damage import SINGLE_FLIP, Faults
 from textguard.faults.engines import make_engine
 from textguard.faults.guided import SHARES, mixture
-from textguard.faults.prediction import loss_changes
+from textguard.faults.prediction import class_changes, loss_changes
 from textguard.faults.profiling import largest_outputs, loader_of, profile_ranges
 
 
@@ -121,10 +121,29 @@ def test_a_change_of_the_margin_is_a_change_of_the_loss():
     torch.testing.assert_close(tiny, torch.tensor([2.5e-31, 2.5e-31, 0, 1e6, -math.log(0.75)]).double(), rtol=1e-5, atol=0)
 
 
+def test_a_margin_that_is_lost_changes_the_class():
+    doubt = torch.sigmoid(-torch.tensor(4.0, dtype=torch.float64))
+    change = torch.tensor([0.0, -1.0, -4.0, -40.0, 40.0, -math.inf, math.inf, math.nan], dtype=torch.float64)
+    odds = class_changes(doubt, change, change.abs())
+    assert odds[0] == 0
+    assert odds[1] == pytest.approx(1 / 17)
+    assert odds[2] == pytest.approx(0.5)
+    assert (odds[5:] == 1).all()
+    assert odds[3] > odds[4] > 0.8  # so large a change is not to be trusted in its sign
+
+
+def test_the_first_detector_counts_for_as_much_as_all_others():
+    one, other = torch.zeros(2, 1, 64, 32, dtype=torch.float64)
+    one[..., 0, 31] = other[..., 5, 30] = 1.0
+    chance = mixture([(one,) * 3, (other,) * 3, (other,) * 3])[0]
+    assert chance[0, 31] == pytest.approx(chance[5, 30])
+
+
 def test_the_mixture_is_a_distribution_and_leaves_nothing_out():
     draw = torch.Generator().manual_seed(0)
     losses = torch.rand(5, 64, 32, generator=draw, dtype=torch.float64) ** 20
-    for predicted in ([(losses, losses)], [(losses, 2 * losses), (0 * losses, 0 * losses)], [(0 * losses, 0 * losses)]):
+    some, none = (losses, 2 * losses, losses.clamp(max=0.5)), (0 * losses,) * 3
+    for predicted in ([some], [none], [some, none], [none, some, some]):
         chance = mixture(predicted)
         torch.testing.assert_close(chance.sum(dim=(1, 2)), torch.ones(5, dtype=torch.float64))
         assert chance.min() >= SHARES["uniform"] / (64 * 32)

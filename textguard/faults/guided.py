@@ -23,19 +23,24 @@ from textguard.faults.damage import FaultModel
 from textguard.faults.engines import Engine
 from textguard.faults.formats import Format
 from textguard.faults.plans import PLAN_COLUMNS, SHARED, bits_of, distinct, draw_images, uniform_numbers
-from textguard.faults.prediction import Prediction, loss_changes
+from textguard.faults.prediction import Prediction, class_changes, loss_changes
 from textguard.faults.profiling import batches
 from textguard.faults.sites import Site
 from textguard.runtime import progress
 
 CANDIDATES = 64  # neurons that an injection looks at
 # Of the mixture: drawn uniformly; by bit, as the candidates' predictions are on average; by the predicted DeltaLoss; by the
-# root of the DeltaLoss that it would be if all that the fault changes worked against the image's own class.
-SHARES = {"uniform": 0.1, "bit": 0.1, "predicted": 0.55, "feared": 0.25}
+# root of the DeltaLoss that it would be if all that the fault changes worked against the image's own class; by how likely the
+# class is to change.
+SHARES = {"uniform": 0.1, "bit": 0.05, "predicted": 0.35, "feared": 0.2, "changed": 0.3}
+OWN = 0.5  # of the rest, what goes to the first range detector where there are several
 TRIED = 10  # the highest bits, for which predictions are computed. Each one below does half of what the next one does.
 LARGEST_LOSS = 1e30  # nats, of what overflows
 AT_ONCE = 256  # injections that are chosen for together
 VALUES = 2**25  # that the sites of all images of one prediction hold together
+
+# What faults may do: DeltaLoss as predicted, DeltaLoss as feared, and how likely the class is to change.
+Effects = tuple[Tensor, ...]
 
 
 def draw_guided(
@@ -71,7 +76,8 @@ def draw_guided(
     fault_model : FaultModel
         What one injection damages.
     limits : sequence of mappings of str to float
-        For each range detector that the faults are for: layer -> largest magnitude that it lets pass.
+        For each range detector that the faults are for: layer -> largest magnitude that it lets pass. The first one counts for
+        as much as all others together.
     share_images : bool, default False
         Whether injections of the same index hit the same image in all layers; see `draw_plan`.
     label : str, default "guide"
@@ -183,8 +189,8 @@ class _Draws:
         self.neuron[rows] = self.neurons[rows, candidate]
         self.bit[rows] = (chosen % self.bits)[:, None, None] if self.drawn_bits is None else self.drawn_bits[rows, candidate]
 
-    def _predict(self, prediction: Prediction, rows: np.ndarray, image: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-        """DeltaLoss of some injections' candidates as it is predicted and as it is feared, float64 [n, candidates, bits]."""
+    def _predict(self, prediction: Prediction, rows: np.ndarray, image: Tensor, limit: float) -> Effects:
+        """What some injections' candidates may do, float64 [n, candidates, bits] each."""
         shape = (len(rows), CANDIDATES, self.model.values)
         neuron = torch.as_tensor(self.neurons[rows], device=image.device)
         low = 0
@@ -197,7 +203,8 @@ class _Draws:
         moved = prediction.changes(self.site.position, each, neuron.reshape(-1), masks, self.model.operation, limit)
         change, reach = (part.reshape(*shape, -1).sum(dim=2) for part in moved)
         doubt = prediction.doubt[image][:, None, None]
-        return _of_all_bits(loss_changes(doubt, change), low), _of_all_bits(loss_changes(doubt, -reach), low)
+        effects = loss_changes(doubt, change), loss_changes(doubt, -reach), class_changes(doubt, change, reach)
+        return tuple(_of_all_bits(effect, low) for effect in effects)
 
     def plan(self) -> pd.DataFrame:
         """The injections as a plan's rows: one for each damaged bit."""
@@ -213,25 +220,28 @@ class _Draws:
         return pd.DataFrame(columns)[PLAN_COLUMNS]
 
 
-def _of_all_bits(losses: Tensor, low: int) -> Tensor:
-    """The DeltaLoss of all bits, finite, from that of the bits from `low` on, float64 [..., bits]."""
-    losses = losses.nan_to_num(nan=LARGEST_LOSS).clamp(max=LARGEST_LOSS)
+def _of_all_bits(effect: Tensor, low: int) -> Tensor:
+    """What all bits do, finite, from what those from `low` on do, float64 [..., bits]."""
+    effect = effect.nan_to_num(nan=LARGEST_LOSS).clamp(max=LARGEST_LOSS)
     if not low:
-        return losses
-    halves = 2.0 ** torch.arange(-low, 0, dtype=torch.float64, device=losses.device)
-    return torch.cat([losses[..., :1] * halves, losses], dim=-1)
+        return effect
+    halves = 2.0 ** torch.arange(-low, 0, dtype=torch.float64, device=effect.device)
+    return torch.cat([effect[..., :1] * halves, effect], dim=-1)
 
 
-def mixture(predicted: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def mixture(predicted: Sequence[Effects]) -> Tensor:
     """The chance of each candidate, float64 [n, candidates, bits], summing to 1 over candidates and bits.
 
-    predicted: for each range detector the DeltaLoss as predicted and as feared, float64 [n, candidates, bits].
+    predicted: for each range detector what its candidates may do, float64 [n, candidates, bits] each.
     """
     cells = predicted[0][0][0].numel()
     chance = torch.full_like(predicted[0][0], SHARES["uniform"] / cells)
-    for expected, feared in predicted:
+    others = (1 - OWN) / max(1, len(predicted) - 1)
+    for number, (expected, feared, changed) in enumerate(predicted):
+        weight = 1.0 if len(predicted) == 1 else others if number else OWN
         by_bit = feared.clamp(max=1.0).mean(dim=1, keepdim=True).expand_as(feared)
-        for name, proposal in (("bit", by_bit), ("predicted", expected), ("feared", feared.sqrt())):
+        proposals = {"bit": by_bit, "predicted": expected, "feared": feared.sqrt(), "changed": changed}
+        for name, proposal in proposals.items():
             total = proposal.sum(dim=(1, 2), keepdim=True)
-            chance += SHARES[name] / len(predicted) * torch.where(total > 0, proposal / total, 1 / cells)
+            chance += SHARES[name] * weight * torch.where(total > 0, proposal / total, 1 / cells)
     return chance

@@ -24,6 +24,8 @@ Chain = tuple[fx.Node, ...]
 # Plain steps behind which a change in one channel is still in one channel only, whatever their settings.
 ONE_CHANNEL = (*ELEMENTWISE, nn.MaxPool2d)
 LARGEST = 500.0  # exp of it is a float64
+LEAST_MARGIN = 0.05  # below which all images count as equally close to another class
+REACHED = 0.3  # of the lost margin, what counts without its sign
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,17 @@ def loss_changes(doubt: Tensor, change: Tensor) -> Tensor:
     """
     worse = -change
     return (torch.log1p(doubt * torch.expm1(worse.clamp(max=LARGEST))) + (worse - LARGEST).clamp(min=0)).abs()
+
+
+def class_changes(doubt: Tensor, change: Tensor, reach: Tensor) -> Tensor:
+    """How likely a change of the margin is to change the class: from 0 to 1, 0.5 where just all of the margin is lost.
+
+    doubt: as for `loss_changes`. change, reach: as `Prediction.changes` returns them. What a large change of the margin does is
+    not linear, so that what it reaches counts too. Returns float64, 1 where change is NaN.
+    """
+    margin = (torch.log1p(-doubt) - doubt.clamp(min=1e-300).log()).clamp(min=LEAST_MARGIN)
+    lost = ((1 - REACHED) * (-change).clamp(min=0) + REACHED * reach) / margin
+    return (1 - 1 / (1 + lost.square())).nan_to_num(nan=1.0)
 
 
 def chains_of(traced: TracedModel) -> dict[int, Chain]:
