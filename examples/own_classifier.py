@@ -17,5 +17,6 @@ for _ in range(100):
     nn.functional.cross_entropy(model(images), labels).backward()
     optimizer.step()
 
-layers = assess(model.eval(), DataLoader(TensorDataset(images, labels), batch_size=256), injections_per_layer=4096, seed=0)
+loader = DataLoader(TensorDataset(images, labels), batch_size=256)
+layers = assess(model.eval(), loader, plan="guided", injections_per_layer=1024, seed=0)
 print(layers.drop(columns=["kind", "detected", "nonfinite"]).round(4).to_string())
