@@ -29,7 +29,7 @@ def main(names: list[str]) -> int:
         return 1
     where = {
         "device": describe_device(pick_device()),
-        "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
+        "machine": f"{platform.machine()}, {platform.system()}, Python {'.'.join(platform.python_version_tuple()[:2])}",
     }
     results = json.loads((HERE / "results.json").read_text(encoding="utf-8")) if names else {}
     if names and {name: results[name] for name in where} != where:
@@ -40,7 +40,7 @@ def main(names: list[str]) -> int:
     for name in names or MEASURES:
         results[name] = MEASURES[name]()
         results["dates"] = results.get("dates", {}) | {name: today}
-    write_json(HERE / "results.json", results)
+        write_json(HERE / "results.json", results)  # an interruption loses one part, not all
     write_text(HERE / "results.md", table(results))
     print((HERE / "results.md").read_text(encoding="utf-8"))
     return 0

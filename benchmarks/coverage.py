@@ -127,7 +127,7 @@ def _small_campaigns(pools: dict[str, _Pool], size: int, guided: bool) -> dict[s
             "layers": {layer: own[interval] for layer, own in results.items()},
             "lowest_coverage": min(own[interval][0] for own in results.values()),
             "coverage": float(np.mean([own[interval][0] for own in results.values()])),
-            "half_width": float(np.nanmedian([own[interval][1] for own in results.values()])),
+            "half_width": float(np.median([own[interval][1] for own in results.values()])),
             "mean_coverage": overall[interval][0],
             "mean_half_width": overall[interval][1],
         }
@@ -155,7 +155,7 @@ class _Tally:
         self._found.append(
             [
                 *((low <= self._truth <= high, (high - low) / 2 / self._truth) for low, high in limits),
-                (sdc.low <= self._rate <= sdc.high, (sdc.high - sdc.low) / 2 / self._rate if self._rate else np.nan),
+                (sdc.low <= self._rate <= sdc.high, (sdc.high - sdc.low) / 2 / self._rate if self._rate else 0.0),
             ]
         )
 

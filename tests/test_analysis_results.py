@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from stored_grid import BASELINE_LAYERS, GUIDED_LAYERS, INJECT, INJECTIONS, INPU
 from textguard.analysis.breakdown import describe_layer, sums_by_bit
 from textguard.analysis.files import load_cells, load_result
 from textguard.analysis.results import write_results
-from textguard.artifacts import write_parquet
+from textguard.artifacts import write_json, write_parquet
 from textguard.errors import InvalidArtifact, InvalidParameter
 from textguard.estimates.statistics import Estimate
 from textguard.params import StatisticsParams
@@ -219,3 +220,25 @@ def test_a_layer_without_records_is_named(runs):
     write_parquet(file, records[records["layer"] != "conv1"], {"inputs": INPUTS})
     with pytest.raises(InvalidArtifact, match=r"injections\.parquet has no injections into layer 'conv1', which "):
         write_results(runs, STATISTICS, INJECT)
+
+
+def test_layers_that_shared_images_are_not_taken_for_independent(runs):
+    key = "d-resnet18-descriptions-0"  # it has two sampled layers
+
+    def widths(images: str) -> tuple[float, ...]:
+        for run in runs:
+            file = Path(f"metrics/runs/{run}/campaign.json")
+            stored = json.loads(file.read_text())
+            stored["settings"]["images"] = images
+            write_json(file, stored)
+        write_results(runs, STATISTICS, replace(INJECT, images=images))
+        found = load_result(key)
+        estimates = (found.overall.delta_loss, found.improvement.overall, found.overall.sdc, found.convergence[-1])
+        return tuple(estimate.high - estimate.low for estimate in estimates)
+
+    file = Path(f"metrics/records/{key}/injections.parquet")
+    records = pd.read_parquet(file)
+    loss = np.random.default_rng(0).exponential(0.2, INJECTIONS).astype("float32")
+    write_parquet(file, records.assign(faulty_loss=loss[records["index"]]), {"inputs": INPUTS})
+    apart, shared = widths("uniform"), widths("shared")
+    assert all(wide > 1.1 * narrow for wide, narrow in zip(shared, apart, strict=True))

@@ -16,11 +16,13 @@ from textguard.estimates.summary import summarise
 from textguard.faults import (
     Campaign,
     CampaignSettings,
+    Design,
     FaultModel,
     assess,
     draw_guided,
     parse_format,
     run_campaign,
+    run_design,
     summarise_channels,
 )
 from textguard.faults.damage import SINGLE_FLIP, Faults
@@ -322,3 +324,13 @@ def test_a_guided_campaign_promises_no_half_width_of_uniform_ones(small, capfd):
         said = capfd.readouterr().err
         assert f"plan {plan}, 8 injections each" in said
         assert ("Leveugle" in said) is promised
+
+
+def test_every_layer_stops_at_its_own_half_width(small):
+    sites = small.engine.sites
+    design = Design("guided", 4000, 64, "never", 0.99, 0)
+    wanted = {site.layer: 10.0 for site in sites} | {sites[0].layer: 1e-12}
+    records = run_design(
+        small.engine, sites, small.loader, small.chances, small.limits, design, image_batch=4, half_widths=wanted
+    )
+    assert records.groupby("layer", sort=False).size().tolist() == [4000] + [64] * (len(sites) - 1)

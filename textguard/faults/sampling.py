@@ -196,7 +196,8 @@ def run_design(
     bits = design.strata(fault_model, engine)
     designs = {site.layer: replace(design, stop_at=str(half_widths[site.layer])) if half_widths else design for site in sites}
     most = design.injections_per_layer
-    first = min(design.pilot, most) if design.in_rounds else most
+    one = designs[sites[0].layer]  # apart from its half-width, as all others
+    first = min(design.pilot, most) if one.in_rounds else most
     shares = dict.fromkeys((site.layer for site in sites), np.full(bits, 1 / bits) if bits else np.zeros(0))
     wanted = {site.layer: first for site in sites}
     counts: dict[str, Count] = {layer: spread_over_bits(first, shares[layer], None) for layer in wanted}
@@ -222,7 +223,7 @@ def run_design(
             if number:
                 plan = without(plan, pd.concat(part for site in going_on for part in found[site.layer]))
         if not number:
-            _announce(engine, sites, loader, plan, limits, design, np.count_nonzero(chances), fault_model, label)
+            _announce(engine, sites, loader, plan, limits, one, np.count_nonzero(chances), fault_model, label)
         records = run_campaign(
             engine,
             loader,
@@ -231,7 +232,7 @@ def run_design(
             image_batch=image_batch,
             fault_model=fault_model,
             shard_dir=shard_dir / f"round-{number}" if shard_dir else None,
-            label=f"{label}, round {number + 1}" if design.in_rounds else label,
+            label=f"{label}, round {number + 1}" if one.in_rounds else label,
             same=DRAWN_COLUMNS if guided else PLAN_COLUMNS,
         )
         for layer, part in records.groupby("layer", sort=False):
