@@ -228,7 +228,7 @@ def test_layers_that_shared_images_are_not_taken_for_independent(runs):
     def widths(images: str) -> tuple[float, ...]:
         for run in runs:
             file = Path(f"metrics/runs/{run}/campaign.json")
-            stored = json.loads(file.read_text())
+            stored = json.loads(file.read_text(encoding="utf-8"))
             stored["settings"]["images"] = images
             write_json(file, stored)
         write_results(runs, STATISTICS, replace(INJECT, images=images))

@@ -334,3 +334,8 @@ def test_every_layer_stops_at_its_own_half_width(small):
         small.engine, sites, small.loader, small.chances, small.limits, design, image_batch=4, half_widths=wanted
     )
     assert records.groupby("layer", sort=False).size().tolist() == [4000] + [64] * (len(sites) - 1)
+
+
+def test_a_measured_pace_shows_no_progress(small, capfd):
+    small.campaign.pace(2)
+    assert capfd.readouterr().err == ""

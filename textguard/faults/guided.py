@@ -53,7 +53,7 @@ def draw_guided(
     fault_model: FaultModel,
     limits: Sequence[Mapping[str, float]],
     share_images: bool = False,
-    label: str = "guide",
+    label: str | None = None,
 ) -> pd.DataFrame:
     """Draw independent injections for each layer, mostly those that are predicted to do most.
 
@@ -80,8 +80,8 @@ def draw_guided(
         as much as all others together.
     share_images : bool, default False
         Whether injections of the same index hit the same image in all layers; see `draw_plan`.
-    label : str, default "guide"
-        Names the work in progress lines.
+    label : str, optional
+        Names the work in progress lines. Without it there are none.
 
     Returns
     -------
@@ -117,7 +117,7 @@ def draw_guided(
     wanted = np.unique(np.concatenate([draws.image for draws in drawn.values()]))
     size = max(1, VALUES // sum(site.neurons for site in engine.sites))
     parts = [part.tolist() for part in np.array_split(wanted, range(size, len(wanted), size))]
-    with progress(total=len(wanted), label=label, unit="image") as bar:
+    with progress(total=len(wanted), label=label or "", unit="image", shown=label is not None) as bar:
         for part, images, labels in batches(loader, engine.device, parts):
             prediction = engine.predict(images, labels)
             for site in sites:
