@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from conftest import settle
+from gate_runs import TOLERANCES, as_run, metrics, report, right, row
+from textguard.analysis.regression import compare
 from textguard.errors import InvalidParameter
 from textguard.estimates.statistics import average, mean_interval, rate_interval
 from textguard.estimates.summary import summarise
@@ -339,3 +341,23 @@ def test_every_layer_stops_at_its_own_half_width(small):
 def test_a_measured_pace_shows_no_progress(small, capfd):
     small.campaign.pace(2)
     assert capfd.readouterr().err == ""
+
+
+def test_the_gate_sees_a_layer_that_doubles_whichever_faults_were_drawn(small):
+    def losses(seed: int) -> np.ndarray:
+        settings = CampaignSettings(plan="guided", injections_per_layer=1024, seed=seed)
+        return np.stack(
+            [layer.strata["delta_loss"][0] for layer in Campaign(small.model, small.loader, settings).run().layers.values()]
+        )
+
+    def gate(new: np.ndarray) -> tuple[int, str]:
+        return report(compare(as_run(metrics(base, right())), as_run(metrics(new, right())), TOLERANCES))
+
+    base = losses(0)
+    for seed in (1, 2, 3):
+        other = losses(seed)
+        assert gate(other)[0] == 0
+        for layer in range(len(other)):
+            doubled = other.copy()
+            doubled[layer] *= 2
+            assert "worse" in row(gate(doubled)[1], f"DeltaLoss, conv{layer}")[-1]

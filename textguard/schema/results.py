@@ -24,7 +24,9 @@ Confidence = Annotated[float, Field(ge=0.5, le=0.9999)]
 class Plan(Stored):
     """What a campaign injected."""
 
-    mark: Name = field("fingerprint of all that decides which faults are drawn: campaigns with one mark share their faults")
+    mark: Name = field(
+        "fingerprint of the plan's settings: campaigns with one mark share their faults, under plan `guided` mostly their images"
+    )
     seed: Whole = field("of the draw")
     plan: Name = field("how injections were shared among layers")
     injections: Whole = field("faults that were drawn", "count")
