@@ -25,7 +25,7 @@ class Plan(Stored):
     """What a campaign injected."""
 
     mark: Name = field(
-        "fingerprint of the plan's settings: campaigns with one mark share their faults, under plan `guided` mostly their images"
+        "fingerprint of the plan's settings: campaigns with one mark share their faults, under `guided` mostly their images"
     )
     seed: Whole = field("of the draw")
     plan: Name = field("how injections were shared among layers")
