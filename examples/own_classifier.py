@@ -19,4 +19,4 @@ for _ in range(100):
 
 loader = DataLoader(TensorDataset(images, labels), batch_size=256)
 layers = assess(model.eval(), loader, plan="guided", injections_per_layer=1024, seed=0)
-print(layers.drop(columns=["kind", "detected", "nonfinite"]).round(4).to_string())
+print(layers.drop(columns=["kind", "masked", "detected", "nonfinite"]).round(4).to_string())

@@ -74,7 +74,7 @@ class LayerResult:
     shared: bool = False
 
     def __str__(self) -> str:
-        shares = f"{self.masked / self.injections:.0%} masked, {self.detected / self.injections:.0%} detected"
+        shares = f"{self.masked / self.injections:.0%} of them masked, {self.detected / self.injections:.0%} detected"
         loss, sdc = mean_interval(self.delta_loss, CONFIDENCE), rate_interval(self.sdc, CONFIDENCE)
         faults = "faults, all there are" if self.method == "exact" else "injections"
         interval = "" if self.method == "exact" else f" [{loss.low:.3g}, {loss.high:.3g}]"
@@ -268,7 +268,7 @@ def summarise_totals(totals: Totals, nonfinite: str = GOLDENEYE) -> LayerResult:
     --------
     >>> counts = (np.array(part) for part in ([4, 4], [1, 0], [0, 2], [1, 2], [0, 0], [5.0, 7.0]))
     >>> print(summarise_totals(Totals("fc", 2, *counts)))
-    fc: 8 faults, all there are, 12% masked, 25% detected, DeltaLoss 1.5, SDC 37.50%
+    fc: 8 faults, all there are, 12% of them masked, 25% detected, DeltaLoss 1.5, SDC 37.50%
     """
     count, broken, mismatches = (int(part.sum()) for part in (totals.faults, totals.nonfinite, totals.mismatches))
     cap, finite = cap_of(nonfinite), count - broken

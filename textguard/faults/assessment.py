@@ -59,8 +59,9 @@ fault_model, kinds, engine, batch_size, image_batch
     -------
     pandas.DataFrame
         One row per layer, in order of execution: layer, kind, neurons, method (`sampled`, or `exact` where the layer was
-        enumerated); injections, masked, detected, nonfinite (numbers of injections); delta_loss (nats), mismatch and sdc
-        (shares; see `LayerResult`), each with its interval in _low and _high.
+        enumerated); injections, masked, detected, nonfinite (numbers of injections; under plan `guided`, which draws few
+        faults that are masked, they say nothing of all faults); delta_loss (nats), mismatch and sdc (shares of all faults; see
+        `LayerResult`), each with its interval in _low and _high.
 
     Raises
     ------
