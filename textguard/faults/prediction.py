@@ -95,14 +95,19 @@ class Prediction:
         chain = self.chains.get(position)
         if not chain:
             at = (image, *torch.unravel_index(neuron, output.shape[1:]))
-            change = (written - before).double() * self.slopes[position].reshape(output.shape)[at][:, None]
-            return change, change.abs()
+            slopes, moved = self.slopes[position].reshape(output.shape), (written - before).double()
+            axis = 1 if output.ndim == 4 else -1
+            usual = _usual(slopes, axis)[image, at[axis]][:, None]
+            slope = slopes[at][:, None]
+            return moved * slope, moved.abs() * torch.maximum(slope.abs(), usual)
         patch = neuron_patch(_map_shape(output), neuron, written)
         for source, step in itertools.pairwise(chain):
             patch = self.local.run(step, {source: patch}, self.golden, image)
         moved = (patch.values - read(as_map(self.golden[chain[-1]]), image, patch)).double()
-        moved = (moved * read(as_map(self.slopes[position]), image, patch)).flatten(1, 2)
-        return moved.sum(dim=1), moved.abs().sum(dim=1)
+        slopes = as_map(self.slopes[position])
+        slope, usual = read(slopes, image, patch), _usual(slopes, 1)[image, patch.channel][:, None, None, None]
+        reach = moved.abs() * torch.maximum(slope.abs(), usual)
+        return (moved * slope).flatten(1, 2).sum(dim=1), reach.flatten(1, 2).sum(dim=1)
 
 
 def loss_changes(doubt: Tensor, change: Tensor) -> Tensor:
@@ -228,6 +233,14 @@ def foresee(
 def straight_through(output: Tensor, rounded: Tensor) -> Tensor:
     """The rounded output, with the gradient of the one that is not: rounding has none."""
     return output + (rounded - output).detach() if torch.is_grad_enabled() else rounded
+
+
+def _usual(slopes: Tensor, axis: int) -> Tensor:
+    """The root mean square of each image's slopes by channel, [B, C]: where one place's slope is 0, a fault's may not be.
+
+    slopes: [B, ...]. axis: of the channels.
+    """
+    return slopes.movedim(axis, 1).flatten(2).square().mean(dim=2).sqrt() if slopes.ndim > 2 else slopes.abs()
 
 
 def _map_shape(output: Tensor) -> tuple[int, ...]:
