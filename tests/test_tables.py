@@ -253,7 +253,9 @@ def test_tables_are_written_in_three_formats(tmp_path):
     markdown = (tmp_path / "table1.md").read_text(encoding="utf-8")
     said = "96.7 [94.7, 98.7] | 96.4 [94.4, 98.4] | +0.25 | -1.50 | 0.500 [0.400, 0.600] not separable | 1.10 [1.00, 1.20] not"
     assert f"| digits | resnet18 | this grid | {said} separable |" in markdown
-    assert "| imagenet | resnet18 | paper | 69.60 | 69.68 | 0.26 | 0.26 | - | - | - | - | - | 2.87 | 1.91 | 3.07 | - |" in markdown
+    assert (
+        "| imagenet | resnet18 | paper | 69.60 | 69.68 | 0.26 | 0.26 | - | - | - | - | - | 2.87 | 1.91 | 3.07 | - |" in markdown
+    )
     with (tmp_path / "table1.csv").open(encoding="utf-8") as file:
         ours, theirs, *_ = csv.DictReader(file)
     assert float(ours["DeltaLoss, All Layers (x)"]) > 1
