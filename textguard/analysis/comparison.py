@@ -12,6 +12,7 @@ from scipy.special import stdtrit
 
 from textguard.analysis.campaigns import CampaignRecords, last_layer_weights
 from textguard.analysis.improvement import Draws, Ratio, across, draw_pairs, improvement, verdict, weigh
+from textguard.analysis.temperature import rescaled_heads
 from textguard.estimates.statistics import Estimate, difference
 from textguard.params import Run, StatisticsParams
 from textguard.schema.base import Measured
@@ -31,15 +32,18 @@ class Ratios:
     """DeltaLoss of a baseline / that of a text-guided run.
 
     head: the text-guided head alone against the baseline's last layer, however `last_layer` weighs head and latent layer.
+    head_same_temperature, head_folded: that head as `rescaled_heads` has it, or None where it has not.
     """
 
     overall: Ratio
     last_layer: Ratio
     head: Ratio
+    head_same_temperature: Ratio | None = None
+    head_folded: Ratio | None = None
 
     def as_improved(self) -> Improved:
         """The estimates alone."""
-        return Improved(**{name: Measured.of(ratio.estimate) for name, ratio in vars(self).items()})
+        return Improved(**{name: Measured.of(ratio.estimate) for name, ratio in vars(self).items() if ratio})
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,17 @@ class Comparison:
 
 
 def compare(
-    baseline_run: Run, baseline: CampaignRecords, run: Run, guided: CampaignRecords, statistics: StatisticsParams
+    baseline_run: Run,
+    baseline: CampaignRecords,
+    run: Run,
+    guided: CampaignRecords,
+    statistics: StatisticsParams,
+    temperature: float,
 ) -> Comparison:
-    """Improvements under every detector that both campaigns have, and by layer under the one that counts."""
+    """Improvements under every detector that both campaigns have, and by layer under the one that counts.
+
+    temperature: what makes the guided run's largest logit that of the baseline.
+    """
     shared = [name for name in guided.detectors if name in baseline.detectors]
     drawn = {
         name: draw_pairs(baseline.detectors[name], guided.detectors[name], statistics.bootstrap, seed=0) for name in shared
@@ -65,10 +77,16 @@ def compare(
         def last(weights: str) -> Ratio:
             return _ratio([(draws, last_layer_weights(who, layers, weights)) for who, layers, draws in pairs], statistics)
 
+        heads = rescaled_heads(guided, name, temperature, statistics.nonfinite)
+        _, rescaled = draw_pairs([], list(heads.values()), statistics.bootstrap, seed=0)
         return Ratios(
             overall=_ratio([(draws, [1.0] * len(draws)) for _, _, draws in pairs], statistics),
             last_layer=last(statistics.last_layer_weights),
             head=last("head_only"),
+            **{
+                other: improvement(drawn[name][0][-1], draws, statistics.confidence)
+                for other, draws in zip(heads, rescaled, strict=True)
+            },
         )
 
     first = zip(*drawn[shared[0]], strict=False) if shared else ()
@@ -92,11 +110,12 @@ def with_improvement(result: RunResult, baseline: RunResult, compared: Compariso
     detectors: dict[str, UnderDetector] = dict(result.detectors)
     for name, ratios in compared.detectors.items():
         detectors[name] = detectors[name].model_copy(update={"improvement": ratios.as_improved()})
+    counted = {"overall": first.overall, "last_layer": first.last_layer, "head": first.head}
     own = Improvement(
         baseline=baseline.run,
-        **dict(first.as_improved()),
+        **{name: Measured.of(ratio.estimate) for name, ratio in counted.items()},
         top2diff=Measured.of(difference(result.top2diff, baseline.top2diff)),
-        verdict=_verdicts({name: ratio.estimate for name, ratio in vars(first).items()}, result.confidence),
+        verdict=_verdicts({name: ratio.estimate for name, ratio in counted.items()}, result.confidence),
     )
     return result.model_copy(
         update={"improvement": own, "layers": layers + result.layers[len(layers) :], "detectors": detectors}
@@ -116,7 +135,8 @@ def describe_cell(baselines: Sequence[RunResult], guided: Sequence[RunResult], c
 
     def under(name: str) -> CellUnderDetector:
         found = [vars(comparison.detectors[name]) for comparison in compared]
-        improved = {part: Measured.of(across([ratios[part] for ratios in found], confidence)) for part in found[0]}
+        parts = [part for part in found[0] if all(ratios[part] for ratios in found)]
+        improved = {part: Measured.of(across([ratios[part] for ratios in found], confidence)) for part in parts}
         return CellUnderDetector(
             **improved,
             overall_baseline=mean(baselines, lambda result: result.detectors[name].overall.delta_loss),

@@ -1,5 +1,6 @@
 """Stage `results`: estimates of every run, of every cell beside its baseline, and the grid's summary."""
 
+import math
 from collections.abc import Mapping
 
 from textguard.analysis.campaigns import load_campaign
@@ -27,7 +28,8 @@ def write_results(runs: Mapping[str, Run], statistics: StatisticsParams, inject:
         baseline = baselines.get((run.dataset, run.backbone, run.seed))
         if run.variant == BASELINE or baseline is None:
             continue
-        compared = compare(runs[baseline], campaigns[baseline], run, campaigns[key], statistics)
+        temperature = _temperature(results[baseline], results[key])
+        compared = compare(runs[baseline], campaigns[baseline], run, campaigns[key], statistics, temperature)
         results[key] = with_improvement(results[key], results[baseline], compared)
         cells.setdefault((run.dataset, run.backbone, run.variant), []).append((baseline, key, compared))
     described = [
@@ -51,6 +53,11 @@ def write_results(runs: Mapping[str, Run], statistics: StatisticsParams, inject:
             for dataset, backbones in summarise_grid(list(results.values()), described).items()
         },
     )
+
+
+def _temperature(baseline: RunResult, own: RunResult) -> float:
+    """What makes a run's largest logit that of its baseline."""
+    return baseline.largest_logit / own.largest_logit if own.largest_logit else math.nan
 
 
 def _check_images(runs: Mapping[str, Run], results: Mapping[str, RunResult]) -> None:

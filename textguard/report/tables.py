@@ -140,6 +140,8 @@ DETECTORS: Columns = {
     "Overall (x)": lambda row: row.found.overall,
     "Last Layer (x)": lambda row: row.found.last_layer,
     "Head Alone (x)": lambda row: row.found.head,
+    "Head Alone, Same Temperature (x)": lambda row: row.found.head_same_temperature,
+    "Head Alone, Scale Folded (x)": lambda row: row.found.head_folded,
     "Non-finite Baseline (%)": lambda row: row.found.nonfinite_baseline.times(100),
     "Non-finite Ours (%)": lambda row: row.found.nonfinite_guided.times(100),
 }

@@ -133,6 +133,17 @@ class Improved(Stored):
     overall: Measured = field(f"mean over layers: {_RATIO}", "times")
     last_layer: Measured = field(f"last layer: {_RATIO}", "times")
     head: Measured = field("the head alone against the baseline's last layer", "times")
+    head_same_temperature: Measured | None = field(
+        "the same with the logits scaled so that the largest on training images is the baseline's; null where that takes a "
+        "factor beyond 64, absent where the head was sampled or more than a factor lies behind it",
+        "times",
+        default=None,
+    )
+    head_folded: Measured | None = field(
+        "the same with the scale of the logits in the head's weights; absent where there is no scale, or no such head",
+        "times",
+        default=None,
+    )
 
 
 class Verdicts(Stored):
