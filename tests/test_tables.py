@@ -189,6 +189,15 @@ def test_the_table_of_maps_says_what_was_seen_and_at_which_confidence():
     assert "intervals of confidence 0.9 over images" in table.caption
 
 
+def test_heads_at_the_baselines_temperature_and_folded_are_shown_where_they_are_known():
+    one = cell("digits", "resnet18")
+    known = {"head_same_temperature": estimate(1.5), "head_folded": estimate(1.25)}
+    detectors = {"profiled": one.detectors["profiled"].model_copy(update=known), "off": one.detectors["off"]}
+    table = tables([one.model_copy(update={"detectors": detectors})])["detectors"]
+    assert column(table, "Head Alone, Same Temperature (x)") == [estimate(1.5), None]
+    assert column(table, "Head Alone, Scale Folded (x)") == [estimate(1.25), None]
+
+
 def test_tables_are_written_in_three_formats(tmp_path):
     write_table(tables(CELLS)["table1"], tmp_path)
     markdown = (tmp_path / "table1.md").read_text(encoding="utf-8")

@@ -82,7 +82,7 @@ def make_tables(
         compared(
             "table3", "Starts of the head, each against the baseline.", TABLE3, "paper Table 3", "variant", ablated, sources
         ),
-        _table("detectors", f"The same faults under each range detector. DeltaLoss in nats. {note}", DETECTORS, varied),
+        _table("detectors", f"The same faults under each range detector. {HEADS} {note}", DETECTORS, varied),
         _table("resilience", f"Every run. {per_run}", RESILIENCE, list(runs.values())),
         _attention_table(closeups),
         _audit_table(audit(published)),
@@ -130,6 +130,11 @@ TRAININGS: Compared = {"Trainings": (lambda cell: len(cell.seeds), _nothing)}
 TABLE1 = PLACE | ACCURACY | COST | RELIABILITY | TOP2DIFF | TRAININGS
 TABLE2 = {header: column for header, column in TABLE1.items() if header not in COST}
 TABLE3 = PLACE | INITIALISATION | RELIABILITY | TRAININGS
+HEADS = (
+    "DeltaLoss in nats. Head alone: against the baseline's last layer. Same temperature: its logits are scaled behind the "
+    "detector, so that the largest on training images is the baseline's, which changes no prediction. Scale folded: "
+    "exp(logit_scale) is in the head's weights, as in deployment."
+)
 DETECTORS: Columns = {
     "Dataset": lambda row: row.cell.dataset,
     "Backbone": lambda row: row.cell.backbone,
