@@ -21,12 +21,14 @@ from textguard.params import CloseupParams, Params
 from textguard.schema.base import write
 from textguard.schema.closeup import CloseUp
 from textguard.schema.records import check_injections, inputs_of, read_columns
+from textguard.vision.folding import fold_scale
 from textguard.vision.transforms import image_loader
 
 
 def main(params: Params, key: str) -> None:
     run, settings = load_run(params, key), campaign_settings(params.inject)
-    profiled, model = largest_outputs(run.ranges), protect(run.model, run.image, run.bounds, params.inject.mitigation)
+    model = fold_scale(run.model) if params.head.fold_scale else run.model
+    profiled, model = largest_outputs(run.ranges), protect(model, run.image, run.bounds, params.inject.mitigation)
     engine = settings.make_engine(model, run.image, profiled)
     run.check_layers((site.layer, site.kind, site.neurons) for site in engine.sites)
     records = _load_records(run, params, engine)
@@ -56,7 +58,7 @@ def _load_records(run: LoadedRun, params: Params, engine: Engine) -> pd.DataFram
             check_plan(records, engine.sites, len(run.view), fault_model, engine.number_format)
         except CampaignMismatch as error:
             raise InvalidArtifact(f"is of another campaign: {error}") from error
-        if inputs_of(file, "inject") != campaign_inputs(run, params.inject):
+        if inputs_of(file, "inject") != campaign_inputs(run, params):
             raise InvalidArtifact(f"is of another campaign than that of {run.key} with today's params.yaml")
     return records
 

@@ -16,27 +16,35 @@ from textguard.params import Params
 from textguard.runtime import describe_device, join_processes
 from textguard.schema.base import write
 from textguard.schema.campaign import StoredCampaign
+from textguard.vision.folding import fold_scale
 from textguard.vision.transforms import image_loader
 
 
 def main(params: Params, key: str) -> None:
     run, inject = load_run(params, key), params.inject
-    profiled, model = largest_outputs(run.ranges), protect(run.model, run.image, run.bounds, inject.mitigation)
+    model = fold_scale(run.model) if params.head.fold_scale else run.model
+    profiled, model = largest_outputs(run.ranges), protect(model, run.image, run.bounds, inject.mitigation)
     campaign = Campaign(model, image_loader(run.view, inject.batch_size), campaign_settings(inject), profiled)
     run.check_layers((site.layer, site.kind, site.neurons) for site in campaign.engine.sites)
-    mark = campaign_inputs(run, inject)
+    mark = campaign_inputs(run, params)
     with work_dir("inject", key, mark) as work:
         records, changes = campaign.sample_layers(work, f"inject {key}")
         if join_processes()[0]:
             return
         totals = campaign.enumerate_layers(work, f"enumerate {key}")
+        rescaled = campaign.rescale_last_layer(work, f"rescale {key}")
         if not sys.stderr.isatty():
             for result in campaign.summarise(records, totals[inject.detector]).values():
                 print(f"inject {key}: {result}", file=sys.stderr, flush=True)
-        settings = {**asdict(inject), "inputs": mark, "device": describe_device(run.device)}
+        settings = {
+            **asdict(inject),
+            "fold_scale": params.head.fold_scale,
+            "inputs": mark,
+            "device": describe_device(run.device),
+        }
         metadata = {name: str(value) for name, value in settings.items()}
         changed = [part.assign(detector=name) for name, part in changes.items()] or [no_records().assign(detector="")]
         write_parquet(run.records / "plan.parquet", records[PLAN_COLUMNS], {"seed": str(inject.seed)})
         write_parquet(run.records / "injections.parquet", records, metadata)
         write_parquet(run.records / "detectors.parquet", pd.concat(changed), metadata)
-        write(run.folder / "campaign.json", StoredCampaign, campaign.as_json(totals) | {"settings": settings})
+        write(run.folder / "campaign.json", StoredCampaign, campaign.as_json(totals, rescaled) | {"settings": settings})

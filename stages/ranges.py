@@ -8,6 +8,7 @@ from textguard.errors import UnsupportedModel
 from textguard.faults import profile_activations, profile_ranges
 from textguard.params import Params
 from textguard.runtime import announce
+from textguard.vision.folding import fold_scale
 from textguard.vision.transforms import image_loader
 
 BATCH_SIZE = 256
@@ -15,10 +16,11 @@ BATCH_SIZE = 256
 
 def main(params: Params, key: str) -> None:
     run = load_run(params, key, "train")
+    model = fold_scale(run.model) if params.head.fold_scale else run.model
     loader = image_loader(run.view, BATCH_SIZE)
-    ranges = profile_ranges(run.model, loader, params.inject.kinds)
+    ranges = profile_ranges(model, loader, params.inject.kinds)
     try:
-        bounds = profile_activations(run.model, loader)
+        bounds = profile_activations(model, loader)
     except UnsupportedModel as error:  # only mitigations need them, and say so
         announce(f"ranges {key}: no activation is profiled, and no mitigation can be used: {error}")
         bounds = pd.DataFrame(columns=["activation", "low", "high"])

@@ -5,7 +5,7 @@ from dataclasses import asdict, fields
 from stages.loading import LoadedRun
 from textguard.artifacts import fingerprint
 from textguard.faults import CampaignSettings, FaultModel
-from textguard.params import InjectParams
+from textguard.params import InjectParams, Params
 
 
 def campaign_settings(inject: InjectParams) -> CampaignSettings:
@@ -15,6 +15,6 @@ def campaign_settings(inject: InjectParams) -> CampaignSettings:
     return CampaignSettings(**renamed, **{name: getattr(inject, name) for name in same})
 
 
-def campaign_inputs(run: LoadedRun, inject: InjectParams) -> str:
+def campaign_inputs(run: LoadedRun, params: Params) -> str:
     """A fingerprint of all that goes into a run's campaign, which its files carry. Raises InvalidArtifact."""
-    return fingerprint(inject=inject, **run.checksums(["model", "data", "ranges", "bounds"]))
+    return fingerprint(inject=params.inject, head=params.head, **run.checksums(["model", "data", "ranges", "bounds"]))

@@ -41,6 +41,7 @@ WRONG_VALUES = {
     "few resamples": ("statistics.bootstrap", 10, ["10", "greater than or equal to 200"]),
     "no failures": ("statistics.fit_per_bit", 0.0, ["0.0", "greater than 0"]),
     "no images": ("closeup.images", 0, ["0", "greater than 0"]),
+    "a number for true": ("head.fold_scale", 1, ["1", "valid boolean"]),
     "maps of one place": ("closeup.smallest_map", 1, ["1", "greater than or equal to 2"]),
     "unknown exposure": ("statistics.fit_exposure", "bits", ['"bits"', "'neurons' or 'multiply_adds'"]),
     "unknown mitigation": ("inject.mitigation", "tmr", ['"tmr"', "'none', 'ranger' or 'clip_to_zero'"]),

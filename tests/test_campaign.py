@@ -72,7 +72,7 @@ def test_faults_in_weights_are_limited_by_the_largest_weight(resnet, loader):
 def test_an_interrupted_campaign_goes_on_with_the_layers_that_are_left(resnet, loader, tmp_path, monkeypatch):
     undisturbed = Campaign(resnet, loader, SETTINGS)
     records, changes = undisturbed.sample_layers()
-    totals = undisturbed.enumerate_layers()
+    totals, rescaled = undisturbed.enumerate_layers(), undisturbed.rescale_last_layer()
 
     def stop_at_the_second(*arguments, enumerate_layer=campaign_module.enumerate_layer, **options):
         if list(tmp_path.glob("exact-*.json")):
@@ -97,7 +97,10 @@ def test_an_interrupted_campaign_goes_on_with_the_layers_that_are_left(resnet, l
         pd.testing.assert_frame_equal(changed[name], part)
     assert_same_totals(second.enumerate_layers(tmp_path), totals)
     # What was taken from a file has the types of what was not, so that the same bytes are written of it.
-    assert second.as_json(second.enumerate_layers(tmp_path)) == undisturbed.as_json(totals)
+    assert second.rescale_last_layer(tmp_path) == rescaled
+    monkeypatch.setattr(campaign_module, "rescale_last_layer", None)  # a second time, it is taken from its file
+    again = second.enumerate_layers(tmp_path), second.rescale_last_layer(tmp_path)
+    assert second.as_json(*again) == undisturbed.as_json(totals, rescaled)
     assert read_json(tmp_path / "exact-0-3.json", "") == totals["profiled"][0].as_json()
 
 

@@ -82,6 +82,7 @@ def test_a_question_retrains_all_but_the_baseline(checkout):
     ("key", "value", "behind"),
     [
         ("inject.seed", 1, stages("inject", "report")),
+        ("head.fold_scale", True, stages("ranges", "inject", "closeup")),
         ("closeup.weight_flips", 20, stages("closeup")),
         ("datasets.digits.context", "a digit", RENDERED | {"results", f"prompts@{TEXT}", f"responses@{TEXT}"}),
         ("texts.descriptions.embedding", {"vectors": "random"}, {"figures", "report"} | TEXTS - {f"text_quality@{TEXT}"}),

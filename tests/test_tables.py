@@ -33,6 +33,7 @@ from textguard.schema.results import (
     PlaceRatios,
     Places,
     PlaceVerdicts,
+    RescaledHead,
     RunResult,
     Verdicts,
 )
@@ -246,6 +247,15 @@ def test_the_table_of_maps_says_what_was_seen_and_at_which_confidence():
     assert "intervals of confidence 0.99 over images" in table.caption
     table = tables(CELLS, closeups={"a": closeup(maps(confidence=0.9))})["attention"]
     assert "intervals of confidence 0.9 over images" in table.caption
+
+
+def test_heads_at_the_baselines_temperature_and_folded_are_shown_where_they_are_known():
+    one = cell("digits", "resnet18")
+    known = RescaledHead(same_temperature=estimate(1.5), folded=estimate(1.25))
+    detectors = {"profiled": one.first.model_copy(update={"rescaled": known}), "off": one.detectors["off"]}
+    table = tables([one.model_copy(update={"detectors": detectors})])["detectors"]
+    assert column(table, "DeltaLoss, Head Alone, Same Temperature (x)") == [estimate(1.5), None]
+    assert column(table, "DeltaLoss, Head Alone, Scale Folded (x)") == [estimate(1.25), None]
 
 
 def test_tables_are_written_in_three_formats(tmp_path):

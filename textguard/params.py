@@ -257,6 +257,15 @@ class InjectParams:
 
 
 @dataclass(frozen=True, config=_strict)
+class HeadParams:
+    """How a text-guided head is deployed. fold_scale: whether faults hit it with its scale in its weights, see
+    textguard.vision.folding.
+    """
+
+    fold_scale: bool
+
+
+@dataclass(frozen=True, config=_strict)
 class CloseupParams:
     """What each classifier is looked at with. images: of the test set, the same for all runs. weight_flips: bits flipped at
     once, in different weights. smallest_map: places in a row of a class activation map, at least.
@@ -323,6 +332,7 @@ class Params:
     seeds: Annotated[list[Seed], Field(min_length=1)]
     weights: dict[str, WeightsParams]
     texts: dict[Key, TextParams]
+    head: HeadParams
     inject: InjectParams
     closeup: CloseupParams
     statistics: StatisticsParams

@@ -14,10 +14,12 @@ from scipy.special import stdtrit
 
 from textguard.analysis.campaigns import CampaignRecords, place_weights
 from textguard.analysis.improvement import Draws, Ratio, across, draw_layers, improvement, verdict, weigh
+from textguard.analysis.temperature import rescaled_heads
 from textguard.estimates.statistics import Estimate, difference
 from textguard.params import Run, StatisticsParams
 from textguard.schema.base import Measured
 from textguard.schema.results import (
+    BASELINE,
     MEASURES,
     PLACES,
     Cell,
@@ -31,6 +33,7 @@ from textguard.schema.results import (
     PlaceRatios,
     Places,
     PlaceVerdicts,
+    RescaledHead,
     RunResult,
     UnderDetector,
     Verdicts,
@@ -39,8 +42,9 @@ from textguard.schema.results import (
 
 @dataclass(frozen=True)
 class Side:
-    """A run that is compared: its result alone, bootstrap draws (see `draw_layers`), and each place's weights."""
+    """A run that is compared: its campaign, its result alone, bootstrap draws (see `draw_layers`), and places' weights."""
 
+    campaign: CampaignRecords
     result: RunResult
     drawn: dict[str, dict[str, list[Draws]]]
     weights: dict[str, list[float]]
@@ -49,7 +53,7 @@ class Side:
 def side_of(run: Run, campaign: CampaignRecords, result: RunResult, statistics: StatisticsParams) -> Side:
     """What comparisons need of a run."""
     weights = place_weights(run, campaign.layers, statistics.last_layer_weights)
-    return Side(result, draw_layers(campaign.detectors, statistics.bootstrap, seed=0), weights)
+    return Side(campaign, result, draw_layers(campaign.detectors, statistics.bootstrap, seed=0), weights)
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,13 @@ class Comparison:
     """A run beside another one, which is called its baseline here.
 
     ratios: detector, the one that counts first -> measure -> place -> ratio. layers: measure -> the ratio of each of the run's
-    layers, in order, under the detector that counts; None where the baseline has no such layer. top2diff: the difference.
+    layers, in order, under the detector that counts; None where the baseline has no such layer. rescaled: detector -> name ->
+    the ratio of DeltaLoss for the head with its logits scaled. top2diff: the difference.
     """
 
     ratios: dict[str, dict[str, dict[str, Ratio]]]
     layers: dict[str, list[Ratio | None]]
+    rescaled: dict[str, dict[str, Ratio]]
     top2diff: Estimate
 
 
@@ -87,7 +93,18 @@ def compare(baseline: Side, own: Side) -> Comparison:
             None if place is None else improvement(theirs[place], draws, confidence)
             for place, draws in zip(_places(len(theirs), len(ours)), ours, strict=True)
         ]
-    return Comparison(ratios, layers, difference(own.result.top2diff, baseline.result.top2diff))
+    rescaled = {name: _rescaled(baseline, own, name) for name in shared if baseline.result.variant == BASELINE}
+    return Comparison(ratios, layers, rescaled, difference(own.result.top2diff, baseline.result.top2diff))
+
+
+def _rescaled(baseline: Side, own: Side, detector: str) -> dict[str, Ratio]:
+    """The head at the baseline's temperature, and with its scale in its weights, where they are known."""
+    logits = [side.result.largest_logit for side in (baseline, own)]
+    temperature = logits[0] / logits[1] if logits[1] else math.nan
+    heads = rescaled_heads(own.campaign, detector, temperature, own.result.statistics["nonfinite"])
+    theirs = baseline.drawn[detector]["delta_loss"][-1]
+    draws = [draw_layers({detector: [head]}, len(theirs.plain), 0)[detector]["delta_loss"][0] for head in heads.values()]
+    return {name: improvement(theirs, draw, own.result.confidence) for name, draw in zip(heads, draws, strict=True)}
 
 
 def _places(theirs: int, own: int) -> list[int | None]:
@@ -116,7 +133,9 @@ def with_improvement(result: RunResult, baseline: RunResult, compared: Compariso
         layers.append(layer.model_copy(update={"improvement": LayerRatios(**found)}) if found else layer)
     detectors: dict[str, UnderDetector] = dict(result.detectors)
     for name, ratios in compared.ratios.items():
-        detectors[name] = detectors[name].model_copy(update={"improvement": _improved(ratios)})
+        heads = {head: Measured.of(ratio.estimate) for head, ratio in compared.rescaled[name].items()}
+        found = {"improvement": _improved(ratios)} | ({"rescaled": RescaledHead(**heads)} if heads else {})
+        detectors[name] = detectors[name].model_copy(update=found)
     own = Improvement(
         baseline=baseline.run,
         **dict(_improved(next(iter(compared.ratios.values())))),
@@ -147,6 +166,9 @@ def describe_cell(baselines: Sequence[RunResult], own: Sequence[RunResult], comp
             measure: {place: together([part.ratios[detector][measure][place] for part in compared]) for place in PLACES}
             for measure in MEASURES
         }
+        heads = [part.rescaled.get(detector, {}) for part in compared]
+        known = [name for name in heads[0] if all(name in part for part in heads)]
+        rescaled = RescaledHead(**{name: together([part[name] for part in heads]) for name in known}) if known else None
         return CellUnderDetector(
             baseline=places(baselines, detector),
             own=places(own, detector),
@@ -157,6 +179,7 @@ def describe_cell(baselines: Sequence[RunResult], own: Sequence[RunResult], comp
                     for measure, ratios in found.items()
                 }
             ),
+            **({"rescaled": rescaled} if rescaled else {}),
         )
 
     layers = []

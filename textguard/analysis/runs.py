@@ -62,7 +62,7 @@ def describe_run(key: str, run: Run, campaign: CampaignRecords, statistics: Stat
         multiply_adds=evaluation.multiply_adds,
         scale=evaluation.scale,
         # The detector `profiled` clamps to the profiled range: behind it, no fault in the last layer makes a larger logit.
-        largest_logit=evaluation.scale * _largest_value(key, layers),
+        largest_logit=(1.0 if stored.settings.get("fold_scale") else evaluation.scale) * _largest_value(key, layers),
         **{name: found for name, found in places.items() if name != "overall"},
         overall=_overall(campaign, statistics, places["overall"]),
         convergence=_convergence(campaign, statistics),

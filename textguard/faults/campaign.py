@@ -21,7 +21,7 @@ from textguard.faults.checks import checked_name, confidence_level, folder_path,
 from textguard.faults.damage import SINGLE_FLIP, FaultModel, weight_limits
 from textguard.faults.detectors import detector_limits
 from textguard.faults.engines import Engine, make_engine
-from textguard.faults.exact import affordable, enumerate_layer
+from textguard.faults.exact import affordable, enumerate_layer, has_closed_form, rescale_last_layer
 from textguard.faults.execution import measure_pace, no_records
 from textguard.faults.formats import Format, parse_format
 from textguard.faults.guided import draw_guided
@@ -249,6 +249,7 @@ class Campaign:
         known = weight_limits(model, self.engine.sites) if settings.fault_model.target == "weight" else profiled
         layers = [site.layer for site in self.engine.sites]
         self.limits = {name: detector_limits(name, layers, known) for name in settings.detectors}
+        self._known = known
         self.strata = settings.design.strata(settings.fault_model, self.engine)
 
     @cached_property
@@ -338,6 +339,26 @@ class Campaign:
             write_json(file, totals.as_json())
         return totals
 
+    def rescale_last_layer(self, folder: Path | None = None, label: str = "rescale") -> dict[str, Any]:
+        """Detector -> what all faults of the last layer do with its logits scaled, as metrics files hold it; see `Rescaled`.
+
+        Empty where the last layer is sampled, or has no closed form. folder: as for `enumerate_layers`.
+        """
+        site = self.engine.sites[-1]
+        if site not in self.enumerated or not has_closed_form(self.engine, site):
+            return {}
+        file = folder / "rescaled.json" if folder else None
+        if file and file.exists():
+            return read_json(file, "inject")
+        largest = {site.layer: self._known[site.layer] * abs(self.engine.factor_behind_last())}
+        limits = {name: found[site.layer] for name, found in self.limits.items()}
+        folded = {name: detector_limits(name, [site.layer], largest)[site.layer] for name in limits}
+        found = rescale_last_layer(self.engine, self.loader, self.eligible, limits, folded, label)
+        rescaled = {name: one.as_json() for name, one in found.items()}
+        if file:
+            write_json(file, rescaled)
+        return rescaled
+
     def summarise(self, records: pd.DataFrame, totals: Sequence[Totals]) -> dict[str, LayerResult]:
         """Layer -> its estimates, in order of execution, from the records of sampled layers and the totals of the others."""
         neurons, guided = {site.layer: site.neurons for site in self.sampled}, self.settings.plan == "guided"
@@ -362,8 +383,8 @@ class Campaign:
         pace = measure_pace(self.engine, self.loader, plan, limits, injections=injections, fault_model=settings.fault_model)
         return 1 / (1 / pace + drawing)
 
-    def as_json(self, totals: Mapping[str, Sequence[Totals]]) -> dict[str, Any]:
-        """What is to be known of the campaign beside its records. totals: as `enumerate_layers` returns them."""
+    def as_json(self, totals: Mapping[str, Sequence[Totals]], rescaled: Mapping[str, Any]) -> dict[str, Any]:
+        """What is to be known of the campaign beside its records: what `enumerate_layers` and `rescale_last_layer` return."""
         return {
             "layers": [
                 {"layer": site.layer, "kind": site.kind, "neurons": site.neurons, "multiply_adds": site.multiply_adds}
@@ -374,5 +395,6 @@ class Campaign:
             "eligible_images": len(self.eligible),
             "detectors": self.settings.detectors,
             "exact": {name: [layer.as_json() for layer in found] for name, found in totals.items()},
+            "rescaled": dict(rescaled),
             "skipped": dict(self.engine.skipped),
         }

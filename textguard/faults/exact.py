@@ -4,7 +4,9 @@ The last layer has a closed form, because a fault there changes one logit and le
 denominator as it is. Other fully connected layers at the end go through the engine, as long as they have few enough faults.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from textguard.errors import UnsupportedModel
 from textguard.estimates.summary import Totals
-from textguard.faults.damage import SINGLE_FLIP, FaultModel, Faults
+from textguard.faults.damage import SINGLE_FLIP, FaultModel, Faults, Storage
 from textguard.faults.detectors import clamp_to_range
 from textguard.faults.engines import Engine, ReplayEngine
 from textguard.faults.profiling import batches
@@ -22,6 +24,7 @@ from textguard.faults.sites import Site
 from textguard.runtime import progress
 
 FAULTS_AT_ONCE = 2**16  # through the engine
+TEMPERATURES = tuple(2.0 ** (half / 2) for half in range(-12, 13))  # factors of the logits
 
 
 def affordable(engine: Engine, images: int, fault_model: FaultModel, up_to: int) -> list[Site]:
@@ -123,21 +126,38 @@ def enumerate_layer(
     """
     bits, closed = engine.number_format.bits, has_closed_form(engine, site)
     at_once = (loader.batch_size or 1) if closed else max(1, FAULTS_AT_ONCE // (site.neurons * bits))
-    parts = [images[start : start + at_once] for start in range(0, len(images), at_once)]
-    totals = np.zeros((5, bits))
+    sums = np.zeros((5, bits))
     with progress(total=len(images) * site.neurons * bits, label=f"{label} {site.layer}", unit="inj") as bar:
-        for part, pictures, labels in batches(loader, engine.device, parts):
+        for part, pictures, labels in batches(loader, engine.device, _split(images, at_once)):
             if closed:
-                outputs: list[Tensor] = []
-                engine.observe(pictures, lambda _, output, here=outputs: here.append(output))
-                found = flip_logits(engine, outputs[-1], engine.factor_behind_last(), labels, limit)
+                found = flip_logits(engine, _outputs(engine, pictures), engine.factor_behind_last(), labels, limit)
             else:
                 found = _flip_all(engine, pictures, labels, site, limit)
-            totals += np.stack([column.double().sum(dim=(0, 1)).cpu().numpy() for column in found])
+            sums += _sums(found)
             bar.update(len(part) * site.neurons * bits)
-    masked, detected, mismatches, nonfinite = totals[:4].astype(np.int64)
-    faults = np.full(bits, len(images) * site.neurons)
-    return Totals(site.layer, site.neurons, faults, masked, detected, mismatches, nonfinite, totals[4])
+    return _totals(site, len(images), sums)
+
+
+def _split(images: Sequence[int], at_once: int) -> list[Sequence[int]]:
+    return [images[start : start + at_once] for start in range(0, len(images), at_once)]
+
+
+def _outputs(engine: ReplayEngine, pictures: Tensor) -> Tensor:
+    """The last site's fault-free outputs, [B, C]."""
+    outputs: list[Tensor] = []
+    engine.observe(pictures, lambda _, output: outputs.append(output))
+    return outputs[-1]
+
+
+def _sums(found: Sequence[Tensor]) -> np.ndarray:
+    """By bit, [5, bits], what `flip_logits` returns."""
+    return np.stack([column.double().sum(dim=(0, 1)).cpu().numpy() for column in found])
+
+
+def _totals(site: Site, images: int, sums: np.ndarray) -> Totals:
+    masked, detected, mismatches, nonfinite = sums[:4].astype(np.int64)
+    faults = np.full(sums.shape[1], images * site.neurons)
+    return Totals(site.layer, site.neurons, faults, masked, detected, mismatches, nonfinite, sums[4])
 
 
 def _flip_all(engine: ReplayEngine, images: Tensor, labels: Tensor, site: Site, limit: float) -> tuple[Tensor, ...]:
@@ -169,7 +189,9 @@ def _columns(masked: Tensor, detected: Tensor, mismatch: Tensor, delta_loss: Ten
     return masked, detected, mismatch & finite, ~finite, delta_loss.where(finite, 0.0)
 
 
-def flip_logits(engine: ReplayEngine, outputs: Tensor, factor: float, labels: Tensor, limit: float) -> tuple[Tensor, ...]:
+def flip_logits(
+    engine: ReplayEngine, outputs: Tensor, factor: float, labels: Tensor, limit: float, storage: Storage | None = None
+) -> tuple[Tensor, ...]:
     """What every bit flip in a last layer's outputs does, where the logits are `factor` times the outputs.
 
     Parameters
@@ -184,6 +206,8 @@ def flip_logits(engine: ReplayEngine, outputs: Tensor, factor: float, labels: Te
         int64 [B].
     limit : float
         The largest magnitude that the range detector lets pass.
+    storage : Storage, optional
+        How the outputs are stored, where that is not as the engine stores them.
 
     Returns
     -------
@@ -193,7 +217,23 @@ def flip_logits(engine: ReplayEngine, outputs: Tensor, factor: float, labels: Te
     delta_loss : Tensor
         float32 [B, C, bits], in nats, 0 where it is not finite.
     """
-    storage, number_format = engine.storage(-1), engine.number_format
+    passed, detected = _flip(storage or engine.storage(-1), outputs, limit)
+    logits, faulty = outputs * factor, passed * factor
+    best = logits.argmax(dim=1, keepdim=True)
+    rest = logits.masked_fill(F.one_hot(best[:, 0], logits.shape[1]).bool(), -torch.inf)
+    rival, highest = rest.argmax(dim=1, keepdim=True)[..., None], rest.amax(dim=1, keepdim=True)[..., None]
+    number = torch.arange(logits.shape[1], device=logits.device)[:, None]
+    # argmax takes the first of equal logits, and prefers NaN to any number.
+    top = logits.gather(1, best)[..., None]
+    wins = (faulty > top) | ((faulty == top) & (number < best[..., None])) | faulty.isnan()
+    loses = (faulty < highest) | ((faulty == highest) & (rival < number))
+    mismatch = torch.where(number == best[..., None], loses, wins)
+    return _columns(passed == outputs[..., None], detected, mismatch, _delta_loss(logits, faulty, labels))
+
+
+def _flip(storage: Storage, outputs: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """Outputs [B, C] behind the range detector, with each of their bits flipped, and whether it saw that: [B, C, bits]."""
+    number_format = storage.format
     bits = torch.arange(number_format.bits, device=outputs.device)
     shared = torch.zeros_like(outputs, dtype=torch.int64)
     if number_format.shared_bits:
@@ -202,10 +242,11 @@ def flip_logits(engine: ReplayEngine, outputs: Tensor, factor: float, labels: Te
         shared = number_format.shared(blocks, storage.limit).repeat_interleave(block, dim=1)[:, : outputs.shape[1]]
     codes = number_format.encode(outputs, storage.limit, shared)
     flipped = number_format.decode(codes[..., None] ^ (1 << bits), storage.limit, shared[..., None])
-    passed, detected = clamp_to_range(flipped, torch.tensor(limit, device=outputs.device))
-    faulty = passed * factor
+    return clamp_to_range(flipped, torch.tensor(limit, device=outputs.device))
 
-    logits = outputs * factor
+
+def _delta_loss(logits: Tensor, faulty: Tensor, labels: Tensor) -> Tensor:
+    """DeltaLoss, [B, C, bits], where one of the logits [B, C] becomes faulty [B, C, bits]. NaN or infinite where it is so."""
     own = F.one_hot(labels, logits.shape[1]).bool()
     # log(sum(exp)) of all logits but one, from those before and those behind it. Subtracting one from the sum could cancel.
     edge = logits.new_full((len(logits), 1), -torch.inf)
@@ -216,15 +257,110 @@ def flip_logits(engine: ReplayEngine, outputs: Tensor, factor: float, labels: Te
     loss = torch.logaddexp(others[..., None], faulty) - target
     # Cross entropy makes NaN of a logit of +inf, where this difference is an infinity for a wrong class.
     loss = torch.where(faulty == torch.inf, torch.nan, loss)
-    delta_loss = (loss - F.cross_entropy(logits, labels, reduction="none")[:, None, None]).abs()
+    return (loss - F.cross_entropy(logits, labels, reduction="none")[:, None, None]).abs()
 
-    best = logits.argmax(dim=1, keepdim=True)
-    rest = logits.masked_fill(F.one_hot(best[:, 0], logits.shape[1]).bool(), -torch.inf)
-    rival, highest = rest.argmax(dim=1, keepdim=True)[..., None], rest.amax(dim=1, keepdim=True)[..., None]
-    number = torch.arange(logits.shape[1], device=logits.device)[:, None]
-    # argmax takes the first of equal logits, and prefers NaN to any number.
-    top = logits.gather(1, best)[..., None]
-    wins = (faulty > top) | ((faulty == top) & (number < best[..., None])) | faulty.isnan()
-    loses = (faulty < highest) | ((faulty == highest) & (rival < number))
-    mismatch = torch.where(number == best[..., None], loses, wins)
-    return _columns(passed == outputs[..., None], detected, mismatch, delta_loss)
+
+@dataclass(frozen=True)
+class Rescaled:
+    """What all single-bit faults of a last layer do, where its logits are scaled. Neither changes a prediction without faults.
+
+    Attributes
+    ----------
+    factor : float
+        The logits are this many times the layer's outputs.
+    delta_loss : ndarray
+        The sum of DeltaLoss, in nats, where the logits are further multiplied by each of TEMPERATURES, behind the range
+        detector; float [25]. It is over the faults whose loss is finite without that: SDC and mismatch stay as they are.
+    folded : Totals or None
+        What the faults do where the factor is in the layer's weights, and none behind it. None where it is 1.
+    """
+
+    factor: float
+    delta_loss: np.ndarray
+    folded: Totals | None
+
+    def as_json(self) -> dict[str, Any]:
+        """As metrics files hold it: with lists for arrays, and without `folded` where it is None."""
+        curve = {"factor": self.factor, "temperatures": list(TEMPERATURES), "delta_loss": self.delta_loss.tolist()}
+        return curve if self.folded is None else {**curve, "folded": self.folded.as_json()}
+
+
+@torch.inference_mode()
+def rescale_last_layer(
+    engine: ReplayEngine,
+    loader: DataLoader,
+    images: Sequence[int],
+    limits: Mapping[str, float],
+    folded_limits: Mapping[str, float],
+    label: str = "rescale",
+) -> dict[str, Rescaled]:
+    """Flip every bit of every output of the last layer, with its logits scaled; one pass over the images.
+
+    Parameters
+    ----------
+    engine : ReplayEngine
+        The model's engine, whose last site has a closed form.
+    loader : DataLoader
+        Gives images and labels; a map-style data set.
+    images : sequence of int
+        Indices of the images in the loader's data set.
+    limits : mapping of str to float
+        Range detector -> the largest magnitude of an output that it lets pass.
+    folded_limits : mapping of str to float
+        The same where the factor between outputs and logits is in the layer's weights.
+    label : str
+        What the progress bar says.
+
+    Returns
+    -------
+    dict of str to Rescaled
+        Range detector -> what the faults did.
+
+    Raises
+    ------
+    UnsupportedModel
+        More than a factor lies behind the last layer; see `has_closed_form`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> from textguard.faults import make_engine
+    >>> from textguard.faults.exact import enumerate_layer, rescale_last_layer
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    >>> loader = DataLoader(TensorDataset(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])), batch_size=5)
+    >>> engine = make_engine("replay", model, torch.zeros(4), batch_size=64)
+    >>> found = rescale_last_layer(engine, loader, [0, 1, 4], {"fixed:2": 2.0}, {"fixed:2": 2.0})["fixed:2"]
+    >>> totals = enumerate_layer(engine, loader, [0, 1, 4], engine.sites[-1], limit=2.0)
+    >>> found.folded, abs(found.delta_loss[12] / totals.delta_loss.sum() - 1) < 1e-5
+    (None, True)
+    """
+    site, factor, stored, bits = engine.sites[-1], engine.factor_behind_last(), engine.storage(-1), engine.number_format.bits
+    in_weights = Storage(stored.format, float(stored.limit) * abs(factor), stored.size, engine.device)
+    curves = {name: np.zeros(len(TEMPERATURES)) for name in limits}
+    folded = {name: np.zeros((5, bits)) for name in limits}
+    with progress(total=len(images) * site.neurons * bits, label=f"{label} {site.layer}", unit="inj") as bar:
+        for part, pictures, labels in batches(loader, engine.device, _split(images, loader.batch_size or 1)):
+            outputs = _outputs(engine, pictures)
+            for name, limit in limits.items():
+                passed, _ = _flip(stored, outputs, limit)
+                curves[name] += _sums_by_temperature(outputs * factor, passed * factor, labels)
+                if factor != 1:
+                    logits = in_weights.round(outputs * factor)
+                    folded[name] += _sums(flip_logits(engine, logits, 1.0, labels, folded_limits[name], in_weights))
+            bar.update(len(part) * site.neurons * bits)
+    return {
+        name: Rescaled(factor, curves[name], _totals(site, len(images), folded[name]) if factor != 1 else None)
+        for name in limits
+    }
+
+
+def _sums_by_temperature(logits: Tensor, faulty: Tensor, labels: Tensor) -> np.ndarray:
+    """The sums of DeltaLoss at each of TEMPERATURES, as `Rescaled` has them."""
+    finite = _delta_loss(logits, faulty, labels).isfinite()
+    # float32 holds neither a logit that a flip made large times 64, nor small changes of a loss; at 1, it says what is finite.
+    logits, faulty = logits.double(), faulty.double()
+    sums = [_delta_loss(t * logits, t * faulty, labels).where(finite, 0.0).sum() for t in TEMPERATURES]
+    return torch.stack(sums).cpu().numpy()

@@ -120,9 +120,7 @@ def make_tables(
             measured,
         ),
         _table("layers", against, LAYERS, cells),
-        _table(
-            "detectors", f"The same faults under each range detector. DeltaLoss in nats. {ratios} {note}", DETECTORS, varied
-        ),
+        _table("detectors", f"The same faults under each range detector. {HEADS} {ratios} {note}", DETECTORS, varied),
         _table("resilience", f"Every run. {per_run}", RESILIENCE, list(runs.values())),
         _attention_table(closeups),
         _audit_table(audit(published)),
@@ -206,6 +204,11 @@ TRAININGS: Compared = {"Trainings": (lambda cell: len(cell.seeds), _nothing)}
 TABLE1 = PLACE | ACCURACY | COST | RELIABILITY | TOP2DIFF | TRAININGS
 TABLE2 = {header: column for header, column in TABLE1.items() if header not in COST}
 TABLE3 = PLACE | INITIALISATION | RELIABILITY | EFFECTS | TRAININGS
+HEADS = (
+    "DeltaLoss in nats. Same temperature: the head's logits are scaled behind the detector, so that the largest on training "
+    "images is the baseline's. Scale folded: exp(logit_scale) is in the head's weights, as in deployment. Neither changes a "
+    "prediction."
+)
 MEASURED: Columns = {
     "Dataset": lambda row: row[0].dataset,
     "Backbone": lambda row: row[0].backbone,
@@ -241,6 +244,8 @@ DETECTORS: Columns = {
     "DeltaLoss Baseline": lambda row: row.found.baseline.overall.delta_loss,
     "DeltaLoss Ours": lambda row: row.found.own.overall.delta_loss,
     **{header: lambda row, at=at: judged(row.found, *at) for header, at in RATIOS.items()},
+    "DeltaLoss, Head Alone, Same Temperature (x)": lambda row: row.found.rescaled and row.found.rescaled.same_temperature,
+    "DeltaLoss, Head Alone, Scale Folded (x)": lambda row: row.found.rescaled and row.found.rescaled.folded,
     "Non-finite Baseline (%)": lambda row: row.found.baseline.nonfinite.times(100),
     "Non-finite Ours (%)": lambda row: row.found.own.nonfinite.times(100),
 }

@@ -1,6 +1,9 @@
 """What stage `inject` says of a campaign, beside the records of its injections."""
 
+import itertools
+import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -68,6 +71,29 @@ class EnumeratedLayer(Stored):
         return self
 
 
+class Rescaled(Stored):
+    """What all single-bit faults of the last layer do where its logits are scaled, which changes no fault-free prediction."""
+
+    factor: float = field("the logits are this many times the layer's outputs")
+    temperatures: Counts = field("further factors of the logits, behind the range detector, ascending; 1 is among them")
+    delta_loss: Counts = field(
+        "with each of them: sum of DeltaLoss over losses that are finite without it, as SDC and mismatch stay what they are",
+        "nats",
+    )
+    folded: EnumeratedLayer | None = field(
+        "the same faults with `factor` in the layer's weights, as in deployment; absent where it is 1", default=None
+    )
+
+    @model_validator(mode="after")
+    def _is_a_curve(self) -> "Rescaled":
+        if len(self.temperatures) != len(self.delta_loss):
+            raise ValueError("temperatures and delta_loss must be as many")
+        ascends = all(low < high for low, high in itertools.pairwise([0.0, *self.temperatures]))
+        if not ascends or 1 not in self.temperatures:
+            raise ValueError("temperatures must be above 0 and ascend, and hold 1")
+        return self
+
+
 class StoredCampaign(Stored):
     """One classifier's campaign: what was injected, how, and what is known exactly."""
 
@@ -77,9 +103,13 @@ class StoredCampaign(Stored):
     eligible_images: int = field("test images that are predicted right without faults", "count", ge=1)
     detectors: list[Name] = field("range detectors, the one that counts first", min_length=1)
     exact: dict[Name, list[EnumeratedLayer]] = field("by detector: the layers all of whose faults were tried")
+    rescaled: dict[Name, Rescaled] = field(
+        "by detector: the last layer with other logits; empty where it was sampled or has no closed form", default_factory=dict
+    )
     skipped: dict[Name, Name] = field("by layer: why it takes no faults")
     settings: Settings = field(
-        "params.yaml's section `inject`; `inputs`, a fingerprint of all that went in; `device`, on which it ran"
+        "params.yaml's section `inject`; `fold_scale` of its section `head`; `inputs`, a fingerprint of all that went in; "
+        "`device`, on which it ran"
     )
 
     @model_validator(mode="after")
@@ -101,13 +131,23 @@ class StoredCampaign(Stored):
             if [layer.layer for layer in layers] != first or len(set(first)) < len(first):
                 raise ValueError(f"exact.{name} must have each enumerated layer once, as the other detectors have them")
             for layer in layers:
-                if neurons.get(layer.layer) != layer.neurons:
-                    raise ValueError(f"exact.{name} has a layer {layer.layer!r} of {layer.neurons} neurons; layers has none")
-                if layer.faults != [layer.neurons * self.eligible_images] * self.bits:
-                    raise ValueError(
-                        f"exact.{name} has another number of faults in {layer.layer!r} than one per neuron, image and bit"
-                    )
+                self._check_layer(f"exact.{name}", layer, neurons)
+        if self.rescaled and (list(self.rescaled) != self.detectors or first[-1:] != [self.layers[-1].layer]):
+            raise ValueError("rescaled must have every detector, and the last layer must be in exact")
+        for name, rescaled in self.rescaled.items():
+            known, at_one = self.exact[name][-1], rescaled.delta_loss[rescaled.temperatures.index(1)]
+            # Where faults do little, the sum under exact is one of roundings, up to some 1e-6 nats for a fault.
+            if not math.isclose(at_one, sum(known.delta_loss), rel_tol=1e-3, abs_tol=1e-5 * sum(known.faults)):
+                raise ValueError(f"rescaled.{name} has another DeltaLoss at temperature 1 than exact.{name}")
+            if rescaled.folded:
+                self._check_layer(f"rescaled.{name}.folded", rescaled.folded, {known.layer: known.neurons})
         return self
+
+    def _check_layer(self, place: str, layer: EnumeratedLayer, neurons: Mapping[str, int]) -> None:
+        if neurons.get(layer.layer) != layer.neurons:
+            raise ValueError(f"{place} has a layer {layer.layer!r} of {layer.neurons} neurons; layers has none")
+        if layer.faults != [layer.neurons * self.eligible_images] * self.bits:
+            raise ValueError(f"{place} has another number of faults in {layer.layer!r} than one per neuron, image and bit")
 
     @property
     def sampled(self) -> dict[str, int]:

@@ -191,10 +191,28 @@ class Verdicts(Stored):
     mismatch: PlaceVerdicts = field("by the mismatch rate")
 
 
+class RescaledHead(Stored):
+    """The head alone with its logits scaled, against the baseline's last layer: baseline's DeltaLoss / its own.
+
+    No scale changes a prediction, so SDC and mismatches stay as they are.
+    """
+
+    same_temperature: Measured = field(
+        "its largest logit on training images is made the baseline's; null where that takes a factor beyond 64", "times"
+    )
+    folded: Measured | None = field(
+        "the scale of its logits is in its weights, as in deployment; absent where there is no scale", "times", default=None
+    )
+
+
 class UnderDetector(Places):
     """The same faults under one range detector."""
 
     improvement: Improved | None = field("against the baseline; absent where there is none", default=None)
+    rescaled: RescaledHead | None = field(
+        "the same for the head with its logits scaled; absent where it was sampled or more than a factor lies behind it",
+        default=None,
+    )
 
 
 class Improvement(Improved):
@@ -259,6 +277,7 @@ class CellUnderDetector(Stored):
     own: Places = field("what faults do in the cell")
     improvement: Improved = field("the baseline's / its own, above 1 is better")
     verdict: Verdicts = field("what the intervals of the ratios say")
+    rescaled: RescaledHead | None = field("the head with its logits scaled; absent where a training has none", default=None)
 
 
 class LayerVerdicts(Stored):
