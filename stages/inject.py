@@ -32,7 +32,7 @@ def main(params: Params, key: str) -> None:
         if join_processes()[0]:
             return
         totals = campaign.enumerate_layers(work, f"enumerate {key}")
-        rescaled = campaign.rescale_last_layer(work, f"rescale {key}")
+        rescaled = campaign.rescale_last_layer(work, f"enumerate {key}")
         if not sys.stderr.isatty():
             for result in campaign.summarise(records, totals[inject.detector]).values():
                 print(f"inject {key}: {result}", file=sys.stderr, flush=True)

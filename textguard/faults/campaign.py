@@ -339,7 +339,7 @@ class Campaign:
             write_json(file, totals.as_json())
         return totals
 
-    def rescale_last_layer(self, folder: Path | None = None, label: str = "rescale") -> dict[str, Any]:
+    def rescale_last_layer(self, folder: Path | None = None, label: str = "enumerate") -> dict[str, Any]:
         """Detector -> what all faults of the last layer do with its logits scaled, as metrics files hold it; see `Rescaled`.
 
         Empty where the last layer is sampled, or has no closed form. folder: as for `enumerate_layers`.
@@ -353,7 +353,7 @@ class Campaign:
         largest = {site.layer: self._known[site.layer] * abs(self.engine.factor_behind_last())}
         limits = {name: found[site.layer] for name, found in self.limits.items()}
         folded = {name: detector_limits(name, [site.layer], largest)[site.layer] for name in limits}
-        found = rescale_last_layer(self.engine, self.loader, self.eligible, limits, folded, label)
+        found = rescale_last_layer(self.engine, self.loader, self.eligible, limits, folded, f"{label}, rescaled,")
         rescaled = {name: one.as_json() for name, one in found.items()}
         if file:
             write_json(file, rescaled)
