@@ -19,9 +19,9 @@ trainings, or that of the samplings where it is larger. Elsewhere they are liste
 
 Ratios to a baseline are shown and never judged: a baseline that became better makes them smaller.
 
-No change is within a relative tolerance of a base of 0: there, significance alone decides. A DeltaLoss that fp32 rounds away is no
-change either.
-What is null cannot be compared; it is listed, like runs and layers that only one side has, and does not fail.
+No change is within a relative tolerance of a base of 0: there, significance alone decides. A change of DeltaLoss that fp32
+rounds away is always within tolerance. What is null cannot be compared; it is listed, like runs and layers that only one side
+has, and does not fail.
 
 Sources: Fisher, The Design of Experiments, 1935, section 21. Holm, Scandinavian Journal of Statistics 6, 1979. Welch,
 Biometrika 34, 1947.
@@ -222,10 +222,8 @@ def _test(old: Measured, now: Measured, *, paired: bool) -> tuple[str, float]:
 
 def _unpaired_p(old: Measured, now: Measured) -> float:
     difference, count = now.value - old.value, old.n + now.n
-    variance = old.error**2 + now.error**2 + (difference**2 / count if count else math.nan)
-    if variance == 0:  # as is the difference
-        return 0.5
-    return math.erfc(abs(difference) / math.sqrt(2 * variance)) / 2
+    error = math.hypot(old.error, now.error, difference / math.sqrt(count) if count else math.nan)
+    return math.erfc(abs(difference) / error / math.sqrt(2)) / 2 if error else 0.5
 
 
 def list_trainings(base: RunResult, new: RunResult) -> list[Comparison]:
@@ -241,13 +239,13 @@ def compare_trainings(base: Sequence[RunResult], new: Sequence[RunResult], toler
     """Compare the means of two sets of trainings of one data set, backbone and variant, two or more on each side."""
     name = f"{'-'.join(_cell(base[0]))}, {len(base)} trainings -> {len(new)}"
     return [
-        _over_trainings(name, quantity, *([quantity.of(run) for run in side] for side in (base, new)), tolerances)
+        compare_over_trainings(name, quantity, *([quantity.of(run) for run in side] for side in (base, new)), tolerances)
         for quantity in QUANTITIES
         if quantity.tolerance
     ]
 
 
-def _over_trainings(
+def compare_over_trainings(
     name: str, quantity: Quantity, base: Sequence[Measured], new: Sequence[Measured], tolerances: GateParams
 ) -> Comparison:
     """Welch's t test. The means that are shown are geometric, but of top-1."""
@@ -266,7 +264,7 @@ def _over_trainings(
         Measured(mean if plain else math.exp(mean), math.nan, math.nan, size) for mean, size in zip(means, sizes, strict=True)
     ]
     difference, variance = means[1] - means[0], sum(variances)
-    p = math.nan
+    p = math.nan if difference else 0.5
     if variance > 0:
         freedom = variance**2 / sum(part**2 / (size - 1) for part, size in zip(variances, sizes, strict=True))
         p = float(stdtr(freedom, -abs(difference) / math.sqrt(variance)))
@@ -285,14 +283,15 @@ def sign_flip_p(differences: np.ndarray) -> float:
     # The sum stays as large where those that are flipped add up to 0 or less.
     first, second = (_subset_sums(half) for half in np.array_split(differences, 2))
     slack = 1e-12 * np.abs(differences).sum()
-    reached = np.searchsorted(np.sort(second), slack - first, side="right").sum()
+    reached = np.searchsorted(second, slack - first[::-1], side="right").sum()
     return float(reached) / (len(first) * len(second))
 
 
 def _subset_sums(numbers: np.ndarray) -> np.ndarray:
+    """The sums of all subsets, in order: each number merges two sorted halves."""
     sums = np.zeros(1)
     for number in numbers:
-        sums = np.concatenate([sums, sums + number])
+        sums = np.sort(np.concatenate([sums, sums + number]), kind="stable")
     return sums
 
 
