@@ -1,4 +1,4 @@
-"""How often the regression gate is wrong, and what it finds: python -m benchmarks gate (two and a half minutes on two cores).
+"""How often the regression gate is wrong, and what it finds: python -m benchmarks gate (some two minutes on two cores).
 
 Big campaigns on a trained classifier, one with uniform injections and one with guided ones, stand for all faults of its layers.
 Small ones are drawn from them, again and again, and compared as the gate compares the runs of a grid.
@@ -18,6 +18,7 @@ from textguard.analysis.regression import (
     LAYER_QUANTITIES,
     QUANTITIES,
     Comparison,
+    compare_layers,
     compare_measured,
     compare_over_trainings,
     judge,
@@ -30,9 +31,9 @@ from textguard.faults.profiling import image_chances
 from textguard.params import GateParams
 from textguard.schema.base import Measured
 
-POPULATION = 8192  # injections into each layer, of either kind
+POPULATION = 4096  # injections into each layer, of either kind
 INJECTIONS, BLOCKS = 1024, 32  # of a small campaign, per layer, as in the demo
-RUNS = 4  # of a call: Holm's correction is over the numbers of all of them
+RUNS = 8  # of a call: Holm's correction is over the numbers of all of them
 CALLS = 1000
 FACTORS = (1.1, 1.25, 1.5, 2.0, 4.0)
 POWER_CALLS = 40
@@ -49,13 +50,18 @@ def measure() -> dict[str, Any]:
     pools = _pools()
     return {
         "calls": CALLS,
-        "comparisons": RUNS * 2 * (next(iter(pools.values())).shape[1] + 1),
+        "comparisons": _family(pools["guided"]),
         "plans": {
-            name: {"false_alarms": _false_alarms(pool), "worst_error": _worst_error(pool), "power": _power(pool)}
+            name: {"false_alarms": _false_alarms(pool), "errors": _errors(pool), "power": _power(pool)}
             for name, pool in pools.items()
         },
         "trainings": _over_trainings(),
     }
+
+
+def _family(pool: np.ndarray) -> int:
+    """How many numbers a call compares: of each run, DeltaLoss and SDC of each layer, of their mean, and of all together."""
+    return RUNS * 2 * (pool.shape[1] + 2)
 
 
 def _pools() -> dict[str, np.ndarray]:
@@ -84,9 +90,9 @@ def _pools() -> dict[str, np.ndarray]:
     return pools
 
 
-def _worst_error(pool: np.ndarray) -> float:
-    """The standard error of a small campaign's DeltaLoss, as a share of it, in the worst layer."""
-    return float((pool[0].std(axis=1) / pool[0].mean(axis=1)).max() / np.sqrt(INJECTIONS))
+def _errors(pool: np.ndarray) -> list[float]:
+    """The standard error of a small campaign's DeltaLoss, as a share of it, by layer."""
+    return (pool[0].std(axis=1) / pool[0].mean(axis=1) / np.sqrt(INJECTIONS)).tolist()
 
 
 def _draw(pool: np.ndarray, draw: np.random.Generator) -> np.ndarray:
@@ -126,6 +132,7 @@ def _compare(base: Side, new: Side, *, paired: bool, run: str = "run") -> list[C
             compare_measured(run, of_layers, *pair, TOLERANCES, paired=paired, layer=str(number))
             for number, pair in enumerate(layers)
         ]
+        compared.append(compare_layers(run, of_layers, layers, TOLERANCES))
     return compared
 
 
@@ -148,9 +155,10 @@ def _false_alarms(pool: np.ndarray) -> dict[str, int]:
 def _power(pool: np.ndarray) -> dict[str, dict[str, list[float]]]:
     """Kind of change -> `all` layers, `one` (mean over layers), the `worst` one -> share of calls that find each of FACTORS.
 
-    A change in one layer is found where DeltaLoss of that layer is worse; one in all layers, where that of any is, or of all.
+    A change in one layer is found where DeltaLoss of that layer is worse; one in all layers, where any number is. In `doubled`,
+    the share that find twice the DeltaLoss, by layer.
     """
-    draw, family = np.random.default_rng(SEED + 1), RUNS * 2 * (pool.shape[1] + 1)
+    draw, family = np.random.default_rng(SEED + 1), _family(pool)
     found = {}
     for kind in ("each", "others", "unpaired"):
         single, together = np.zeros((len(FACTORS), pool.shape[1])), np.zeros(len(FACTORS))
@@ -159,14 +167,15 @@ def _power(pool: np.ndarray) -> dict[str, dict[str, list[float]]]:
             base, after = _side(before), before if kind == "each" else _draw(pool, draw)
             for number, factor in enumerate(FACTORS):
                 new = _side(after * np.array([factor, 1.0])[:, None, None])
-                overall, *layers = _compare(base[:1], new[:1], paired=kind != "unpaired")
-                together[number] += _worse(_among([overall, *layers], family))
+                overall, *layers, joint = _compare(base[:1], new[:1], paired=kind != "unpaired")
+                together[number] += _worse(_among([overall, *layers, joint], family))
                 single[number] += [_worse(_among([layer], family)) for layer in layers]
         shares = single / POWER_CALLS
         found[kind] = {
             "all": (together / POWER_CALLS).tolist(),
             "one": shares.mean(axis=1).tolist(),
             "worst": shares.min(axis=1).tolist(),
+            "doubled": shares[FACTORS.index(2.0)].tolist(),
         }
     return found
 

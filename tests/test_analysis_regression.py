@@ -67,7 +67,7 @@ def test_each_number_alone_fails_when_it_is_worse_and_passes_when_it_is_better(g
     worse, said = gate(usual, changed(usual, place, scaled(factor)))
     assert worse == 1
     assert row(said, quantity)[5:] == [tested, row(said, quantity)[6], "worse"]
-    assert said.startswith("**FAIL: 1 of 30 comparisons is worse")
+    assert said.startswith("**FAIL: 1 of 32 comparisons is worse")
     worse, said = gate(changed(usual, place, scaled(factor)), usual)
     assert worse == 0
     assert row(said, quantity)[-1] == "better"
@@ -115,7 +115,8 @@ def test_pairs_show_what_independent_samples_hide(gate):
     losses = skewed(rng)
     faults_in_common = metrics(losses, right()), metrics(1.3 * losses, right())
     assert gate(*faults_in_common)[0] > 0
-    assert gate(faults_in_common[0], metrics(1.3 * losses, right(), plan="p1"))[0] == 0
+    apart = gate(faults_in_common[0], metrics(1.3 * losses, right(), plan="p1"))[1]
+    assert row(apart, "DeltaLoss, overall")[5::2] == ["unpaired", "not separable"]
     without = changed(faults_in_common[1], "overall.delta_loss", lambda old: {**old, "blocks": old["blocks"][:16]})
     assert row(gate(faults_in_common[0], without)[1], "DeltaLoss, overall")[5] == "unpaired"
     few = [changed(side, "overall.delta_loss", lambda old: {**old, "blocks": old["blocks"][:8]}) for side in faults_in_common]
@@ -161,6 +162,18 @@ def test_all_layers_at_four_times_fail_under_another_plan(gate):
     worse, said = gate(base, new)
     assert row(said, "DeltaLoss, overall")[5::2] == ["unpaired", "worse"]
     assert worse > 6
+
+
+def test_layers_that_all_do_more_show_where_each_alone_does_not(gate):
+    rng = np.random.default_rng(4)
+    base, new = metrics(skewed(rng), right()), metrics(3 * skewed(rng), right(), plan="p1")
+    worse, said = gate(base, new)
+    assert row(said, "DeltaLoss, overall")[5::2] == ["unpaired", "not separable"]
+    assert row(said, "DeltaLoss, all layers")[5::2] == ["layers", "worse"]
+    assert worse >= 1
+    for side in (base, new):
+        side["settings"]["images"] = "shared"
+    assert "all layers" not in gate(base, new)[1]  # which one image can make worse together
 
 
 @pytest.mark.parametrize(("count", "verdict"), [(1024, "worse"), (4, "not separable")])
@@ -218,14 +231,14 @@ def test_a_training_without_any_harm_has_no_logarithm():
 
 
 def test_the_more_is_compared_the_more_evidence_is_asked_for(gate, usual):
-    """A p of 0.005 is significant at 0.01; among 29 more comparisons that are the same it is not."""
+    """A p of 0.005 is significant at 0.01; among 31 more comparisons that are the same it is not."""
 
     def shifted(old: Metrics) -> Metrics:
         shift = 2.576 * math.sqrt(2) * old["error"]
         return {**old, **{name: old[name] + shift for name in ("value", "low", "high")}, "blocks": None}
 
     new = changed(usual, "top1", shifted)  # the base is what is better
-    assert row(gate(new, usual)[1], "top-1")[6:] == [f"{30 * 0.005:.2g}", "not separable"]
+    assert row(gate(new, usual)[1], "top-1")[6:] == [f"{32 * 0.005:.2g}", "not separable"]
     assert gate(new, usual, GateParams(1.0, 10.0, 10.0, 0.2))[0] == 1
 
 

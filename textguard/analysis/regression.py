@@ -1,6 +1,6 @@
 """Did a run get worse? Two states of it, compared number by number: what the regression gate decides by.
 
-Runs of equal weights differ by what was changed around them. Each of their numbers is tested in one of three ways.
+Runs of equal weights differ by what was changed around them. Each of their numbers is tested in one of four ways.
 
 - exact: both values come from enumeration (low == value == high), and differ or do not.
 - unpaired: the difference over the standard errors of the samplings, in quadrature, and the normal distribution. As in the
@@ -12,6 +12,9 @@ Runs of equal weights differ by what was changed around them. Each of their numb
   where base and new are exchangeable within a block. It finds that every fault does more, however skewed DeltaLoss is. Where
   other faults do the harm, pairs tell little, and the unpaired test is the better one. Both are made, and twice the smaller
   p-value counts (Bonferroni); the name of the test is that of the smaller one.
+- layers: the logarithms of new / base of all sampled layers, with flipped signs as well. Means over layers are those of the few
+  layers that suffer most, and uncertain like them; that most layers do more shows in this. Layers that share their images do
+  not err independently, and are not tested so.
 
 Runs of other weights are other trainings, which differ by luck. They are judged where both sides hold two or more of one data
 set, backbone and variant: by Welch's t test over trainings, of the logarithms (of top-1 itself), with the spread between
@@ -90,8 +93,9 @@ LAYER_QUANTITIES = (
 class Comparison:
     """One quantity of one run, before and now. p: one-sided, in the direction of the change; NaN where nothing can be compared.
 
-    worse_by, allowed: in units of the test: share (accuracy, share) or nats; over trainings, the logarithm of the ratio, but of
-    top-1. note: why nothing is compared. headline: whether it is of the whole run, and not of one of its layers.
+    worse_by, allowed: in units of the test: share (accuracy, share) or nats; over layers and over trainings, the logarithm of
+    the ratio, but of top-1. note: why nothing is compared. headline: whether it is of the whole run, and not of one of its
+    layers.
     """
 
     run: str
@@ -165,6 +169,11 @@ def compare(base: RunResult, new: RunResult, tolerances: GateParams) -> list[Com
     if base.confidence != new.confidence:
         comparisons.append(Comparison(name, "confidence of intervals", note=f"{base.confidence:g} -> {new.confidence:g}"))
     layers = [{layer.layer: layer for layer in run.layers} for run in (base, new)]
+    if "shared" not in (base.settings["images"], new.settings["images"]):
+        both = [(layers[0][name], layers[1][name]) for name in layers[0] if name in layers[1]]
+        sampled = [pair for pair in both if all(layer.method == "sampled" for layer in pair)]
+        for part in LAYER_QUANTITIES:
+            comparisons.append(compare_layers(name, part, [tuple(map(part.of, pair)) for pair in sampled], tolerances))
     for layer in dict.fromkeys([*layers[0], *layers[1]]):
         before, after = layers[0].get(layer), layers[1].get(layer)
         if before and after:
@@ -201,6 +210,27 @@ def compare_measured(
     name = f"{quantity.name}, {layer}" if layer else quantity.name
     tested, p = _test(old, now, paired=paired)
     return Comparison(run, name, quantity.unit, old, now, tested, worse_by, allowed, p, headline=not layer)
+
+
+def compare_layers(
+    run: str, quantity: LayerQuantity, pairs: Sequence[tuple[Measured, Measured]], tolerances: GateParams
+) -> Comparison:
+    """Compare the geometric means over layers, of which each has a number before and now, sampled independently of the others.
+
+    Layers where a number is 0 or null have no logarithm, and are left out.
+    """
+    found = [(old.value, now.value) for old, now in pairs if old.value > 0 and now.value > 0]
+    before, after = np.log(np.array(found).reshape(-1, 2)).T
+    if not found:
+        return Comparison(run, f"{quantity.name}, all layers", quantity.unit)
+    worse_by = float((after - before).mean())
+    shown = [
+        Measured(math.exp(logs.mean()), math.nan, math.nan, sum(measured.n for measured in side))
+        for logs, side in zip((before, after), zip(*pairs, strict=True), strict=True)
+    ]
+    p = sign_flip_p((after - before) * math.copysign(1, worse_by))
+    allowed = math.log1p(getattr(tolerances, quantity.tolerance) / 100) + ROUNDING
+    return Comparison(run, f"{quantity.name}, all layers", quantity.unit, *shown, "layers", worse_by, allowed, p)
 
 
 def _test(old: Measured, now: Measured, *, paired: bool) -> tuple[str, float]:
