@@ -1,4 +1,4 @@
-"""How often the regression gate is wrong, and what it finds: python -m benchmarks gate (some two minutes on two cores).
+"""How often the regression gate is wrong, and what it finds: python -m benchmarks gate (under three minutes of processor time).
 
 Big campaigns on a trained classifier, one with uniform injections and one with guided ones, stand for all faults of its layers.
 Small ones are drawn from them, again and again, and compared as the gate compares the runs of a grid.
@@ -31,12 +31,12 @@ from textguard.faults.profiling import image_chances
 from textguard.params import GateParams
 from textguard.schema.base import Measured
 
-POPULATION = 4096  # injections into each layer, of either kind
+POPULATION = 2048  # injections into each layer, of either kind
 INJECTIONS, BLOCKS = 1024, 32  # of a small campaign, per layer, as in the demo
 RUNS = 8  # of a call: Holm's correction is over the numbers of all of them
 CALLS = 1000
 FACTORS = (1.1, 1.25, 1.5, 2.0, 4.0)
-POWER_CALLS = 40
+POWER_CALLS = 30
 TRAININGS, SPREAD = (3, 5, 10), 0.2  # on each side; standard deviation of log DeltaLoss among trainings
 CELLS = 8  # of a grid, each with 6 numbers that are judged
 TOLERANCES = GateParams()

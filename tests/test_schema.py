@@ -68,7 +68,7 @@ def put(content: Any, place: str, value: Any) -> Any:
 
 IMPOSSIBLE_RESULTS = {
     "a key of another version": ("from_the_future", 1, "from_the_future: no such key"),
-    "such a key further in": ("top1.error", 1, "top1.error: no such key"),
+    "such a key further in": ("top1.spread", 1, "top1.spread: no such key"),
     "share above 1": ("top1", {"value": 5.0, "low": 4.0, "high": 6.0, "n": 3}, "top1 is 5, not from 0 to 1"),
     "share below 0": ("overall.sdc", {"value": -1.0, "low": -2.0, "high": 0.0, "n": 3}, "sdc is -1, not from 0 to 1"),
     "negative DeltaLoss": ("layers.0.delta_loss", {"value": -1.0, "low": -1.0, "high": -1.0, "n": 3}, "layers.0"),
