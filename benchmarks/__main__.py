@@ -9,7 +9,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import coverage, efficiency, guided, injections, last_layer, memory, overhead, training
+from benchmarks import coverage, efficiency, gate, guided, injections, last_layer, memory, overhead, training
 from textguard import __version__
 from textguard.artifacts import write_json, write_text
 from textguard.runtime import describe_device, pick_device
@@ -17,7 +17,7 @@ from textguard.runtime import describe_device, pick_device
 HERE = Path(__file__).parent
 MEASURES = {
     module.__name__.rpartition(".")[2]: module.measure
-    for module in (last_layer, overhead, memory, guided, coverage, efficiency)
+    for module in (last_layer, overhead, memory, guided, gate, coverage, efficiency)
 }
 MEASURES |= {"training": training.measure, "injections": lambda: injections.measure(list(injections.CASES))}
 
@@ -133,8 +133,42 @@ def table(results: dict) -> str:
                 f"| {name} at 224 x 224 | {layer} | {own['uniform_cv']:.0f} | {own['guided_cv']:.2g} "
                 f"| {_number(own['variance_ratio'])} |"
             )
-    lines += ["", "Drawing takes, per image and for " + _preparation(results["guided"]) + "."]
+    lines += ["", "Drawing takes, per image and for " + _preparation(results["guided"]) + ".", *_gate(results["gate"])]
     return "\n".join(lines) + "\n"
+
+
+def _gate(found: dict) -> list[str]:
+    """False alarms and power of the regression gate."""
+    alarms = "; ".join(
+        f"{plan}: {own['false_alarms']['runs']} of {found['calls']:,} ({own['false_alarms']['one_run']} with one run)"
+        for plan, own in found["plans"].items()
+    )
+    factors = " | ".join(f"x {factor:g}" for factor in gate.FACTORS)
+    lines = [
+        "",
+        f"The regression gate, with {gate.INJECTIONS:,} injections per layer of ResNet-18, and {gate.RUNS} runs in a call "
+        f"({found['comparisons']} comparisons). False alarms, both sides having the same faults to draw from: {alarms}. "
+        "Power, the share of calls that find so many times the DeltaLoss in one layer (mean over layers; the worst layer) or "
+        "in all: where each of the same faults does more; where other faults do, under the same plan; under another plan.",
+        "",
+        f"| Plan | What does more | Layers | {factors} |",
+        "| --- | --- | --- |" + " --- |" * len(gate.FACTORS),
+    ]
+    kinds = {"each": "each fault", "others": "other faults", "unpaired": "another plan's faults"}
+    for plan, own in found["plans"].items():
+        for kind, power in own["power"].items():
+            for layers, shares in (("one", power["one"]), ("the worst", power["worst"]), ("all", power["all"])):
+                lines.append(f"| {plan} | {kinds[kind]} | {layers} | {' | '.join(f'{share:.0%}' for share in shares)} |")
+    lines += [
+        "",
+        f"Trainings of one cell among {gate.CELLS}; the logarithm of DeltaLoss has a standard deviation of {gate.SPREAD:g}:",
+        "",
+        f"| Trainings on each side | x 1 | {factors} |",
+        "| --- | --- |" + " --- |" * len(gate.FACTORS),
+    ]
+    return lines + [
+        f"| {count} | {' | '.join(f'{share:.1%}' for share in shares)} |" for count, shares in found["trainings"].items()
+    ]
 
 
 def _goal(cases: dict[str, dict]) -> str:

@@ -7,7 +7,7 @@ from textguard.params import Params
 from textguard.runtime import describe_device, join_processes
 from textguard.schema.base import write
 from textguard.schema.evaluation import Evaluation
-from textguard.vision.evaluation import accuracy_by_threshold, measure_cost, predict, score_scale
+from textguard.vision.evaluation import accuracy_by_threshold, measure_cost, predict, score_scale, weights_mark
 
 BATCH_SIZE = 256
 
@@ -31,6 +31,7 @@ def main(params: Params, key: str) -> None:
             "parameters": cost.parameters,
             "multiply_adds": cost.multiply_adds,
             "scale": score_scale(run.model),
+            "weights": weights_mark(run.model),
             "seed": params.runs[key].seed,
             "device": describe_device(run.device),
         },

@@ -15,21 +15,21 @@ from textguard.schema.campaign import PLAN_KEYS
 from textguard.schema.results import MEASURES, PLACES, RunResult
 
 QUANTILE_99 = 2.5758293035489004  # of the normal distribution, for a two-sided interval
-TOLERANCES = GateParams(1.0, 10.0, 10.0, 10.0, 0.01)
+TOLERANCES = GateParams(1.0, 10.0, 10.0, 0.01)
 LAYERS, INJECTIONS, IMAGES, BLOCKS = 12, 1024, 1024, 32
 Metrics = dict[str, Any]
 
 
 def sampled(values: np.ndarray) -> Metrics:
     """Mean of a sample, shape [N], with its 99 % interval and blocks."""
-    half = QUANTILE_99 * values.std(ddof=1) / math.sqrt(len(values))
-    mean = values.mean()
+    mean, error = values.mean(), values.std(ddof=1) / math.sqrt(len(values))
+    half = QUANTILE_99 * error
     blocks = values.reshape(BLOCKS, -1).mean(axis=1).tolist()
-    return {"value": mean, "low": mean - half, "high": mean + half, "n": len(values), "blocks": blocks}
+    return {"value": mean, "low": mean - half, "high": mean + half, "n": len(values), "error": error, "blocks": blocks}
 
 
 def exact(value: float) -> Metrics:
-    return {"value": value, "low": value, "high": value, "n": 10_000}
+    return {"value": value, "low": value, "high": value, "n": 10_000, "error": 0.0}
 
 
 def metrics(losses: np.ndarray, right: np.ndarray, plan: str = "p0", images: str = "i0") -> Metrics:
@@ -37,6 +37,7 @@ def metrics(losses: np.ndarray, right: np.ndarray, plan: str = "p0", images: str
     overall = sampled(losses.mean(axis=0))
     overall["high"] = overall["value"] + math.hypot(*(m["high"] - m["value"] for m in map(sampled, losses))) / len(losses)
     overall["low"] = 2 * overall["value"] - overall["high"]
+    overall["error"] = (overall["high"] - overall["value"]) / QUANTILE_99
     gain, spread = 10 / overall["value"], math.exp(overall["high"] / overall["value"] - 1)
     improvement = {"value": gain, "low": gain / spread, "high": gain * spread, "n": losses.size}
     sdc = sampled((losses > 3).mean(axis=0))
@@ -60,6 +61,7 @@ def metrics(losses: np.ndarray, right: np.ndarray, plan: str = "p0", images: str
         "parameters": 1,
         "multiply_adds": 1,
         "scale": 10.0,
+        "weights": "w0",
         "largest_logit": 12.0,
         "head": last,
         "last_layer": last,
@@ -112,7 +114,7 @@ def changed(base: Metrics, place: str, change: Callable[[Any], Any]) -> Metrics:
 
 def scaled(factor: float) -> Callable[[Metrics], Metrics]:
     def scale(old: Metrics) -> Metrics:
-        new = {name: factor * old[name] for name in ("value", "low", "high")}
+        new = {name: factor * old[name] for name in ("value", "low", "high", "error") if name in old}
         return {**old, **new} | ({"blocks": [factor * block for block in old["blocks"]]} if "blocks" in old else {})
 
     return scale

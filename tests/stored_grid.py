@@ -93,7 +93,7 @@ def store(key: str, run: Run, layers: dict[str, tuple[int, float]], correct: int
     write_parquet(records_out / "detectors.parquet", changed, {"inputs": INPUTS})
     guided = run.variant != "baseline"
     cost = {"parameters": 11_000_000 + 250_000 * guided, "multiply_adds": 40_000_000}
-    rest = {"scale": 12.0 if guided else 1.0, "seed": run.seed, "device": "cpu"}
+    rest = {"scale": 12.0 if guided else 1.0, "weights": key, "seed": run.seed, "device": "cpu"}
     top2diff = np.full(100, 0.95 if guided else 0.9)
     means = {"loss": mean_estimate(np.full(100, 0.1)).as_json(), "top2diff": mean_estimate(top2diff).as_json()}
     write_json(out / "evaluation.json", {"top1": rate_estimate(correct, 100).as_json(), **means, **cost, **rest})

@@ -16,7 +16,6 @@ from textguard.analysis.files import load_cells, load_result
 from textguard.analysis.results import write_results
 from textguard.artifacts import write_json, write_parquet
 from textguard.errors import InvalidArtifact, InvalidParameter
-from textguard.estimates.statistics import Estimate
 from textguard.params import StatisticsParams
 from textguard.schema.base import Measured
 from textguard.schema.results import MEASURES, ONE_TRAINING, PLACES, ByBit, Outcomes, UnderDetector
@@ -30,7 +29,7 @@ def test_every_number_of_a_run_has_an_interval(runs):
     assert conv.delta_loss.value == pytest.approx(0.2, rel=0.3)
     assert conv.sdc.low < conv.sdc.value == 0.1 < conv.sdc.high
     assert (last.method, last.injections) == ("exact", 3200)
-    assert last.delta_loss == Measured(3.0, 3.0, 3.0, 3200)
+    assert last.delta_loss == Measured(3.0, 3.0, 3.0, 3200, 0.0)
     assert last.sdc.value == 0.2
     overall = run.overall
     assert overall.delta_loss.value == pytest.approx((conv.delta_loss.value + 3.0) / 2)
@@ -232,7 +231,8 @@ def test_convergence_ends_at_the_sampled_layers_mean(runs):
     run = load_result("d-resnet18-baseline-0")
     assert [point.injections_per_layer for point in run.convergence] == [8, 16, 32, 64, 128, 200]
     last = run.convergence[-1]
-    assert Estimate(last.value, last.low, last.high, last.n).as_json() == run.layers[0].delta_loss.as_json()
+    found = run.layers[0].delta_loss
+    assert (last.value, last.low, last.high, last.n) == (found.value, found.low, found.high, found.n)
 
 
 def test_damaged_inputs_are_named(runs):

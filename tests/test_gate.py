@@ -21,15 +21,14 @@ from textguard.report.gate import main
 def test_identical_runs_pass(gate, usual):
     worse, report = gate(usual, usual)
     assert worse == 0
-    assert report.splitlines()[0].startswith("| Run | Quantity | Base | New |")
+    first, empty, table, *_ = report.splitlines()
+    assert (empty, table[:30]) == ("", "| Run | Quantity | Base | New |"[:30])
     assert row(report, "top-1")[-1] == row(report, "DeltaLoss, last layer")[-1] == "same"
-    assert row(report, "DeltaLoss, other layers")[-1] == "12 same"
+    assert row(report, "other numbers of layers")[-1] == "24 same"
     assert "conv3" not in report
-    (last,) = report.splitlines()[-1:]
-    assert last.startswith("**PASS")
-    assert last.endswith("**")
-    assert "18 comparisons" in last
-    assert "Holm" in last
+    assert first.startswith("**PASS: none of 32 comparisons is worse ")
+    assert first.endswith("**")
+    assert "Holm" in first
 
 
 def test_a_baseline_has_no_improvement(gate, usual):
@@ -45,8 +44,8 @@ def test_layers_that_one_side_lacks_are_listed(gate, usual):
     for base, new, note in ((usual, without, "gone"), (without, usual, "new")):
         worse, report = gate(base, new)
         assert worse == 0
-        assert row(report, "DeltaLoss, conv10")[-1] == row(report, "DeltaLoss, conv11")[-1] == note
-        assert row(report, "DeltaLoss, other layers")[-1] == "10 same"
+        assert row(report, "conv10")[-1] == row(report, "conv11")[-1] == note
+        assert row(report, "other numbers of layers")[-1] == "20 same"
 
 
 def test_folders_are_matched_by_file_name(gate, usual):
@@ -56,10 +55,10 @@ def test_folders_are_matched_by_file_name(gate, usual):
     base = {"a.json": usual, "b.json": twin, "old.json": only["old"], "summary.json": {"x": 1}, "list.json": ["run"]}
     worse, report = gate(base, {"a.json": bad, "b.json": twin, "young.json": only["young"]})
     assert worse == 1
-    assert "36 comparisons" in report
+    assert "1 of 64 comparisons is worse" in report
     assert "| old | all |  |  |  |  |  | gone |" in report
     assert "| young | all |  |  |  |  |  | new |" in report
-    assert "| twin | DeltaLoss, other layers |  |  |  |  |  | 12 same |" in report
+    assert "| twin | other numbers of layers |  |  |  |  |  | 24 same |" in report
 
 
 def test_folders_with_nothing_in_common_pass(gate, usual):
@@ -84,11 +83,11 @@ def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_command_prints_the_table_and_its_exit_code_is_the_verdict(folder):
     done = start(folder, "good.json", "good.json")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1].startswith("**PASS")
+    assert done.stdout.startswith("**PASS")
     done = start(folder, "good.json", "bad.json")
     assert (done.returncode, done.stderr) == (1, "")
     assert row(done.stdout, "DeltaLoss, conv2")[-1] == "worse"
-    assert done.stdout.splitlines()[-1].startswith("**FAIL")
+    assert done.stdout.startswith("**FAIL: 1 of 32 comparisons is worse")
 
 
 BAD_FILES = {
@@ -158,7 +157,7 @@ BAD_PARAMETERS = {
     "unknown": ({"gate": asdict(TOLERANCES) | {"alpha": 1}}, ["unknown key 'gate.alpha'", "known: delta_loss_percent"]),
     "text": ({"gate": asdict(TOLERANCES) | {"sdc_percent": "ten"}}, ['gate.sdc_percent is "ten"', "valid number"]),
     "negative": ({"gate": asdict(TOLERANCES) | {"top1_points": -1}}, ["gate.top1_points", "greater than or equal to 0"]),
-    "all of it": ({"gate": asdict(TOLERANCES) | {"improvement_percent": 100}}, ["gate.improvement_percent", "less than 100"]),
+    "of ratios": ({"gate": asdict(TOLERANCES) | {"improvement_percent": 10}}, ["unknown key 'gate.improvement_percent'"]),
     "no evidence": ({"gate": asdict(TOLERANCES) | {"significance": 1.0}}, ["gate.significance", "less than 1"]),
     "no numbers": ({"gate": []}, ["gate is []"]),
 }
@@ -267,3 +266,65 @@ def test_a_loss_of_any_size_is_worse_until_its_sums_are_infinite(gate, usual):
     assert row(report, "DeltaLoss, overall")[-1] == "worse"
     with pytest.raises(InvalidArtifact, match=r"has a number above 1e\+300"):
         gate(usual, changed(usual, "overall.delta_loss", scaled(1e307)))
+
+
+def trained(usual: Metrics, variant: str, seed: int, factor: float = 1.0, weights: str = "") -> Metrics:
+    """A training of its own, with so many times the DeltaLoss overall."""
+    name = f"digits-resnet18-{variant}-{seed}"
+    parts = {"run": name, "variant": variant, "seed": seed, "weights": weights or f"{name} {factor}"}
+    return changed(usual, "overall.delta_loss", scaled(factor)) | parts
+
+
+def test_another_training_is_listed_and_fails_only_where_that_is_asked_for(folder, usual):
+    (folder / "other.json").write_text(json.dumps(trained(usual, "descriptions", 0, 3.0)), encoding="utf-8")
+    done = start(folder, "good.json", "other.json")
+    assert (done.returncode, done.stderr) == (0, "")
+    first = done.stdout.splitlines()[0]
+    assert first.startswith("**PASS: none of 0 comparisons is worse ")
+    assert "Not judged: 1 run has other weights than before, and another training cannot be told from luck." in first
+    assert row(done.stdout, "DeltaLoss, overall")[4:] == ["+200.0 %", "", "", "another training"]
+    done = start(folder, "good.json", "other.json", "--strict")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.startswith("**FAIL: none of 0 comparisons is worse ")
+    assert "which --strict fails" in done.stdout.splitlines()[0]
+    assert start(folder, "good.json", "good.json", "--strict").returncode == 0
+
+
+def test_several_trainings_are_judged_by_their_means(gate, usual):
+    spread = (0.97, 1.0, 1.02)
+
+    def side(factor: float, first: str) -> dict[str, Metrics]:
+        runs = {f"{seed}.json": trained(usual, "descriptions", seed, factor * own) for seed, own in enumerate(spread)}
+        return runs | {"random.json": trained(usual, "random", 0, 1.0, first)}
+
+    worse, report = gate(side(1.0, "w"), side(2.0, "w"))
+    assert worse == 1
+    name = "digits-resnet18-descriptions, 3 trainings -> 3"
+    means = "\n".join(line for line in report.splitlines() if name in line)
+    line = row(means, "DeltaLoss, overall")
+    assert line[4:6] == ["+100.0 %", "trainings"]
+    assert line[-1] == "worse"
+    assert row(means, "DeltaLoss, last layer")[-1] == "same"
+    assert "another training" not in report
+    assert "1 of 38 comparisons is worse" in report  # 32 of the other run, 6 of the means
+    assert gate(side(2.0, "w"), side(1.0, "w"))[0] == 0
+    worse, report = gate(side(1.0, "w"), side(1.05, "x"))
+    assert worse == 0
+    means = "\n".join(line for line in report.splitlines() if name in line)
+    assert row(means, "DeltaLoss, overall")[-1] == "within tolerance"
+    assert "Not judged: 1 run has" in report
+
+
+def test_trainings_of_one_side_alone_are_not_judged(gate, usual):
+    many = {f"{seed}.json": trained(usual, "descriptions", seed, 2.0) for seed in range(3)}
+    worse, report = gate({"0.json": usual}, many)
+    assert worse == 0
+    assert "Not judged: 1 run has" in report
+    assert "| digits-resnet18-descriptions-1 | all |  |  |  |  |  | new |" in report
+
+
+def test_the_same_weights_under_many_seeds_are_one_training(gate, usual):
+    base, new = ({f"{seed}.json": trained(usual, "descriptions", seed, 1.0, mark) for seed in range(3)} for mark in ("a", "b"))
+    worse, report = gate(base, new)
+    assert worse == 0
+    assert "Not judged: 3 runs have" in report

@@ -105,7 +105,7 @@ def test_make_gate_in_a_folder_of_a_larger_repository(revisions, tmp_path):
     run(["git", "init", "--quiet"], inner.parent)
     commit(inner.parent)
     done = run(["make", "gate"], inner)
-    assert done.stdout.splitlines()[-1].startswith("**PASS")
+    assert done.stdout.startswith("**PASS")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ touch results-of-the-base dvc.lock plots/plot.png
     report = (folder / "report.md").read_text(encoding="utf-8")
     assert "a.delta_loss" not in report  # which the other machine's would differ by
     assert row(report, "DeltaLoss, conv2")[-1] == "worse"
-    assert report.splitlines()[-1].startswith("**FAIL: 1 worse")
+    assert "\n**FAIL: 1 of 32 comparisons is worse" in report
 
 
 def test_ci_shows_what_changed_and_takes_a_base_without_results(revisions):

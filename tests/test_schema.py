@@ -68,10 +68,11 @@ def put(content: Any, place: str, value: Any) -> Any:
 
 IMPOSSIBLE_RESULTS = {
     "a key of another version": ("from_the_future", 1, "from_the_future: no such key"),
-    "such a key further in": ("top1.error", 1, "top1.error: no such key"),
+    "such a key further in": ("top1.spread", 1, "top1.spread: no such key"),
     "share above 1": ("top1", {"value": 5.0, "low": 4.0, "high": 6.0, "n": 3}, "top1 is 5, not from 0 to 1"),
     "share below 0": ("overall.sdc", {"value": -1.0, "low": -2.0, "high": 0.0, "n": 3}, "sdc is -1, not from 0 to 1"),
     "negative DeltaLoss": ("layers.0.delta_loss", {"value": -1.0, "low": -1.0, "high": -1.0, "n": 3}, "layers.0"),
+    "negative error": ("top1", {"value": 0.5, "low": 0.4, "high": 0.6, "n": 3, "error": -0.1}, "error is -0.1, below 0"),
     "interval upside down": ("top1", {"value": 0.5, "low": 0.9, "high": 0.1, "n": 3}, "value 0.5 is not between"),
     "value outside": ("layers.0.sdc.value", 0.9, "value 0.9 is not between low"),
     "other blocks": ("top1.blocks", [1e-6] * 32, "top1: Value error, value 0.97 is not the mean of its blocks"),
@@ -199,7 +200,7 @@ def test_a_detector_without_its_exact_layers_is_refused(runs):
 
 
 def test_numbers_that_json_lacks_become_null_and_are_read_as_nan(runs):
-    unbounded = Measured(1.0, -math.inf, math.inf, 3, [1.0, math.nan])
+    unbounded = Measured(1.0, -math.inf, math.inf, 3, math.nan, [1.0, math.nan])
     result = load_result(RUN).model_copy(update={"top1": unbounded})
     assert result.as_json()["top1"] == {"value": 1.0, "low": None, "high": None, "n": 3, "blocks": [1.0, None]}
     write_json(Path("again.json"), result.as_json())

@@ -503,3 +503,21 @@ def test_a_stratified_plans_rates_hold(rate):
         found = rate_interval(sample_mean(population.strata(draw, counts, hits), EVEN, [2.0] * BITS))
         held += found.low <= hits.mean() <= found.high
     assert held / REPETITIONS >= ENOUGH
+
+
+def test_an_estimate_holds_the_error_of_its_sampling_alone():
+    values = np.random.default_rng(0).exponential(size=400)
+    error = values.std(ddof=1) / 20
+    found = mean_estimate(values)
+    assert found.error == pytest.approx(error)
+    assert found.high - found.value > 2.576 * error  # the interval also holds what was not seen
+    assert found.times(-100).error == pytest.approx(100 * error)
+    assert rate_estimate(5, 400).error == pytest.approx(math.sqrt(5 * 395 / 400**3))
+    assert rate_estimate(0, 400).error == 0
+    hits = np.repeat([1.0, 0.0], [5, 395])
+    assert rate_interval(sample_mean([hits], [1.0], [1.0])).error == pytest.approx(hits.std(ddof=1) / 20)
+    assert mean_interval(exact(0.5, 9)).error == 0
+    for unknown in (mean_estimate(np.array([1.0])), mean_estimate(np.array([])), rate_estimate(0, 0)):
+        assert math.isnan(unknown.error)
+        assert "error" not in unknown.as_json()
+    assert found.as_json()["error"] == found.error

@@ -1,10 +1,12 @@
 """Classifiers, training, evaluation."""
 
+import copy
 import math
 from dataclasses import replace
 
 import pandas as pd
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -17,7 +19,7 @@ from textguard.vision.classifiers import (
     load_classifier,
     save_classifier,
 )
-from textguard.vision.evaluation import accuracy_by_threshold, measure_cost, score_scale
+from textguard.vision.evaluation import accuracy_by_threshold, measure_cost, score_scale, weights_mark
 
 
 def test_the_text_guided_head_is_the_published_one():
@@ -80,3 +82,30 @@ def test_parameters_and_multiply_adds_are_counted():
     cost = measure_cost(model, torch.zeros(3, 4, 4))
     assert cost.parameters == 8 * 27 + 8 + 1280 + 10
     assert cost.multiply_adds == 16 * 8 * 27 + 1280
+
+
+def test_weights_have_one_mark_whatever_file_they_came_from_and_another_once_a_bit_changes(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    mark = weights_mark(model)
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    safetensors.torch.save_model(model, tmp_path / "a.safetensors")
+    for load in (
+        lambda other: other.load_state_dict(torch.load(tmp_path / "a.pth", weights_only=True)),
+        lambda other: safetensors.torch.load_model(other, tmp_path / "a.safetensors"),
+    ):
+        other = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+        assert weights_mark(other) != mark
+        load(other)
+        assert weights_mark(other) == mark
+    changes = {
+        "a parameter": lambda own: own[0].bias.data.nextafter_(torch.full((2,), 9.0)),
+        "a buffer": lambda own: own[1].running_mean.add_(1),
+        "a count": lambda own: own[1].num_batches_tracked.add_(1),
+        "a dtype": lambda own: own.double(),
+        "a shape": lambda own: setattr(own[0].weight, "data", own[0].weight.data.reshape(3, 2)),
+    }
+    for change in changes.values():
+        other = copy.deepcopy(model)
+        change(other)
+        assert weights_mark(other) != mark
+    assert weights_mark(nn.Sequential(model)) != mark  # other names

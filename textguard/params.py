@@ -306,14 +306,13 @@ class FiguresParams:
 class GateParams:
     """When `textguard.report.gate` calls a run worse: by more than a tolerance, and significantly so.
 
-    top1_points: percentage points of accuracy. delta_loss_percent, sdc_percent, improvement_percent: of the base's value.
+    top1_points: percentage points of accuracy. delta_loss_percent, sdc_percent (also of mismatch): of the base's value.
     significance: the chance that a comparison of two equal sets of runs calls anything worse.
     """
 
     top1_points: Annotated[float, Field(ge=0, le=100)] = 1.0
     delta_loss_percent: Percent = 10
     sdc_percent: Percent = 10
-    improvement_percent: Annotated[float, Field(ge=0, lt=100)] = 10
     significance: Annotated[float, Field(gt=0, lt=1)] = 0.01
 
 

@@ -84,7 +84,8 @@ def convergence(
     for count in counts:
         layers = summarise(records[records["index"] < count], dict(neurons), 0, nonfinite, guided, shared).values()
         estimate = mean_interval(mean_over_layers(list(layers), "delta_loss"), confidence)
-        points.append(Convergence(injections_per_layer=count, **vars(estimate)))
+        numbers = {name: getattr(estimate, name) for name in ("value", "low", "high", "n")}
+        points.append(Convergence(injections_per_layer=count, **numbers))
     return points
 
 

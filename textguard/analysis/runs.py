@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
@@ -61,6 +61,7 @@ def describe_run(key: str, run: Run, campaign: CampaignRecords, statistics: Stat
         parameters=evaluation.parameters,
         multiply_adds=evaluation.multiply_adds,
         scale=evaluation.scale,
+        weights=evaluation.weights,
         # The detector `profiled` clamps to the profiled range: behind it, no fault in the last layer makes a larger logit.
         largest_logit=(1.0 if stored.settings.get("fold_scale") else evaluation.scale) * _largest_value(key, layers),
         **{name: found for name, found in places.items() if name != "overall"},
@@ -242,4 +243,4 @@ def _exposure(site: Site, statistics: StatisticsParams) -> int:
 def _bounded(estimate: Estimate) -> Measured:
     """An estimated rate of failures; where none was seen, its upper bound and no value."""
     seen = not estimate.value == 0 < estimate.high
-    return Measured(estimate.value if seen else np.nan, estimate.low, estimate.high, estimate.n)
+    return Measured.of(replace(estimate, value=estimate.value if seen else np.nan))

@@ -33,6 +33,9 @@ class Estimate:
         The ends of the interval. Both equal `value` where the number is exact, and both are NaN where nothing tells its error.
     n : int
         The number of observations behind it.
+    error : float
+        The standard error of the sampling alone, without what the interval adds for what the sample may have missed. 0 where
+        the number is exact, or where all observations are equal; NaN where there is none.
 
     Examples
     --------
@@ -44,6 +47,7 @@ class Estimate:
     low: float
     high: float
     n: int
+    error: float = field(default=math.nan, repr=False, compare=False)
 
     def as_json(self) -> dict[str, float | int | None]:
         """The estimate as metrics files hold it.
@@ -51,14 +55,16 @@ class Estimate:
         Returns
         -------
         dict of str to float, int or None
-            Keys `value`, `low`, `high` and `n`. NaN and infinities are None, which JSON writes as null.
+            Keys `value`, `low`, `high` and `n`, and `error` where there is one. NaN and infinities are None, which JSON writes
+            as null.
         """
         numbers = {"value": self.value, "low": self.low, "high": self.high}
-        return {name: number if math.isfinite(number) else None for name, number in numbers.items()} | {"n": self.n}
+        found = {name: number if math.isfinite(number) else None for name, number in numbers.items()} | {"n": self.n}
+        return found | ({"error": self.error} if math.isfinite(self.error) else {})
 
     def times(self, factor: float) -> "Estimate":
         """The same estimate in another unit, which is `factor` times smaller."""
-        return Estimate(self.value * factor, self.low * factor, self.high * factor, self.n)
+        return Estimate(self.value * factor, self.low * factor, self.high * factor, self.n, self.error * abs(factor))
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,11 @@ class Sample:
     n: int
     unseen: tuple[float, float, float] = (0.0, 0.0, 0.0)
     guided: bool = field(default=False, repr=False)
+
+    @property
+    def error(self) -> float:
+        """The standard error."""
+        return math.sqrt(self.variance)  # of NaN, NaN
 
     @property
     def with_unseen(self) -> "Sample":
@@ -294,7 +305,7 @@ def mean_interval(sample: Sample, confidence: float = CONFIDENCE) -> Estimate:
     z = quantile(confidence)
     low = sample.value - studentised(sample, z)
     high = sample.value + sample.unseen[0] - studentised(sample.with_unseen, -z)
-    return Estimate(sample.value, float(np.maximum(low, 0.0)), high, sample.n)
+    return Estimate(sample.value, float(np.maximum(low, 0.0)), high, sample.n, sample.error)
 
 
 def studentised(sample: Sample, z: float) -> float:
@@ -362,14 +373,14 @@ def rate_interval(sample: Sample, confidence: float = CONFIDENCE) -> Estimate:
         return Estimate(math.nan, math.nan, math.nan, 0)
     rate, larger = min(1.0, max(0.0, sample.value)), sample.with_unseen
     if larger.variance == 0:
-        return Estimate(rate, rate, rate, sample.n)
+        return Estimate(rate, rate, rate, sample.n, sample.error)
     count = larger.value * (1 - larger.value) / larger.variance if 0 < larger.value < 1 else 1.0
     count = count if sample.guided else min(sample.n, count)
     z2 = quantile(confidence) ** 2
     centre = (rate + z2 / (2 * count)) / (1 + z2 / count)
     half = math.sqrt(z2) * math.sqrt(rate * (1 - rate) / count + z2 / (4 * count**2)) / (1 + z2 / count)
     low, high = max(0.0, centre - half), min(1.0, centre + half)
-    return Estimate(rate, low if rate > 0 else 0.0, high if rate < 1 else 1.0, sample.n)
+    return Estimate(rate, low if rate > 0 else 0.0, high if rate < 1 else 1.0, sample.n, sample.error)
 
 
 def mean_estimate(values: np.ndarray, confidence: float = CONFIDENCE, most: float = math.inf) -> Estimate:
@@ -427,7 +438,8 @@ def rate_estimate(hits: int, count: int, confidence: float = CONFIDENCE) -> Esti
     if not count:
         return Estimate(math.nan, math.nan, math.nan, 0)
     rate = hits / count
-    return rate_interval(Sample(rate, 0.0, 0.0, count, _one_more_trial(hits, count)), confidence)
+    found = rate_interval(Sample(rate, 0.0, 0.0, count, _one_more_trial(hits, count)), confidence)
+    return replace(found, error=math.sqrt(rate * (1 - rate) / count))
 
 
 def _one_more_trial(hits: int, count: int) -> tuple[float, float, float]:

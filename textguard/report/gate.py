@@ -1,9 +1,10 @@
 """Regression gate: did any run get worse? Two metrics files, or folders of them, compared number by number.
 
-    python -m textguard.report.gate BASE NEW [--params FILE]
+    python -m textguard.report.gate BASE NEW [--params FILE] [--strict]
 
-prints a Markdown table and returns 1 when anything is worse by more than its tolerance (params.yaml, section `gate`) and the
-difference is significant: one-sided, with Holm's correction over all comparisons of the call. Whatever is no verdict returns 2.
+prints the result in one line and a Markdown table. It returns 1 when anything is worse by more than its tolerance (params.yaml,
+section `gate`) and the difference is significant: one-sided, with Holm's correction over all comparisons of the call. With
+--strict, it also returns 1 when a run is another training that cannot be judged. Whatever is no verdict returns 2.
 How differences are tested: textguard.analysis.regression.
 """
 
@@ -16,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from textguard.analysis.regression import Comparison, Judgement, compare_all, judge
+from textguard.analysis.regression import ANOTHER, NOT_COMPARABLE, Comparison, Judgement, compare_all, judge
 from textguard.artifacts import read_json
 from textguard.environment import run_command
 from textguard.errors import InvalidArtifact, InvalidParameter, TextguardError, printable
@@ -35,11 +36,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("base", type=Path, metavar="BASE", help="metrics file of a run, or a folder of them")
     parser.add_argument("new", type=Path, metavar="NEW", help="the same, to be judged")
     parser.add_argument("--params", type=Path, default=PARAMS_FILE, metavar="FILE", help="with section 'gate'")
+    parser.add_argument("--strict", action="store_true", help="fail where a run is another training that cannot be judged")
     try:
         options = parser.parse_args(arguments)
         tolerances = load_gate_params(options.params)
         judgements = judge(compare_all(*read_sides(options.base, options.new), tolerances), tolerances.significance)
-        table = verdict_markdown(judgements, tolerances.significance)
+        table = verdict_markdown(judgements, tolerances.significance, options.strict)
     except TextguardError as error:
         return _complain(f"{type(error).__name__}: {error}")
     except OSError as error:
@@ -48,7 +50,7 @@ def main(arguments: list[str]) -> int:
         said = printable(str(error)) or "no reason given"
         return _complain(f"{type(error).__name__}: {said}; no verdict: this is a mistake in the gate, please report it")
     print(table, end="")
-    return 1 if failures(judgements) else 0
+    return 1 if failures(judgements) or (options.strict and untold(judgements)) else 0
 
 
 def _complain(line: str) -> int:
@@ -98,14 +100,22 @@ def failures(judgements: Sequence[Judgement]) -> int:
     return sum(judgement.verdict == "worse" for judgement in judgements)
 
 
-def verdict_markdown(judgements: Sequence[Judgement], significance: float) -> str:
-    """The table of all comparisons as Markdown, the result in bold."""
-    table = verdict_table(judgements, significance)
-    return as_markdown(replace(table, caption=f"**{table.caption}**"))
+def untold(judgements: Sequence[Judgement]) -> int:
+    """How many runs are other trainings that cannot be judged."""
+    return len({judgement.comparison.run for judgement in judgements if judgement.verdict == ANOTHER})
 
 
-def verdict_table(judgements: Sequence[Judgement], significance: float) -> Table:
-    """All comparisons with their verdicts; of layers, those of which there is something to say."""
+def verdict_markdown(judgements: Sequence[Judgement], significance: float, strict: bool = False) -> str:
+    """The result in bold, and the table of all comparisons, as Markdown."""
+    table = verdict_table(judgements, significance, strict)
+    return f"**{table.caption}**\n\n{as_markdown(replace(table, caption='')).rstrip()}\n"
+
+
+def verdict_table(judgements: Sequence[Judgement], significance: float, strict: bool = False) -> Table:
+    """All comparisons with their verdicts; of layers, those of which there is something to say. Its caption is the result.
+
+    strict: whether other trainings that cannot be judged fail.
+    """
     rows, unremarkable = [], {}
     for judgement in judgements:
         compared = judgement.comparison
@@ -117,17 +127,28 @@ def verdict_table(judgements: Sequence[Judgement], significance: float) -> Table
     for run, counts in unremarkable.items():
         text = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
         last = max(index for index, row in enumerate(rows) if row[0] == run)
-        rows.insert(last + 1, [run, "DeltaLoss, other layers", *[""] * 5, text])
-    failed = failures(judgements)
-    result = f"FAIL: {failed} worse" if failed else "PASS: none worse"
+        rows.insert(last + 1, [run, "other numbers of layers", *[""] * 5, text])
+    return Table("gate", _result(judgements, significance, strict), HEADERS, rows)
+
+
+def _result(judgements: Sequence[Judgement], significance: float, strict: bool) -> str:
+    """What came out, in sentences."""
+    failed, others = failures(judgements), untold(judgements)
     tested = sum(not math.isnan(judgement.p) for judgement in judgements)
-    incomparable = sum(judgement.verdict == "not comparable" for judgement in judgements)
-    left = f", {incomparable} not comparable" if incomparable else ""
-    caption = (
-        f"{result} by more than the tolerance and significantly so; {tested} comparisons{left}; "
-        f"one-sided, Holm's correction, family-wise significance {significance:g}."
-    )
-    return Table("gate", caption, HEADERS, rows)
+    incomparable = sum(judgement.verdict == NOT_COMPARABLE for judgement in judgements)
+    result = "FAIL" if failed or (strict and others) else "PASS"
+    parts = [
+        f"{result}: {failed or 'none'} of {tested} comparisons {'are' if failed > 1 else 'is'} worse by more than the "
+        f"tolerance and significantly so (one-sided, Holm's correction, family-wise significance {significance:g})."
+    ]
+    if others:
+        parts.append(
+            f"Not judged: {others} {'runs have' if others > 1 else 'run has'} other weights than before, and another training "
+            f"cannot be told from luck{', which --strict fails' if strict else ''}."
+        )
+    if incomparable:
+        parts.append(f"{incomparable} not comparable.")
+    return " ".join(parts)
 
 
 def _show(compared: Comparison) -> list[str]:

@@ -106,6 +106,11 @@ class Measured(Estimate):
     low: Number = field("lower end of the interval; null where it is unbounded")
     high: Number = field("upper end of the interval; null where it is unbounded")
     n: Whole = field("observations behind it: images, or injections")
+    error: Number = field(
+        "standard error of the sampling alone, without what the interval adds for the unseen; 0 where nothing was sampled, or "
+        "where all observations are equal; absent where it is not known",
+        default=math.nan,
+    )
     blocks: list[Number] | None = field(
         "means of equal parts of the sample, for a comparison in pairs; absent where the sample is too small", default=None
     )
@@ -118,8 +123,10 @@ class Measured(Estimate):
         """
         if not _between(self.low, self.value, self.high, 1e-9) or self.low > self.high + 1e-9 * abs(self.high):
             raise ValueError(f"value {self.value:g} is not between low {self.low:g} and high {self.high:g}")
+        if self.error < 0:
+            raise ValueError(f"error is {self.error:g}, below 0")
         blocks = self.blocks or []
-        if any(abs(number) > LARGEST for number in (self.value, self.low, self.high, *blocks)):
+        if any(abs(number) > LARGEST for number in (self.value, self.low, self.high, self.error, *blocks)):
             raise ValueError(f"has a number above {LARGEST:g}")
         parts = [block for block in blocks if not math.isnan(block)]
         if parts and len(parts) == len(blocks) and not math.isnan(self.value):
@@ -131,7 +138,7 @@ class Measured(Estimate):
     @classmethod
     def of(cls, estimate: Estimate, blocks: list[float] | None = None) -> "Measured":
         """An estimate as files hold it."""
-        return cls(estimate.value, estimate.low, estimate.high, estimate.n, blocks)
+        return cls(estimate.value, estimate.low, estimate.high, estimate.n, estimate.error, blocks)
 
     @property
     def exact(self) -> bool:
@@ -140,7 +147,7 @@ class Measured(Estimate):
 
     @model_serializer
     def _as_in_files(self) -> dict[str, Any]:
-        """The estimate, and its blocks where there are some."""
+        """The estimate; its error and its blocks where there are some."""
         return self.as_json() | ({} if self.blocks is None else {"blocks": [_finite(block) for block in self.blocks]})
 
 

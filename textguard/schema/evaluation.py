@@ -12,5 +12,6 @@ class Evaluation(Stored):
     parameters: Whole = field("weights and biases, trained or not", "count")
     multiply_adds: Whole = field("multiply-adds of an inference", "per image")
     scale: float = field("what a text-guided classifier multiplies its cosines by; 1 for a baseline", gt=0)
+    weights: Name = field("fingerprint of all parameters and buffers, whatever file they came from")
     seed: Whole = field("of the training")
     device: Name = field("the device, its threads, and torch's version")

@@ -239,6 +239,7 @@ class RunResult(Stored):
     parameters: Whole = field("weights and biases, trained or not", "count")
     multiply_adds: Whole = field("multiply-adds of an inference", "per image")
     scale: float = field("what a text-guided classifier multiplies its cosines by; 1 for a baseline", gt=0)
+    weights: Name = field("fingerprint of all parameters and buffers: runs with one fingerprint are of one training")
     largest_logit: float = field("the largest magnitude of a logit over the training images", ge=0)
     head: Headline = field("the last layer; of a text-guided classifier, its head without its latent layer")
     last_layer: Headline = field("the last layer; of a text-guided classifier, its latent layer and head")
