@@ -67,7 +67,7 @@ def test_each_number_alone_fails_when_it_is_worse_and_passes_when_it_is_better(g
     worse, said = gate(usual, changed(usual, place, scaled(factor)))
     assert worse == 1
     assert row(said, quantity)[5:] == [tested, row(said, quantity)[6], "worse"]
-    assert said.startswith("**FAIL: 1 of 32 comparisons is worse")
+    assert said.startswith("**FAIL: 1 of 35 comparisons is worse")
     worse, said = gate(changed(usual, place, scaled(factor)), usual)
     assert worse == 0
     assert row(said, quantity)[-1] == "better"
@@ -195,12 +195,12 @@ def test_what_fp32_rounds_away_is_no_change(gate, usual):
 
 def test_a_ratio_is_shown_and_never_judged(gate, usual):
     """A better baseline makes it smaller."""
-    worse, said = gate(usual, changed(usual, "improvement.overall", scaled(0.1)))
+    worse, said = gate(usual, changed(usual, "improvement.delta_loss.overall", scaled(0.1)))
     assert worse == 0
-    assert row(said, "improvement, overall")[4:] == ["-90.0 %", "", "", "not judged"]
+    assert row(said, "improvement of DeltaLoss, overall")[4:] == ["-90.0 %", "", "", "not judged"]
     worse, said = gate(usual, changed(usual, "improvement", lambda _: None))
     assert worse == 0
-    assert row(said, "improvement, overall")[-1] == "not judged"
+    assert row(said, "improvement of DeltaLoss, overall")[-1] == "not judged"
 
 
 def over_trainings(base: list[float], new: list[float], error: float = 0.0) -> Comparison:
@@ -238,7 +238,7 @@ def test_the_more_is_compared_the_more_evidence_is_asked_for(gate, usual):
         return {**old, **{name: old[name] + shift for name in ("value", "low", "high")}, "blocks": None}
 
     new = changed(usual, "top1", shifted)  # the base is what is better
-    assert row(gate(new, usual)[1], "top-1")[6:] == [f"{32 * 0.005:.2g}", "not separable"]
+    assert row(gate(new, usual)[1], "top-1")[6:] == [f"{35 * 0.005:.2g}", "not separable"]
     assert gate(new, usual, GateParams(1.0, 10.0, 10.0, 0.2))[0] == 1
 
 

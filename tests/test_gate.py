@@ -26,7 +26,7 @@ def test_identical_runs_pass(gate, usual):
     assert row(report, "top-1")[-1] == row(report, "DeltaLoss, last layer")[-1] == "same"
     assert row(report, "other numbers of layers")[-1] == "24 same"
     assert "conv3" not in report
-    assert first.startswith("**PASS: none of 32 comparisons is worse ")
+    assert first.startswith("**PASS: none of 35 comparisons is worse ")
     assert first.endswith("**")
     assert "Holm" in first
 
@@ -55,7 +55,7 @@ def test_folders_are_matched_by_file_name(gate, usual):
     base = {"a.json": usual, "b.json": twin, "old.json": only["old"], "summary.json": {"x": 1}, "list.json": ["run"]}
     worse, report = gate(base, {"a.json": bad, "b.json": twin, "young.json": only["young"]})
     assert worse == 1
-    assert "1 of 64 comparisons is worse" in report
+    assert "1 of 70 comparisons is worse" in report
     assert "| old | all |  |  |  |  |  | gone |" in report
     assert "| young | all |  |  |  |  |  | new |" in report
     assert "| twin | other numbers of layers |  |  |  |  |  | 24 same |" in report
@@ -87,7 +87,7 @@ def test_the_command_prints_the_table_and_its_exit_code_is_the_verdict(folder):
     done = start(folder, "good.json", "bad.json")
     assert (done.returncode, done.stderr) == (1, "")
     assert row(done.stdout, "DeltaLoss, conv2")[-1] == "worse"
-    assert done.stdout.startswith("**FAIL: 1 of 32 comparisons is worse")
+    assert done.stdout.startswith("**FAIL: 1 of 35 comparisons is worse")
 
 
 BAD_FILES = {
@@ -306,7 +306,7 @@ def test_several_trainings_are_judged_by_their_means(gate, usual):
     assert line[-1] == "worse"
     assert row(means, "DeltaLoss, last layer")[-1] == "same"
     assert "another training" not in report
-    assert "1 of 38 comparisons is worse" in report  # 32 of the other run, 6 of the means
+    assert "1 of 44 comparisons is worse" in report  # 32 of the other run, 6 of the means
     assert gate(side(2.0, "w"), side(1.0, "w"))[0] == 0
     worse, report = gate(side(1.0, "w"), side(1.05, "x"))
     assert worse == 0

@@ -78,10 +78,13 @@ QUANTITIES = (
     Quantity("DeltaLoss, overall", lambda run: run.overall.delta_loss, "nats", "delta_loss_percent"),
     Quantity("SDC, overall", lambda run: run.overall.sdc, "share", "sdc_percent"),
     Quantity("mismatch, overall", lambda run: run.overall.mismatch, "share", "sdc_percent"),
+    Quantity("SDC, all neurons", lambda run: run.by_neurons.sdc, "share", "sdc_percent"),
+    Quantity("DeltaLoss, head alone", lambda run: run.head.delta_loss, "nats", "delta_loss_percent"),
+    Quantity("SDC, head alone", lambda run: run.head.sdc, "share", "sdc_percent"),
     Quantity("DeltaLoss, last layer", lambda run: run.last_layer.delta_loss, "nats", "delta_loss_percent"),
     Quantity("SDC, last layer", lambda run: run.last_layer.sdc, "share", "sdc_percent"),
-    Quantity("improvement, last layer", lambda run: run.improvement and run.improvement.last_layer, "times"),
-    Quantity("improvement, overall", lambda run: run.improvement and run.improvement.overall, "times"),
+    Quantity("improvement of SDC, overall", lambda run: run.improvement and run.improvement.sdc.overall, "times"),
+    Quantity("improvement of DeltaLoss, overall", lambda run: run.improvement and run.improvement.delta_loss.overall, "times"),
 )
 LAYER_QUANTITIES = (
     LayerQuantity("DeltaLoss", lambda layer: layer.delta_loss, "nats", "delta_loss_percent"),
