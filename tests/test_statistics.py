@@ -21,6 +21,7 @@ from textguard.estimates.statistics import (
     mean_estimate,
     mean_interval,
     over_trainings,
+    paired_difference,
     planned_half_width,
     planned_injections,
     quantile,
@@ -285,22 +286,74 @@ def test_planned_sizes_and_half_widths_are_each_others_inverse(population, confi
     assert planned_half_width(population, population + 1, confidence) == 0
 
 
+ANY, SHARE, POSITIVE = (-math.inf, math.inf), (0.0, 1.0), (0.0, math.inf)
+
+
+def exactly(*values):
+    return [Estimate(value, value, value, 5) for value in values]
+
+
 @pytest.mark.parametrize("confidence", CONFIDENCES)
-def test_over_trainings_without_noise_the_interval_is_students(confidence):
+def test_the_interval_over_trainings_is_students(confidence):
     for values in ([1.0, 1.4], [0.2, 0.9, 0.4], [3.0, 2.0, 2.5, 2.1, 4.0]):
-        low, high = over_trainings([np.full(20_000, value) for value in values], values, confidence)
         error = np.std(values, ddof=1) / math.sqrt(len(values))
         expected = stats.t.interval(confidence, len(values) - 1, np.mean(values), error)
-        assert (low, high) == pytest.approx(expected, rel=0.05)
-        assert (low + high) / 2 == pytest.approx(np.mean(values))
+        found = over_trainings(exactly(*values), ANY, confidence)
+        assert (found.low, found.high, found.n) == (*(pytest.approx(end) for end in expected), 5 * len(values))
+        assert found.value == pytest.approx(np.mean(values))
+        # What cannot be negative has the same interval as a logarithm.
+        logs = over_trainings(exactly(*np.exp(values)), POSITIVE, confidence)
+        assert np.log((logs.low, logs.value, logs.high)) == pytest.approx((found.low, found.value, found.high))
 
 
-def test_over_trainings_noise_of_each_widens_the_interval():
-    draw, values = np.random.default_rng(0), [1.0, 1.2, 1.1]
-    quiet, loud = (
-        over_trainings([value + spread * draw.normal(size=5000) for value in values], values) for spread in (0.0, 0.3)
-    )
-    assert loud[1] - loud[0] > 2 * (quiet[1] - quiet[0])
+def test_injections_widen_an_interval_over_trainings_only_where_the_trainings_agree():
+    apart = [Estimate(value, value - 0.1, value + 0.2, 5) for value in (1.0, 2.0, 3.0)]
+    assert over_trainings(apart, ANY) == over_trainings(exactly(1.0, 2.0, 3.0), ANY)
+    alike = over_trainings([Estimate(2.0, 1.9, 2.2, 5)] * 4, ANY)
+    assert (alike.low, alike.high) == pytest.approx((2 - 0.1 / 2, 2 + 0.2 / 2))
+
+
+def test_what_no_training_saw_keeps_its_bound_and_nothing_leaves_its_range():
+    assert over_trainings([Estimate(0.0, 0.0, high, 5) for high in (0.1, 0.3, 0.2)], SHARE) == Estimate(0.0, 0.0, 0.3, 15)
+    assert over_trainings(exactly(0.0, 0.0), SHARE) == Estimate(0.0, 0.0, 0.0, 10)
+    some = over_trainings([Estimate(0.0, 0.0, 0.1, 5), Estimate(0.9, 0.8, 1.0, 5)], SHARE)
+    assert (some.low, some.value, some.high) == (0.0, 0.45, 1.0)
+    assert over_trainings(exactly(10.0, 20.0, 500.0), POSITIVE).low > 0
+    assert over_trainings(exactly(0.0, 20.0, 500.0), POSITIVE).low == 0
+    one = Estimate(0.5, math.nan, math.nan, 1)
+    assert over_trainings([one], SHARE) is one
+
+
+@pytest.mark.filterwarnings("error")
+def test_open_limits_and_numbers_that_are_no_numbers_pass_over_trainings_without_a_warning():
+    found = over_trainings([Estimate(2.0, 0.0, math.inf, 5), Estimate(2.0, 1.0, 3.0, 5)], POSITIVE)
+    assert (found.low, found.high) == (0, math.inf)
+    assert found.value == pytest.approx(2.0)
+    assert over_trainings(exactly(1e-200, 1e200), POSITIVE).high == math.inf
+    for lost in (math.nan, math.inf):
+        assert math.isnan(over_trainings(exactly(2.0, lost), POSITIVE).value)
+
+
+def test_a_difference_in_pairs_is_a_paired_t_tests():
+    draw = np.random.default_rng(3)
+    images = draw.uniform(0, 1, 500)
+    mine, theirs = images + draw.normal(0.05, 0.02, 500), images
+    for confidence in CONFIDENCES:
+        found, expected = paired_difference(mine, theirs, confidence), stats.ttest_rel(mine, theirs)
+        limits = expected.confidence_interval(confidence)
+        assert (found.low, found.high) == pytest.approx((limits.low, limits.high))
+        assert (found.value, found.n) == (pytest.approx(mine.mean() - theirs.mean()), 500)
+    apart = difference(mean_estimate(mine), mean_estimate(theirs))
+    assert apart.high - apart.low > 10 * (found.high - found.low)
+    assert paired_difference(mine[:1], theirs[:1]).as_json() == {
+        "value": mine[0] - theirs[0],
+        "low": None,
+        "high": None,
+        "n": 1,
+    }
+    assert paired_difference(mine[:0], theirs[:0]).n == 0
+    with pytest.raises(ValueError, match="as many"):
+        paired_difference(mine, theirs[:-1])
 
 
 # --- Coverage: populations with the shape of DeltaLoss

@@ -7,12 +7,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from scipy.special import stdtrit
-
 from textguard.analysis.campaigns import CampaignRecords, last_layer_weights
 from textguard.analysis.improvement import Draws, Ratio, across, draw_pairs, improvement, verdict, weigh
-from textguard.estimates.statistics import Estimate, difference
+from textguard.estimates.statistics import Estimate, over_trainings
 from textguard.params import Run, StatisticsParams
 from textguard.schema.base import Measured
 from textguard.schema.results import (
@@ -24,6 +21,8 @@ from textguard.schema.results import (
     UnderDetector,
     Verdicts,
 )
+
+SHARE = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,8 @@ def _ratio(weighted: Sequence[tuple[Sequence[Draws], Sequence[float]]], statisti
     return improvement(*(weigh(draws, weights) for draws, weights in weighted), statistics.confidence)
 
 
-def with_improvement(result: RunResult, baseline: RunResult, compared: Comparison) -> RunResult:
-    """A run's results, with how they compare to its baseline's."""
+def with_improvement(result: RunResult, baseline: RunResult, compared: Comparison, top2diff: Estimate) -> RunResult:
+    """A run's results, with how they compare to its baseline's. top2diff: its Top2Diff minus the baseline's."""
     first = next(iter(compared.detectors.values()))
     layers = [
         layer.model_copy(update={"improvement": Measured.of(estimate)})
@@ -95,7 +94,7 @@ def with_improvement(result: RunResult, baseline: RunResult, compared: Compariso
     own = Improvement(
         baseline=baseline.run,
         **dict(first.as_improved()),
-        top2diff=Measured.of(difference(result.top2diff, baseline.top2diff)),
+        top2diff=Measured.of(top2diff),
         verdict=_verdicts({name: ratio.estimate for name, ratio in vars(first).items()}, result.confidence),
     )
     return result.model_copy(
@@ -111,8 +110,10 @@ def describe_cell(baselines: Sequence[RunResult], guided: Sequence[RunResult], c
     """One cell's trainings beside their baselines: means over trainings, with intervals over these where there are several."""
     one, confidence = guided[0], guided[0].confidence
 
-    def mean(results: Sequence[RunResult], pick: Callable[[RunResult], Estimate]) -> Measured:
-        return Measured.of(_mean_over_trainings([pick(result) for result in results], confidence))
+    def mean(
+        results: Sequence[RunResult], pick: Callable[[RunResult], Estimate], within: tuple[float, float] = (0.0, math.inf)
+    ) -> Measured:
+        return Measured.of(over_trainings([pick(result) for result in results], within, confidence))
 
     def under(name: str) -> CellUnderDetector:
         found = [vars(comparison.detectors[name]) for comparison in compared]
@@ -123,8 +124,8 @@ def describe_cell(baselines: Sequence[RunResult], guided: Sequence[RunResult], c
             overall_guided=mean(guided, lambda result: result.detectors[name].overall.delta_loss),
             last_layer_baseline=mean(baselines, lambda result: result.detectors[name].last_layer.delta_loss),
             last_layer_guided=mean(guided, lambda result: result.detectors[name].last_layer.delta_loss),
-            nonfinite_baseline=mean(baselines, lambda result: result.detectors[name].nonfinite),
-            nonfinite_guided=mean(guided, lambda result: result.detectors[name].nonfinite),
+            nonfinite_baseline=mean(baselines, lambda result: result.detectors[name].nonfinite, SHARE),
+            nonfinite_guided=mean(guided, lambda result: result.detectors[name].nonfinite, SHARE),
         )
 
     detectors = {name: under(name) for name in compared[0].detectors}
@@ -135,22 +136,12 @@ def describe_cell(baselines: Sequence[RunResult], guided: Sequence[RunResult], c
         backbone=one.backbone,
         variant=one.variant,
         seeds=[result.seed for result in guided],
-        top1_baseline=mean(baselines, lambda result: result.top1),
-        top1=mean(guided, lambda result: result.top1),
+        top1_baseline=mean(baselines, lambda result: result.top1, SHARE),
+        top1=mean(guided, lambda result: result.top1, SHARE),
         parameters=one.parameters - baselines[0].parameters,
         multiply_adds=one.multiply_adds - baselines[0].multiply_adds,
         **improved,
         verdict=_verdicts(improved, confidence),
-        top2diff=mean(guided, lambda result: result.improvement.top2diff),
+        top2diff=mean(guided, lambda result: result.improvement.top2diff, (-1.0, 1.0)),
         detectors=detectors,
     )
-
-
-def _mean_over_trainings(estimates: Sequence[Estimate], confidence: float) -> Estimate:
-    """The estimate of one training; of several their mean, with Student's interval over trainings."""
-    if len(estimates) == 1:
-        return estimates[0]
-    values, count = np.array([estimate.value for estimate in estimates]), len(estimates)
-    half = float(stdtrit(count - 1, 0.5 + confidence / 2) * values.std(ddof=1)) / math.sqrt(count)
-    mean = float(values.mean())
-    return Estimate(mean, mean - half, mean + half, sum(estimate.n for estimate in estimates))

@@ -135,13 +135,8 @@ def improvement(baseline: Draws, guided: Draws, confidence: float) -> Ratio:
 
 
 def across(improvements: Sequence[Ratio], confidence: float) -> Estimate:
-    """The geometric mean over trainings, one improvement each: injections and, if there are several, trainings resampled."""
-    if len(improvements) == 1:
-        return improvements[0].estimate
-    values = [math.log(part.estimate.value) for part in improvements]
-    low, high = over_trainings([part.log for part in improvements], values, confidence)
-    count = sum(part.estimate.n for part in improvements)
-    return Estimate(math.exp(float(np.mean(values))), math.exp(low), math.exp(high), count)
+    """The geometric mean over trainings, one improvement each."""
+    return over_trainings([part.estimate for part in improvements], (0.0, math.inf), confidence)
 
 
 def verdict(estimate: Estimate, confidence: float) -> str:

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from textguard.analysis.campaigns import load_campaign
 from textguard.analysis.comparison import Comparison, compare, describe_cell, with_improvement
 from textguard.analysis.files import CELLS_FILE, RECORDS_DIR, RESULTS_DIR, SUMMARY_FILE
@@ -9,7 +11,9 @@ from textguard.analysis.runs import describe_run
 from textguard.analysis.summary import summarise_grid
 from textguard.artifacts import reading, write_json
 from textguard.errors import InvalidArtifact
+from textguard.estimates.statistics import paired_difference
 from textguard.params import InjectParams, Run, StatisticsParams
+from textguard.schema.records import read_columns
 from textguard.schema.results import BASELINE, RunResult
 
 
@@ -28,7 +32,8 @@ def write_results(runs: Mapping[str, Run], statistics: StatisticsParams, inject:
         if run.variant == BASELINE or baseline is None:
             continue
         compared = compare(runs[baseline], campaigns[baseline], run, campaigns[key], statistics)
-        results[key] = with_improvement(results[key], results[baseline], compared)
+        top2diff = paired_difference(_top2diff(results[key]), _top2diff(results[baseline]), statistics.confidence)
+        results[key] = with_improvement(results[key], results[baseline], compared, top2diff)
         cells.setdefault((run.dataset, run.backbone, run.variant), []).append((baseline, key, compared))
     described = [
         describe_cell(
@@ -51,6 +56,12 @@ def write_results(runs: Mapping[str, Run], statistics: StatisticsParams, inject:
             for dataset, backbones in summarise_grid(list(results.values()), described).items()
         },
     )
+
+
+def _top2diff(result: RunResult) -> np.ndarray:
+    """A run's Top2Diff, float [images]. Runs on one data set have the same images, in their order."""
+    table = RECORDS_DIR / result.run / "predictions.parquet"
+    return read_columns(table, "evaluate", ["top2diff"], result.top1.n)["top2diff"].to_numpy(float)
 
 
 def _check_images(runs: Mapping[str, Run], results: Mapping[str, RunResult]) -> None:
