@@ -18,6 +18,7 @@ from textguard.estimates.statistics import (
     combine,
     difference,
     exact,
+    few_injections,
     mean_estimate,
     mean_interval,
     over_trainings,
@@ -29,7 +30,7 @@ from textguard.estimates.statistics import (
     rate_interval,
     sample_mean,
 )
-from textguard.estimates.summary import LayerResult, Totals, cap_of, summarise, summarise_totals
+from textguard.estimates.summary import ROUNDING, LayerResult, Totals, cap_of, summarise, summarise_totals
 from textguard.faults.sampling import Design, next_total, neyman_shares, spread_over_bits
 
 BITS = 32
@@ -284,6 +285,71 @@ def test_planned_sizes_and_half_widths_are_each_others_inverse(population, confi
             assert planned_half_width(population, count - 1, confidence) > half_width
     assert planned_half_width(population, population, confidence) == 0
     assert planned_half_width(population, population + 1, confidence) == 0
+
+
+def test_sampled_parts_that_do_not_show_in_sixteen_digits_do_not_make_a_mean_exact():
+    found = mean_interval(average([exact(4e34, 100), sample_mean([np.array([0.0, 1.0, 2.0])], [1.0], [4.0])]))
+    assert found.low < found.value < found.high
+    assert (found.low, found.high) == pytest.approx((2e34, 2e34))
+
+
+# --- Rounding is not taken for damage
+
+
+def campaign_of(**layers):
+    """Records with these DeltaLosses by layer."""
+    return pd.concat([records_of([np.asarray(losses)], layer=layer) for layer, losses in layers.items()])
+
+
+def limits_of(**layers):
+    found = summarise(campaign_of(**layers), dict.fromkeys(layers, 1))
+    return {layer: mean_interval(result.delta_loss) for layer, result in found.items()}
+
+
+def test_the_unseen_in_a_layer_that_saw_only_rounding_is_the_campaigns_worst():
+    noise = np.abs(np.random.default_rng(0).normal(0, 1e-7, 64))
+    assert limits_of(fc=noise)["fc"].as_json()["high"] is None  # Nothing has happened anywhere.
+    assert limits_of(fc=noise, conv=[2.0] * 64)["fc"].high > 2 / 64
+    few, enough = ([*noise[:-count], *[1e-3] * count] for count in (4, 5))
+    assert limits_of(fc=few, conv=[2.0] * 64)["fc"].high > 2 / 64
+    assert limits_of(fc=enough, conv=[2.0] * 64)["fc"].high < 1e-3
+    # The worst of the campaign bounds it also where the layer's weights differ: as heavy as a fault is on average.
+    weighted = campaign_of(fc=noise, conv=[2.0] * 64).assign(weight=[0.5, 1.5] * 64)
+    assert summarise(weighted, {"fc": 1, "conv": 1})["fc"].most == pytest.approx(2 * 1.25)
+
+
+def test_rounding_is_what_another_order_of_addition_makes_of_a_cross_entropy():
+    draw = np.random.default_rng(0)
+    features, head = draw.normal(0, 1, (2000, 512)).astype(np.float32), draw.normal(0, 0.6, (512, 10)).astype(np.float32)
+    losses = []
+    for order in (np.arange(512), draw.permutation(512)):
+        logits = features[:, order] @ head[order]
+        shifted = logits - logits.max(axis=1, keepdims=True)
+        losses.append(np.log(np.exp(shifted).sum(axis=1)) - shifted[:, 0])
+    differences = np.abs(losses[1] - losses[0])
+    assert 32 < np.abs(logits).max() < 64
+    assert 1e-7 < np.median(differences)
+    assert np.quantile(differences, 0.95) < ROUNDING < 2 * differences.max()
+
+
+def test_intervals_hold_where_most_injections_do_nothing_but_round():
+    draw, truth = np.random.default_rng(0), 5e-4 * math.exp(2)
+    for count in (64, 1024, 4096):
+        held = plain_held = 0
+        for _ in range(100):
+            losses = np.abs(draw.normal(0, 1e-6, count)) + (draw.random(count) < 5e-4) * draw.lognormal(0, 2, count)
+            limits, alone = limits_of(fc=losses, conv=[20.0] * 64)["fc"], mean_estimate(losses)
+            held += limits.low <= truth <= limits.high
+            plain_held += alone.low <= truth <= alone.high
+        assert held >= 97
+        assert plain_held < 85
+
+
+def test_few_injections_are_said_to_be_few():
+    assert "1,024 uniform" in few_injections(1023, "uniform")
+    assert "1,024 neyman" in few_injections(64, "neyman")
+    assert "64 guided" in few_injections(63, "guided")
+    assert few_injections(1024, "uniform") == few_injections(64, "guided") == ""
 
 
 ANY, SHARE, POSITIVE = (-math.inf, math.inf), (0.0, 1.0), (0.0, math.inf)

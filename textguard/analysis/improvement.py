@@ -19,12 +19,16 @@ from textguard.estimates.summary import LayerResult
 
 @dataclass(frozen=True)
 class Draws:
-    """Bootstrap draws [R] of a mean whose estimate is `value`, without and with the unseen injection; n injections."""
+    """Bootstrap draws [R] of a mean whose estimate is `value`, without and with the unseen injection; n injections.
+
+    exact: every fault was tried, so the draws are all alike.
+    """
 
     value: float
     plain: np.ndarray
     unseen: np.ndarray
     n: int
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def _draw(result: LayerResult, rows: Sequence[np.ndarray], resamples: int, gener
     """rows: for each stratum, which injections are drawn. Strata of another size draw their own, unless images are shared."""
     value, n = result.delta_loss.value, result.delta_loss.n
     if not result.strata:
-        return Draws(value, np.full(resamples, value), np.full(resamples, value), n)
+        return Draws(value, np.full(resamples, value), np.full(resamples, value), n, exact=True)
     strata = result.strata["delta_loss"]
 
     def resample(stratum: np.ndarray, chosen: np.ndarray | None) -> np.ndarray:
@@ -91,14 +95,14 @@ def _draw(result: LayerResult, rows: Sequence[np.ndarray], resamples: int, gener
     ]
     plain = np.sum(means, axis=0)
     shifts = [
-        share * (result.unseen * stratum.max() - stratum.mean()) / (len(stratum) + 1)
+        share * (result.worst(stratum) - stratum.mean()) / (len(stratum) + 1)
         for share, stratum in zip(result.shares, strata, strict=True)
     ]
     worst = int(np.argmax(shifts))
     stratum, count = strata[worst], len(strata[worst]) + 1
     # How often the unseen one is drawn; the others are those of the plain draw, so that pairs stay pairs.
     times = generator.binomial(count, 1 / count, resamples)
-    larger = (means[worst] * (count - times) + result.shares[worst] * times * result.unseen * stratum.max()) / count
+    larger = (means[worst] * (count - times) + result.shares[worst] * times * result.worst(stratum)) / count
     return Draws(value, plain, plain - means[worst] + larger, n)
 
 
@@ -108,7 +112,8 @@ def weigh(draws: Sequence[Draws], weights: Sequence[float]) -> Draws:
     plain = np.sum([share * draw.plain for share, draw in zip(shares, draws, strict=True)], axis=0)
     changes = [share * (draw.unseen - draw.plain) for share, draw in zip(shares, draws, strict=True)]
     value = float(sum(share * draw.value for share, draw in zip(shares, draws, strict=True)))
-    return Draws(value, plain, plain + max(changes, key=np.mean), sum(draw.n for draw in draws))
+    exact = all(draw.exact for share, draw in zip(shares, draws, strict=True) if share)
+    return Draws(value, plain, plain + max(changes, key=np.mean), sum(draw.n for draw in draws), exact)
 
 
 def improvement(baseline: Draws, guided: Draws, confidence: float) -> Ratio:
@@ -117,7 +122,7 @@ def improvement(baseline: Draws, guided: Draws, confidence: float) -> Ratio:
     if not (baseline.value > 0 and guided.value > 0):
         return Ratio(Estimate(math.nan, math.nan, math.nan, count), np.full(len(baseline.plain), np.nan))
     tail = (1 - confidence) / 2
-    # A draw in which nothing did harm on one side is infinitely better or worse, and says nothing where it is so on both: NaN.
+    value = baseline.value / guided.value
     with np.errstate(divide="ignore", invalid="ignore"):
         plain, low, high = (
             np.log(numerator) - np.log(denominator)
@@ -127,11 +132,16 @@ def improvement(baseline: Draws, guided: Draws, confidence: float) -> Ratio:
                 (baseline.unseen, guided.plain),
             )
         )
-        limits = [float(np.exp(np.quantile(low, tail))), float(np.exp(np.quantile(high, 1 - tail)))]
-    value = baseline.value / guided.value
-    # Of exact means, what exp and log leave of the ratio is not a spread.
-    limits = [value if math.isclose(limit, value, rel_tol=1e-12) else limit for limit in limits]
-    return Ratio(Estimate(value, min(limits[0], value), max(limits[1], value), count), plain)
+    if baseline.exact and guided.exact:
+        return Ratio(Estimate(value, value, value, count), plain)
+    # A draw in which nothing did harm on one side is infinitely better or worse; where it is so on both, it may be either.
+    limits = (
+        np.quantile(np.nan_to_num(low, nan=-np.inf, posinf=np.inf, neginf=-np.inf), tail, method="lower"),
+        np.quantile(np.nan_to_num(high, nan=np.inf, posinf=np.inf, neginf=-np.inf), 1 - tail, method="higher"),
+    )
+    # Of layers that differ by 16 digits, sampled ones may not show; the ratio is not exact for that.
+    below, above = (math.nextafter(value, end) for end in (-math.inf, math.inf))
+    return Ratio(Estimate(value, min(float(np.exp(limits[0])), below), max(float(np.exp(limits[1])), above), count), plain)
 
 
 def across(improvements: Sequence[Ratio], confidence: float) -> Estimate:
