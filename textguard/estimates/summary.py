@@ -15,8 +15,8 @@ UNSEEN = 2.0  # see LayerResult.unseen
 # Guided plans draw the worst faults first, and the weights of the others have a limit.
 UNSEEN_GUIDED = 1.0
 # A DeltaLoss up to here may be rounding, in nats. A cross entropy is a difference of numbers as large as its logits. float32
-# holds those of 32 to 64 in steps of 2^-18, and an inference that adds in another order is off by some such steps.
-ROUNDING = 3 * 2**-18
+# holds those of 32 to 64 in steps of 2^-18, and an inference that adds in another order is mostly off by up to four such steps.
+ROUNDING = 4 * 2**-18
 # Injections with a DeltaLoss above ROUNDING from which on a sample tells what the worst may be: see LayerResult.most.
 FEWEST_SEEN = 5
 
