@@ -147,8 +147,8 @@ def _simulated(found: dict) -> list[str]:
     lines = [
         "",
         f"Intervals (99 %) of an improvement over trainings, {coverage.SIMULATIONS:,} simulations each: how often they hold, "
-        "their half-width as a factor (median), and how often they find a true improvement. Standard deviations are those of the "
-        "logarithm, between trainings and of each one's estimate (injections).",
+        "their half-width as a factor (median), and how often they find a true improvement. Standard deviations are those of "
+        "the logarithm, between trainings and of each one's estimate (injections).",
         "",
         "| Trainings | Between | Injections | Hold | Half-width | "
         + " | ".join(f"Find {factor:g} x" for factor in coverage.FACTORS)

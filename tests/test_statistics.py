@@ -30,7 +30,7 @@ from textguard.estimates.statistics import (
     rate_interval,
     sample_mean,
 )
-from textguard.estimates.summary import ROUNDING, LayerResult, Totals, cap_of, summarise, summarise_totals
+from textguard.estimates.summary import ROUNDING, LayerResult, Totals, cap_of, goldeneye_means, summarise, summarise_totals
 from textguard.faults.sampling import Design, next_total, neyman_shares, spread_over_bits
 
 BITS = 32
@@ -246,6 +246,25 @@ def test_rows_of_one_injection_count_once_and_any_detection_counts():
     twice = pd.concat([once.assign(detected=False), once.assign(bit=3)], ignore_index=True)
     a, b = (summarise(records, {"fc": 1})["fc"] for records in (once, twice))
     assert (a.delta_loss, a.sdc, a.detected, a.injections) == (b.delta_loss, b.sdc, b.detected, b.injections)
+
+
+def test_both_definitions_come_from_the_same_records():
+    losses = [0.0, 1.0, 2.0, math.nan, math.nan, 3.0, 0.0, 0.0]
+    records = records_of([losses]).assign(mismatch=[False, True, True, True, False, False, False, False])
+    apart = records.assign(
+        layer="other", faulty_loss=records["faulty_loss"].replace(3.5, math.inf), weight=[2.0] * 4 + [0.0] * 4
+    )
+    found = goldeneye_means(pd.concat([records, records, apart])).set_index("layer")
+    assert list(found.index) == ["fc", "other"]
+    assert found.loc["fc"].tolist() == [8, 2, 1.0, 3 / 8]  # DeltaLoss over 6, mismatches over 8
+    ours = summarise(records, {"fc": 10})["fc"]
+    assert (ours.delta_loss.value, ours.mismatch.value) == (pytest.approx(1.0), pytest.approx(2 / 6))
+    # Weights count, and an infinite loss, which ours leaves out, stays in.
+    assert found.loc["other", "mismatch"] == 6 / 12
+    infinite = records.assign(faulty_loss=records["faulty_loss"].replace(3.5, math.inf))
+    assert goldeneye_means(infinite)["delta_loss"].tolist() == [math.inf]
+    assert summarise(infinite, {"fc": 10})["fc"].delta_loss.value == pytest.approx(3 / 5)
+    assert math.isnan(goldeneye_means(records.assign(faulty_loss=math.nan)).loc[0, "delta_loss"])
 
 
 def test_layers_come_in_the_order_asked_for_and_those_without_records_not():

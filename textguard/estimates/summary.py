@@ -303,6 +303,45 @@ def summarise_totals(totals: Totals, nonfinite: str = GOLDENEYE) -> LayerResult:
     )
 
 
+def goldeneye_means(records: pd.DataFrame) -> pd.DataFrame:
+    """The two numbers of each sampled layer as GoldenEye defines them, from the same records (docs/definitions.md).
+
+    Two definitions differ from ours. DeltaLoss leaves out NaN losses alone, and an infinite loss makes the mean infinite. The
+    mismatch rate is a share of all injections, whatever their loss.
+
+    Parameters
+    ----------
+    records : DataFrame
+        The records of a campaign, as for `summarise`.
+
+    Returns
+    -------
+    DataFrame
+        One row per layer, in the records' order: layer; injections; left_out, those with a NaN loss; delta_loss (nats), NaN
+        where all are left out; mismatch (share).
+
+    Examples
+    --------
+    >>> records = pd.DataFrame({
+    ...     "layer": "fc", "index": range(4), "bit": 30, "weight": 1.0, "golden_loss": 0.5,
+    ...     "faulty_loss": [0.5, 2.0, np.nan, 2.0], "detected": False, "masked": False, "mismatch": [False, False, True, True],
+    ... })
+    >>> goldeneye_means(records).values.tolist()
+    [['fc', 4, 1, 1.0, 0.5]]
+    >>> ours = summarise(records, {"fc": 10})["fc"]
+    >>> round(ours.delta_loss.value, 3), round(ours.mismatch.value, 3)
+    (1.0, 0.333)
+    """
+    rows = []
+    for layer, found in records.drop_duplicates(["layer", "index"]).groupby("layer", sort=False):
+        loss = (found["faulty_loss"].to_numpy(float) - found["golden_loss"].to_numpy(float)).__abs__()
+        weight, known = found["weight"].to_numpy(float), ~np.isnan(loss)
+        mean = np.average(loss[known], weights=weight[known]) if known.any() else np.nan
+        mismatch = np.average(found["mismatch"].to_numpy(float), weights=weight)
+        rows.append((layer, len(found), int((~known).sum()), float(mean), float(mismatch)))
+    return pd.DataFrame(rows, columns=["layer", "injections", "left_out", "delta_loss", "mismatch"])
+
+
 def replace_records(records: pd.DataFrame, changed: pd.DataFrame) -> pd.DataFrame:
     """`records`, with the injections of `changed` (by layer and index) in the place of their own."""
     return pd.concat([without(records, changed), changed], ignore_index=True)
