@@ -8,6 +8,8 @@ BASE ?= HEAD
 SECONDS ?= 3600
 # repro, plan, gate and report take GRID=NAME, for grids/NAME; without it they work on the root's, the demo.
 GRID ?=
+# Runs of a grid at a time: of the demo, whose networks are small, one per processor; of others one, unless told otherwise.
+JOBS ?= $(if $(GRID),1)
 FOLDER = $(if $(GRID),grids/$(GRID),.)
 # Both come from the command line, and neither make nor the shell may read them as code: looked at here, before anything is run.
 LETTERS := a b c d e f g h i j k l m n o p q r s t u v w x y z A B C D E F G H I J K L M N O P Q R S T U V W X Y Z \
@@ -51,7 +53,7 @@ grid:
 
 repro: grid setup  ## run the pipeline, then say where tables and figures are; GRID=NAME runs another grid than the demo
 	@cd '$(FOLDER)' && python '$(CURDIR)/stages' check
-	@cd '$(FOLDER)' && dvc repro
+	@cd '$(FOLDER)' && python -m textguard.jobs $(JOBS)
 	@echo
 	@cd '$(FOLDER)' && cat metrics/tables/table1.md
 	@echo "tables:  $(FOLDER)/metrics/tables/   (Markdown, CSV, LaTeX)"

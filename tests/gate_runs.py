@@ -12,7 +12,7 @@ from textguard.analysis.regression import Comparison, judge
 from textguard.params import GateParams
 from textguard.report.gate import failures, verdict_markdown
 from textguard.schema.campaign import PLAN_KEYS
-from textguard.schema.results import RunResult
+from textguard.schema.results import MEASURES, PLACES, RunResult
 
 QUANTILE_99 = 2.5758293035489004  # of the normal distribution, for a two-sided interval
 TOLERANCES = GateParams(1.0, 10.0, 10.0, 10.0, 0.01)
@@ -40,8 +40,8 @@ def metrics(losses: np.ndarray, right: np.ndarray, plan: str = "p0", images: str
     gain, spread = 10 / overall["value"], math.exp(overall["high"] / overall["value"] - 1)
     improvement = {"value": gain, "low": gain / spread, "high": gain * spread, "n": losses.size}
     sdc = sampled((losses > 3).mean(axis=0))
-    means = {"delta_loss": overall, "sdc": sdc}
-    parts = ("overall", "last_layer", "head")
+    means, last = {"delta_loss": overall, "sdc": sdc, "mismatch": sdc}, dict.fromkeys(MEASURES, exact(0.01))
+    ratios = dict.fromkeys(PLACES, improvement)
     return {
         "run": "digits-resnet18-descriptions-0",
         "dataset": "digits",
@@ -61,16 +61,18 @@ def metrics(losses: np.ndarray, right: np.ndarray, plan: str = "p0", images: str
         "multiply_adds": 1,
         "scale": 10.0,
         "largest_logit": 12.0,
-        "overall": means | {"mismatch": sdc, "nonfinite": exact(0.0), "delta_loss_by_neurons": overall, "fit": exact(1.0)},
-        "last_layer": {"delta_loss": exact(0.02), "sdc": exact(0.01)},
+        "head": last,
+        "last_layer": last,
+        "others": means,
+        "overall": means | {"nonfinite": exact(0.0), "fit": exact(1.0)},
+        "by_neurons": means,
         "convergence": [],
         "layers": [_layer(f"conv{number}", row) for number, row in enumerate(losses)],
         "detectors": {},
         "improvement": {
             "baseline": "b",
-            **dict.fromkeys(parts, improvement),
+            **dict.fromkeys(MEASURES, ratios),
             "top2diff": exact(0.0),
-            "verdict": dict.fromkeys(parts, "better"),
         },
         "skipped": {},
         "settings": dict.fromkeys((*PLAN_KEYS, "detector", "inputs", "device"), "the same"),

@@ -1,5 +1,6 @@
 """Estimates from stored records: of runs, of cells beside their baselines, and the grid's summary."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -18,7 +19,7 @@ from textguard.errors import InvalidArtifact, InvalidParameter
 from textguard.estimates.statistics import Estimate
 from textguard.params import StatisticsParams
 from textguard.schema.base import Measured
-from textguard.schema.results import ByBit, Outcomes, UnderDetector, Verdicts
+from textguard.schema.results import MEASURES, ONE_TRAINING, PLACES, ByBit, Outcomes, UnderDetector
 
 
 def test_every_number_of_a_run_has_an_interval(runs):
@@ -33,7 +34,10 @@ def test_every_number_of_a_run_has_an_interval(runs):
     assert last.sdc.value == 0.2
     overall = run.overall
     assert overall.delta_loss.value == pytest.approx((conv.delta_loss.value + 3.0) / 2)
-    assert overall.delta_loss_by_neurons.value == pytest.approx((100 * conv.delta_loss.value + 10 * 3.0) / 110)
+    assert run.by_neurons.delta_loss.value == pytest.approx((100 * conv.delta_loss.value + 10 * 3.0) / 110)
+    assert run.by_neurons.sdc.value == pytest.approx((100 * 0.1 + 10 * 0.2) / 110)
+    assert run.overall.fit.value == pytest.approx(run.by_neurons.sdc.value * 110 * 32 * 2e-5)
+    assert (run.head, run.others.sdc) == (run.last_layer, conv.sdc)
     assert overall.sdc.value == pytest.approx(0.15)
     assert overall.sdc.low < 0.15 < overall.sdc.high
     assert run.top1.value == 0.97
@@ -87,14 +91,48 @@ def test_improvement_is_baseline_over_guided_with_interval_and_verdict(runs):
     assert baseline.improvement is None
     found = guided.improvement
     expected = baseline.overall.delta_loss.value / guided.overall.delta_loss.value
-    assert found.overall.value == pytest.approx(expected)
-    assert found.overall.low < expected < found.overall.high
-    assert found.verdict == Verdicts(overall="better", last_layer="better", head="better")
-    assert found.head.value == pytest.approx(3.0 / 1.2)  # both are enumerated
+    assert found.delta_loss.overall.value == pytest.approx(expected)
+    assert found.delta_loss.overall.low < expected < found.delta_loss.overall.high
+    assert found.delta_loss.head.value == pytest.approx(3.0 / 1.2)  # both are enumerated
+    assert found.sdc.head == Measured(1.0, 1.0, 1.0, 3200)
+    for measure, place in itertools.product(MEASURES, PLACES):
+        ours, theirs = (getattr(getattr(run, place), measure).value for run in (guided, baseline))
+        assert getattr(getattr(found, measure), place).value == pytest.approx(theirs / ours), (measure, place)
     assert found.top2diff.value == pytest.approx(0.05)
     by_layer = [layer.improvement for layer in guided.layers]
-    assert by_layer[0].value == pytest.approx(2.0, rel=0.5)
-    assert by_layer[2] is None  # the baseline has no such layer
+    assert by_layer[0].delta_loss.value == pytest.approx(2.0, rel=0.5)
+    assert by_layer[0].sdc.value == pytest.approx(1.0)
+    assert by_layer[1] is None  # the baseline has no latent layer
+    assert by_layer[2].delta_loss == found.delta_loss.head  # its last layer does what the head does
+
+
+def test_one_training_has_no_verdict_and_three_have(runs):
+    (verdict,) = {cell.first.verdict.delta_loss.overall for cell in load_cells(runs)}
+    assert verdict == ONE_TRAINING
+    for seed in (1, 2):
+        for variant, layers in (("baseline", BASELINE_LAYERS), ("descriptions", GUIDED_LAYERS)):
+            key = f"d-resnet18-{variant}-{seed}"
+            runs[key] = run_of("d", "resnet18", variant, seed)
+            store(key, runs[key], layers, 97, 10 * seed)
+    write_results(runs, STATISTICS, INJECT)
+    template, descriptions = load_cells(runs)
+    assert template.first.verdict.delta_loss.head == ONE_TRAINING
+    verdicts = descriptions.first.verdict
+    assert (verdicts.delta_loss.head, verdicts.sdc.head) == ("better", "not separable at 99%")
+    assert [layer.layer for layer in descriptions.layers] == ["conv1", "head"]
+
+
+def test_heads_are_compared_with_each_other(runs):
+    """By the seeds that both have."""
+    (found,) = load_cells(runs, contrasts=True)
+    assert (found.variant, found.against, found.seeds) == ("descriptions", "template", [0])
+    template, descriptions = (load_result(f"d-resnet18-{name}-0") for name in ("template", "descriptions"))
+    ratio = found.first.improvement.delta_loss
+    assert ratio.overall.value == pytest.approx(template.overall.delta_loss.value / descriptions.overall.delta_loss.value)
+    assert ratio.overall.low < ratio.overall.value < ratio.overall.high
+    assert ratio.head.value == 1.0
+    assert [layer.layer for layer in found.layers] == ["conv1", "fc", "head"]
+    assert found.top1_baseline.value == template.top1.value
 
 
 def test_non_finite_losses_are_left_out_or_capped_and_never_forgotten(runs):
@@ -123,7 +161,8 @@ def test_seeds_of_a_cell_share_a_row(runs, tmp_path):
     top1 = cells[1].top1
     assert top1.value == pytest.approx((0.97 + 0.91 + 0.92) / 3)
     assert top1.low < 0.8
-    assert cells[1].overall.low < cells[1].overall.value < cells[1].overall.high
+    overall = cells[1].first.improvement.delta_loss.overall
+    assert overall.low < overall.value < overall.high
 
 
 def test_the_summary_keeps_networks_apart(runs):
@@ -140,12 +179,14 @@ def test_the_summary_keeps_networks_apart(runs):
         "e": {"alexnet": ["baseline"]},
     }
     assert summary["d"]["resnet18"] == before
-    assert list(before["baseline"]) == list(summary["e"]["alexnet"]["baseline"]) == ["top1", "sdc", "dl"]
-    assert list(before["template"]) == ["top1", "sdc", "dl", "x_last", "x_all"]
+    assert list(before["baseline"]) == list(summary["e"]["alexnet"]["baseline"]) == ["top1", "sdc", "mismatch", "dl"]
+    assert list(before["template"]) == [*before["baseline"], "x_head", "x_last", "x_all", "x_sdc", "x_fit"]
     cells = {(cell.backbone, cell.variant): cell for cell in load_cells(runs)}
     for backbone, lines in summary["d"].items():
         line, cell = lines["descriptions"], cells[backbone, "descriptions"]
-        assert [line["x_last"], line["x_all"]] == pytest.approx([cell.last_layer.value, cell.overall.value], rel=1e-5)
+        losses, sdc = cell.first.improvement.delta_loss, cell.first.improvement.sdc
+        numbers = [losses.head.value, losses.last_layer.value, losses.overall.value, sdc.overall.value, sdc.by_neurons.value]
+        assert [line[name] for name in ("x_head", "x_last", "x_all", "x_sdc", "x_fit")] == pytest.approx(numbers, rel=1e-5)
     assert summary["d"]["alexnet"]["descriptions"]["x_last"] > 2 * before["descriptions"]["x_last"]
 
 
@@ -233,7 +274,7 @@ def test_layers_that_shared_images_are_not_taken_for_independent(runs):
             write_json(file, stored)
         write_results(runs, STATISTICS, replace(INJECT, images=images))
         found = load_result(key)
-        estimates = (found.overall.delta_loss, found.improvement.overall, found.overall.sdc, found.convergence[-1])
+        estimates = (found.overall.delta_loss, found.improvement.delta_loss.overall, found.overall.sdc, found.convergence[-1])
         return tuple(estimate.high - estimate.low for estimate in estimates)
 
     file = Path(f"metrics/records/{key}/injections.parquet")

@@ -21,7 +21,7 @@ from textguard.report.figures import PER_BACKBONE, group
 from textguard.report.grid_figures import draw_improvement, draw_tradeoff
 from textguard.report.theme import styles
 from textguard.schema.base import Measured
-from textguard.schema.results import ByBit, Cell, RunResult
+from textguard.schema.results import MEASURES, PLACES, ByBit, Cell, Improved, PlaceRatios, RunResult
 
 NOTHING = Measured(math.nan, math.nan, math.nan, 0)
 FROM_RESULTS = ("delta_loss", "range_effect", "outcomes", "bits", "convergence")  # the rest does not look at DeltaLoss
@@ -142,10 +142,12 @@ def test_figures_say_what_their_axes_have_no_place_for(here):
     ids=["nothing", "zero", "huge", "no interval", "below a bound"],
 )
 def test_odd_improvements_are_drawn(here, found):
-    cells = [cell.model_copy(update={"overall": found, "last_layer": found}) for cell in here.cells]
+    ratios = PlaceRatios(**dict.fromkeys(PLACES, found))
+    odd = here.cells[0].first.model_copy(update={"improvement": Improved(**dict.fromkeys(MEASURES, ratios))})
+    cells = [cell.model_copy(update={"detectors": {"profiled": odd}}) for cell in here.cells]
     figure, numbers = draw_improvement(cells, styles(VARIANTS, {}))
     drawn(figure)
-    assert len(numbers) == 2 * len(cells)
+    assert len(numbers) == len(MEASURES) * len(PLACES) * len(cells)
 
 
 def test_a_layer_that_only_one_variant_has_finds_its_place(here):

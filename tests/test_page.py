@@ -108,13 +108,15 @@ def test_the_page_holds_every_run_table_and_figure_and_needs_nothing_else(here):
     assert Path("page.html").stat().st_size < 5e6
 
 
-@pytest.mark.parametrize(("verdict", "remarked"), [("not separable at 99%", True), ("better", False)])
-def test_a_last_layer_that_is_better_by_its_weights_alone_is_remarked(here, verdict, remarked):
+@pytest.mark.parametrize(("ratio", "remarked"), [(0.5, True), (1.5, False)])
+def test_a_head_that_is_better_in_a_network_that_is_worse_is_remarked(here, ratio, remarked):
     file = Path("metrics/cells.json")
     cells = json.loads(file.read_text(encoding="utf-8"))
-    cells[0]["verdict"] |= {"last_layer": "better", "head": verdict}
+    for cell in cells:
+        found = next(iter(cell["detectors"].values()))["improvement"]["sdc"]
+        found["by_neurons"] = {"value": ratio, "low": ratio, "high": ratio, "n": 7}
     write_json(file, cells)
-    assert ("has another verdict for ResNet-18 on digits with descriptions, " in page().text) == remarked
+    assert ("changes the class more often, in ResNet-18 on digits with descriptions" in page().text) == remarked
 
 
 def test_the_same_results_make_the_same_bytes(here):

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from textguard.analysis.breakdown import convergence
-from textguard.analysis.improvement import draw_pairs, weigh
+from textguard.analysis.improvement import draw_layers, weigh
 from textguard.estimates.statistics import average, mean_interval, rate_interval
 from textguard.estimates.summary import mean_over_layers, summarise
 from textguard.faults import Campaign, CampaignSettings, draw_plan
@@ -62,7 +62,7 @@ def test_means_over_layers_err_as_much_as_they_say(table, bits, counts):
         errors.append(sample.variance)
         apart.append(average([layer.delta_loss for layer in layers], WEIGHTS).variance)
         if seed < 30:
-            own, _ = draw_pairs(layers, [], 200, seed)
+            own = draw_layers({"d": layers}, 200, seed)["d"]["delta_loss"]
             draws.append(weigh(own, WEIGHTS).plain.std())
     truth = (WEIGHTS * table.losses.mean(axis=(1, 2))).sum() / WEIGHTS.sum()
     spread = np.std(means, ddof=1)

@@ -16,11 +16,26 @@ from conftest import REPOSITORY
 from gate_runs import as_run, even, exact, metrics, right
 from textguard.estimates.statistics import Estimate
 from textguard.report.published import CLAIMS_FILE, Finding, Published, audit, load_published
-from textguard.report.rendering import Table, as_latex, as_markdown, write_table
-from textguard.report.tables import make_tables
+from textguard.report.rendering import Judged, Table, as_frame, as_latex, as_markdown, write_table
+from textguard.report.tables import RATIOS, make_tables
 from textguard.schema.base import Measured
 from textguard.schema.closeup import Cam, CloseUp, LastLayerValues, NoCam, WeightShift
-from textguard.schema.results import Cell, CellUnderDetector, RunResult, Verdicts
+from textguard.schema.results import (
+    MEASURES,
+    PLACES,
+    Cell,
+    CellLayer,
+    CellUnderDetector,
+    Headline,
+    Improved,
+    LayerRatios,
+    LayerVerdicts,
+    PlaceRatios,
+    Places,
+    PlaceVerdicts,
+    RunResult,
+    Verdicts,
+)
 from textguard.vision.backbones import BACKBONES
 
 NOT_RUN = "not run"
@@ -31,34 +46,42 @@ def estimate(value: float, spread: float = 0.1) -> Measured:
     return Measured(value, value - spread, value + spread, 360)
 
 
-def cell(dataset: str, backbone: str, variant: str = "descriptions") -> Cell:
+def ratios(by_place: dict[str, float]) -> PlaceRatios:
+    """Of one measure, 1.1 where nothing else is said."""
+    return PlaceRatios(**{place: estimate(by_place.get(place, 1.1)) for place in PLACES})
+
+
+def places_of(value: float) -> Places:
+    """The same everywhere."""
+    headline = Headline(**dict.fromkeys(MEASURES, estimate(value, value / 10)))
+    return Places(**dict.fromkeys(PLACES, headline), nonfinite=estimate(0.0))
+
+
+def cell(dataset: str, backbone: str, variant: str = "descriptions", against: str = "baseline", seeds: int = 3) -> Cell:
     """One of metrics/cells.json."""
+    improvement = {"delta_loss": {"overall": 4.0, "last_layer": 3.0, "head": 2.0}, "sdc": {"overall": 0.5}, "mismatch": {}}
+    said = PlaceVerdicts(**dict.fromkeys(PLACES, "not separable at 99%") | {"last_layer": "better"})
+    layer = {"improvement": LayerRatios(**dict.fromkeys(MEASURES, estimate(1.0)))}
+    verdicts = [LayerVerdicts(**dict.fromkeys(MEASURES, verdict)) for verdict in ("better", "worse", "worse", "better")]
     detector = CellUnderDetector(
-        overall=estimate(1.0),
-        last_layer=estimate(3.0),
-        head=estimate(2.0),
-        overall_baseline=estimate(5.0),
-        overall_guided=estimate(4.0),
-        last_layer_baseline=estimate(7.0),
-        last_layer_guided=estimate(6.0),
-        nonfinite_baseline=estimate(0.0),
-        nonfinite_guided=estimate(0.0),
+        baseline=places_of(0.05),
+        own=places_of(0.04),
+        improvement=Improved(**{measure: ratios(by_place) for measure, by_place in improvement.items()}),
+        verdict=Verdicts(**dict.fromkeys(MEASURES, said)),
     )
     return Cell(
         dataset=dataset,
         backbone=backbone,
         variant=variant,
-        seeds=[0],
+        against=against,
+        seeds=list(range(seeds)),
         top1_baseline=estimate(0.967, 0.02),
         top1=estimate(0.964, 0.02),
         parameters=250_000,
         multiply_adds=-1_500_000,
-        overall=estimate(1.1, 0.2),
-        last_layer=estimate(2.5, 0),
-        head=estimate(2.0),
-        verdict=Verdicts(overall="not separable at 99%", last_layer="better", head="better"),
         top2diff=estimate(-0.01),
         detectors={"profiled": detector, "off": detector},
+        layers=[CellLayer(layer=f"{number}", verdict=verdict, **layer) for number, verdict in enumerate(verdicts)],
     )
 
 
@@ -75,10 +98,14 @@ RUNS = {key: run(key) for key in ("a", "b")}
 
 
 def tables(
-    cells: Sequence[Cell], main: str = "digits", sources: dict[str, str] | None = None, **others: dict[str, Any]
+    cells: Sequence[Cell],
+    main: str = "digits",
+    sources: dict[str, str] | None = None,
+    contrasts: Sequence[Cell] = (),
+    **others: dict[str, Any],
 ) -> dict[str, Table]:
     parts = [others.get(name, {}) for name in ("recipes", "library", "closeups")]
-    return {table.name: table for table in make_tables(cells, RUNS, main, sources or {main: main}, *parts)}
+    return {table.name: table for table in make_tables(cells, contrasts, RUNS, main, sources or {main: main}, *parts)}
 
 
 def column(table: Table, header: str) -> list[Any]:
@@ -97,7 +124,7 @@ def test_the_demo_shows_published_numbers_of_the_backbones_that_it_runs():
         ("digits", "mobilenet_v2", "this grid"),
         ("imagenet", "mobilenet_v2", "paper"),
     ]
-    assert column(made["table1"], "Improvement in Reliability, Last Layer (x)")[1::2] == [Decimal("2.87"), Decimal("3.92")]
+    assert column(made["table1"], "DeltaLoss, Last Layer (x)")[1::2] == [Decimal("2.87"), Decimal("3.92")]
     assert places(made["table2"]) == [("digits", backbone, "this grid") for backbone in ("resnet18", "mobilenet_v2")]
     assert [source for _, _, source in places(made["table3"])] == ["this grid"] * 3 + ["paper"] * 3
     assert column(made["table3"], "Projection Initialization")[:3] == column(made["table3"], "Projection Initialization")[3:]
@@ -115,8 +142,8 @@ def test_a_grid_on_imagenet_shows_all_published_backbones_and_which_were_not_run
         ("imagenet", "focalnet_t", "README"),
         ("imagenet", "focalnet_s", NOT_RUN),
     ]
-    overall = column(table, "Improvement in Reliability, Overall (x)")
-    assert isinstance(overall[at], Estimate)
+    overall = column(table, "DeltaLoss, All Layers (x)")
+    assert isinstance(overall[at], Judged)
     assert overall[at + 1 : at + 4] == [Decimal("2.61"), Decimal("1.61"), None]
 
 
@@ -142,14 +169,45 @@ def test_an_ablation_on_imagenet_stands_row_by_row_beside_the_papers():
 
 
 @pytest.mark.parametrize("name", ["table1", "table2", "table3"])
-def test_last_layer_and_network_have_a_verdict_each(name):
+def test_every_ratio_has_a_verdict(name):
     table = tables([cell("digits", "resnet18"), cell("digits", "resnet18", "random")])[name]
-    ours = table.headers.index("Source"), "this grid"
-    (row, *_) = (row for row in table.rows if row[ours[0]] == ours[1])
-    assert [row[table.headers.index(f"{part} Verdict")] for part in ("Last Layer", "Overall")] == [
-        "better",
-        "not separable at 99%",
-    ]
+    found = {header: column(table, header)[0] for header in table.headers if header in RATIOS}
+    assert {header: part.estimate.value for header, part in found.items()} == {
+        "SDC, All Layers (x)": 0.5,
+        "SDC, All Neurons (x)": 1.1,
+        "SDC, Head Alone (x)": 1.1,
+        "Mismatches, All Layers (x)": 1.1,
+        "DeltaLoss, Head Alone (x)": 2.0,
+        "DeltaLoss, Last Layer (x)": 3.0,
+        "DeltaLoss, All Layers (x)": 4.0,
+    }
+    better = [header for header, part in found.items() if part.verdict == "better"]
+    assert better == ["DeltaLoss, Last Layer (x)"]
+    assert "| 3.00 [2.90, 3.10] better |" in as_markdown(table)
+    assert as_frame(table)["DeltaLoss, Last Layer (x) verdict"].iloc[0] == "better"
+
+
+def test_table_3_sets_heads_against_each_other():
+    contrasts = [cell("digits", "resnet18", "template", "random"), cell("digits", "resnet18", "template", "random", seeds=1)]
+    table = tables(CELLS, contrasts=contrasts)["table3"]
+    assert column(table, "Projection Initialization")[-2:] == ["text, one template, against random"] * 2
+    assert column(table, "Largest Effect Left, SDC (x)")[-2:] == ["2.50", None]  # 1 / 0.4; nothing of one training
+    assert column(table, "Largest Effect Left, DeltaLoss (x)")[-2:] == ["4.10", None]
+
+
+def test_layers_before_the_last_are_counted():
+    table = tables([cell("digits", "resnet18"), cell("digits", "alexnet", seeds=1)])["layers"]
+    numbers = [column(table, name) for name in ("Layers", "Better, SDC", "Worse, SDC")]
+    assert numbers == [[3, 3], [1, None], [2, None]]
+
+
+def test_all_measures_stand_side_by_side():
+    table = tables(CELLS[:1])["measures"]
+    assert len(table.rows) == len(MEASURES) * len(PLACES)
+    rows = {(row[3], row[4]): row[5:8] for row in table.rows}
+    assert [found.value for found in rows["DeltaLoss", "head alone"][:2]] == [0.05, 0.04]
+    assert [found.value for found in rows["SDC", "all layers"][:2]] == [5, 4]  # percent
+    assert rows["SDC", "all layers"][2].estimate.value == 0.5
 
 
 def test_other_tables_hold_every_variant_detector_and_run():
@@ -157,8 +215,9 @@ def test_other_tables_hold_every_variant_detector_and_run():
     assert [row[1:4] for row in made["detectors"].rows] == [
         [part.backbone, part.variant, detector] for part in CELLS for detector in ("profiled", "off")
     ]
-    columns = ("DeltaLoss Baseline", "DeltaLoss Ours", "Overall (x)", "Last Layer (x)", "Head Alone (x)")
-    assert [column(made["detectors"], name)[0].value for name in columns] == [5, 4, 1, 3, 2]
+    assert [column(made["detectors"], f"DeltaLoss {side}")[0].value for side in ("Baseline", "Ours")] == [0.05, 0.04]
+    ratios = [column(made["detectors"], f"DeltaLoss, {name} (x)")[0] for name in ("All Layers", "Last Layer", "Head Alone")]
+    assert [found.estimate.value for found in ratios] == [4, 3, 2]
     assert column(made["resilience"], "Run") == list(RUNS)
     assert [found.value for found in column(made["resilience"], "Top-1 (%)")] == [90, 90]
     assert column(made["resilience"], "Largest Logit") == ["12.3", "12.3"]
@@ -192,15 +251,15 @@ def test_the_table_of_maps_says_what_was_seen_and_at_which_confidence():
 def test_tables_are_written_in_three_formats(tmp_path):
     write_table(tables(CELLS)["table1"], tmp_path)
     markdown = (tmp_path / "table1.md").read_text(encoding="utf-8")
+    said = "96.7 [94.7, 98.7] | 96.4 [94.4, 98.4] | +0.25 | -1.50 | 0.500 [0.400, 0.600] not separable | 1.10 [1.00, 1.20] not"
+    assert f"| digits | resnet18 | this grid | {said} separable |" in markdown
     assert (
-        "| digits | resnet18 | this grid | 96.7 [94.7, 98.7] | 96.4 [94.4, 98.4] | +0.25 | -1.50 | 2.50 (exact) | better |"
-        in markdown
+        "| imagenet | resnet18 | paper | 69.60 | 69.68 | 0.26 | 0.26 | - | - | - | - | - | 2.87 | 1.91 | 3.07 | - |" in markdown
     )
-    assert "| imagenet | resnet18 | paper | 69.60 | 69.68 | 0.26 | 0.26 | 2.87 | - | 1.91 | - | 3.07 | - |" in markdown
     with (tmp_path / "table1.csv").open(encoding="utf-8") as file:
         ours, theirs, *_ = csv.DictReader(file)
-    assert float(ours["Improvement in Reliability, Overall (x)"]) > 1
-    assert (ours["Acc. Ours (%) n"], ours["Trainings"]) == ("360", "1")
+    assert float(ours["DeltaLoss, All Layers (x)"]) > 1
+    assert (ours["Acc. Ours (%) n"], ours["Trainings"]) == ("360", "3")
     assert (theirs["Acc. Baseline (%)"], theirs["Acc. Baseline (%) n"], theirs["Trainings"]) == ("69.60", "", "")
     latex = (tmp_path / "table1.tex").read_text(encoding="utf-8")
     assert r"Acc. Ours (\%)" in latex

@@ -340,6 +340,11 @@ class Params:
         """Key -> run, in DVC's order."""
         return {run.key: run for run in self.all_runs()}
 
+    @property
+    def looked_at(self) -> list[str]:
+        """Keys of the runs that have a close-up: those with the first seed."""
+        return [key for key, run in self.runs.items() if run.seed == self.seeds[0]]
+
     def all_runs(self) -> Iterator[Run]:
         """The product, in which two runs may have the same key until load_params has refused that."""
         return itertools.starmap(Run, itertools.product(self.datasets, self.backbones, self.variants, self.seeds))

@@ -140,13 +140,20 @@ def _check_changes(detector: str, changed: pd.DataFrame, records: pd.DataFrame, 
         raise InvalidArtifact(f"lacks some of the injections that detector {detector!r} changes, or has others")
 
 
-def last_layer_weights(run: Run, layers: Sequence[LayerResult], weights: str) -> list[float]:
-    """How much each layer counts in "the last layer", which a text-guided classifier's latent layer and head make together.
+def place_weights(run: Run, layers: Sequence[LayerResult], last_layer: str) -> dict[str, list[float]]:
+    """How much each layer counts in each place of `PLACES`.
 
-    weights: `neurons` (E and C: the chance that a random neuron fault lands there), `equal`, or `head_only`.
+    last_layer: how a text-guided classifier's latent layer and head make one last layer: `neurons` (E and C: the chance that a
+    random neuron fault lands there), `equal`, or `head_only`.
     """
-    counts = [0.0] * len(layers)
-    counts[-1] = 1.0
-    if run.variant != BASELINE and weights != "head_only":
-        counts[-2:] = [float(layer.neurons) for layer in layers[-2:]] if weights == "neurons" else [1.0, 1.0]
-    return counts
+    count, neurons = len(layers), [float(layer.neurons) for layer in layers]
+    own = 1 if run.variant == BASELINE else 2  # layers that make the last one
+    head = [0.0] * (count - 1) + [1.0]
+    last = {"neurons": neurons[-own:], "equal": [1.0] * own, "head_only": head[-own:]}[last_layer]
+    return {
+        "head": head,
+        "last_layer": [0.0] * (count - own) + last,
+        "others": [1.0] * (count - own) + [0.0] * own,
+        "overall": [1.0] * count,
+        "by_neurons": neurons,
+    }

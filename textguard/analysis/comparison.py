@@ -4,144 +4,186 @@ A cell is one (data set, backbone, variant); its runs differ in their seeds alon
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
-from textguard.analysis.campaigns import CampaignRecords, last_layer_weights
-from textguard.analysis.improvement import Draws, Ratio, across, draw_pairs, improvement, verdict, weigh
-from textguard.estimates.statistics import Estimate, over_trainings
+import numpy as np
+
+from textguard.analysis.campaigns import CampaignRecords, place_weights
+from textguard.analysis.files import RECORDS_DIR
+from textguard.analysis.improvement import Draws, Ratio, across, draw_layers, improvement, verdict, weigh
+from textguard.estimates.statistics import Estimate, over_trainings, paired_difference
 from textguard.params import Run, StatisticsParams
 from textguard.schema.base import Measured
+from textguard.schema.records import read_columns
 from textguard.schema.results import (
+    MEASURES,
+    PLACES,
     Cell,
+    CellLayer,
     CellUnderDetector,
+    Headline,
     Improved,
     Improvement,
+    LayerRatios,
+    LayerVerdicts,
+    PlaceRatios,
+    Places,
+    PlaceVerdicts,
     RunResult,
     UnderDetector,
     Verdicts,
 )
 
 SHARE = (0.0, 1.0)
+WITHIN = {"delta_loss": (0.0, math.inf), "top2diff": (-1.0, 1.0)}  # what means over trainings can be, where they are no shares
 
 
 @dataclass(frozen=True)
-class Ratios:
-    """DeltaLoss of a baseline / that of a text-guided run.
+class Side:
+    """A run that is compared: its result alone, Top2Diff by image, bootstrap draws (see `draw_layers`), and places' weights."""
 
-    head: the text-guided head alone against the baseline's last layer, however `last_layer` weighs head and latent layer.
-    """
+    result: RunResult
+    top2diff: np.ndarray
+    drawn: dict[str, dict[str, list[Draws]]]
+    weights: dict[str, list[float]]
 
-    overall: Ratio
-    last_layer: Ratio
-    head: Ratio
 
-    def as_improved(self) -> Improved:
-        """The estimates alone."""
-        return Improved(**{name: Measured.of(ratio.estimate) for name, ratio in vars(self).items()})
+def side_of(run: Run, campaign: CampaignRecords, result: RunResult, statistics: StatisticsParams) -> Side:
+    """What comparisons need of a run."""
+    weights = place_weights(run, campaign.layers, statistics.last_layer_weights)
+    table = RECORDS_DIR / result.run / "predictions.parquet"
+    top2diff = read_columns(table, "evaluate", ["top2diff"], result.top1.n)["top2diff"].to_numpy(float)
+    return Side(result, top2diff, draw_layers(campaign.detectors, statistics.bootstrap, seed=0), weights)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A run beside its baseline. detectors: by name, the one that counts first; layers: the latter's, in order."""
+    """A run beside another one, which is called its baseline here.
 
-    detectors: dict[str, Ratios]
-    layers: list[Estimate]
+    ratios: detector, the one that counts first -> measure -> place -> ratio. layers: measure -> the ratio of each of the run's
+    layers, in order, under the detector that counts; None where the baseline has no such layer. top2diff: the difference.
+    """
+
+    ratios: dict[str, dict[str, dict[str, Ratio]]]
+    layers: dict[str, list[Ratio | None]]
+    top2diff: Estimate
 
 
-def compare(
-    baseline_run: Run, baseline: CampaignRecords, run: Run, guided: CampaignRecords, statistics: StatisticsParams
-) -> Comparison:
+def compare(baseline: Side, own: Side) -> Comparison:
     """Improvements under every detector that both campaigns have, and by layer under the one that counts."""
-    shared = [name for name in guided.detectors if name in baseline.detectors]
-    drawn = {
-        name: draw_pairs(baseline.detectors[name], guided.detectors[name], statistics.bootstrap, seed=0) for name in shared
+    shared, confidence = [name for name in own.drawn if name in baseline.drawn], own.result.confidence
+    ratios = {
+        name: {
+            measure: {
+                place: improvement(
+                    *(weigh(side.drawn[name][measure], side.weights[place]) for side in (baseline, own)), confidence
+                )
+                for place in PLACES
+            }
+            for measure in MEASURES
+        }
+        for name in shared
     }
+    layers: dict[str, list[Ratio | None]] = {}
+    for measure in MEASURES if shared else ():
+        theirs, ours = (side.drawn[shared[0]][measure] for side in (baseline, own))
+        layers[measure] = [
+            None if place is None else improvement(theirs[place], draws, confidence)
+            for place, draws in zip(_places(len(theirs), len(ours)), ours, strict=True)
+        ]
+    return Comparison(ratios, layers, paired_difference(own.top2diff, baseline.top2diff, confidence))
 
-    def ratios(name: str) -> Ratios:
-        pairs = list(zip((baseline_run, run), (baseline.detectors[name], guided.detectors[name]), drawn[name], strict=True))
 
-        def last(weights: str) -> Ratio:
-            return _ratio([(draws, last_layer_weights(who, layers, weights)) for who, layers, draws in pairs], statistics)
+def _places(theirs: int, own: int) -> list[int | None]:
+    """For each of a run's layers, the place of the baseline's that does the same.
 
-        return Ratios(
-            overall=_ratio([(draws, [1.0] * len(draws)) for _, _, draws in pairs], statistics),
-            last_layer=last(statistics.last_layer_weights),
-            head=last("head_only"),
-        )
+    Without a head of its own, a baseline has no latent layer: its last layer is to be compared with the head.
+    """
+    return list(range(own)) if theirs == own else [*range(theirs - 1), *[None] * (own - theirs), theirs - 1]
 
-    first = zip(*drawn[shared[0]], strict=False) if shared else ()
-    return Comparison(
-        {name: ratios(name) for name in shared}, [improvement(*pair, statistics.confidence).estimate for pair in first]
+
+def _improved(ratios: Mapping[str, Mapping[str, Ratio]]) -> Improved:
+    """The estimates alone."""
+    return Improved(
+        **{
+            measure: PlaceRatios(**{place: Measured.of(ratio.estimate) for place, ratio in places.items()})
+            for measure, places in ratios.items()
+        }
     )
 
 
-def _ratio(weighted: Sequence[tuple[Sequence[Draws], Sequence[float]]], statistics: StatisticsParams) -> Ratio:
-    """The improvement of weighted means over layers. weighted: draws and weights of the baseline, then of the guided run."""
-    return improvement(*(weigh(draws, weights) for draws, weights in weighted), statistics.confidence)
-
-
-def with_improvement(result: RunResult, baseline: RunResult, compared: Comparison, top2diff: Estimate) -> RunResult:
-    """A run's results, with how they compare to its baseline's. top2diff: its Top2Diff minus the baseline's."""
-    first = next(iter(compared.detectors.values()))
-    layers = [
-        layer.model_copy(update={"improvement": Measured.of(estimate)})
-        for layer, estimate in zip(result.layers, compared.layers, strict=False)
-    ]
+def with_improvement(result: RunResult, baseline: RunResult, compared: Comparison) -> RunResult:
+    """A run's results, with how they compare to its baseline's."""
+    layers = []
+    for layer, *ratios in zip(result.layers, *compared.layers.values(), strict=True):
+        found = {measure: Measured.of(ratio.estimate) for measure, ratio in zip(compared.layers, ratios, strict=True) if ratio}
+        layers.append(layer.model_copy(update={"improvement": LayerRatios(**found)}) if found else layer)
     detectors: dict[str, UnderDetector] = dict(result.detectors)
-    for name, ratios in compared.detectors.items():
-        detectors[name] = detectors[name].model_copy(update={"improvement": ratios.as_improved()})
+    for name, ratios in compared.ratios.items():
+        detectors[name] = detectors[name].model_copy(update={"improvement": _improved(ratios)})
     own = Improvement(
         baseline=baseline.run,
-        **dict(first.as_improved()),
-        top2diff=Measured.of(top2diff),
-        verdict=_verdicts({name: ratio.estimate for name, ratio in vars(first).items()}, result.confidence),
+        **dict(_improved(next(iter(compared.ratios.values())))),
+        top2diff=Measured.of(compared.top2diff),
     )
-    return result.model_copy(
-        update={"improvement": own, "layers": layers + result.layers[len(layers) :], "detectors": detectors}
-    )
+    return result.model_copy(update={"improvement": own, "layers": layers, "detectors": detectors})
 
 
-def _verdicts(estimates: dict[str, Estimate], confidence: float) -> Verdicts:
-    return Verdicts(**{name: verdict(estimate, confidence) for name, estimate in estimates.items()})
+def describe_cell(baselines: Sequence[RunResult], own: Sequence[RunResult], compared: Sequence[Comparison]) -> Cell:
+    """Runs that differ in their seeds alone, beside their baselines: means over trainings, with intervals over these where
+    there are several.
+    """
+    one, confidence, count = own[0], own[0].confidence, len(own)
 
+    def mean(name: str, results: Sequence[Any]) -> Measured:
+        within = WITHIN.get(name.rpartition(".")[2], SHARE)
+        return Measured.of(over_trainings(list(map(attrgetter(name), results)), within, confidence))
 
-def describe_cell(baselines: Sequence[RunResult], guided: Sequence[RunResult], compared: Sequence[Comparison]) -> Cell:
-    """One cell's trainings beside their baselines: means over trainings, with intervals over these where there are several."""
-    one, confidence = guided[0], guided[0].confidence
+    def places(results: Sequence[RunResult], detector: str) -> Places:
+        found = [result.detectors[detector] for result in results]
+        means = {place: Headline(**{measure: mean(f"{place}.{measure}", found) for measure in MEASURES}) for place in PLACES}
+        return Places(**means, nonfinite=mean("nonfinite", found))
 
-    def mean(
-        results: Sequence[RunResult], pick: Callable[[RunResult], Estimate], within: tuple[float, float] = (0.0, math.inf)
-    ) -> Measured:
-        return Measured.of(over_trainings([pick(result) for result in results], within, confidence))
+    def together(ratios: Sequence[Ratio]) -> Measured:
+        return Measured.of(across(ratios, confidence))
 
-    def under(name: str) -> CellUnderDetector:
-        found = [vars(comparison.detectors[name]) for comparison in compared]
-        improved = {part: Measured.of(across([ratios[part] for ratios in found], confidence)) for part in found[0]}
+    def under(detector: str) -> CellUnderDetector:
+        found = {
+            measure: {place: together([part.ratios[detector][measure][place] for part in compared]) for place in PLACES}
+            for measure in MEASURES
+        }
         return CellUnderDetector(
-            **improved,
-            overall_baseline=mean(baselines, lambda result: result.detectors[name].overall.delta_loss),
-            overall_guided=mean(guided, lambda result: result.detectors[name].overall.delta_loss),
-            last_layer_baseline=mean(baselines, lambda result: result.detectors[name].last_layer.delta_loss),
-            last_layer_guided=mean(guided, lambda result: result.detectors[name].last_layer.delta_loss),
-            nonfinite_baseline=mean(baselines, lambda result: result.detectors[name].nonfinite, SHARE),
-            nonfinite_guided=mean(guided, lambda result: result.detectors[name].nonfinite, SHARE),
+            baseline=places(baselines, detector),
+            own=places(own, detector),
+            improvement=Improved(**{measure: PlaceRatios(**ratios) for measure, ratios in found.items()}),
+            verdict=Verdicts(
+                **{
+                    measure: PlaceVerdicts(**{place: verdict(ratio, confidence, count) for place, ratio in ratios.items()})
+                    for measure, ratios in found.items()
+                }
+            ),
         )
 
-    detectors = {name: under(name) for name in compared[0].detectors}
-    first = next(iter(detectors.values()))
-    improved = {"overall": first.overall, "last_layer": first.last_layer, "head": first.head}
+    layers = []
+    for number, layer in enumerate(one.layers):
+        if compared[0].layers["delta_loss"][number]:
+            found = {measure: together([part.layers[measure][number] for part in compared]) for measure in MEASURES}
+            said = {measure: verdict(ratio, confidence, count) for measure, ratio in found.items()}
+            layers.append(CellLayer(layer=layer.layer, improvement=LayerRatios(**found), verdict=LayerVerdicts(**said)))
     return Cell(
         dataset=one.dataset,
         backbone=one.backbone,
         variant=one.variant,
-        seeds=[result.seed for result in guided],
-        top1_baseline=mean(baselines, lambda result: result.top1, SHARE),
-        top1=mean(guided, lambda result: result.top1, SHARE),
+        against=baselines[0].variant,
+        seeds=[result.seed for result in own],
+        top1_baseline=mean("top1", baselines),
+        top1=mean("top1", own),
         parameters=one.parameters - baselines[0].parameters,
         multiply_adds=one.multiply_adds - baselines[0].multiply_adds,
-        **improved,
-        verdict=_verdicts(improved, confidence),
-        top2diff=mean(guided, lambda result: result.improvement.top2diff, (-1.0, 1.0)),
-        detectors=detectors,
+        top2diff=mean("top2diff", compared),
+        detectors={name: under(name) for name in compared[0].ratios},
+        layers=layers,
     )

@@ -1,5 +1,6 @@
 """Where the stages leave what is analysed and shown, and readers of it. Each raises InvalidArtifact."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ LOOKS_DIR = METRICS_DIR / "looks"  # what git does not keep, apart from what it 
 TEXTS_DIR = METRICS_DIR / "texts"
 RESULTS_DIR = METRICS_DIR / "results"
 CELLS_FILE = METRICS_DIR / "cells.json"
+CONTRASTS_FILE = METRICS_DIR / "contrasts.json"
 SUMMARY_FILE = METRICS_DIR / "summary.json"
 
 
@@ -47,26 +49,37 @@ def load_results(keys: Iterable[str]) -> dict[str, RunResult]:
     return results
 
 
-def load_cells(runs: Mapping[str, Run]) -> list[Cell]:
-    """The cells of these runs beside their baselines."""
-    seeds: dict[tuple[str, str, str], list[int]] = {}
-    for run in runs.values():
-        seeds.setdefault((run.dataset, run.backbone, run.variant), []).append(run.seed)
-    cells = {}
-    with reading(CELLS_FILE, "results"):
-        for cell in read(CELLS_FILE, "results", list[Cell]):
-            name = (cell.dataset, cell.backbone, cell.variant)
+def compared_runs(runs: Mapping[str, Run]) -> dict[tuple[str, str, str, str], list[tuple[str, str]]]:
+    """(data set, backbone, variant, other variant) -> keys of the runs with one seed: each against the baseline where there is
+    one, and text-guided ones against each other, which shows what a text does beyond the rest of the recipe.
+    """
+    places: dict[tuple[str, str, int], dict[str, str]] = {}
+    for key, run in runs.items():
+        places.setdefault((run.dataset, run.backbone, run.seed), {})[run.variant] = key
+    found: dict[tuple[str, str, str, str], list[tuple[str, str]]] = {}
+    for (dataset, backbone, _), variants in places.items():
+        for first, second in itertools.combinations(sorted(variants, key=lambda variant: variant != BASELINE), 2):
+            found.setdefault((dataset, backbone, first, second), []).append((variants[first], variants[second]))
+    return found
+
+
+def load_cells(runs: Mapping[str, Run], contrasts: bool = False) -> list[Cell]:
+    """The cells of these runs beside their baselines; contrasts: beside other text-guided ones."""
+    file, cells = CONTRASTS_FILE if contrasts else CELLS_FILE, {}
+    with reading(file, "results"):
+        for cell in read(file, "results", list[Cell]):
+            name = (cell.dataset, cell.backbone, cell.against, cell.variant)
             if name in cells:
                 raise InvalidArtifact(f"has the cell {'-'.join(name)} twice")
             cells[name] = cell
-        for name, own in seeds.items():
-            baselines = seeds.get((*name[:2], BASELINE), [])
-            paired = [seed for seed in own if seed in baselines and name[2] != BASELINE]
-            if paired != (cells[name].seeds if name in cells else []):
+        wanted = {name: pairs for name, pairs in compared_runs(runs).items() if (name[2] != BASELINE) == contrasts}
+        for name, pairs in wanted.items():
+            seeds = [runs[key].seed for _, key in pairs]
+            if name not in cells or cells[name].seeds != seeds:
                 raise InvalidArtifact(
-                    f"does not have the cell {'-'.join(name)} with the seeds {paired} that params.yaml asks for"
+                    f"does not have the cell {'-'.join(name)} with the seeds {seeds} that params.yaml asks for"
                 )
-    return [cell for name, cell in cells.items() if name in seeds]
+    return [cells[name] for name in wanted]
 
 
 def short_names(layers: Sequence[str]) -> list[str]:

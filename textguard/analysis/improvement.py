@@ -1,20 +1,22 @@
-"""How many times better one classifier takes faults than another: ratios of means, with bootstrap intervals.
+"""How many times better one classifier takes faults than another: ratios of means and rates, with bootstrap intervals.
 
 Injections are resampled in pairs, because both campaigns share their plan, or at least its images, as far as their layers
 correspond. The limits allow for what was not seen. The upper limit is that of a numerator with one more injection, which does
-twice the worst that was seen, or as much under a guided plan; the lower limit is that of a denominator with one. On DeltaLoss
-as skewed as ours, intervals for 99 % cover the truth in 97.5 % of campaigns (tests/test_statistics.py); without the unseen
-injection they do not.
+twice the worst that was seen, or as much under a guided plan or where it only counts; the lower limit is that of a denominator
+with one. On DeltaLoss as skewed as ours, intervals for 99 % cover the truth in 97.5 % of campaigns (tests/test_statistics.py);
+without the unseen injection they do not.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from textguard.estimates.statistics import Estimate, over_trainings
 from textguard.estimates.summary import LayerResult
+from textguard.schema.results import MEASURES, NO_VERDICT, ONE_TRAINING
 
 
 @dataclass(frozen=True)
@@ -39,81 +41,87 @@ class Ratio:
     log: np.ndarray
 
 
-def draw_pairs(
-    baseline: Sequence[LayerResult], guided: Sequence[LayerResult], resamples: int, seed: int
-) -> tuple[list[Draws], list[Draws]]:
-    """Bootstrap draws of the mean DeltaLoss of every layer of two classifiers; those at the same place in pairs.
+def draw_layers(detectors: Mapping[str, Sequence[LayerResult]], resamples: int, seed: int) -> dict[str, dict[str, list[Draws]]]:
+    """Bootstrap draws of every measure in every layer of one classifier: detector -> measure -> its layers, in order.
 
-    Where layers share their images, all of them are drawn together: the same indices in each.
+    Which injections are drawn depends on the seed and the layer's place alone. So the draws of two classifiers are pairs where
+    they have as many injections at a place. Where layers share their images, the same injections are drawn in all of them.
     """
-    generator = np.random.Generator(np.random.Philox(key=seed))
-    drawn: tuple[list[Draws], list[Draws]] = ([], [])
-
-    def draw_rows(sizes: Sequence[int]) -> list[np.ndarray]:
-        return [generator.integers(0, size, (resamples, size)) for size in sizes]
-
-    sharing = [_sizes(result) for result in (*baseline, *guided) if result.shared]
-    of_all = draw_rows(np.max(sharing, axis=0)) if sharing else []
-    for place in range(max(len(baseline), len(guided))):
-        pair = [results[place] if place < len(results) else None for results in (baseline, guided)]
-        rows = of_all or draw_rows(_sizes(pair[0]) if pair[0] and pair[1] else [])
-        for result, draws in zip(pair, drawn, strict=True):
-            if result:
-                draws.append(_draw(result, rows, resamples, generator))
+    drawn: dict[str, dict[str, list[Draws]]] = {name: {measure: [] for measure in MEASURES} for name in detectors}
+    sizes: dict[int, int] = {}  # of each stratum, in the largest of the layers that share their images
+    for layer in itertools.chain(*detectors.values()):
+        for number, stratum in enumerate(layer.strata.get("delta_loss", ()) if layer.shared else ()):
+            sizes[number] = max(sizes.get(number, 0), len(stratum))
+    for place, of_detectors in enumerate(zip(*detectors.values(), strict=True)):
+        first = of_detectors[0]
+        times = [
+            _times(resamples, sizes[number] if first.shared else len(stratum), [seed, 0 if first.shared else 1 + place, number])
+            for number, stratum in enumerate(first.strata.get("delta_loss", ()))
+        ]
+        generator = np.random.default_rng([seed, place])
+        for name, layer in zip(detectors, of_detectors, strict=True):
+            for measure, draws in drawn[name].items():
+                draws.append(_draw(layer, measure, times, resamples, generator))
     return drawn
 
 
-def _sizes(result: LayerResult) -> list[int]:
-    return [len(stratum) for stratum in result.strata.get("delta_loss", ())]
+def _times(resamples: int, size: int, seed: list[int]) -> np.ndarray:
+    """How often each of `size` injections is drawn, float [R, size]."""
+    chosen = np.random.default_rng(seed).integers(0, size, (resamples, size)) + size * np.arange(resamples)[:, None]
+    return np.bincount(chosen.ravel(), minlength=resamples * size).reshape(resamples, size).astype(float)
 
 
-def _draw(result: LayerResult, rows: Sequence[np.ndarray], resamples: int, generator: np.random.Generator) -> Draws:
-    """rows: for each stratum, which injections are drawn. Strata of another size draw their own, unless images are shared."""
-    value, n = result.delta_loss.value, result.delta_loss.n
-    if not result.strata:
-        return Draws(value, np.full(resamples, value), np.full(resamples, value), n, exact=True)
-    strata = result.strata["delta_loss"]
-
-    def resample(stratum: np.ndarray, chosen: np.ndarray | None) -> np.ndarray:
-        if not stratum.any():  # all masked
-            return np.zeros(resamples)
-        if chosen is None:
-            chosen = generator.integers(0, len(stratum), (resamples, len(stratum)))
-        if chosen.shape[1] == len(stratum):
-            return stratum[chosen].mean(axis=1)
-        # Of a layer with fewer injections than others, those that it has count.
-        there = chosen < len(stratum)
-        return np.where(there, stratum[chosen.clip(max=len(stratum) - 1)], 0.0).sum(axis=1) / np.maximum(there.sum(axis=1), 1)
-
-    def rows_of(place: int) -> np.ndarray | None:
-        fits = len(rows) == len(strata) and (result.shared or rows[place].shape[1] == len(strata[place]))
-        return rows[place] if fits else None
-
+def _draw(
+    layer: LayerResult, measure: str, times: Sequence[np.ndarray], resamples: int, generator: np.random.Generator
+) -> Draws:
+    """times: of each stratum, see `_times`; of a layer with fewer injections than others, those that it has count."""
+    sample = getattr(layer, measure)
+    if not layer.strata:
+        same = np.full(resamples, sample.value)
+        return Draws(sample.value, same, same, sample.n, exact=True)
+    strata, worst = layer.strata[measure], _worst(layer, measure)
     means = [
-        share * resample(stratum, rows_of(place))
-        for place, (share, stratum) in enumerate(zip(result.shares, strata, strict=True))
+        share * (drawn[:, : len(stratum)] @ stratum) / np.maximum(drawn[:, : len(stratum)].sum(axis=1), 1)
+        for share, stratum, drawn in zip(layer.shares, strata, times, strict=True)
     ]
     plain = np.sum(means, axis=0)
     shifts = [
-        share * (result.worst(stratum) - stratum.mean()) / (len(stratum) + 1)
-        for share, stratum in zip(result.shares, strata, strict=True)
+        share * (most - stratum.mean()) / (len(stratum) + 1)
+        for share, most, stratum in zip(layer.shares, worst, strata, strict=True)
     ]
-    worst = int(np.argmax(shifts))
-    stratum, count = strata[worst], len(strata[worst]) + 1
+    place = int(np.argmax(shifts))
+    count = len(strata[place]) + 1
     # How often the unseen one is drawn; the others are those of the plain draw, so that pairs stay pairs.
-    times = generator.binomial(count, 1 / count, resamples)
-    larger = (means[worst] * (count - times) + result.shares[worst] * times * result.worst(stratum)) / count
-    return Draws(value, plain, plain - means[worst] + larger, n)
+    unseen = generator.binomial(count, 1 / count, resamples)
+    larger = (means[place] * (count - unseen) + layer.shares[place] * unseen * worst[place]) / count
+    return Draws(sample.value, plain, plain - means[place] + larger, sample.n)
+
+
+def _worst(result: LayerResult, measure: str) -> list[float]:
+    """What one more injection may do in each stratum, its weight counted."""
+    strata = result.strata[measure]
+    if measure == "delta_loss":
+        return [result.worst(stratum) for stratum in strata]
+    # One more hit, as heavy as the heaviest; without any, as heavy as the interval of the rate takes it to be.
+    none = max(1.0, getattr(result, measure).unseen[0] * (len(strata[0]) + 1) / result.shares[0])
+    return [stratum.max() if stratum.any() else none for stratum in strata]
 
 
 def weigh(draws: Sequence[Draws], weights: Sequence[float]) -> Draws:
-    """The weighted mean of several layers' draws. One of them is given its unseen injection: where that matters most."""
-    shares = np.asarray(weights, dtype=float) / sum(weights)
-    plain = np.sum([share * draw.plain for share, draw in zip(shares, draws, strict=True)], axis=0)
-    changes = [share * (draw.unseen - draw.plain) for share, draw in zip(shares, draws, strict=True)]
-    value = float(sum(share * draw.value for share, draw in zip(shares, draws, strict=True)))
-    exact = all(draw.exact for share, draw in zip(shares, draws, strict=True) if share)
-    return Draws(value, plain, plain + max(changes, key=np.mean), sum(draw.n for draw in draws), exact)
+    """The weighted mean of several layers' draws. One of them is given its unseen injection: where that matters most.
+
+    Without a layer that counts there is no mean: NaN.
+    """
+    total = sum(weights)
+    counted = [(weight / total, draw) for weight, draw in zip(weights, draws, strict=True) if weight]
+    if not counted:
+        nothing = np.full_like(draws[0].plain, np.nan)
+        return Draws(math.nan, nothing, nothing, 0)
+    plain = np.sum([share * draw.plain for share, draw in counted], axis=0)
+    changes = [share * (draw.unseen - draw.plain) for share, draw in counted]
+    value = float(sum(share * draw.value for share, draw in counted))
+    exact = all(draw.exact for _, draw in counted)
+    return Draws(value, plain, plain + max(changes, key=np.mean), sum(draw.n for _, draw in counted), exact)
 
 
 def improvement(baseline: Draws, guided: Draws, confidence: float) -> Ratio:
@@ -149,8 +157,12 @@ def across(improvements: Sequence[Ratio], confidence: float) -> Estimate:
     return over_trainings([part.estimate for part in improvements], (0.0, math.inf), confidence)
 
 
-def verdict(estimate: Estimate, confidence: float) -> str:
-    """What an improvement's interval says."""
+def verdict(estimate: Estimate, confidence: float, trainings: int) -> str:
+    """What an improvement's interval says: of one training no more than that it is of one."""
+    if math.isnan(estimate.value):
+        return NO_VERDICT
+    if trainings == 1:
+        return ONE_TRAINING
     if estimate.low > 1:
         return "better"
     return "worse" if estimate.high < 1 else f"not separable at {confidence:.0%}"

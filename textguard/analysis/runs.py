@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from textguard.analysis.breakdown import convergence, describe_layer, sums_by_bit, sums_of_totals
-from textguard.analysis.campaigns import CampaignRecords, last_layer_weights
+from textguard.analysis.campaigns import CampaignRecords, place_weights
 from textguard.analysis.files import RECORDS_DIR, RUNS_DIR, load_ranges, short_names
 from textguard.artifacts import fingerprint, reading
 from textguard.errors import InvalidArtifact
@@ -19,7 +19,18 @@ from textguard.schema.base import Measured, read
 from textguard.schema.campaign import PLAN_KEYS, Site
 from textguard.schema.evaluation import Evaluation
 from textguard.schema.records import read_columns
-from textguard.schema.results import BASELINE, Convergence, Headline, Layer, Overall, Plan, RunResult, UnderDetector
+from textguard.schema.results import (
+    BASELINE,
+    MEASURES,
+    PLACES,
+    Convergence,
+    Headline,
+    Layer,
+    Overall,
+    Plan,
+    RunResult,
+    UnderDetector,
+)
 
 BLOCKS = 32  # parts of a sample whose means are kept, so that two campaigns with one plan can be compared in pairs
 FEWEST_BLOCKS = 8
@@ -33,8 +44,8 @@ def describe_run(key: str, run: Run, campaign: CampaignRecords, statistics: Stat
             raise InvalidArtifact(f"has more eligible images than the {len(predictions)} of the test set")
     confidence, stored, layers = statistics.confidence, campaign.stored, campaign.layers
     correct = (predictions["label"] == predictions["prediction"]).to_numpy(float)
-    weights = last_layer_weights(run, layers, statistics.last_layer_weights)
-    last_layer = headline(layers, weights, confidence)
+    weights = place_weights(run, layers, statistics.last_layer_weights)
+    places = {place: headline(layers, weights[place], confidence) for place in PLACES}
     return RunResult(
         run=key,
         dataset=run.dataset,
@@ -52,14 +63,13 @@ def describe_run(key: str, run: Run, campaign: CampaignRecords, statistics: Stat
         scale=evaluation.scale,
         # The detector `profiled` clamps to the profiled range: behind it, no fault in the last layer makes a larger logit.
         largest_logit=evaluation.scale * _largest_value(key, layers),
-        overall=_overall(campaign, statistics),
-        last_layer=last_layer,
+        **{name: found for name, found in places.items() if name != "overall"},
+        overall=_overall(campaign, statistics, places["overall"]),
         convergence=_convergence(campaign, statistics),
         layers=_layers(campaign, statistics),
         detectors={
             name: UnderDetector(
-                overall=headline(found, [1.0] * len(found), confidence),
-                last_layer=headline(found, weights, confidence),
+                **{place: headline(found, weights[place], confidence, blocks=False) for place in PLACES},
                 nonfinite=_rate(found, "broken", confidence),
             )
             for name, found in campaign.detectors.items()
@@ -108,18 +118,13 @@ def _plan(campaign: CampaignRecords) -> Plan:
     )
 
 
-def _overall(campaign: CampaignRecords, statistics: StatisticsParams) -> Overall:
+def _overall(campaign: CampaignRecords, statistics: StatisticsParams, means: Headline) -> Overall:
     layers, confidence = campaign.layers, statistics.confidence
-    means = headline(layers, [1.0] * len(layers), confidence)
-    by_neurons = mean_over_layers(layers, "delta_loss", [layer.neurons for layer in layers])
     exposures = [_exposure(site, statistics) for site in campaign.stored.layers]
     network_fit = rate_interval(mean_over_layers(layers, "sdc", exposures), confidence)
     return Overall(
-        delta_loss=means.delta_loss,
-        sdc=means.sdc,
-        mismatch=_rate(layers, "mismatch", confidence),
+        **dict(means),
         nonfinite=_rate(layers, "broken", confidence),
-        delta_loss_by_neurons=Measured.of(mean_interval(by_neurons, confidence)),
         fit=_bounded(network_fit.times(sum(exposures) * (campaign.stored.bits * statistics.fit_per_bit))),
     )
 
@@ -136,6 +141,7 @@ def _layers(campaign: CampaignRecords, statistics: StatisticsParams) -> list[Lay
             sums[layer.layer], stored.strata, layer.method == "sampled" and stored.settings["plan"] == "guided"
         )
         sdc = rate_interval(layer.sdc, confidence)
+        blocks = {measure: _blocks(layer.strata.get(measure, ()), layer.shares, np.nan) for measure in MEASURES}
         described.append(
             Layer(
                 layer=name,
@@ -146,12 +152,9 @@ def _layers(campaign: CampaignRecords, statistics: StatisticsParams) -> list[Lay
                 injections=layer.injections,
                 masked=layer.masked,
                 detected=layer.detected,
-                delta_loss=_measured(
-                    mean_interval(layer.delta_loss, confidence),
-                    _blocks(layer.strata.get("delta_loss", ()), layer.shares, np.nan),
-                ),
-                mismatch=Measured.of(rate_interval(layer.mismatch, confidence)),
-                sdc=_measured(sdc, _blocks(layer.strata.get("sdc", ()), layer.shares, np.nan)),
+                delta_loss=_measured(mean_interval(layer.delta_loss, confidence), blocks["delta_loss"]),
+                mismatch=_measured(rate_interval(layer.mismatch, confidence), blocks["mismatch"]),
+                sdc=_measured(sdc, blocks["sdc"]),
                 nonfinite=Measured.of(rate_interval(layer.broken, confidence)),
                 fit=_bounded(sdc.times(_exposure(site, statistics) * failures)),
                 outcomes=outcomes,
@@ -179,17 +182,25 @@ def _convergence(campaign: CampaignRecords, statistics: StatisticsParams) -> lis
     return convergence(campaign.records, neurons, statistics.nonfinite, statistics.confidence, guided, shared)
 
 
-def headline(layers: Sequence[LayerResult], weights: Sequence[float], confidence: float) -> Headline:
-    """Weighted means over layers, and of their blocks where all sampled ones have as many."""
-    shares = [weight / sum(weights) for weight in weights]
-    blocks: dict[str, list[np.ndarray]] = {"delta_loss": [], "sdc": []}
-    for layer, share in zip(layers, shares, strict=True):
-        if share:
-            for name, parts in blocks.items():
-                parts.append(share * _blocks(layer.strata.get(name, ()), layer.shares, getattr(layer, name).value))
-    delta_loss = mean_interval(mean_over_layers(layers, "delta_loss", weights), confidence)
-    sdc = rate_interval(mean_over_layers(layers, "sdc", weights), confidence)
-    return Headline(delta_loss=_measured(delta_loss, _sum(blocks["delta_loss"])), sdc=_measured(sdc, _sum(blocks["sdc"])))
+def headline(layers: Sequence[LayerResult], weights: Sequence[float], confidence: float, blocks: bool = True) -> Headline:
+    """Weighted means over layers; nothing where no layer counts. blocks: of these too, if all sampled layers have as many."""
+    counted = [(layer, weight / sum(weights)) for layer, weight in zip(layers, weights, strict=True) if weight]
+    if not counted:
+        return Headline(**{measure: Measured(math.nan, math.nan, math.nan, 0) for measure in MEASURES})
+    kept, shares = zip(*counted, strict=True)
+
+    def mean(measure: str) -> Measured:
+        interval = mean_interval if measure == "delta_loss" else rate_interval
+        estimate = interval(mean_over_layers(kept, measure, shares), confidence)
+        if not blocks:
+            return Measured.of(estimate)
+        parts = [
+            share * _blocks(layer.strata.get(measure, ()), layer.shares, getattr(layer, measure).value)
+            for layer, share in counted
+        ]
+        return _measured(estimate, _sum(parts))
+
+    return Headline(**{measure: mean(measure) for measure in MEASURES})
 
 
 def _rate(layers: Sequence[LayerResult], name: str, confidence: float) -> Measured:

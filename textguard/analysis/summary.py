@@ -31,8 +31,11 @@ def _line(runs: Sequence[RunResult], cell: Cell | None) -> SummaryLine:
     numbers = {
         "top1": 100 * mean(lambda run: run.top1),
         "sdc": 100 * mean(lambda run: run.overall.sdc),
+        "mismatch": 100 * mean(lambda run: run.overall.mismatch),
         "dl": mean(lambda run: run.overall.delta_loss),
     }
     if cell:
-        numbers |= {"x_last": cell.last_layer.value, "x_all": cell.overall.value}
+        losses, sdc = cell.first.improvement.delta_loss, cell.first.improvement.sdc
+        numbers |= {"x_head": losses.head.value, "x_last": losses.last_layer.value, "x_all": losses.overall.value}
+        numbers |= {"x_sdc": sdc.overall.value, "x_fit": sdc.by_neurons.value}
     return SummaryLine(**{name: float(f"{number:.6g}") for name, number in numbers.items()})

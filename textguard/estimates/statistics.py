@@ -440,32 +440,6 @@ def _one_more_trial(hits: int, count: int) -> tuple[float, float, float]:
     return rate - hits / count, rate * (1 - rate) / count, 0.0
 
 
-def difference(minuend: Estimate, subtrahend: Estimate) -> Estimate:
-    """The difference of two independent estimates.
-
-    The parts of both intervals that reach in one direction add in quadrature.
-
-    Parameters
-    ----------
-    minuend, subtrahend : Estimate
-        The difference is `minuend` - `subtrahend`.
-
-    Returns
-    -------
-    Estimate
-        The difference; its `n` is the smaller one.
-
-    Examples
-    --------
-    >>> difference(Estimate(4.0, 1.0, 8.0, n=10), Estimate(1.0, 0.0, 5.0, n=20))
-    Estimate(value=3.0, low=-2.0, high=7.123105625617661, n=10)
-    """
-    value = minuend.value - subtrahend.value
-    below = math.hypot(minuend.value - minuend.low, subtrahend.high - subtrahend.value)
-    above = math.hypot(minuend.high - minuend.value, subtrahend.value - subtrahend.low)
-    return Estimate(value, value - below, value + above, min(minuend.n, subtrahend.n))
-
-
 def paired_difference(minuend: np.ndarray, subtrahend: np.ndarray, confidence: float = CONFIDENCE) -> Estimate:
     """The difference of two means over the same observations, as of two classifiers on the same images.
 

@@ -1,6 +1,7 @@
 """Pictures of classifiers under faults: where they look, and the values of their last layer."""
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from textguard.analysis.files import CLOSEUP_DIR, LOOKS_DIR, load_closeup, load_
 from textguard.artifacts import reading
 from textguard.errors import InvalidArtifact
 from textguard.report.drawing import add_note, drawable
-from textguard.report.variants import Variant, trainings
+from textguard.report.variants import Variant
 from textguard.schema.closeup import Cam
 from textguard.schema.results import BASELINE, PROPOSED
 
@@ -142,24 +143,20 @@ def draw_last_layer(variants: Sequence[Variant], title: str) -> tuple[Figure, pd
     panels = figure.subplots(1, len(variants), sharex=True, sharey=True, squeeze=False)[0]
     tables, images = [], 0
     for axes, variant in zip(panels, variants, strict=True):
-        own = [load_closeup(result.run).last_layer for result in variant.results]
-        powers, images = own[0].powers, own[0].images
+        found = load_closeup(variant.results[0].run).last_layer
+        powers, images = found.powers, found.images
         edges = [*powers, powers[-1] + 1]
-        golden, faulty = (np.mean([getattr(found, name) for found in own], axis=0) for name in ("golden", "faulty"))
+        golden, faulty = np.array(found.golden), np.array(found.faulty)
         axes.stairs(100 * golden, edges, fill=True, color="#c9c9c9", label="golden")
         axes.stairs(100 * faulty, edges, color=variant.style.colour, linewidth=1.2, label="one bit flipped")
-        limit = float(np.mean([np.log10(found.profiled) for found in own]))
+        limit = math.log10(found.profiled)
         axes.axvline(limit, color="#1a1a1a", linewidth=0.8, linestyle=":", label="largest profiled")
-        beyond, lost = (100 * float(np.mean([getattr(found, name) for found in own])) for name in ("beyond", "not_finite"))
-        axes.set_title(f"{variant.style.name}: {own[0].layer}", color=variant.style.colour, fontsize=8)
+        beyond, lost = 100 * found.beyond, 100 * found.not_finite
+        axes.set_title(f"{variant.style.name}: {found.layer}", color=variant.style.colour, fontsize=8)
         said = f"above it: {beyond:.2g} %\nnot finite: {lost:.2g} %"
         axes.text(0.98, 0.97, said, fontsize=6.5, ha="right", va="top", transform=axes.transAxes)
-        tables += [
-            pd.DataFrame({"power": powers, "golden": found.golden, "faulty": found.faulty}).assign(
-                run=result.run, variant=variant.key
-            )
-            for result, found in zip(variant.results, own, strict=True)
-        ]
+        numbers = {"power": powers, "golden": found.golden, "faulty": found.faulty}
+        tables.append(pd.DataFrame(numbers).assign(run=variant.results[0].run, variant=variant.key))
     panels[0].set(yscale="log", ylim=(0.01, 5000), yticks=[0.01, 0.1, 1, 10, 100], ylabel="share of the values (%)")
     panels[0].yaxis.set_minor_locator(NullLocator())
     panels[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -168,6 +165,6 @@ def draw_last_layer(variants: Sequence[Variant], title: str) -> tuple[Figure, pd
     figure.suptitle(f"{title}: values of the last layer")
     add_note(
         figure,
-        f"magnitude of a value; {images:,} test images, every bit as likely, range detector off, {trainings(variants)} each",
+        f"magnitude of a value; {images:,} test images, every bit as likely, range detector off, one training each",
     )
     return figure, pd.concat(tables, ignore_index=True)

@@ -11,20 +11,21 @@ from textguard.report.drawing import AS_IS, add_note, logarithmic
 from textguard.report.published import Published, load_published
 from textguard.report.theme import PLACE_MARKERS, PUBLISHED_MARKER, Style, place_name
 from textguard.report.variants import Variant, count_trainings
-from textguard.schema.results import Cell
+from textguard.schema.results import MEASURES, PLACES, Cell
 
-PARTS = {"last_layer": "last layer", "overall": "all layers"}
+# What the panels show: measure, place, and the paper's name for it.
+PANELS = [("sdc", "by_neurons", ""), ("sdc", "overall", ""), ("delta_loss", "head", ""), ("delta_loss", "overall", "overall")]
 
 
 def draw_improvement(cells: Sequence[Cell], styles: Mapping[str, Style]) -> tuple[Figure, pd.DataFrame]:
-    """How many times less DeltaLoss than the baseline: one row per cell, with its interval."""
-    figure = Figure(figsize=(7.0, 1.5 + 0.28 * len(cells)), layout="constrained")
-    panels = figure.subplots(1, len(PARTS), sharey=True)
-    rows, published = [], [row for row in load_published() if row.source == "paper"]
+    """How many times less faults do than in the baseline: one row per cell, with its interval. Numbers: of all measures."""
+    figure = Figure(figsize=(9.0, 1.5 + 0.28 * len(cells)), layout="constrained")
+    panels = figure.subplots(1, len(PANELS), sharey=True)
+    published = [row for row in load_published() if row.source == "paper"]
     names = [f"{place_name(cell.dataset, cell.backbone)}, {styles[cell.variant].name}" for cell in cells]
-    for axes, (part, label) in zip(panels, PARTS.items(), strict=True):
+    for axes, (measure, place, part) in zip(panels, PANELS, strict=True):
         for row, cell in enumerate(cells):
-            found, style = getattr(cell, part), styles[cell.variant]
+            found, style = getattr(getattr(cell.first.improvement, measure), place), styles[cell.variant]
             bars = [[found.value - found.low], [found.high - found.value]]
             if np.isfinite(found.value):
                 look = {"marker": style.marker, "color": style.colour, "capsize": 2, "elinewidth": 1}
@@ -32,30 +33,34 @@ def draw_improvement(cells: Sequence[Cell], styles: Mapping[str, Style]) -> tupl
             beside = _published(cell, published, part)
             if beside is not None:
                 axes.plot(beside, row, marker=PUBLISHED_MARKER, color="black", markerfacecolor="none")
-            rows.append(
-                {
-                    "dataset": cell.dataset,
-                    "backbone": cell.backbone,
-                    "variant": cell.variant,
-                    "part": part,
-                    "trainings": len(cell.seeds),
-                    **found.as_json(),
-                    "verdict": getattr(cell.verdict, part),
-                    "published": beside,
-                }
-            )
         axes.axvline(1, color="black", linewidth=0.8)
-        axes.set(xscale="log", xlabel=f"improvement, {label} (x)")
+        axes.set(xscale="log", xlabel=f"{MEASURES[measure]}, {PLACES[place]} (x)")
     panels[0].set_yticks(range(len(cells)), names, **AS_IS)
     panels[0].set_ylim(len(cells) - 0.5, -0.5)
-    figure.suptitle("Improvement in reliability over the baseline", fontsize=9)
+    figure.suptitle("What faults do in the baseline / in the text-guided classifier", fontsize=9)
     spread = count_trainings(len(cell.seeds) for cell in cells)
     note = (
-        f"DeltaLoss of the baseline / text-guided; right of 1 is better; {spread} per row; bars: interval\n"
+        f"right of 1 the text-guided one is better; {spread} per row; bars: interval\n"
         "diamonds: the paper's, for this backbone and start of the head, on ImageNet where it has no such data set"
     )
     add_note(figure, note)
-    return figure, pd.DataFrame(rows)
+    numbers = [
+        {
+            "dataset": cell.dataset,
+            "backbone": cell.backbone,
+            "variant": cell.variant,
+            "measure": measure,
+            "place": place,
+            "trainings": len(cell.seeds),
+            **getattr(getattr(cell.first.improvement, measure), place).as_json(),
+            "verdict": getattr(getattr(cell.first.verdict, measure), place),
+            "published": _published(cell, published, place) if measure == "delta_loss" else None,
+        }
+        for cell in cells
+        for measure in MEASURES
+        for place in PLACES
+    ]
+    return figure, pd.DataFrame(numbers)
 
 
 def _published(cell: Cell, rows: Sequence[Published], part: str) -> float | None:

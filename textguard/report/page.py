@@ -29,15 +29,14 @@ from textguard.analysis.regression import compare_all, judge
 from textguard.artifacts import read_csv, read_json_lines, reading, write_text
 from textguard.environment import run_command
 from textguard.errors import InvalidArtifact, TextguardError
-from textguard.estimates.statistics import Estimate
 from textguard.params import ClassTexts, Params, load_params
 from textguard.report.escaping import visible
 from textguard.report.gate import read_runs, verdict_table
 from textguard.report.published import load_published
-from textguard.report.rendering import Table, show_cell, show_estimate
-from textguard.report.tables import tables_of
+from textguard.report.rendering import Judged, Table, estimate_of, show_cell, show_estimate
+from textguard.report.tables import in_unit, judged, tables_of
 from textguard.report.theme import place_name, variant_name
-from textguard.schema.results import BASELINE, PROPOSED, Cell, RunResult
+from textguard.schema.results import BASELINE, MEASURES, ONE_TRAINING, PLACES, PROPOSED, Cell, RunResult
 
 HERE = Path(__file__).parent
 FIGURES_DIR = Path("plots") / "figures"
@@ -45,6 +44,8 @@ TABLES = {
     "table1": "Table 1: backbones",
     "table2": "Table 2: data sets",
     "table3": "Table 3: what the head starts from",
+    "measures": "SDC, mismatches and DeltaLoss, side by side",
+    "layers": "Layers before the last one",
     "detectors": "Range detectors",
     "resilience": "Resilience of every run",
     "attention": "Where the classifiers look, with faults",
@@ -75,6 +76,7 @@ PARTS = [
     ("repeat", "How to repeat this"),
     ("not-run", "What was not run"),
 ]
+SHOWN = ("head", "overall", "by_neurons")  # places of the headline
 VERDICTS = {"better": "better", "worse": "worse"}
 
 
@@ -181,19 +183,26 @@ def _policy(style: str, script: str) -> str:
     return f"{none}; img-src data:; style-src {style_hash}; script-src {script_hash}"
 
 
-def _headline(cell: Cell) -> dict[str, str]:
-    verdict = cell.verdict
+def _headline(cell: Cell) -> dict[str, Any]:
+    """A cell's measures as a table, and what is said above it."""
+    found, name = cell.first, _cell_name(cell)
+    rows = [
+        [
+            f"{MEASURES[measure]}, {PLACES[place]} ({'nats' if measure == 'delta_loss' else '%'})",
+            *(in_unit(part, measure, place) for part in (found.baseline, found.own)),
+            judged(found, measure, place),
+        ]
+        for measure in MEASURES
+        for place in SHOWN
+    ]
+    headers = ["What faults do", "Baseline", "Text-guided", "Baseline / text-guided (x)"]
+    table = Table(f"headline-{cell.dataset}-{cell.backbone}-{cell.variant}", "", headers, rows)
     return {
-        "place": place_name(cell.dataset, cell.backbone),
-        "last_layer": show_estimate(cell.last_layer),
-        "overall": show_estimate(cell.overall),
+        "name": name,
+        "trainings": len(cell.seeds),
         "top1": show_estimate(cell.top1.times(100)),
         "top1_baseline": show_estimate(cell.top1_baseline.times(100)),
-        "variant": variant_name(cell.variant),
-        "verdict": verdict.overall,
-        "last_verdict": verdict.last_layer,
-        "kind": VERDICTS.get(verdict.overall, ""),
-        "last_kind": VERDICTS.get(verdict.last_layer, ""),
+        "table": as_shown(table, name),
     }
 
 
@@ -208,22 +217,25 @@ def _remarks(cells: Sequence[Cell], runs: Mapping[str, RunResult]) -> list[str]:
         "A verdict is “better” or “worse” only where the interval leaves 1 out."
     ]
     if any(len(cell.seeds) == 1 for cell in cells):
-        remarks.append(
-            "Rows with one training say nothing about the spread between trainings, which is in none of their intervals."
-        )
-    weighed = [
-        f"{_cell_name(cell)}, {show_estimate(cell.head)}" for cell in cells if cell.verdict.head != cell.verdict.last_layer
+        remarks.append(f"Rows with one training have no verdict: {ONE_TRAINING}.")
+    heads = [
+        _cell_name(cell)
+        for cell in cells
+        if cell.first.improvement.delta_loss.head.value > 1 > cell.first.improvement.sdc.by_neurons.value
     ]
-    if weighed:
+    if heads:
         remarks.append(
-            "The last layer of a text-guided classifier is the weighted mean of its latent layer and its head "
-            "(statistics.last_layer_weights). The head alone, against the baseline's last layer, has another verdict for "
-            f"{'; '.join(weighed)}."
+            "DeltaLoss of the head got smaller, and yet a fault in any neuron changes the class more often, in "
+            f"{'; '.join(heads)}. Nearly all neurons are in other layers."
         )
-    changed = [_cell_name(cell) for cell in cells if len({found.overall.value > 1 for found in cell.detectors.values()}) > 1]
+    changed = [
+        _cell_name(cell)
+        for cell in cells
+        if len({found.improvement.delta_loss.overall.value > 1 for found in cell.detectors.values()}) > 1
+    ]
     if changed:
         remarks.append(
-            "The range detector decides whether the mean over all layers got better or worse for "
+            "The range detector decides whether DeltaLoss, in the mean over all layers, got better or worse for "
             f"{'; '.join(changed)}: see the table of range detectors."
         )
     return remarks
@@ -252,8 +264,8 @@ def as_shown(table: Table, label: str) -> dict[str, Any]:
         [
             {
                 "text": f"{value:,}" if isinstance(value, int) else show_cell(value),
-                "value": _number(value.value if isinstance(value, Estimate) else value),
-                "kind": VERDICTS.get(value, "") if isinstance(value, str) else "",
+                "value": _number(value if (found := estimate_of(value)) is None else found.value),
+                "kind": VERDICTS.get(value.verdict if isinstance(value, Judged) else str(value), ""),
             }
             for value in row
         ]
@@ -306,8 +318,11 @@ def _run(key: str, run: RunResult, params: Params) -> dict[str, Any]:
         ("Parameters", f"{run.parameters:,}"),
         ("Multiply-adds per image", f"{run.multiply_adds:,}"),
         ("Top2Diff", show_estimate(run.top2diff)),
+        ("DeltaLoss, head alone", f"{show_estimate(run.head.delta_loss)} nats"),
         ("DeltaLoss, last layer", f"{show_estimate(run.last_layer.delta_loss)} nats"),
-        ("DeltaLoss by neurons", f"{show_estimate(run.overall.delta_loss_by_neurons)} nats"),
+        ("DeltaLoss, all neurons", f"{show_estimate(run.by_neurons.delta_loss)} nats"),
+        ("SDC, head alone", f"{show_estimate(run.head.sdc.times(100))} %"),
+        ("SDC, all neurons", f"{show_estimate(run.by_neurons.sdc.times(100))} %"),
         ("FIT", show_estimate(run.overall.fit)),
         ("Largest logit, scale", f"{run.largest_logit:.3g}, {run.scale:.3g}"),
         ("Images", f"{run.plan.eligible_images:,} predicted right without faults"),
@@ -341,8 +356,11 @@ def _layers(run: RunResult) -> Table:
         for layer in run.layers
     ]
     if run.variant != BASELINE:
-        headers.append("Improvement (x)")
-        rows = [[*row, layer.improvement or "no such layer"] for row, layer in zip(rows, run.layers, strict=True)]
+        headers += ["DeltaLoss, baseline / own (x)", "SDC, baseline / own (x)"]
+        rows = [
+            [*row, *([found.delta_loss, found.sdc] if (found := layer.improvement) else ["no such layer"] * 2)]
+            for row, layer in zip(rows, run.layers, strict=True)
+        ]
     return Table(f"layers-{run.run}", "In order of execution.", headers, rows)
 
 

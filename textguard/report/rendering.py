@@ -1,6 +1,7 @@
 """A table and how it is written: Markdown, CSV and LaTeX, each estimate with its interval."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,24 @@ from textguard.report.escaping import for_latex, for_markdown
 
 
 @dataclass(frozen=True)
+class Judged:
+    """An estimate, and what its interval says: see `Verdict`."""
+
+    estimate: Estimate
+    verdict: str
+
+    @property
+    def in_short(self) -> str:
+        """The verdict without its reason or confidence, which captions give."""
+        return re.split(":| at ", self.verdict)[0]
+
+
+@dataclass(frozen=True)
 class Table:
     """caption, and rows of header -> value.
 
-    A value is a text, a change in the unit of its header (float), a number as printed (Decimal), an Estimate, or None.
+    A value is a text, a change in the unit of its header (float), a number as printed (Decimal), an Estimate, a Judged one, or
+    None.
     """
 
     name: str
@@ -41,14 +56,16 @@ def as_markdown(table: Table) -> str:
 
 
 def as_frame(table: Table) -> pd.DataFrame:
-    """One row per row, full precision; a column with an Estimate becomes four."""
+    """One row per row, full precision; a column with an Estimate becomes four, of judged ones five."""
     frame = {}
     for header, *values in zip(table.headers, *table.rows, strict=True):
-        sampled = [value if isinstance(value, Estimate) else None for value in values]
-        frame[header] = [value.value if isinstance(value, Estimate) else value for value in values]
+        sampled = [estimate_of(value) for value in values]
+        frame[header] = [value if estimate is None else estimate.value for value, estimate in zip(values, sampled, strict=True)]
         if any(sampled):
             for name in ("low", "high", "n"):
                 frame[f"{header} {name}"] = [getattr(value, name, None) for value in sampled]
+        if any(isinstance(value, Judged) for value in values):
+            frame[f"{header} verdict"] = [getattr(value, "verdict", None) for value in values]
     return pd.DataFrame(frame, dtype=object)  # or whole numbers beside empty cells would become 1.0
 
 
@@ -66,6 +83,12 @@ def as_latex(table: Table) -> str:
     )
 
 
+def estimate_of(value: Any) -> Estimate | None:
+    """What a cell of a table estimates."""
+    value = value.estimate if isinstance(value, Judged) else value
+    return value if isinstance(value, Estimate) else None
+
+
 def _cells(table: Table, show: Callable[[Any], str]) -> list[list[str]]:
     return [[show(value) for value in row] for row in table.rows]
 
@@ -78,6 +101,8 @@ def show_cell(value: Any) -> str:
     """One value of a table as text; an Estimate with its interval."""
     if isinstance(value, Estimate):
         return show_estimate(value)
+    if isinstance(value, Judged):
+        return f"{show_estimate(value.estimate)} {value.in_short}"
     if value is None:
         return "-"
     return f"{value:+.2f}" if isinstance(value, float) else str(value)

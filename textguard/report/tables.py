@@ -5,12 +5,23 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from textguard.analysis.files import load_cells, load_closeup, load_results
+from textguard.estimates.statistics import Estimate
 from textguard.params import Params, library_recipes
 from textguard.report.published import Finding, Published, audit, differences, load_published
 from textguard.report.recipe_table import Fields, recipe_table
-from textguard.report.rendering import Table, show_number
+from textguard.report.rendering import Judged, Table, show_number
 from textguard.schema.closeup import Cam, CloseUp, NoCam, WorstShift
-from textguard.schema.results import PROPOSED, Cell, CellUnderDetector, RunResult
+from textguard.schema.results import (
+    BASELINE,
+    MEASURES,
+    ONE_TRAINING,
+    PLACES,
+    PROPOSED,
+    Cell,
+    CellUnderDetector,
+    Places,
+    RunResult,
+)
 
 INITIALISATIONS = {"random": "random", "template": "text, one template", PROPOSED: "text, class descriptions"}
 # Header -> its value in a row.
@@ -30,15 +41,17 @@ class UnderDetector:
 
 def tables_of(params: Params) -> list[Table]:
     """All tables of the grid in the current folder, from its stored results. Raises InvalidArtifact."""
-    cells, runs = load_cells(params.runs), load_results(params.runs)
+    cells, contrasts = load_cells(params.runs), load_cells(params.runs, contrasts=True)
+    runs = load_results(params.runs)
     sources = {key: dataset.source for key, dataset in params.datasets.items()}
     recipes = {name: {"recipe": trained.recipe, **asdict(trained)} for name, trained in params.backbones.items()}
-    closeups = {key: load_closeup(key) for key in params.runs}
-    return make_tables(cells, runs, params.main_dataset, sources, recipes, library_recipes(params), closeups)
+    closeups = {key: load_closeup(key) for key in params.looked_at}
+    return make_tables(cells, contrasts, runs, params.main_dataset, sources, recipes, library_recipes(params), closeups)
 
 
 def make_tables(
     cells: Sequence[Cell],
+    contrasts: Sequence[Cell],
     runs: Mapping[str, RunResult],
     main_dataset: str,
     sources: Mapping[str, str],
@@ -48,41 +61,68 @@ def make_tables(
 ) -> list[Table]:
     """All tables: of cells, of runs and of close-ups.
 
-    sources: data set -> where it comes from, which is how the published tables call it. recipes, library: see `recipe_table`.
+    contrasts: text-guided cells beside other text-guided ones. sources: data set -> where it comes from, which is how the
+    published tables call it. recipes, library: see `recipe_table`.
     """
     proposed = [cell for cell in cells if cell.variant == PROPOSED]
     interval = " and ".join(dict.fromkeys(f"{run.confidence:.4g}" for run in runs.values()))
     note = (
-        f"Brackets: intervals of confidence {interval}, over test images (accuracy, Top2Diff) or injections (improvements), "
-        "over trainings where there are several; of one training, the spread between trainings is not in it. Exact: every "
-        "fault was tried, or what was sampled does not show in 16 digits."
+        f"Brackets: intervals of confidence {interval}, over test images (accuracy, Top2Diff) or injections, over trainings "
+        f"where there are several. A verdict is given where there are: {ONE_TRAINING}. Exact: every fault was tried, or what "
+        "was sampled does not show in 16 digits."
+    )
+    ratios = (
+        "(x): the baseline's / ours, above 1 is better. SDC: faults that change the class or leave a loss that is not finite; "
+        "mismatches: changed classes among faults with a finite loss. All layers: the plain mean over layers, as in the paper; "
+        "all neurons: layers weighed by their neurons, as FIT is; head alone: against the baseline's last layer."
     )
     beside = (
-        f"{note} Rows from paper (arXiv 2311.14062) and README are as published, without intervals, the README's only where it "
-        "differs; on another data set or backbone they are not comparable."
+        f"{ratios} DeltaLoss of the last layer and of all layers is what the paper calls improvement in reliability; it weighs "
+        f"latent layer and head by their neurons. {note} Rows from paper (arXiv 2311.14062) and README are as published, "
+        "without intervals, the README's only where it differs; on another data set or backbone they are not comparable."
     )
     per_run = (
         "SDC: a changed class, or a loss that is not finite. DeltaLoss and rates are plain means over layers, but where "
-        "neurons are named; FIT: failures in 10^9 hours, its upper bound where no SDC was seen. Largest logit: in magnitude, "
-        "over the training set; behind the detector 'profiled', a fault in the last layer makes none larger. Brackets: "
-        f"intervals of confidence {interval} over injections, of top-1 over test images."
+        "neurons or the head are named; FIT: failures in 10^9 hours, its upper bound where no SDC was seen. Largest logit: in "
+        "magnitude, over the training set; behind the detector 'profiled', a fault in the last layer makes none larger. "
+        f"Brackets: intervals of confidence {interval} over injections, of top-1 over test images."
+    )
+    against = (
+        f"The mean over the layers before the last one, and how many of them are better or worse than the baseline's. {ratios} "
+        f"{note}"
+    )
+    left = (
+        "Rows that compare one start with another have the latter in the baseline's place. Largest effect left: of all layers, "
+        "the end of the interval that is farther from 1."
     )
     published = load_published()
     main = [cell for cell in proposed if cell.dataset == main_dataset]
     ablated = _ablated(cells)
     varied = [UnderDetector(cell, name, found) for cell in cells for name, found in cell.detectors.items()]
+    measured = [(cell, measure, place) for cell in cells for measure in MEASURES for place in PLACES]
 
     def compared(name: str, what: str, columns: Compared, *choice: Any) -> Table:
         return Table(name, f"{what} {beside}", list(columns), _beside(columns, published, *choice))
 
     only_main = {main_dataset: sources[main_dataset]}
+    table3 = compared(
+        "table3", f"Starts of the head, each against the baseline. {left}", TABLE3, "paper Table 3", "variant", ablated, sources
+    )
+    table3.rows.extend([value(cell) for value, _ in TABLE3.values()] for cell in contrasts)
     return [
         compared("table1", "Backbones, baseline against text-guided.", TABLE1, "paper Table 1", "backbone", main, only_main),
         compared("table2", "Data sets, baseline against text-guided.", TABLE2, "paper Table 2", "dataset", proposed, sources),
-        compared(
-            "table3", "Starts of the head, each against the baseline.", TABLE3, "paper Table 3", "variant", ablated, sources
+        table3,
+        _table(
+            "measures",
+            f"Three measures of what faults do. DeltaLoss in nats, rates in percent. {ratios} {note}",
+            MEASURED,
+            measured,
         ),
-        _table("detectors", f"The same faults under each range detector. DeltaLoss in nats. {note}", DETECTORS, varied),
+        _table("layers", against, LAYERS, cells),
+        _table(
+            "detectors", f"The same faults under each range detector. DeltaLoss in nats. {ratios} {note}", DETECTORS, varied
+        ),
         _table("resilience", f"Every run. {per_run}", RESILIENCE, list(runs.values())),
         _attention_table(closeups),
         _audit_table(audit(published)),
@@ -102,14 +142,26 @@ def _initialisation(variant: str) -> str:
     return INITIALISATIONS.get(variant, variant)
 
 
+def _start(cell: Cell) -> str:
+    """What a cell's head starts from, and what it is compared with where that is not the baseline."""
+    beside = "" if cell.against == BASELINE else f", against {_initialisation(cell.against)}"
+    return f"{_initialisation(cell.variant)}{beside}"
+
+
+def _largest_effect(cell: Cell, measure: str) -> str | None:
+    """How many times better or worse a cell may be in the mean over layers, as far as its trainings say."""
+    ratio = getattr(cell.first.improvement, measure).overall
+    if len(cell.seeds) == 1 or not ratio.low > 0:
+        return None
+    return show_number(max(ratio.high, 1 / ratio.low))
+
+
 PLACE: Compared = {
     "Dataset": (lambda cell: cell.dataset, lambda row: row.dataset),
     "Backbone": (lambda cell: cell.backbone, lambda row: row.backbone),
     "Source": (lambda _: "this grid", lambda row: row.source),
 }
-INITIALISATION: Compared = {
-    "Projection Initialization": (lambda cell: _initialisation(cell.variant), lambda row: _initialisation(row.variant))
-}
+INITIALISATION: Compared = {"Projection Initialization": (_start, lambda row: _initialisation(row.variant))}
 ACCURACY: Compared = {
     "Acc. Baseline (%)": (lambda cell: cell.top1_baseline.times(100), _printed("top1_baseline")),
     "Acc. Ours (%)": (lambda cell: cell.top1.times(100), _printed("top1")),
@@ -118,43 +170,108 @@ COST: Compared = {
     "Additional Params (M)": (lambda cell: cell.parameters / 1e6, _printed("parameters")),
     "Additional FLOPs (M multiply-adds)": (lambda cell: cell.multiply_adds / 1e6, _printed("multiply_adds")),
 }
+
+
+def judged(cell: CellUnderDetector, measure: str, place: str) -> Judged:
+    """A ratio of a cell and its verdict."""
+    ratio, said = (getattr(getattr(part, measure), place) for part in (cell.improvement, cell.verdict))
+    return Judged(ratio, said)
+
+
+# Header -> measure and place of a ratio.
+RATIOS = {
+    "SDC, All Layers (x)": ("sdc", "overall"),
+    "SDC, All Neurons (x)": ("sdc", "by_neurons"),
+    "SDC, Head Alone (x)": ("sdc", "head"),
+    "Mismatches, All Layers (x)": ("mismatch", "overall"),
+    "DeltaLoss, Head Alone (x)": ("delta_loss", "head"),
+    "DeltaLoss, Last Layer (x)": ("delta_loss", "last_layer"),
+    "DeltaLoss, All Layers (x)": ("delta_loss", "overall"),
+}
+PUBLISHED = {"DeltaLoss, Last Layer (x)": "last_layer", "DeltaLoss, All Layers (x)": "overall"}
 RELIABILITY: Compared = {
-    "Improvement in Reliability, Last Layer (x)": (lambda cell: cell.last_layer, _printed("last_layer")),
-    "Last Layer Verdict": (lambda cell: cell.verdict.last_layer, _nothing),
-    "Improvement in Reliability, Overall (x)": (lambda cell: cell.overall, _printed("overall")),
-    "Overall Verdict": (lambda cell: cell.verdict.overall, _nothing),
+    header: (
+        lambda cell, at=at: judged(cell.first, *at),
+        _printed(PUBLISHED[header]) if header in PUBLISHED else _nothing,
+    )
+    for header, at in RATIOS.items()
+}
+EFFECTS: Compared = {
+    f"Largest Effect Left, {name} (x)": (lambda cell, measure=measure: _largest_effect(cell, measure), _nothing)
+    for measure, name in (("sdc", "SDC"), ("delta_loss", "DeltaLoss"))
 }
 TOP2DIFF: Compared = {"Improvement in Top2Diff (points)": (lambda cell: cell.top2diff.times(100), _printed("top2diff"))}
 TRAININGS: Compared = {"Trainings": (lambda cell: len(cell.seeds), _nothing)}
 
 TABLE1 = PLACE | ACCURACY | COST | RELIABILITY | TOP2DIFF | TRAININGS
 TABLE2 = {header: column for header, column in TABLE1.items() if header not in COST}
-TABLE3 = PLACE | INITIALISATION | RELIABILITY | TRAININGS
+TABLE3 = PLACE | INITIALISATION | RELIABILITY | EFFECTS | TRAININGS
+MEASURED: Columns = {
+    "Dataset": lambda row: row[0].dataset,
+    "Backbone": lambda row: row[0].backbone,
+    "Variant": lambda row: row[0].variant,
+    "Measure": lambda row: MEASURES[row[1]],
+    "Where": lambda row: PLACES[row[2]],
+    "Baseline": lambda row: in_unit(row[0].first.baseline, *row[1:]),
+    "Ours": lambda row: in_unit(row[0].first.own, *row[1:]),
+    "Baseline / Ours (x)": lambda row: judged(row[0].first, *row[1:]),
+    "Trainings": lambda row: len(row[0].seeds),
+}
+LAYERS: Columns = {
+    "Dataset": lambda cell: cell.dataset,
+    "Backbone": lambda cell: cell.backbone,
+    "Variant": lambda cell: cell.variant,
+    "SDC, Layers Before the Last (x)": lambda cell: judged(cell.first, "sdc", "others"),
+    "DeltaLoss, Layers Before the Last (x)": lambda cell: judged(cell.first, "delta_loss", "others"),
+    "Layers": lambda cell: len(cell.layers) - 1,
+    **{
+        f"{said}, {name}": lambda cell, said=said, measure=measure: _count(cell, measure, said)
+        for measure, name in (("sdc", "SDC"), ("delta_loss", "DeltaLoss"))
+        for said in ("Better", "Worse")
+    },
+    "Trainings": lambda cell: len(cell.seeds),
+}
 DETECTORS: Columns = {
     "Dataset": lambda row: row.cell.dataset,
     "Backbone": lambda row: row.cell.backbone,
     "Variant": lambda row: row.cell.variant,
     "Detector": lambda row: row.detector,
-    "DeltaLoss Baseline": lambda row: row.found.overall_baseline,
-    "DeltaLoss Ours": lambda row: row.found.overall_guided,
-    "Overall (x)": lambda row: row.found.overall,
-    "Last Layer (x)": lambda row: row.found.last_layer,
-    "Head Alone (x)": lambda row: row.found.head,
-    "Non-finite Baseline (%)": lambda row: row.found.nonfinite_baseline.times(100),
-    "Non-finite Ours (%)": lambda row: row.found.nonfinite_guided.times(100),
+    "SDC Baseline (%)": lambda row: row.found.baseline.overall.sdc.times(100),
+    "SDC Ours (%)": lambda row: row.found.own.overall.sdc.times(100),
+    "DeltaLoss Baseline": lambda row: row.found.baseline.overall.delta_loss,
+    "DeltaLoss Ours": lambda row: row.found.own.overall.delta_loss,
+    **{header: lambda row, at=at: judged(row.found, *at) for header, at in RATIOS.items()},
+    "Non-finite Baseline (%)": lambda row: row.found.baseline.nonfinite.times(100),
+    "Non-finite Ours (%)": lambda row: row.found.own.nonfinite.times(100),
 }
 RESILIENCE: Columns = {
     "Run": lambda run: run.run,
     "Top-1 (%)": lambda run: run.top1.times(100),
-    "DeltaLoss (nats)": lambda run: run.overall.delta_loss,
-    "DeltaLoss, by Neurons (nats)": lambda run: run.overall.delta_loss_by_neurons,
-    "DeltaLoss, Last Layer (nats)": lambda run: run.last_layer.delta_loss,
-    "Mismatches (%)": lambda run: run.overall.mismatch.times(100),
     "SDC (%)": lambda run: run.overall.sdc.times(100),
+    "SDC, All Neurons (%)": lambda run: run.by_neurons.sdc.times(100),
+    "SDC, Head Alone (%)": lambda run: run.head.sdc.times(100),
+    "Mismatches (%)": lambda run: run.overall.mismatch.times(100),
     "Non-finite (%)": lambda run: run.overall.nonfinite.times(100),
     "FIT": lambda run: run.overall.fit,
+    "DeltaLoss (nats)": lambda run: run.overall.delta_loss,
+    "DeltaLoss, All Neurons (nats)": lambda run: run.by_neurons.delta_loss,
+    "DeltaLoss, Head Alone (nats)": lambda run: run.head.delta_loss,
+    "DeltaLoss, Last Layer (nats)": lambda run: run.last_layer.delta_loss,
     "Largest Logit": lambda run: show_number(run.largest_logit),
 }
+
+
+def in_unit(places: Places, measure: str, place: str) -> Estimate:
+    """A measure as tables print it: rates in percent."""
+    found = getattr(getattr(places, place), measure)
+    return found if measure == "delta_loss" else found.times(100)
+
+
+def _count(cell: Cell, measure: str, said: str) -> int | None:
+    """How many layers before the last one are better or worse; unknown of one training."""
+    if len(cell.seeds) == 1:
+        return None
+    return sum(getattr(layer.verdict, measure) == said.lower() for layer in cell.layers[:-1])
 
 
 def _beside(

@@ -23,6 +23,7 @@ FILES: dict[str, tuple[str, str, type[Stored]]] = {
     "metrics/closeup/RUN.json": ("closeup", "", CloseUp),
     "metrics/results/RUN.json": ("results", "", RunResult),
     "metrics/cells.json": ("results", "A list with one such object per cell that has a baseline.", Cell),
+    "metrics/contrasts.json": ("results", "A list with one such object per pair of text-guided variants.", Cell),
     "metrics/summary.json": ("results", "Data set -> backbone -> variant -> such an object.", SummaryLine),
 }
 HEAD = """# What the stages' JSON files hold

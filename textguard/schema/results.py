@@ -12,11 +12,21 @@ from textguard.schema.campaign import Method, Settings
 BASELINE = "baseline"  # the variant without texts, which the others are compared with
 PROPOSED = "descriptions"  # the variant that the paper proposes
 
-_RATIO = "baseline's DeltaLoss / its own, above 1 is better"
-_VERDICT = "better, worse, or not separable at the confidence"
+MEASURES = {"delta_loss": "DeltaLoss", "sdc": "SDC", "mismatch": "Mismatch"}  # what faults do, and what tables call it
+# Means over layers that a classifier is compared by.
+PLACES = {
+    "head": "head alone",
+    "last_layer": "last layer",
+    "others": "layers before it",
+    "overall": "all layers",
+    "by_neurons": "all neurons",
+}
+
 _DIFFERENCE = (-1.0, 1.0)
 _ANY = (-math.inf, math.inf)
-Verdict = Annotated[str, Field(pattern=r"^(better|worse|not separable at [\d.]+%)$")]
+ONE_TRAINING = "1 training: differences between trainings are not in this interval"
+NO_VERDICT = "nothing to compare"
+Verdict = Annotated[str, Field(pattern=rf"^(better|worse|not separable at [\d.]+%|{ONE_TRAINING}|{NO_VERDICT})$")]
 # Beyond it there is no quantile of the normal distribution, or none that says anything.
 Confidence = Annotated[float, Field(ge=0.5, le=0.9999)]
 
@@ -40,14 +50,24 @@ class Headline(Stored):
 
     delta_loss: Measured = field("mean DeltaLoss", "nats")
     sdc: Measured = field("faults that change the class or leave a loss that is not finite", "share")
+    mismatch: Measured = field("changed classes among faults with a finite loss", "share")
+
+
+class Places(Stored):
+    """What faults do in parts of a classifier. Means over layers are plain, but where neurons are named."""
+
+    head: Headline = field("the last layer; of a text-guided classifier, its head without its latent layer")
+    last_layer: Headline = field("the last layer; of a text-guided classifier, its latent layer and head")
+    others: Headline = field("all layers before the last layer")
+    overall: Headline = field("all layers")
+    by_neurons: Headline = field("all layers, weighed by their neurons: a fault that hits any neuron as likely as any other")
+    nonfinite: Measured = field("faults that leave a NaN or infinite loss, over all layers", "share")
 
 
 class Overall(Headline):
-    """Plain means over all layers, but where neurons are named."""
+    """Plain means over all layers."""
 
-    mismatch: Measured = field("changed classes among faults with a finite loss", "share")
     nonfinite: Measured = field("faults that leave a NaN or infinite loss", "share")
-    delta_loss_by_neurons: Measured = field("mean DeltaLoss, layers weighed by their neurons", "nats")
     fit: Measured = field("failures of the whole network; no value but its upper bound where no SDC was seen", "per 10^9 hours")
 
 
@@ -96,6 +116,14 @@ class ByBit(Stored):
         return self
 
 
+class LayerRatios(Stored):
+    """Of one layer: what the baseline has / what the classifier has, above 1 is better."""
+
+    delta_loss: Measured = field("of DeltaLoss", "times")
+    sdc: Measured = field("of SDC probability", "times")
+    mismatch: Measured = field("of the mismatch rate", "times")
+
+
 class Layer(Stored):
     """One layer under faults."""
 
@@ -114,8 +142,8 @@ class Layer(Stored):
     fit: Measured = field("failures of this layer", "per 10^9 hours")
     outcomes: Outcomes = field("what became of the faults")
     by_bit: ByBit = field("the faults by bit")
-    improvement: Measured | None = field(
-        f"{_RATIO}; absent where there is no baseline, or no such layer in it", "times", default=None
+    improvement: LayerRatios | None = field(
+        "against the baseline's layer; absent where there is no baseline, or no such layer in it", default=None
     )
 
     @model_validator(mode="after")
@@ -127,40 +155,53 @@ class Layer(Stored):
         return self
 
 
-class Improved(Stored):
-    """Improvements: how many times smaller DeltaLoss is than the baseline's."""
+class PlaceRatios(Stored):
+    """Of one measure: what the baseline has / what the classifier has, above 1 is better."""
 
-    overall: Measured = field(f"mean over layers: {_RATIO}", "times")
-    last_layer: Measured = field(f"last layer: {_RATIO}", "times")
     head: Measured = field("the head alone against the baseline's last layer", "times")
+    last_layer: Measured = field("the last layer", "times")
+    others: Measured = field("the layers before the last layer", "times")
+    overall: Measured = field("all layers", "times")
+    by_neurons: Measured = field("all layers, weighed by their neurons; of SDC, what it is of FIT", "times")
+
+
+class Improved(Stored):
+    """How many times less faults do than in the baseline."""
+
+    delta_loss: PlaceRatios = field("of DeltaLoss")
+    sdc: PlaceRatios = field("of SDC probability")
+    mismatch: PlaceRatios = field("of the mismatch rate")
+
+
+class PlaceVerdicts(Stored):
+    """What the intervals of one measure's ratios say."""
+
+    head: Verdict = field("of the head alone")
+    last_layer: Verdict = field("of the last layer")
+    others: Verdict = field("of the layers before the last layer")
+    overall: Verdict = field("of all layers")
+    by_neurons: Verdict = field("of all layers, weighed by their neurons")
 
 
 class Verdicts(Stored):
-    """What the intervals of improvements say."""
+    """Whether a cell is better or worse: never said from one training."""
 
-    overall: Verdict = field(_VERDICT)
-    last_layer: Verdict = field(_VERDICT)
-    head: Verdict = field(_VERDICT)
+    delta_loss: PlaceVerdicts = field("by DeltaLoss")
+    sdc: PlaceVerdicts = field("by SDC probability")
+    mismatch: PlaceVerdicts = field("by the mismatch rate")
 
 
-class UnderDetector(Stored):
+class UnderDetector(Places):
     """The same faults under one range detector."""
 
-    overall: Headline = field("means over all layers")
-    last_layer: Headline = field("the last layer; of a text-guided classifier, its latent layer and head")
-    nonfinite: Measured = field("faults that leave a NaN or infinite loss, mean over layers", "share")
     improvement: Improved | None = field("against the baseline; absent where there is none", default=None)
 
 
-class Improvement(Stored):
-    """A run against the baseline with its seed, under the range detector that counts."""
+class Improvement(Improved):
+    """A run against the baseline with its seed, under the range detector that counts. One training gives no verdict."""
 
     baseline: Name = field("key of the baseline's run")
-    overall: Measured = field(f"mean over layers: {_RATIO}", "times")
-    last_layer: Measured = field(f"last layer: {_RATIO}", "times")
-    head: Measured = field("the head alone against the baseline's last layer", "times")
     top2diff: Measured = field("Top2Diff minus the baseline's", "share", _DIFFERENCE)
-    verdict: Verdicts = field("what the three intervals say")
 
 
 class RunResult(Stored):
@@ -181,8 +222,11 @@ class RunResult(Stored):
     multiply_adds: Whole = field("multiply-adds of an inference", "per image")
     scale: float = field("what a text-guided classifier multiplies its cosines by; 1 for a baseline", gt=0)
     largest_logit: float = field("the largest magnitude of a logit over the training images", ge=0)
-    overall: Overall = field("means over all layers")
+    head: Headline = field("the last layer; of a text-guided classifier, its head without its latent layer")
     last_layer: Headline = field("the last layer; of a text-guided classifier, its latent layer and head")
+    others: Headline = field("means over all layers before the last layer")
+    overall: Overall = field("means over all layers")
+    by_neurons: Headline = field("means over all layers, weighed by their neurons")
     convergence: list[Convergence] = field("how DeltaLoss settled; empty where injections were planned by what the first did")
     layers: list[Layer] = field("the layers, in order of execution", min_length=1)
     detectors: dict[str, UnderDetector] = field("by range detector, the one that counts first")
@@ -208,15 +252,29 @@ class RunResult(Stored):
         return self
 
 
-class CellUnderDetector(Improved):
+class CellUnderDetector(Stored):
     """A cell under one range detector."""
 
-    overall_baseline: Measured = field("DeltaLoss of the baseline, mean over layers", "nats")
-    overall_guided: Measured = field("DeltaLoss of the cell, mean over layers", "nats")
-    last_layer_baseline: Measured = field("DeltaLoss of the baseline's last layer", "nats")
-    last_layer_guided: Measured = field("DeltaLoss of the cell's last layer", "nats")
-    nonfinite_baseline: Measured = field("the baseline's faults that leave a loss that is not finite", "share")
-    nonfinite_guided: Measured = field("the cell's faults that leave a loss that is not finite", "share")
+    baseline: Places = field("what faults do in the baseline")
+    own: Places = field("what faults do in the cell")
+    improvement: Improved = field("the baseline's / its own, above 1 is better")
+    verdict: Verdicts = field("what the intervals of the ratios say")
+
+
+class LayerVerdicts(Stored):
+    """What the intervals of a layer's ratios say."""
+
+    delta_loss: Verdict = field("by DeltaLoss")
+    sdc: Verdict = field("by SDC probability")
+    mismatch: Verdict = field("by the mismatch rate")
+
+
+class CellLayer(Stored):
+    """A layer of a cell beside the baseline's, under the range detector that counts."""
+
+    layer: Name = field("its name in the backbone; the text-guided classifier's own head is `head`")
+    improvement: LayerRatios = field("the baseline's / its own, above 1 is better")
+    verdict: LayerVerdicts = field("what the intervals of the ratios say")
 
 
 class Cell(Stored):
@@ -225,27 +283,37 @@ class Cell(Stored):
     dataset: Name = field("the data set's key")
     backbone: Name = field("the backbone")
     variant: Name = field("what the head starts from")
+    against: Name = field("the variant that it is compared with, which is called its baseline here")
     seeds: list[Whole] = field("of the trainings that have a baseline with the same seed", min_length=1)
     top1_baseline: Measured = field("accuracy of the baselines", "share")
     top1: Measured = field("accuracy", "share")
     parameters: int = field("more than the baseline has", "count", _ANY)
     multiply_adds: int = field("more than the baseline has", "per image", _ANY)
-    overall: Measured = field(f"mean over layers: {_RATIO}", "times")
-    last_layer: Measured = field(f"last layer: {_RATIO}", "times")
-    head: Measured = field("the head alone against the baseline's last layer", "times")
-    verdict: Verdicts = field("what the three intervals say")
     top2diff: Measured = field("Top2Diff minus the baselines'", "share", _DIFFERENCE)
-    detectors: dict[str, CellUnderDetector] = field("by range detector, the one that counts first")
+    detectors: dict[str, CellUnderDetector] = field("by range detector, the one that counts first", min_length=1)
+    layers: list[CellLayer] = field("the layers that the baseline has too, in order of execution")
+
+    @property
+    def first(self) -> CellUnderDetector:
+        """The cell under the detector that counts."""
+        return next(iter(self.detectors.values()))
 
 
 class SummaryLine(Stored):
-    """The headline numbers of one (data set, backbone, variant), over all trainings, with six digits."""
+    """The headline numbers of one (data set, backbone, variant), over all trainings, with six digits.
+
+    Those that begin with x are the baseline's / its own, above 1 is better, and absent without a baseline.
+    """
 
     top1: Number = field("accuracy without faults", "percent")
     sdc: Number = field("SDC probability, mean over layers", "percent")
+    mismatch: Number = field("mismatch rate, mean over layers", "percent")
     dl: Number = field("DeltaLoss, mean over layers", "nats")
-    x_last: Number = field(f"last layer: {_RATIO}; absent without a baseline", "times", default=float("nan"))
-    x_all: Number = field(f"mean over layers: {_RATIO}; absent without a baseline", "times", default=float("nan"))
+    x_head: Number = field("DeltaLoss, the head alone", "times", default=float("nan"))
+    x_last: Number = field("DeltaLoss, last layer", "times", default=float("nan"))
+    x_all: Number = field("DeltaLoss, mean over layers", "times", default=float("nan"))
+    x_sdc: Number = field("SDC probability, mean over layers", "times", default=float("nan"))
+    x_fit: Number = field("SDC probability, layers weighed by their neurons", "times", default=float("nan"))
 
 
 # Data set -> backbone -> variant.
