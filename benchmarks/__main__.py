@@ -19,7 +19,11 @@ MEASURES = {
     module.__name__.rpartition(".")[2]: module.measure
     for module in (last_layer, overhead, memory, guided, gate, coverage, efficiency)
 }
-MEASURES |= {"training": training.measure, "injections": lambda: injections.measure(list(injections.CASES))}
+MEASURES |= {
+    "simulated": coverage.simulate,
+    "training": training.measure,
+    "injections": lambda: injections.measure(list(injections.CASES)),
+}
 
 
 def main(names: list[str]) -> int:
@@ -133,6 +137,7 @@ def table(results: dict) -> str:
                 f"| {name} at 224 x 224 | {layer} | {own['uniform_cv']:.0f} | {own['guided_cv']:.2g} "
                 f"| {_number(own['variance_ratio'])} |"
             )
+    lines += _simulated(results["simulated"])
     lines += ["", "Drawing takes, per image and for " + _preparation(results["guided"]) + ".", *_gate(results["gate"])]
     return "\n".join(lines) + "\n"
 
@@ -168,6 +173,39 @@ def _gate(found: dict) -> list[str]:
     ]
     return lines + [
         f"| {count} | {' | '.join(f'{share:.1%}' for share in shares)} |" for count, shares in found["trainings"].items()
+    ]
+
+
+def _simulated(found: dict) -> list[str]:
+    """Intervals over trainings, and of samples that mostly round."""
+    lines = [
+        "",
+        f"Intervals (99 %) of an improvement over trainings, {coverage.SIMULATIONS:,} simulations each: how often they hold, "
+        "their half-width as a factor (median), and how often they find a true improvement. Standard deviations are those of "
+        "the logarithm, between trainings and of each one's estimate (injections).",
+        "",
+        "| Trainings | Between | Injections | Hold | Half-width | "
+        + " | ".join(f"Find {factor:g} x" for factor in coverage.FACTORS)
+        + " |",
+        "| --- | --- | --- | --- | --- |" + " --- |" * len(coverage.FACTORS),
+    ]
+    lines += [
+        f"| {own['trainings']} | {own['between']} | {own['within']} | {own['coverage']:.1%} | x/÷ {_number(own['half_width'])} "
+        f"| {' | '.join(f'{share:.0%}' for share in own['power'].values())} |"
+        for own in found["trainings"]
+    ]
+    lines += [
+        "",
+        "How often 99 % intervals of DeltaLoss hold where injections do nothing but round, but for some: with twice the worst "
+        f"seen as the unseen, and with ours, where another layer of the campaign has seen {coverage.WORST:g} nats.",
+        "",
+        "| Injections that do something | Injections | Twice the worst seen | Ours |",
+        "| --- | --- | --- | --- |",
+    ]
+    return lines + [
+        f"| {name} | {size} | {own['seen']:.1%} | {own['ours']:.1%} |"
+        for name, sizes in found["rounded"].items()
+        for size, own in sizes.items()
     ]
 
 

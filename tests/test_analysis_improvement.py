@@ -69,8 +69,28 @@ def test_resamples_without_harm_on_either_side_leave_an_interval_open_without_a_
     base, guided = draw_pairs([layer_result(harm)], [layer_result(0.5 * harm)], resamples=200, seed=0)
     found = improvement(base[0], guided[0], 0.99).estimate
     assert found.value == 2
-    assert math.isnan(found.low)
-    assert math.isnan(found.high)
+    assert (found.low, found.high) == (0, math.inf)
+
+
+@pytest.mark.filterwarnings("error")
+def test_sampled_layers_that_do_not_show_in_sixteen_digits_do_not_make_an_exact_improvement():
+    sampled = layer_result(np.random.default_rng(0).exponential(1.0, 100))
+    pairs = draw_pairs([layer_result(4e34), sampled], [layer_result(2e34), sampled], resamples=200, seed=1)
+    found = improvement(weigh(pairs[0], [1, 1]), weigh(pairs[1], [1, 1]), 0.99).estimate
+    assert found.low < found.value < found.high
+    assert (found.low, found.high) == pytest.approx((2.0, 2.0))
+    # Layers that do not count leave it exact.
+    alone = improvement(weigh(pairs[0], [1, 0]), weigh(pairs[1], [1, 0]), 0.99).estimate
+    assert alone.low == alone.value == alone.high == 2
+
+
+def test_a_side_that_has_only_seen_rounding_leaves_the_improvement_open():
+    draw = np.random.default_rng(0)
+    noise, harm = np.abs(draw.normal(0, 1e-7, 64)), draw.exponential(1.0, 64)
+    pairs = draw_pairs([layer_result(harm)], [replace(layer_result(noise), most=10.0)], resamples=200, seed=1)
+    found = improvement(pairs[0][0], pairs[1][0], 0.99).estimate
+    assert found.value > 1e6
+    assert found.low < 10
 
 
 @pytest.mark.parametrize("hits", [0, 10])

@@ -16,11 +16,12 @@ from textguard.estimates.statistics import (
     Sample,
     average,
     combine,
-    difference,
     exact,
+    few_injections,
     mean_estimate,
     mean_interval,
     over_trainings,
+    paired_difference,
     planned_half_width,
     planned_injections,
     quantile,
@@ -28,7 +29,7 @@ from textguard.estimates.statistics import (
     rate_interval,
     sample_mean,
 )
-from textguard.estimates.summary import LayerResult, Totals, cap_of, summarise, summarise_totals
+from textguard.estimates.summary import ROUNDING, LayerResult, Totals, cap_of, goldeneye_means, summarise, summarise_totals
 from textguard.faults.sampling import Design, next_total, neyman_shares, spread_over_bits
 from textguard.schema.results import MEASURES
 
@@ -156,11 +157,6 @@ def test_a_stratified_rate_without_hits_is_bounded_by_its_worst_stratum():
         assert found.high >= rate_estimate(0, sum(counts)).high
 
 
-def test_a_difference_adds_both_sides_apart():
-    a, b = Estimate(4.0, 3.0, 7.0, 10), Estimate(1.0, 0.0, 5.0, 20)
-    assert difference(a, b) == Estimate(3.0, 3.0 - math.hypot(1, 4), 3.0 + math.hypot(3, 1), 10)
-
-
 # --- Summaries of records
 
 
@@ -247,6 +243,25 @@ def test_rows_of_one_injection_count_once_and_any_detection_counts():
     assert (a.delta_loss, a.sdc, a.detected, a.injections) == (b.delta_loss, b.sdc, b.detected, b.injections)
 
 
+def test_both_definitions_come_from_the_same_records():
+    losses = [0.0, 1.0, 2.0, math.nan, math.nan, 3.0, 0.0, 0.0]
+    records = records_of([losses]).assign(mismatch=[False, True, True, True, False, False, False, False])
+    apart = records.assign(
+        layer="other", faulty_loss=records["faulty_loss"].replace(3.5, math.inf), weight=[2.0] * 4 + [0.0] * 4
+    )
+    found = goldeneye_means(pd.concat([records, records, apart])).set_index("layer")
+    assert list(found.index) == ["fc", "other"]
+    assert found.loc["fc"].tolist() == [8, 2, 1.0, 3 / 8]  # DeltaLoss over 6, mismatches over 8
+    ours = summarise(records, {"fc": 10})["fc"]
+    assert (ours.delta_loss.value, ours.mismatch.value) == (pytest.approx(1.0), pytest.approx(2 / 6))
+    # Weights count, and an infinite loss, which ours leaves out, stays in.
+    assert found.loc["other", "mismatch"] == 6 / 12
+    infinite = records.assign(faulty_loss=records["faulty_loss"].replace(3.5, math.inf))
+    assert goldeneye_means(infinite)["delta_loss"].tolist() == [math.inf]
+    assert summarise(infinite, {"fc": 10})["fc"].delta_loss.value == pytest.approx(3 / 5)
+    assert math.isnan(goldeneye_means(records.assign(faulty_loss=math.nan)).loc[0, "delta_loss"])
+
+
 def test_layers_come_in_the_order_asked_for_and_those_without_records_not():
     records = pd.concat([records_of([[0.0, 1.0]], layer=layer) for layer in ("b", "a")])
     assert list(summarise(records, {"a": 1, "c": 1, "b": 1})) == ["a", "b"]
@@ -286,22 +301,139 @@ def test_planned_sizes_and_half_widths_are_each_others_inverse(population, confi
     assert planned_half_width(population, population + 1, confidence) == 0
 
 
+def test_sampled_parts_that_do_not_show_in_sixteen_digits_do_not_make_a_mean_exact():
+    found = mean_interval(average([exact(4e34, 100), sample_mean([np.array([0.0, 1.0, 2.0])], [1.0], [4.0])]))
+    assert found.low < found.value < found.high
+    assert (found.low, found.high) == pytest.approx((2e34, 2e34))
+
+
+# --- Rounding is not taken for damage
+
+
+def campaign_of(**layers):
+    """Records with these DeltaLosses by layer."""
+    return pd.concat([records_of([np.asarray(losses)], layer=layer) for layer, losses in layers.items()])
+
+
+def limits_of(**layers):
+    found = summarise(campaign_of(**layers), dict.fromkeys(layers, 1))
+    return {layer: mean_interval(result.delta_loss) for layer, result in found.items()}
+
+
+def test_the_unseen_in_a_layer_that_saw_only_rounding_is_the_campaigns_worst():
+    noise = np.abs(np.random.default_rng(0).normal(0, 1e-7, 64))
+    assert limits_of(fc=noise)["fc"].as_json()["high"] is None  # Nothing has happened anywhere.
+    assert limits_of(fc=noise, conv=[2.0] * 64)["fc"].high > 2 / 64
+    few, enough = ([*noise[:-count], *[1e-3] * count] for count in (4, 5))
+    assert limits_of(fc=few, conv=[2.0] * 64)["fc"].high > 2 / 64
+    assert limits_of(fc=enough, conv=[2.0] * 64)["fc"].high < 1e-3
+    # The worst of the campaign bounds it also where the layer's weights differ: as heavy as a fault is on average.
+    weighted = campaign_of(fc=noise, conv=[2.0] * 64).assign(weight=[0.5, 1.5] * 64)
+    assert summarise(weighted, {"fc": 1, "conv": 1})["fc"].most == pytest.approx(2 * 1.25)
+
+
+def test_rounding_is_what_another_order_of_addition_makes_of_a_cross_entropy():
+    draw = np.random.default_rng(0)
+    features, head = draw.normal(0, 1, (2000, 512)).astype(np.float32), draw.normal(0, 0.6, (512, 10)).astype(np.float32)
+    losses = []
+    for order in (np.arange(512), draw.permutation(512)):
+        logits = features[:, order] @ head[order]
+        shifted = logits - logits.max(axis=1, keepdims=True)
+        losses.append(np.log(np.exp(shifted).sum(axis=1)) - shifted[:, 0])
+    differences = np.abs(losses[1] - losses[0])
+    assert 32 < np.abs(logits).max() < 64
+    assert np.median(differences) > 1e-7
+    assert np.quantile(differences, 0.95) <= ROUNDING <= 2 * differences.max()
+
+
+def test_intervals_hold_where_most_injections_do_nothing_but_round():
+    draw, truth = np.random.default_rng(0), 5e-4 * math.exp(2)
+    for count in (64, 1024, 4096):
+        held = plain_held = 0
+        for _ in range(100):
+            losses = np.abs(draw.normal(0, 1e-6, count)) + (draw.random(count) < 5e-4) * draw.lognormal(0, 2, count)
+            limits, alone = limits_of(fc=losses, conv=[20.0] * 64)["fc"], mean_estimate(losses)
+            held += limits.low <= truth <= limits.high
+            plain_held += alone.low <= truth <= alone.high
+        assert held >= 97
+        assert plain_held < 85
+
+
+def test_few_injections_are_said_to_be_few():
+    assert "1,024 uniform" in few_injections(1023, "uniform")
+    assert "1,024 neyman" in few_injections(64, "neyman")
+    assert "64 guided" in few_injections(63, "guided")
+    assert few_injections(1024, "uniform") == few_injections(64, "guided") == ""
+
+
+ANY, SHARE, POSITIVE = (-math.inf, math.inf), (0.0, 1.0), (0.0, math.inf)
+
+
+def exactly(*values):
+    return [Estimate(value, value, value, 5) for value in values]
+
+
 @pytest.mark.parametrize("confidence", CONFIDENCES)
-def test_over_trainings_without_noise_the_interval_is_students(confidence):
+def test_the_interval_over_trainings_is_students(confidence):
     for values in ([1.0, 1.4], [0.2, 0.9, 0.4], [3.0, 2.0, 2.5, 2.1, 4.0]):
-        low, high = over_trainings([np.full(20_000, value) for value in values], values, confidence)
         error = np.std(values, ddof=1) / math.sqrt(len(values))
         expected = stats.t.interval(confidence, len(values) - 1, np.mean(values), error)
-        assert (low, high) == pytest.approx(expected, rel=0.05)
-        assert (low + high) / 2 == pytest.approx(np.mean(values))
+        found = over_trainings(exactly(*values), ANY, confidence)
+        assert (found.low, found.high, found.n) == (*(pytest.approx(end) for end in expected), 5 * len(values))
+        assert found.value == pytest.approx(np.mean(values))
+        # What cannot be negative has the same interval as a logarithm.
+        logs = over_trainings(exactly(*np.exp(values)), POSITIVE, confidence)
+        assert np.log((logs.low, logs.value, logs.high)) == pytest.approx((found.low, found.value, found.high))
 
 
-def test_over_trainings_noise_of_each_widens_the_interval():
-    draw, values = np.random.default_rng(0), [1.0, 1.2, 1.1]
-    quiet, loud = (
-        over_trainings([value + spread * draw.normal(size=5000) for value in values], values) for spread in (0.0, 0.3)
-    )
-    assert loud[1] - loud[0] > 2 * (quiet[1] - quiet[0])
+def test_injections_widen_an_interval_over_trainings_only_where_the_trainings_agree():
+    apart = [Estimate(value, value - 0.1, value + 0.2, 5) for value in (1.0, 2.0, 3.0)]
+    assert over_trainings(apart, ANY) == over_trainings(exactly(1.0, 2.0, 3.0), ANY)
+    alike = over_trainings([Estimate(2.0, 1.9, 2.2, 5)] * 4, ANY)
+    assert (alike.low, alike.high) == pytest.approx((2 - 0.1 / 2, 2 + 0.2 / 2))
+
+
+def test_what_no_training_saw_keeps_its_bound_and_nothing_leaves_its_range():
+    assert over_trainings([Estimate(0.0, 0.0, high, 5) for high in (0.1, 0.3, 0.2)], SHARE) == Estimate(0.0, 0.0, 0.3, 15)
+    assert over_trainings(exactly(0.0, 0.0), SHARE) == Estimate(0.0, 0.0, 0.0, 10)
+    some = over_trainings([Estimate(0.0, 0.0, 0.1, 5), Estimate(0.9, 0.8, 1.0, 5)], SHARE)
+    assert (some.low, some.value, some.high) == (0.0, 0.45, 1.0)
+    assert over_trainings(exactly(10.0, 20.0, 500.0), POSITIVE).low > 0
+    assert over_trainings(exactly(0.0, 20.0, 500.0), POSITIVE).low == 0
+    one = Estimate(0.5, math.nan, math.nan, 1)
+    assert over_trainings([one], SHARE) is one
+
+
+@pytest.mark.filterwarnings("error")
+def test_open_limits_and_numbers_that_are_no_numbers_pass_over_trainings_without_a_warning():
+    found = over_trainings([Estimate(2.0, 0.0, math.inf, 5), Estimate(2.0, 1.0, 3.0, 5)], POSITIVE)
+    assert (found.low, found.high) == (0, math.inf)
+    assert found.value == pytest.approx(2.0)
+    assert over_trainings(exactly(1e-200, 1e200), POSITIVE).high == math.inf
+    for lost in (math.nan, math.inf):
+        assert math.isnan(over_trainings(exactly(2.0, lost), POSITIVE).value)
+
+
+def test_a_difference_in_pairs_is_a_paired_t_tests():
+    draw = np.random.default_rng(3)
+    images = draw.uniform(0, 1, 500)
+    mine, theirs = images + draw.normal(0.05, 0.02, 500), images
+    for confidence in CONFIDENCES:
+        found, expected = paired_difference(mine, theirs, confidence), stats.ttest_rel(mine, theirs)
+        limits = expected.confidence_interval(confidence)
+        assert (found.low, found.high) == pytest.approx((limits.low, limits.high))
+        assert (found.value, found.n) == (pytest.approx(mine.mean() - theirs.mean()), 500)
+    apart = mean_estimate(mine)
+    assert apart.high - apart.low > 10 * (found.high - found.low)
+    assert paired_difference(mine[:1], theirs[:1]).as_json() == {
+        "value": mine[0] - theirs[0],
+        "low": None,
+        "high": None,
+        "n": 1,
+    }
+    assert paired_difference(mine[:0], theirs[:0]).n == 0
+    with pytest.raises(ValueError, match="as many"):
+        paired_difference(mine, theirs[:-1])
 
 
 # --- Coverage: populations with the shape of DeltaLoss

@@ -386,6 +386,15 @@ def test_the_audit_sets_claims_against_their_tables(what, where, said, found, ag
     assert float(part.difference) == pytest.approx(float(said) - float(found), abs=0.0011)
 
 
+def test_the_audit_dates_what_the_paper_does_not_state():
+    part = finding("ranges of the detector", "paper, section 5", "GoldenEye")
+    assert (part.said, part.found, part.difference) == (None, None, None)
+    for commit, day in (("fc4dd24", "2024-02-01"), ("708bbe5", "2024-03-03")):
+        assert f"{commit} of {day}" in part.remark
+    assert "`profiled` is likelier" in part.remark
+    assert "| - |" in as_markdown(Table("audit", "", ["What", "Said", "Where"], [[part.what, part.said, part.where]]))
+
+
 def test_the_audit_computes_what_it_says():
     """Another number in a table, another finding."""
     rows = load_published()

@@ -10,14 +10,15 @@ from operator import attrgetter
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
 from textguard.analysis.campaigns import CampaignRecords, place_weights
+from textguard.analysis.files import RECORDS_DIR
 from textguard.analysis.improvement import Draws, Ratio, across, draw_layers, improvement, verdict, weigh
 from textguard.analysis.temperature import rescaled_heads
-from textguard.estimates.statistics import Estimate, difference
+from textguard.estimates.statistics import Estimate, over_trainings, paired_difference
 from textguard.params import Run, StatisticsParams
 from textguard.schema.base import Measured
+from textguard.schema.records import read_columns
 from textguard.schema.results import (
     BASELINE,
     MEASURES,
@@ -39,13 +40,17 @@ from textguard.schema.results import (
     Verdicts,
 )
 
+SHARE = (0.0, 1.0)
+WITHIN = {"delta_loss": (0.0, math.inf), "top2diff": (-1.0, 1.0)}  # what means over trainings can be, where they are no shares
+
 
 @dataclass(frozen=True)
 class Side:
-    """A run that is compared: its campaign, its result alone, bootstrap draws (see `draw_layers`), and places' weights."""
+    """A run that is compared: its result alone, Top2Diff by image, bootstrap draws (`draw_layers`), and places' weights."""
 
     campaign: CampaignRecords
     result: RunResult
+    top2diff: np.ndarray
     drawn: dict[str, dict[str, list[Draws]]]
     weights: dict[str, list[float]]
 
@@ -53,7 +58,9 @@ class Side:
 def side_of(run: Run, campaign: CampaignRecords, result: RunResult, statistics: StatisticsParams) -> Side:
     """What comparisons need of a run."""
     weights = place_weights(run, campaign.layers, statistics.last_layer_weights)
-    return Side(campaign, result, draw_layers(campaign.detectors, statistics.bootstrap, seed=0), weights)
+    table = RECORDS_DIR / result.run / "predictions.parquet"
+    top2diff = read_columns(table, "evaluate", ["top2diff"], result.top1.n)["top2diff"].to_numpy(float)
+    return Side(campaign, result, top2diff, draw_layers(campaign.detectors, statistics.bootstrap, seed=0), weights)
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,7 @@ def compare(baseline: Side, own: Side) -> Comparison:
             for place, draws in zip(_places(len(theirs), len(ours)), ours, strict=True)
         ]
     rescaled = {name: _rescaled(baseline, own, name) for name in shared if baseline.result.variant == BASELINE}
-    return Comparison(ratios, layers, rescaled, difference(own.result.top2diff, baseline.result.top2diff))
+    return Comparison(ratios, layers, rescaled, paired_difference(own.top2diff, baseline.top2diff, confidence))
 
 
 def _rescaled(baseline: Side, own: Side, detector: str) -> dict[str, Ratio]:
@@ -151,7 +158,8 @@ def describe_cell(baselines: Sequence[RunResult], own: Sequence[RunResult], comp
     one, confidence, count = own[0], own[0].confidence, len(own)
 
     def mean(name: str, results: Sequence[Any]) -> Measured:
-        return Measured.of(_mean_over_trainings(list(map(attrgetter(name), results)), confidence))
+        within = WITHIN.get(name.rpartition(".")[2], SHARE)
+        return Measured.of(over_trainings(list(map(attrgetter(name), results)), within, confidence))
 
     def places(results: Sequence[RunResult], detector: str) -> Places:
         found = [result.detectors[detector] for result in results]
@@ -202,13 +210,3 @@ def describe_cell(baselines: Sequence[RunResult], own: Sequence[RunResult], comp
         detectors={name: under(name) for name in compared[0].ratios},
         layers=layers,
     )
-
-
-def _mean_over_trainings(estimates: Sequence[Estimate], confidence: float) -> Estimate:
-    """The estimate of one training; of several their mean, with Student's interval over trainings."""
-    if len(estimates) == 1:
-        return estimates[0]
-    values, count = np.array([estimate.value for estimate in estimates]), len(estimates)
-    half = float(stdtrit(count - 1, 0.5 + confidence / 2) * values.std(ddof=1)) / math.sqrt(count)
-    mean = float(values.mean())
-    return Estimate(mean, mean - half, mean + half, sum(estimate.n for estimate in estimates))

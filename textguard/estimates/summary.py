@@ -14,6 +14,11 @@ GOLDENEYE = "goldeneye"  # the policy that leaves injections with a NaN or infin
 UNSEEN = 2.0  # see LayerResult.unseen
 # Guided plans draw the worst faults first, and the weights of the others have a limit.
 UNSEEN_GUIDED = 1.0
+# A DeltaLoss up to here may be rounding, in nats. A cross entropy is a difference of numbers as large as its logits. float32
+# holds those of 32 to 64 in steps of 2^-18, and an inference that adds in another order is mostly off by up to four such steps.
+ROUNDING = 4 * 2**-18
+# Injections with a DeltaLoss above ROUNDING from which on a sample tells what the worst may be: see LayerResult.most.
+FEWEST_SEEN = 5
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,10 @@ class LayerResult:
         injections' index. Empty where the layer is exact.
     unseen : float
         How many times the worst that an injection did, its weight counted, one that was not seen may do.
+    most : float
+        How much DeltaLoss, its weight counted, one that was not seen may do at least. Where fewer than 5 of the layer's
+        injections did anything above rounding, theirs tells nothing: it is the worst of the whole campaign then. Elsewhere it
+        is 0.
     shared : bool
         Whether injections of the same index hit the same image in all of the campaign's sampled layers.
     """
@@ -71,7 +80,12 @@ class LayerResult:
     shares: np.ndarray = field(default_factory=lambda: np.zeros(0))
     strata: dict[str, list[np.ndarray]] = field(default_factory=dict)
     unseen: float = UNSEEN
+    most: float = 0.0
     shared: bool = False
+
+    def worst(self, stratum: np.ndarray) -> float:
+        """The DeltaLoss that an unseen injection may do, its weight counted. stratum: those of the seen ones, float [n]."""
+        return max(self.unseen * float(stratum.max()), self.most)
 
     def __str__(self) -> str:
         shares = f"{self.masked / self.injections:.0%} of them masked, {self.detected / self.injections:.0%} detected"
@@ -186,8 +200,9 @@ def summarise(
         )
     by_layer = dict(list(injections.groupby("layer", sort=False)))
     cap = cap_of(nonfinite)
+    worst = max((_delta_loss(part, cap)[0].max() for part in by_layer.values()), default=0.0)
     return {
-        layer: _summarise_layer(by_layer[layer].sort_values("index"), layer, count, bits, cap, guided, shared)
+        layer: _summarise_layer(by_layer[layer].sort_values("index"), layer, count, bits, cap, guided, shared, worst)
         for layer, count in neurons.items()
         if layer in by_layer
     }
@@ -288,6 +303,45 @@ def summarise_totals(totals: Totals, nonfinite: str = GOLDENEYE) -> LayerResult:
     )
 
 
+def goldeneye_means(records: pd.DataFrame) -> pd.DataFrame:
+    """The two numbers of each sampled layer as GoldenEye defines them, from the same records (docs/definitions.md).
+
+    Two definitions differ from ours. DeltaLoss leaves out NaN losses alone, and an infinite loss makes the mean infinite. The
+    mismatch rate is a share of all injections, whatever their loss.
+
+    Parameters
+    ----------
+    records : DataFrame
+        The records of a campaign, as for `summarise`.
+
+    Returns
+    -------
+    DataFrame
+        One row per layer, in the records' order: layer; injections; left_out, those with a NaN loss; delta_loss (nats), NaN
+        where all are left out; mismatch (share).
+
+    Examples
+    --------
+    >>> records = pd.DataFrame({
+    ...     "layer": "fc", "index": range(4), "bit": 30, "weight": 1.0, "golden_loss": 0.5,
+    ...     "faulty_loss": [0.5, 2.0, np.nan, 2.0], "detected": False, "masked": False, "mismatch": [False, False, True, True],
+    ... })
+    >>> goldeneye_means(records).values.tolist()
+    [['fc', 4, 1, 1.0, 0.5]]
+    >>> ours = summarise(records, {"fc": 10})["fc"]
+    >>> round(ours.delta_loss.value, 3), round(ours.mismatch.value, 3)
+    (1.0, 0.333)
+    """
+    rows = []
+    for layer, found in records.drop_duplicates(["layer", "index"]).groupby("layer", sort=False):
+        loss = (found["faulty_loss"].to_numpy(float) - found["golden_loss"].to_numpy(float)).__abs__()
+        weight, known = found["weight"].to_numpy(float), ~np.isnan(loss)
+        mean = np.average(loss[known], weights=weight[known]) if known.any() else np.nan
+        mismatch = np.average(found["mismatch"].to_numpy(float), weights=weight)
+        rows.append((layer, len(found), int((~known).sum()), float(mean), float(mismatch)))
+    return pd.DataFrame(rows, columns=["layer", "injections", "left_out", "delta_loss", "mismatch"])
+
+
 def replace_records(records: pd.DataFrame, changed: pd.DataFrame) -> pd.DataFrame:
     """`records`, with the injections of `changed` (by layer and index) in the place of their own."""
     return pd.concat([without(records, changed), changed], ignore_index=True)
@@ -325,18 +379,27 @@ def cap_of(nonfinite: str) -> float | None:
     return cap
 
 
-def _summarise_layer(
-    records: pd.DataFrame, layer: str, neurons: int, bits: int, cap: float | None, guided: bool, shared: bool
-) -> LayerResult:
-    """The estimates of one layer from its records, one row per injection, in order of their index."""
+def _delta_loss(records: pd.DataFrame, cap: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """What each injection counts in DeltaLoss, 0 where that is left out; and whether its loss is finite."""
     loss = (records["faulty_loss"].to_numpy(float) - records["golden_loss"].to_numpy(float)).__abs__()
-    finite, weight = np.isfinite(loss), records["weight"].to_numpy(float)
+    finite = np.isfinite(loss)
+    return np.where(finite, loss, 0.0 if cap is None else cap), finite
+
+
+def _summarise_layer(
+    records: pd.DataFrame, layer: str, neurons: int, bits: int, cap: float | None, guided: bool, shared: bool, worst: float
+) -> LayerResult:
+    """The estimates of one layer from its records, one row per injection, in order of their index.
+
+    worst: the largest DeltaLoss of the campaign.
+    """
+    (loss, finite), weight = _delta_loss(records, cap), records["weight"].to_numpy(float)
     mismatch, everywhere = records["mismatch"].to_numpy(bool), np.ones(len(records), dtype=bool)
     groups = [np.flatnonzero(records["bit"].to_numpy() == bit) for bit in range(bits)] if bits else [np.arange(len(records))]
     shares = np.full(len(groups), 1 / len(groups))
     # Of each measure: what an injection counts, and whether it does.
     counts = {
-        "delta_loss": (np.where(finite, loss, 0.0 if cap is None else cap), finite if cap is None else everywhere),
+        "delta_loss": (loss, finite if cap is None else everywhere),
         "mismatch": (mismatch, finite),
         "sdc": (mismatch | ~finite, everywhere),
         "broken": (~finite, everywhere),
@@ -350,7 +413,13 @@ def _summarise_layer(
         sample = rate_sample(strata[name], shares, [weight[group] for group in groups], guided)
         return replace(sample, n=int(counts[name][1].sum()))
 
-    delta_loss = sample_mean(strata["delta_loss"], shares, [unseen * stratum.max() for stratum in strata["delta_loss"]])
+    # The unseen one is as heavy as a fault is on average (Kish's design effect).
+    most = worst * float((weight**2).sum() / weight.sum()) if (loss > ROUNDING).sum() < FEWEST_SEEN else 0.0
+    delta_loss = sample_mean(
+        strata["delta_loss"], shares, [max(unseen * stratum.max(), most) for stratum in strata["delta_loss"]]
+    )
+    if worst <= ROUNDING:  # Nothing has happened in any layer, so nothing tells what could.
+        delta_loss = replace(delta_loss, unseen=(0.0, np.nan, np.nan))
     return LayerResult(
         layer,
         neurons,
@@ -366,6 +435,7 @@ def _summarise_layer(
         shares=shares,
         strata=strata,
         unseen=unseen,
+        most=most,
         shared=shared,
     )
 

@@ -63,14 +63,15 @@ class Finding:
     """One thing that was said, and what another place, or a computation from it, gives.
 
     difference: said - found. remark: begins with AGREES or DIFFERS; findings agree within half a unit of the last digit said.
+    What is not said, and of which another place tells without a number, has a remark alone, in words.
     """
 
     what: str
     where: str
-    said: Decimal
+    said: Decimal | None
     other: str
-    found: Decimal
-    difference: Decimal
+    found: Decimal | None
+    difference: Decimal | None
     remark: str
 
 
@@ -86,12 +87,13 @@ def load_published() -> list[Published]:
 
 
 def audit(published: Sequence[Published]) -> list[Finding]:
-    """Where tables contradict each other, then every claim about them, then the campaign's size and interval."""
+    """Where tables contradict each other, then every claim about them, then the campaign's size and interval, then dates."""
     claims = yaml.safe_load(CLAIMS_FILE.read_text(encoding="utf-8"))
     return [
         *_contradictions(published),
         *(_check_claim(published, **claim) for claim in claims["claims"]),
         *_check_campaign(claims["campaign"], claims["hooked_layers"]),
+        *(Finding(said=None, found=None, difference=None, **finding) for finding in claims["dated"]),
     ]
 
 
