@@ -229,8 +229,8 @@ def test_swapped_results_and_cells_are_refused(runs):
     cells = json.loads(path.read_text(encoding="utf-8"))
     for content, said in (
         ([*cells, cells[0]], "has the cell d-resnet18-baseline-template twice"),
-        (cells[1:], r"does not have the cell d-resnet18-template with the seeds \[0\]"),
-        ([cells[0] | {"seeds": [1]}, *cells[1:]], r"does not have the cell d-resnet18-template with the seeds \[0\]"),
+        (cells[1:], r"does not have the cell d-resnet18-baseline-template with the seeds \[0\]"),
+        ([cells[0] | {"seeds": [1]}, *cells[1:]], r"does not have the cell d-resnet18-baseline-template with the seeds \[0\]"),
     ):
         path.write_text(json.dumps(content), encoding="utf-8")
         with pytest.raises(InvalidArtifact, match=rf"cells\.json {said}.*stage 'results' writes it"):

@@ -51,6 +51,7 @@ def draw_improvement(cells: Sequence[Cell], styles: Mapping[str, Style]) -> tupl
             "variant": cell.variant,
             "measure": measure,
             "place": place,
+            "what": f"{MEASURES[measure]}, {PLACES[place]}",
             "trainings": len(cell.seeds),
             **getattr(getattr(cell.first.improvement, measure), place).as_json(),
             "verdict": getattr(getattr(cell.first.verdict, measure), place),

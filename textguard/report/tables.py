@@ -1,11 +1,11 @@
 """Tables 1, 2 and 3 beside the published numbers, each of ours with its interval; an audit of what is published; and more."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from textguard.analysis.files import load_cells, load_closeup, load_results
-from textguard.estimates.statistics import Estimate
+from textguard.estimates.statistics import Estimate, few_injections
 from textguard.params import Params, library_recipes
 from textguard.report.published import Finding, Published, audit, differences, load_published
 from textguard.report.recipe_table import Fields, recipe_table
@@ -23,6 +23,7 @@ from textguard.schema.results import (
     RunResult,
 )
 
+LARGEST = 10**9  # injections into a layer
 INITIALISATIONS = {"random": "random", "template": "text, one template", PROPOSED: "text, class descriptions"}
 # Header -> its value in a row.
 Columns = dict[str, Callable[[Any], Any]]
@@ -68,8 +69,8 @@ def make_tables(
     interval = " and ".join(dict.fromkeys(f"{run.confidence:.4g}" for run in runs.values()))
     note = (
         f"Brackets: intervals of confidence {interval}, over test images (accuracy, Top2Diff) or injections, over trainings "
-        f"where there are several. A verdict is given where there are: {ONE_TRAINING}. Exact: every fault was tried, or what "
-        "was sampled does not show in 16 digits."
+        f"where there are several. A verdict is given where there are: {ONE_TRAINING}. Exact: every fault was tried."
+        f"{_few(runs.values())}"
     )
     ratios = (
         "(x): the baseline's / ours, above 1 is better. SDC: faults that change the class or leave a loss that is not finite; "
@@ -126,6 +127,15 @@ def make_tables(
         _audit_table(audit(published)),
         recipe_table(recipes, library),
     ]
+
+
+def _few(runs: Iterable[RunResult]) -> str:
+    """What to say of runs whose layers have fewer injections than their intervals hold for."""
+    least: dict[str, int] = {}
+    for run in runs:
+        counts = [layer.injections for layer in run.layers if layer.method == "sampled"]
+        least[run.plan.plan] = min([*counts, least.get(run.plan.plan, LARGEST)])
+    return "".join(f" {said}" for plan, count in least.items() if (said := few_injections(count, plan)))
 
 
 def _printed(column: str) -> Callable[[Published], Any]:
