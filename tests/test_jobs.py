@@ -32,23 +32,26 @@ def grid(tmp_path, monkeypatch) -> Path:
     subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet"], check=True)
     params = yaml.safe_load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
     del params["backbones"]["mobilenet_v2"]
-    params |= {"variants": ["baseline", "random"], "seeds": [0], "texts": {}}
+    params |= {"variants": ["baseline", "template"], "seeds": [0], "texts": {"template": params["texts"]["template"]}}
     params["inject"]["compare_detectors"] = []
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     (tmp_path / "stage.py").write_text(STAGE, encoding="utf-8")
     (tmp_path / "broken").write_text("", encoding="utf-8")
     matrix = {name: f"${{{name}s}}" for name in ("dataset", "backbone", "variant", "seed")}
 
+    def command(name: str, *deps: str) -> dict:
+        return {"cmd": f"python stage.py {name} ${{key}}", "deps": list(deps), "outs": [f"{name}-${{key}}"]}
+
     def of_runs(name: str, *deps: str, seeds: object = "${seeds}") -> dict:
-        out = {"cmd": f"python stage.py {name} ${{key}}", "deps": ["stage.py", *deps], "outs": [f"{name}-${{key}}"]}
-        return {"matrix": matrix | {"seed": seeds}, **out}
+        return {"matrix": matrix | {"seed": seeds}, **command(name, "stage.py", *deps)}
 
     stages: dict = {
         name: {"cmd": f"python stage.py {name} all", "deps": deps, "outs": [f"{name}-all"]}
         for name, deps in {"heads": ["stage.py"], "recipes": ["stage.py"]}.items()
     }
     stages |= {
-        "train": of_runs("train", "heads-all", "recipes-all"),
+        "embeddings": {"matrix": {"dataset": "${datasets}", "text": "${texts}"}, **command("embeddings", "stage.py")},
+        "train": of_runs("train", "heads-all", "recipes-all", "embeddings-digits-template"),
         "evaluate": of_runs("evaluate", "train-${key}"),
         "ranges": of_runs("ranges", "train-${key}"),
         "inject": of_runs("inject", "ranges-${key}"),
@@ -87,17 +90,17 @@ def test_stages_of_several_runs_run_at_a_time(grid):
         if one < other and began[one] < ended[other] and began[other] < ended[one]
     ]
     assert overlapping
-    for key in ("digits-resnet18-baseline-0", "digits-resnet18-random-0"):
+    for key in ("digits-resnet18-baseline-0", "digits-resnet18-template-0"):
         order = ["train", "ranges", "inject", "closeup"]
         assert all(ended[f"{one} {key}"] <= began[f"{other} {key}"] for one, other in itertools.pairwise(order))
     assert "min left" in done.stdout
 
 
 def test_a_run_that_fails_ends_it_and_what_is_done_stays_done(grid):
-    Path("broken").write_text("digits-resnet18-random-0", encoding="utf-8")
+    Path("broken").write_text("digits-resnet18-template-0", encoding="utf-8")
     done = jobs("2")
     assert done.returncode
-    assert "of digits-resnet18-random-0 fails" in done.stdout + done.stderr
+    assert "of digits-resnet18-template-0 fails" in done.stdout + done.stderr
     Path("broken").write_text("", encoding="utf-8")
     assert jobs("2").returncode == 0
     assert up_to_date()

@@ -19,7 +19,6 @@ from textguard.errors import InvalidParameter, TextguardError
 from textguard.params import load_params
 
 MOST = 64
-BEFORE = ("heads", "recipes")  # with what they read, all that runs share
 EACH = ("train", "evaluate", "ranges", "inject")  # of a run, in this order
 DVC = (sys.executable, "-m", "dvc", "repro")
 HINTS = ("To track the changes", "\tgit add", "To enable auto staging", "\tdvc config", "Use `dvc push`", "Stage '")
@@ -30,21 +29,26 @@ def main(arguments: list[str]) -> int:
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         jobs = _jobs(arguments, processors)
-        runs, looked_at = (params := load_params()).runs, params.looked_at
+        params = load_params()
     except TextguardError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    runs = params.runs
     if jobs == 1 or len(runs) == 1:
         return subprocess.run(DVC, check=False).returncode
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, processors // jobs)))
-    code = subprocess.run([*DVC, *BEFORE], check=False).returncode
+    # With what they read, all that runs share.
+    shared = ["heads", "recipes", *(f"embeddings@{key}" for key in params.class_texts)]
+    code = subprocess.run([*DVC, *shared], check=False).returncode
     if code:
         return code
     start, stop = time.monotonic(), threading.Event()
     try:
         with ThreadPoolExecutor(jobs) as pool:
             waiting = [
-                pool.submit(_run, [f"{stage}@{key}" for stage in (*EACH, *(["closeup"] if key in looked_at else []))], stop)
+                pool.submit(
+                    _run, [f"{stage}@{key}" for stage in (*EACH, *(["closeup"] if key in params.looked_at else []))], stop
+                )
                 for key in runs
             ]
             for count, _ in enumerate(as_completed(waiting), 1):
