@@ -4,7 +4,8 @@
 
 FOLDER is another checkout in which the demo was run from the training on, with settings that stand for another processor
 (OMP_NUM_THREADS, ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY), and NAME says which. Both sides' intervals are over trainings, and
-both sides err: of 99 % intervals from three trainings, 98 % hold the mean of another three. Prints what was found, and keeps it in benchmarks/reruns.json.
+both sides err: of 99 % intervals from three trainings, 98 % hold the mean of another three. Prints what was found, and keeps it
+in benchmarks/reruns.json.
 """
 
 import json

@@ -18,7 +18,7 @@ from textguard.environment import run_command
 from textguard.errors import InvalidParameter, TextguardError
 from textguard.params import load_params
 
-MOST = 64
+MOST, DEFAULT = 64, 8  # jobs; of small networks, more want memory that they may not have
 EACH = ("train", "evaluate", "ranges", "inject")  # of a run, in this order
 DVC = (sys.executable, "-m", "dvc", "repro")
 HINTS = ("To track the changes", "\tgit add", "To enable auto staging", "\tdvc config", "Use `dvc push`", "Stage '")
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _jobs(arguments: list[str], processors: int) -> int:
-    given = arguments[0] if arguments else str(processors)
+    given = arguments[0] if arguments else str(min(processors, DEFAULT))
     if len(arguments) > 1 or not given.isdecimal() or not 1 <= int(given) <= MOST:
         raise InvalidParameter(f"JOBS is {' '.join(arguments)[:50]!r}; it must be one number from 1 to {MOST}")
     return int(given)
