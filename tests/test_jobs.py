@@ -63,7 +63,7 @@ def grid(tmp_path, monkeypatch) -> Path:
 
 def jobs(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "textguard.jobs", *arguments], capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-m", "textguard.jobs", *arguments], capture_output=True, encoding="utf-8", check=False, timeout=300
     )
 
 
@@ -74,7 +74,7 @@ def times(name: str) -> dict[str, float]:
 
 
 def up_to_date() -> bool:
-    done = subprocess.run([sys.executable, "-m", "dvc", "status"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "dvc", "status"], capture_output=True, encoding="utf-8", check=True)
     return "up to date" in done.stdout
 
 

@@ -74,7 +74,11 @@ def _run(targets: list[str], stop: threading.Event) -> None:
         return
     # Not a terminal: the progress bars of several stages would write over each other.
     with subprocess.Popen(
-        [*DVC, "--single-item", *targets], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*DVC, "--single-item", *targets],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
     ) as job:
         for line in job.stdout or ():
             if line.strip() and not line.startswith(HINTS):
