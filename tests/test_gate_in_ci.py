@@ -185,7 +185,7 @@ touch results-of-the-base dvc.lock plots/plot.png
     report = (folder / "report.md").read_text(encoding="utf-8")
     assert "a.delta_loss" not in report  # which the other machine's would differ by
     assert row(report, "DeltaLoss, conv2")[-1] == "worse"
-    assert "\n**FAIL: 1 of 32 comparisons is worse" in report
+    assert "\n**FAIL: 1 of 35 comparisons is worse" in report
 
 
 def test_ci_shows_what_changed_and_takes_a_base_without_results(revisions):

@@ -79,6 +79,7 @@ def _run(targets: list[str], stop: threading.Event) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
+        errors="replace",
     ) as job:
         for line in job.stdout or ():
             if line.strip() and not line.startswith(HINTS):
