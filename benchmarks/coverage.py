@@ -31,7 +31,7 @@ from textguard.faults.plans import draw_plan
 from textguard.faults.profiling import image_chances
 
 INTERVALS = ("normal", "hall", "ours", "sdc")
-SIZES = {"uniform": (4096,), "guided": (64, 256, 1024)}  # injections per layer of small campaigns
+SIZES = {"uniform": (64, 256, 1024, 4096), "guided": (64, 256, 512, 1024)}  # injections per layer of small campaigns
 Z = quantile(CONFIDENCE)
 
 LAYERS = 8  # that are measured, spread over the depth; the last is enumerated where its faults have a closed form
@@ -189,10 +189,10 @@ def _small_campaigns(pools: dict[str, _Pool], size: int, guided: bool) -> dict[s
             chosen = drawn[layer]
             losses, sdcs, weight = pool.losses[chosen], pool.sdcs[chosen], pool.weight[chosen]
             # As textguard.estimates.summary does it.
-            few = (pool.plain[chosen] > ROUNDING).sum() < FEWEST_SEEN
-            most = worst * (weight**2).sum() / weight.sum() if few else 0.0
+            did = pool.plain[chosen] > ROUNDING
+            most = worst * (weight**2).sum() / weight.sum() if did.sum() < FEWEST_SEEN else 0.0
             samples.append(sample_mean([losses], [1.0], [max(unseen * losses.max(), most)]))
-            rates.append(rate_sample([sdcs], [1.0], [pool.weight[chosen]], guided))
+            rates.append(rate_sample([sdcs], [1.0], [weight[did] if guided and did.any() else weight], guided))
             tallies[layer].add(samples[-1], rates[-1])
         tallies[""].add(average(samples), average(rates))
     results = {layer: tally.result() for layer, tally in tallies.items()}

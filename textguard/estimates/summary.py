@@ -409,8 +409,12 @@ def _summarise_layer(
     }
     unseen = UNSEEN_GUIDED if guided else UNSEEN
 
+    # Whatever changes the class, or leaves nothing finite, changes the loss. The others are the heavy ones of a guided plan.
+    did = ~finite | (loss > ROUNDING)
+    typical = [weight[did]] if guided and did.any() else [weight[group] for group in groups]
+
     def rate(name: str) -> Sample:
-        sample = rate_sample(strata[name], shares, [weight[group] for group in groups], guided)
+        sample = rate_sample(strata[name], shares, typical, guided)
         return replace(sample, n=int(counts[name][1].sum()))
 
     # The unseen one is as heavy as a fault is on average (Kish's design effect).
@@ -452,7 +456,7 @@ def rate_sample(
     shares : sequence of float
         The share of each stratum in the population.
     weights : sequence of ndarray
-        For each stratum, the weights of all injections, float [n].
+        For each stratum, the weights of all injections, float [n]; of a guided plan, of those that did anything.
     guided : bool
         Whether the plan was `guided`, which has one stratum.
 
@@ -469,9 +473,10 @@ def rate_sample(
     share = sum(part * stratum.mean() for part, stratum in zip(shares, strata, strict=True))
     another = [weight.max() if share <= 0.5 else 0.0 for weight in weights]
     if guided and share <= 0.5:
-        # As heavy as the heaviest hit was; without any, as heavy as a fault is on average (Kish's design effect).
+        # As heavy as the heaviest hit was; of few hits, no lighter than a fault is on average (Kish's design effect).
         (hits,), (weight,) = strata, weights
-        another = [hits.max() if hits.max() > 0 else (weight**2).sum() / weight.sum()]
+        few = np.count_nonzero(hits) < FEWEST_SEEN
+        another = [max(hits.max(), (weight**2).sum() / weight.sum() if few else 0.0)]
     return replace(sample_mean(strata, shares, another), guided=guided)
 
 
