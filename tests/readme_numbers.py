@@ -1,0 +1,386 @@
+"""Where the numbers on README.md and docs/ come from: python tests/readme_numbers.py lists those that come from nowhere.
+
+A number counts as found where
+
+- its line, or its row of a table, stands in a table that a stage or a benchmark wrote (`WRITTEN`), all of it; or
+- it has an interval beside it, `2.1 [1.9, 2.4]`, and all three numbers are one estimate of a committed file; or
+- it has three digits or more, and stands in one of the files that are made to be read (`READ`); or
+- tests/readme_numbers.yaml says where it comes from, or why from nowhere.
+
+Numbers of one or two digits are found in any pile of numbers, and so are all in metrics/results: there, the page's words have to
+be tied to a place in a file, by an entry of `derived`. Everything is compared to the digits that the page prints.
+"""
+
+import bisect
+import functools
+import json
+import math
+import operator
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LIST = REPOSITORY / "tests" / "readme_numbers.yaml"
+WRITTEN = ("metrics/tables/*.md", "grids/*/metrics/tables/*.md", "benchmarks/*.md")
+READ = (
+    *("metrics/tables/*.csv", "grids/*/metrics/tables/*.csv", "metrics/summary.json", "grids/*/metrics/summary.json"),
+    *("benchmarks/results.md", "textguard/report/published.csv", "params.yaml", "grids/*/params.yaml"),
+)
+ESTIMATES = ("metrics/**/*.json", "grids/*/metrics/**/*.json", "benchmarks/results.json")
+ENOUGH_DIGITS = 3
+NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[-+]?\d+)?"
+ALONE = re.compile(rf"(?<![\w.]){NUMBER}(?![\w]|\.\d)")
+SIGNED = rf"[-+]*{NUMBER}"
+INTERVAL = re.compile(rf"(?<![\w.-])({SIGNED}) \[({SIGNED}), ({SIGNED})\]")
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number on a page. start, end: its place in the page's text."""
+
+    text: str
+    start: int
+    end: int
+
+    @property
+    def value(self) -> float:
+        return float(self.text.replace(",", ""))
+
+    @property
+    def digits(self) -> int:
+        """Significant digits, zeros at the end of whole numbers included."""
+        return len(re.sub(r"e.*|[,.]", "", self.text).lstrip("0"))
+
+    @property
+    def half(self) -> float:
+        """Half of the last digit's place."""
+        mantissa, _, power = self.text.partition("e")
+        return 0.5 * 10.0 ** (int(power or 0) - len(mantissa.partition(".")[2])) * (1 + 1e-9)
+
+    def is_about(self, value: float) -> bool:
+        """Whether `value` rounds to what is printed, whatever its sign."""
+        return abs(abs(value) - self.value) <= self.half
+
+    def range_of(self, ascending: list, key: Callable[[Any], float] = float) -> list:
+        """The part of a list, without signs, that rounds to what is printed."""
+        first = bisect.bisect_left(ascending, self.value - self.half, key=key)
+        return ascending[first : bisect.bisect_right(ascending, self.value + self.half, key=key)]
+
+
+@dataclass
+class Page:
+    """A page, and where each of its numbers comes from. problems: what is wrong with the list of sources."""
+
+    name: str
+    text: str
+    numbers: list[Number]
+    sources: dict[Number, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def lost(self) -> list[Number]:
+        return [number for number in self.numbers if number not in self.sources]
+
+    def line(self, number: Number) -> int:
+        return self.text.count("\n", 0, number.start) + 1
+
+    def sentence(self, number: Number) -> str:
+        """The words around a number, enough for an entry of the list."""
+        start = max(self.text.rfind(end, 0, number.start) + len(end) for end in (". ", ".\n", "\n\n", "\n- ", "\n| "))
+        ends = [self.text.find(end, number.end) for end in (". ", ".\n", "\n\n", "\n- ", "|\n")]
+        return " ".join(self.text[start : min(end for end in [*ends, len(self.text)] if end >= 0)].split())
+
+
+# Committed files
+
+
+def files(*patterns: str) -> list[Path]:
+    return sorted(file for pattern in patterns for file in REPOSITORY.glob(pattern) if file.is_file())
+
+
+@functools.cache
+def load(name: str) -> Any:
+    """The content of a JSON or YAML file of the repository."""
+    text = (REPOSITORY / name).read_text(encoding="utf-8")
+    return json.loads(text) if name.endswith(".json") else yaml.safe_load(text)
+
+
+def leaves(content: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Every number in nested lists and objects, with its path; blocks of samples are nobody's numbers."""
+    if isinstance(content, dict | list):
+        for key, part in content.items() if isinstance(content, dict) else enumerate(content):
+            if key != "blocks":
+                yield from leaves(part, f"{path}.{key}".lstrip("."))
+    elif isinstance(content, int | float) and not isinstance(content, bool) and math.isfinite(content):
+        yield path, content
+
+
+def objects(content: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(content, dict):
+        yield content
+    for part in content.values() if isinstance(content, dict) else content if isinstance(content, list) else []:
+        yield from objects(part)
+
+
+@functools.cache
+def read_numbers() -> list[float]:
+    """All numbers of the files that are made to be read, without sign, ascending."""
+    found = []
+    for file in files(*READ):
+        if file.suffix in (".json", ".yaml"):
+            found += [abs(value) for _, value in leaves(load(str(file.relative_to(REPOSITORY))))]
+        else:
+            text = file.read_text(encoding="utf-8")
+            found += [float(match[0].replace(",", "")) for match in re.finditer(rf"(?<![\w.]){NUMBER}", text)]
+    return sorted(found)
+
+
+@functools.cache
+def estimates() -> list[tuple[float, float, float]]:
+    """(value, low, high) of all estimates, without signs, ascending."""
+    found = set()
+    for file in files(*ESTIMATES):
+        for part in objects(load(str(file.relative_to(REPOSITORY)))):
+            three = [part.get(name) for name in ("value", "low", "high")]
+            if all(isinstance(number, int | float) for number in three):
+                found.update((tuple(three), tuple(100 * number for number in three)))
+    for file in files(*WRITTEN):
+        for match in INTERVAL.finditer(file.read_text(encoding="utf-8")):
+            found.add(tuple(float(part.replace(",", "")) for part in match.groups()))
+    return sorted(tuple(map(abs, three)) for three in found)
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip().replace("\\", "") for cell in line.strip().strip("|").split(" | ")]
+
+
+def rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """(number of the line, the row's cells by column) of all Markdown tables."""
+    header: list[str] = []
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
+        if not line.startswith("|"):
+            header = []
+        elif not header:
+            header = cells(line)
+        elif not set(line) <= set("|-: "):
+            yield number, dict(zip(header, cells(line), strict=False))
+
+
+@functools.cache
+def written() -> tuple[frozenset[str], list[dict[str, str]]]:
+    """The lines of tables that stages and benchmarks wrote, and their rows."""
+    texts = [file.read_text(encoding="utf-8") for file in files(*WRITTEN)]
+    lines = frozenset(line.strip() for text in texts for line in text.splitlines() if len(line) > 30)
+    return lines, [row for text in texts for _, row in rows(text)]
+
+
+# What expressions of the list are made of
+
+
+def at(place: str) -> Any:
+    """A number of a committed JSON or YAML file, or an array where `*` stands for all entries of a list or an object.
+
+    place: FILE:PATH, as "metrics/results/RUN.json:layers.*.delta_loss.value"; FILE may be a name that the list gives one.
+    `name=TEXT` in a path takes those entries of a list whose `name` is TEXT. null is NaN.
+    """
+    file, _, path = place.partition(":")
+    found = [load(load_list()["files"].get(file, file))]
+    many = False
+    for step in path.split("."):
+        key, equals, wanted = step.partition("=")
+        if equals:
+            found = [entry for part in found for entry in part if str(entry[key]) == wanted]
+        elif step == "*":
+            found, many = [entry for part in found for entry in (part.values() if isinstance(part, dict) else part)], True
+        else:
+            found = [part[int(step) if isinstance(part, list) else step] for part in found]
+    values = [math.nan if value is None else value for value in found]
+    if not many and len(values) != 1:
+        raise ValueError(f"{place} names {len(values)} numbers, not one")
+    return np.array(values) if many else values[0]
+
+
+def column(file: str, name: str, **where: str) -> Any:
+    """The first number in each cell of a column of a committed CSV table. where: column=value, which rows; `_` is a blank."""
+    table = pd.read_csv(REPOSITORY / load_list()["files"].get(file, file), dtype=str, keep_default_na=False)
+    for key, wanted in where.items():
+        table = table[table[key.replace("_", " ")] == wanted]
+    return np.array([float(re.search(SIGNED, cell)[0].replace(",", "")) for cell in table[name]])
+
+
+def count(condition: Any) -> int:
+    return int(np.sum(condition))
+
+
+FUNCTIONS = {"at": at, "column": column, "count": count, "min": np.min, "max": np.max, "median": np.median, "mean": np.mean}
+FUNCTIONS |= {"sum": np.sum, "len": len, "abs": np.abs, "log10": np.log10, "only": lambda array: array.item()}
+
+
+def evaluate(expression: str) -> float:
+    """Compute an expression of the list. It is code of this repository, and runs as such."""
+    return float(eval(str(expression), {"__builtins__": {}}, FUNCTIONS))
+
+
+@functools.cache
+def load_list() -> dict[str, Any]:
+    return yaml.safe_load(LIST.read_text(encoding="utf-8"))
+
+
+# Pages
+
+
+def blanked(text: str, pattern: str) -> str:
+    """The text with what matches the pattern replaced by blanks; places stay."""
+    return re.sub(pattern, lambda match: re.sub(r"[^\n]", " ", match[0]), text, flags=re.MULTILINE)
+
+
+def numbers_of(text: str, kinds: list[dict[str, str]]) -> list[Number]:
+    """The numbers of a page but those of code, links and the kinds that are no findings."""
+    text = blanked(text, r"^```[\s\S]*?^```|(?<=\n\n)(?: {4}.*\n+)+|`[^`\n]*`|\]\([^)\n]*\)|https?://\S+")
+    for kind in kinds:
+        text = blanked(text, kind["pattern"])
+    return [Number(match[0], match.start(), match.end()) for match in ALONE.finditer(text)]
+
+
+def look_at(name: str, text: str) -> Page:
+    """Find the source of every number of a page."""
+    known = load_list()
+    page = Page(name, text, numbers_of(text, known["kinds"]))
+    _from_list(page, known)
+    lines, table = written()
+    starts = [0, *(match.end() for match in re.finditer("\n", text))]
+    by_line: dict[int, list[Number]] = {}
+    for number in page.numbers:
+        by_line.setdefault(bisect.bisect_right(starts, number.start) - 1, []).append(number)
+    shown = dict(rows(text))
+    for place, found in by_line.items():
+        line = text[starts[place] :].partition("\n")[0]
+        if line.strip() in lines or (place in shown and any(shown[place].items() <= row.items() for row in table)):
+            for number in found:
+                page.sources.setdefault(number, "a table that was written")
+    for match in INTERVAL.finditer(text):
+        three = [number for number in page.numbers if match.start() <= number.start < match.end()]
+        if len(three) == 3 and _is_estimate(three):
+            for number in three:
+                page.sources.setdefault(number, "an estimate")
+    for number in page.lost():
+        if number.digits >= ENOUGH_DIGITS and _is_read(number):
+            page.sources[number] = "a file that is made to be read"
+    return page
+
+
+def _from_list(page: Page, known: dict[str, Any]) -> None:
+    """Take the sources that the list names; say where the list and the page, or a file, do not agree."""
+    for entry in [*known["derived"], *known["stated"], *known["exceptions"]]:
+        if entry["page"] != page.name:
+            continue
+        words = entry["words"]
+        matches = list(re.finditer(r"\s+".join(map(re.escape, words.split())), page.text))
+        if not matches:
+            page.problems.append(f"{page.name} says no longer {words!r}: take it out of {LIST.name}, or correct it")
+            continue
+        for match in matches:
+            covered = [number for number in page.numbers if match.start() <= number.start and number.end <= match.end()]
+            if not covered:
+                page.problems.append(f"{words!r} has no number that needs a source: take it out of {LIST.name}")
+            for number, source in zip(covered, _sources(page, entry, covered), strict=True):
+                page.sources[number] = source
+
+
+def _sources(page: Page, entry: dict[str, Any], covered: list[Number]) -> list[str]:
+    words = entry["words"]
+    if "reason" in entry:
+        return [entry["reason"]] * len(covered)
+    if "file" in entry:
+        if entry["holds"] not in (REPOSITORY / entry["file"]).read_text(encoding="utf-8"):
+            page.problems.append(f"{entry['file']} holds no longer {entry['holds']!r}, from which {page.name} has {words!r}")
+        return [entry["file"]] * len(covered)
+    expressions = entry["numbers"]
+    if len(expressions) != len(covered):
+        said = ", ".join(number.text for number in covered)
+        page.problems.append(f"{words!r} has {len(covered)} numbers ({said}), and {len(expressions)} expressions in {LIST.name}")
+        return [""] * len(covered)
+    for number, expression in zip(covered, expressions, strict=True):
+        try:
+            value = evaluate(expression)
+        except Exception as error:  # whatever is wrong with it, the list is to be mended
+            page.problems.append(f"{expression} cannot be computed ({type(error).__name__}: {error}), for {words!r}")
+            continue
+        if not number.is_about(value):
+            line = page.line(number)
+            page.problems.append(f"{page.name}:{line} says {number.text} in {words!r}, and it is {value:.6g}: {expression}")
+    return [str(expression) for expression in expressions]
+
+
+def _is_read(number: Number) -> bool:
+    return bool(number.range_of(read_numbers()))
+
+
+def _is_estimate(three: list[Number]) -> bool:
+    alike = three[0].range_of(estimates(), key=operator.itemgetter(0))
+    return any(all(n.is_about(v) for n, v in zip(three, estimate, strict=True)) for estimate in alike)
+
+
+@functools.cache
+def places() -> list[tuple[float, str]]:
+    """All numbers of committed JSON files, ascending, each with where it is."""
+    found = []
+    for file in files(*ESTIMATES):
+        name = str(file.relative_to(REPOSITORY))
+        found += [(abs(value), f"{name}:{path}") for path, value in leaves(load(name))]
+    return sorted(found)
+
+
+def candidates(number: Number, sentence: str) -> list[str]:
+    """Up to three places where such a number is, those first whose names the sentence has."""
+    named = set(re.findall(r"[a-z0-9]+", sentence.lower().replace("-", "")))
+    about = [place for scale in (1, 100) for _, place in number.range_of(places(), key=lambda pair: scale * pair[0])]  # noqa: B023
+    return sorted(about, key=lambda place: -len(named & set(re.findall(r"[a-z0-9]+", place.lower()))))[:3]
+
+
+def pages() -> dict[str, str]:
+    """README.md and docs/ but what is printed from the code: name -> text."""
+    found = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+    names = [file.relative_to(REPOSITORY).as_posix() for file in found]
+    return {name: (REPOSITORY / name).read_text(encoding="utf-8") for name in names if name not in load_list()["generated"]}
+
+
+def complaints(name: str, text: str) -> list[str]:
+    """What is wrong with the numbers of a page, one line each."""
+    page = look_at(name, text)
+    return page.problems + [
+        f"{name}:{page.line(number)}: {number.text} has no source, in {page.sentence(number)!r}" for number in page.lost()
+    ]
+
+
+REMEDY = """Correct the page; or tie the words to their source in tests/readme_numbers.yaml: `derived` (computed from a committed file), `stated`
+(a committed file holds it) or `exceptions` (nothing does, and why). `python tests/readme_numbers.py` lists these, with candidates."""
+
+
+def main() -> int:
+    """Print every number without a source, with where such a number is to be found. Returns the exit code."""
+    wrong = 0
+    for name, text in pages().items():
+        page = look_at(name, text)
+        wrong += len(page.problems) + len(page.lost())
+        for problem in page.problems:
+            print(problem)
+        for number in page.lost():
+            sentence = page.sentence(number)
+            print(f"\n{name}:{page.line(number)}: {number.text}\n    {sentence[:300]}")
+            for place in candidates(number, sentence):
+                print(f"    ? {place}")
+    print(f"\n{wrong} to mend" if wrong else "every number has a source")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
