@@ -1,5 +1,8 @@
 """Where the numbers on README.md and docs/ come from: python tests/readme_numbers.py lists those that come from nowhere.
 
+It prints them as entries for tests/readme_numbers.yaml, to be corrected and pasted there. With `--prune` it first takes out the
+entries whose words are on no page any more.
+
 A number counts as found where
 
 - its line, or its row of a table, stands as it is in a file that a stage or a benchmark wrote (`WRITTEN`); or
@@ -14,6 +17,7 @@ digit. Numbers that are spelled out ("three trainings") are not looked at, nor a
 
 import bisect
 import functools
+import itertools
 import json
 import math
 import operator
@@ -101,7 +105,9 @@ class Page:
 
 
 def files(*patterns: str) -> list[Path]:
-    return sorted(file for pattern in patterns for file in REPOSITORY.glob(pattern) if file.is_file())
+    """Files of the repository, without those of the smoke grid, whose numbers mean nothing."""
+    found = (file for pattern in patterns for file in REPOSITORY.glob(pattern) if file.is_file())
+    return sorted(file for file in found if "smoke" not in file.relative_to(REPOSITORY).parts)
 
 
 @functools.cache
@@ -112,10 +118,10 @@ def load(name: str) -> Any:
 
 
 def leaves(content: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """Every number in nested lists and objects, with its path; blocks of samples are nobody's numbers."""
+    """Every number in nested lists and objects, with its path, but for blocks of samples and single bits."""
     if isinstance(content, dict | list):
         for key, part in content.items() if isinstance(content, dict) else enumerate(content):
-            if key != "blocks":
+            if key not in ("blocks", "by_bit"):
                 yield from leaves(part, f"{path}.{key}".lstrip("."))
     elif isinstance(content, int | float) and not isinstance(content, bool) and math.isfinite(content):
         yield path, content
@@ -178,7 +184,7 @@ def written() -> tuple[str, list[dict[str, str]]]:
 
 
 def at(place: str) -> Any:
-    r"""A number of a committed JSON or YAML file, or an array where `*` stands for all files, or entries of a list or an object.
+    r"""A number of a committed JSON or YAML file, or an array where `*` stands for all files, or entries of a list or object.
 
     place: FILE:PATH, as "metrics/results/RUN.json:layers.*.delta_loss.value"; FILE may be a name that the list gives one.
     Behind `*`, entries that lack the rest of the path are left out. `\.` is a dot in a name. null is NaN.
@@ -227,7 +233,9 @@ def evaluate(expression: str) -> list[float]:
 
 @functools.cache
 def load_list() -> dict[str, Any]:
-    return yaml.safe_load(LIST.read_text(encoding="utf-8"))
+    """The list, whose parts may be empty."""
+    parts = yaml.safe_load(LIST.read_text(encoding="utf-8"))
+    return {name: part or ({} if name in ("generated", "files") else []) for name, part in parts.items()}
 
 
 # Pages
@@ -281,10 +289,10 @@ def look_at(name: str, text: str) -> Page:
 def _from_list(page: Page, known: dict[str, Any]) -> None:
     """Take the sources that the list names; say where the list and the page, or a file, do not agree."""
     for entry in [*known["derived"], *known["stated"], *known["exceptions"], *known["debts"]]:
-        if entry["page"] != page.name:
+        if entry.get("page", "README.md") != page.name:
             continue
         words = entry["words"]
-        matches = list(re.finditer(r"\s+".join(map(re.escape, words.split())), page.text))
+        matches = said(words, page.text)
         if not matches:
             page.problems.append(f"{page.name} says no longer {words!r}: take it out of {LIST.name}, or correct it")
             continue
@@ -294,6 +302,11 @@ def _from_list(page: Page, known: dict[str, Any]) -> None:
                 page.problems.append(f"{words!r} has no number that needs a source: take it out of {LIST.name}")
             for number, source in zip(covered, _sources(page, entry, covered), strict=True):
                 page.sources[number] = source
+
+
+def said(words: str, text: str) -> list[re.Match[str]]:
+    """Where a page says something, however its lines break."""
+    return list(re.finditer(r"\s+".join(map(re.escape, words.split())), text))
 
 
 def _sources(page: Page, entry: dict[str, Any], covered: list[Number]) -> list[str]:
@@ -312,8 +325,8 @@ def _sources(page: Page, entry: dict[str, Any], covered: list[Number]) -> list[s
             page.problems.append(f"{expression} cannot be computed ({type(error).__name__}: {error}), for {words!r}")
             return [""] * len(covered)
     if len(values) != len(covered):
-        said = ", ".join(number.text for number in covered)
-        page.problems.append(f"{words!r} has {len(covered)} numbers ({said}), and {LIST.name} computes {len(values)} for it")
+        shown = ", ".join(number.text for number in covered)
+        page.problems.append(f"{words!r} has {len(covered)} numbers ({shown}), and {LIST.name} computes {len(values)} for it")
         return [""] * len(covered)
     for number, (value, expression) in zip(covered, values, strict=True):
         if not number.is_about(value):
@@ -338,10 +351,46 @@ def places() -> list[tuple[float, str]]:
 
 
 def candidates(number: Number, sentence: str) -> list[str]:
-    """Up to three places where such a number is, those first whose names the sentence has."""
-    named = set(re.findall(r"[a-z0-9]+", sentence.lower().replace("-", "")))
-    about = [place for scale in (1, 100) for _, place in number.range_of(places(), key=lambda pair: scale * pair[0])]
-    return sorted(about, key=lambda place: -len(named & set(re.findall(r"[a-z0-9]+", place.lower()))))[:3]
+    """Up to three expressions that give such a number, those first whose names the sentence has."""
+    named = set(re.findall(r"[a-z]\w+", sentence.lower().replace("-", "")))
+    found = []
+    for scale in (1, 100):
+        about = [place for _, place in number.range_of(places(), key=lambda pair, scale=scale: scale * pair[0])]
+        # Words that path and sentence share; among equals, what lies least deep.
+        found += [
+            (len(named & set(re.split(r"[-/.:_]", place.lower()))) - 0.3 * place.count("."), scale, place) for place in about
+        ]
+    best = sorted(found, key=lambda entry: -entry[0])[:3]
+    return [("100 * " if scale == 100 else "") + f'at("{place}")' for _, scale, place in best]
+
+
+def stub(page: Page, lost: list[Number]) -> str:
+    """An entry for the list that covers some numbers of one sentence, with what gives such numbers as a comment."""
+    before = re.search(r"(?:\S+[ \n]+){0,2}\S*$", page.text[: lost[0].start])[0]
+    after = re.match(r"[^\s|]*(?:[ \n]+[^\s|]+)?", page.text[lost[-1].end :])[0]
+    words = " ".join((before + page.text[lost[0].start : lost[-1].end] + after).split())
+    lines = [f"  - words: {json.dumps(words, ensure_ascii=False)}", "    numbers:"]
+    for number in page.numbers:
+        if lost[0].start <= number.start <= lost[-1].start:
+            first, *others = [*candidates(number, page.sentence(number)), "?"]
+            lines.append(f"      - {first}  # {number.text}" + "".join(f"; {other}" for other in others if other != "?"))
+    head = "" if page.name == "README.md" else f"    page: {page.name}\n"
+    return f"{page.name}:{page.line(lost[0])}: {', '.join(number.text for number in lost)}\n{lines[0]}\n{head}" + "\n".join(
+        lines[1:]
+    )
+
+
+def prune() -> int:
+    """Take the entries out of the list whose words are on no page any more. Returns how many."""
+    texts, kept, gone = pages(), [], 0
+    for block in re.split(r"(?m)^(?=  - |\S|$)", LIST.read_text(encoding="utf-8")):
+        entry = (yaml.safe_load(block) or [{}])[0] if block.startswith("  - ") else {}
+        stale = "words" in entry and not said(entry["words"], texts[entry.get("page", "README.md")])
+        gone += stale
+        kept += [] if stale else [block]
+    LIST.write_text("".join(kept), encoding="utf-8")
+    load_list.cache_clear()
+    return gone
 
 
 def pages() -> dict[str, str]:
@@ -359,29 +408,31 @@ def complaints(name: str, text: str) -> list[str]:
     ]
 
 
-REMEDY = """Correct the page, or tie its words to their source in tests/readme_numbers.yaml: `derived` (computed from a committed
-file), `stated` (a committed file holds it), `exceptions` (none should, and why) or `debts` (one should). `make numbers` lists the
-numbers without a source, with places where such a number is."""
+REMEDY = """Correct the page, or tie its words to their source in tests/readme_numbers.yaml: `derived` (computed from a
+committed file), `stated` (a committed file holds it), `exceptions` (none should, and why) or `debts` (one should). `make
+numbers` lists the numbers without a source, as entries for that file."""
 
 
-def main() -> int:
-    """Print every number without a source, with where such a number is to be found. Returns the exit code."""
+def main(arguments: list[str]) -> int:
+    """Print every number without a source, as entries for the list. Returns the exit code."""
+    if arguments not in ([], ["--prune"]):
+        print("usage: python tests/readme_numbers.py [--prune]", file=sys.stderr)
+        return 2
+    if arguments:
+        print(f"{prune()} entries taken out of {LIST.name}")
     wrong = 0
     for name, text in pages().items():
         page = look_at(name, text)
         wrong += len(page.problems) + len(page.lost())
         for problem in page.problems:
             print(problem)
-        for number in page.lost():
-            sentence = page.sentence(number)
-            print(f"\n{name}:{page.line(number)}: {number.text}\n    {sentence[:300]}")
-            for place in candidates(number, sentence):
-                print(f"    ? {place}")
+        for _, lost in itertools.groupby(page.lost(), key=page.sentence):
+            print("\n" + stub(page, list(lost)))
     for debt in load_list()["debts"]:
-        print(f"\nno source, {debt['page']}: {debt['words']}\n    cure: {debt['cure']}")
+        print(f"\nno source, {debt.get('page', 'README.md')}: {debt['words']}\n    cure: {debt['cure']}")
     print(f"\n{wrong} to mend" if wrong else "\nevery other number has a source")
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

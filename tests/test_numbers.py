@@ -20,7 +20,7 @@ def test_every_number_has_a_source(name):
 def test_every_entry_is_on_a_page_and_every_kind_is_used():
     known, texts = load_list(), pages()
     entries = [entry for part in ("derived", "stated", "exceptions", "debts") for entry in known[part]]
-    assert {entry["page"] for entry in entries} <= set(texts)
+    assert {entry.get("page", "README.md") for entry in entries} <= set(texts)
     assert [kind for kind in known["kinds"] if not any(re.search(kind["pattern"], text) for text in texts.values())] == []
 
 
@@ -52,7 +52,7 @@ EMPTY = {"generated": {}, "files": {}, "kinds": [], "derived": [], "stated": [],
 @pytest.fixture
 def judge(tmp_path, monkeypatch):
     """Judges a page of a small repository, by a list with these entries."""
-    cached = ("load", "printed", "estimates", "written", "load_list")
+    cached = ("load", "printed", "estimates", "written", "places", "load_list")
     monkeypatch.setattr(readme_numbers, "REPOSITORY", tmp_path)
     monkeypatch.setattr(readme_numbers, "LIST", tmp_path / "list.yaml")
     for name, content in FILES.items():
@@ -118,3 +118,25 @@ def test_an_entry_that_is_not_needed_is_refused(judge):
 def test_code_and_addresses_hold_no_numbers():
     text = "A 1 `b 2` [c](d/3) https://e/4\n\n    f 5\n    g 6\n\n```\nh 7\n```\n| i | 8.5 |\nResNet-18, v2, 4xx, 9."
     assert [number.text for number in numbers_of(text, [])] == ["1", "8.5", "18", "9"]
+
+
+def test_what_is_missing_is_printed_as_an_entry_and_stale_ones_go(judge, tmp_path, monkeypatch, capsys):
+    text = "One sentence.\nDamage is 2 to\n8 times as large as before. The rest is 7.\n"
+    (tmp_path / "p.md").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(readme_numbers, "pages", lambda: {"p.md": (tmp_path / "p.md").read_text(encoding="utf-8")})
+    judge("")
+    entries = "".join(f"  - words: {words}\n    page: p.md\n    reason: none\n" for words in ("The rest is 7", "The rest is 6"))
+    listed = tmp_path / "list.yaml"
+    empty = listed.read_text(encoding="utf-8")
+    listed.write_text(empty.replace("exceptions: []\n", f"exceptions:\n{entries}\n# More\n"), encoding="utf-8")
+    readme_numbers.load_list.cache_clear()
+    assert readme_numbers.main(["--prune"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.startswith("1 entries taken out of list.yaml\n\np.md:2: 2, 8\n")
+    (entry,) = yaml.safe_load(printed[printed.index("  - words") : printed.rindex("\n\n")])
+    assert entry["words"] == "Damage is 2 to 8 times"
+    assert [readme_numbers.evaluate(number) for number in entry["numbers"]] == [[2.0], [8.0]]
+    kept = yaml.safe_load(listed.read_text(encoding="utf-8"))
+    assert [known["words"] for known in kept["exceptions"]] == ["The rest is 7"]
+    assert judge("Damage is 2 to 8 times. It is 1.23 percent.", derived=[entry | {"page": "p.md"}]) == []
+    assert readme_numbers.main(["--all"]) == 2
