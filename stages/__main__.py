@@ -125,13 +125,13 @@ def _keep_time(params: Params, stage: str, keys: list[str], processes: int) -> N
 
         device = describe_device(pick_device())
     resumed = bool(went_on_from)
-    print(f"{' '.join([stage, *keys])}: {seconds:.1f} s on {device}{', resumed' if resumed else ''}", flush=True)
     entry = {"seconds": round(seconds, 2), "device": device, "processes": processes, "resumed": resumed}
     known = {"@".join(filter(None, [name, key])) for name in STAGES for key in _keys(params, name)}
     try:
         keep("@".join([stage, *keys]), entry, known)
     except TextguardError as error:
         print(f"{type(error).__name__}: {error.told(_place)}; the stage has ended well without it", file=sys.stderr)
+    print(f"{' '.join([stage, *keys])}: {seconds:.1f} s on {device}{', resumed' if resumed else ''}", flush=True)
 
 
 def _keys(params: Params, stage: str) -> list[str]:

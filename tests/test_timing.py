@@ -87,6 +87,16 @@ def test_every_stage_of_a_finished_grid_is_timed_and_git_alone_knows_the_file(fi
     assert "run.json" not in (grid / "dvc.lock").read_text(encoding="utf-8")
 
 
+def test_processes_that_share_a_stage_keep_one_time(checkout):
+    name = "evaluate@digits-resnet18-baseline-0"
+    before = json.loads((checkout / GRID / TIMES).read_text(encoding="utf-8"))["stages"]
+    done = run([sys.executable, "../../stages", *name.split("@")], checkout / GRID, TEXTGUARD_PROCESSES="2")
+    assert done.stdout.count(f"{name.replace('@', ' ')}: ") == 1
+    after = json.loads((checkout / GRID / TIMES).read_text(encoding="utf-8"))["stages"]
+    assert (before.pop(name)["processes"], after.pop(name)["processes"]) == (1, 2)
+    assert before == after
+
+
 def test_times_that_cannot_be_kept_fail_no_stage(untouched):
     (untouched.folder / TIMES).mkdir(parents=True)
     code, (line,) = untouched.run("recipes")
