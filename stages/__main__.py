@@ -116,7 +116,7 @@ def main(arguments: list[str]) -> int:
 
 def _keep_time(params: Params, stage: str, keys: list[str], processes: int) -> None:
     """Print how long the stage took, and put it into metrics/run.json. What is not kept spoils no result."""
-    seconds = time.perf_counter() - STARTED
+    seconds = round(time.perf_counter() - STARTED, 2)
     from textguard.timing import keep  # not before: partial results are those of the modules that were loaded when they began
 
     device = "cpu"
@@ -125,7 +125,7 @@ def _keep_time(params: Params, stage: str, keys: list[str], processes: int) -> N
 
         device = describe_device(pick_device())
     resumed = bool(went_on_from)
-    entry = {"seconds": round(seconds, 2), "device": device, "processes": processes, "resumed": resumed}
+    entry = {"seconds": seconds, "device": device, "processes": processes, "resumed": resumed}
     known = {"@".join(filter(None, [name, key])) for name in STAGES for key in _keys(params, name)}
     try:
         keep("@".join([stage, *keys]), entry, known)
