@@ -26,7 +26,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Every stage is a process of its own: without byte code each would compile its packages again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup grid repro gate report test fuzz lint format grids smoke plan bench lock clean
+.PHONY: help setup grid repro gate report test numbers fuzz lint format grids smoke plan bench lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
@@ -60,6 +60,7 @@ repro: grid setup  ## run the pipeline, then say where tables and figures are; G
 	@echo "figures: $(FOLDER)/plots/figures/    (PNG, SVG, PDF, CSV)"
 	@echo "page:    $(FOLDER)/plots/report.html (make report$(if $(GRID), GRID=$(GRID)) opens it)"
 	@echo "numbers: $(FOLDER)/metrics/summary.json, metrics/results/ (every run, with intervals), metrics/records/ (every injection)"
+	@echo "times:   $(FOLDER)/metrics/run.json   (python -m textguard.timing sums up)"
 
 smoke:  ## run the smallest grid
 	@$(MAKE) --no-print-directory repro GRID='$(or $(GRID),smoke)'
@@ -92,6 +93,9 @@ endif
 
 test: setup  ## run the tests
 	python -m pytest
+
+numbers: setup  ## list the numbers on README.md and docs/ that no committed file holds, and where such numbers are
+	python tests/readme_numbers.py
 
 fuzz: setup  ## try hostile inputs on every stage for SECONDS (3600), or one again: make fuzz REPLAY='...'
 	python -W ignore tests/fuzz.py --seconds $(SECONDS) $(if $(REPLAY),--replay '$(REPLAY)')

@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+STARTED = time.perf_counter()
+
 # The checkout that holds this file comes first, so that `dvc exp run` in a temporary copy runs the copy's code.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -24,11 +26,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 # Figures are files: whatever windows matplotlib is told to open elsewhere. Read when matplotlib is loaded.
 os.environ["MPLBACKEND"] = "agg"
 
-from textguard.artifacts import cannot_write  # noqa: E402
+from textguard.artifacts import cannot_write, went_on_from  # noqa: E402
 from textguard.environment import check_threads, environment_number, process_group, run_command  # noqa: E402
 from textguard.errors import InvalidParameter, Setting, TextguardError, printable  # noqa: E402
-from textguard.params import load_params, lookup  # noqa: E402
+from textguard.params import Params, load_params, lookup  # noqa: E402
 
+TIMELESS = ("plan", "estimate")  # they foretell and leave nothing
+COMPUTING = ("embeddings", "train", "evaluate", "ranges", "inject", "closeup")  # on the device that TEXTGUARD_DEVICE names
 SHARED = ("train", "evaluate", "inject")  # stages that several processes can work on
 WORD = "_TEXTGUARD_WORD"  # in their environment: the file that the first of them makes which has something to say
 # Stage -> what of the parameters its KEY names; None where it takes no key.
@@ -82,6 +86,8 @@ def main(arguments: list[str]) -> int:
         if stage in SHARED and members == 1 and processes > 1:
             return _share(processes, arguments)
         importlib.import_module(f"stages.{stage}").main(params, *keys)
+        if stage not in TIMELESS and _is_first():
+            _keep_time(params, stage, keys, members)
     except TextguardError as error:
         return _complain(f"{type(error).__name__}: {error.told(_place)}")
     except OSError as error:
@@ -106,6 +112,32 @@ def main(arguments: list[str]) -> int:
             print(f"{' '.join(arguments)}: interrupted{again}", file=sys.stderr)
         return 130
     return 0
+
+
+def _keep_time(params: Params, stage: str, keys: list[str], processes: int) -> None:
+    """Print how long the stage took, and put it into metrics/run.json. What is not kept spoils no result."""
+    seconds = round(time.perf_counter() - STARTED, 2)
+    from textguard.timing import keep  # not before: partial results are those of the modules that were loaded when they began
+
+    device = "cpu"
+    if stage in COMPUTING:
+        from textguard.runtime import describe_device, pick_device
+
+        device = describe_device(pick_device())
+    resumed = bool(went_on_from)
+    entry = {"seconds": seconds, "device": device, "processes": processes, "resumed": resumed}
+    known = {"@".join(filter(None, [name, key])) for name in STAGES for key in _keys(params, name)}
+    try:
+        keep("@".join([stage, *keys]), entry, known)
+    except TextguardError as error:
+        print(f"{type(error).__name__}: {error.told(_place)}; the stage has ended well without it", file=sys.stderr)
+    print(f"{' '.join([stage, *keys])}: {seconds:.1f} s on {device}{', resumed' if resumed else ''}", flush=True)
+
+
+def _keys(params: Params, stage: str) -> list[str]:
+    """The keys that DVC starts the stage with; an empty one where it takes none."""
+    section = STAGES[stage]
+    return params.looked_at if stage == "closeup" else [""] if section is None else list(getattr(params, section))
 
 
 def _complain(line: str) -> int:

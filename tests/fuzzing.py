@@ -39,6 +39,7 @@ from textguard.schema.closeup import CloseUp
 from textguard.schema.evaluation import Evaluation
 from textguard.schema.results import Cell, RunResult
 from textguard.schema.texts import TextQuality
+from textguard.schema.times import RunTimes
 from textguard.text.cache import StoredAnswer, answer_key, to_line
 
 RUN, GUIDED, OWN = "digits-net-baseline-0", "digits-net-descriptions-0", "own-net-baseline-0"
@@ -69,6 +70,7 @@ SCHEMAS = {
     r"metrics/results/[^/]+\.json": RunResult,
     r"metrics/cells\.json": list[Cell],
     r"metrics/texts/[^/]+\.json": TextQuality,
+    r"metrics/run\.json": RunTimes,
 }
 SHARES = ("top1", "top2diff", "sdc", "mismatch", "nonfinite", "overlap")
 
@@ -344,7 +346,8 @@ class Workplace:
             assert reply.code == 0, (command, reply)
             after = self.files_of(self.grid)
             self.took[command] = reply.seconds
-            self.clean[command] = {name: (self.grid / name).read_bytes() for name in after if after[name] != before.get(name)}
+            changed = (name for name in after if after[name] != before.get(name) and name != "metrics/run.json")  # times
+            self.clean[command] = {name: (self.grid / name).read_bytes() for name in changed}
         put(self.grid / "params.yaml", json.dumps(parameters(self.model.url)).encode())
         model = (self.grid / f"models/{RUN}.safetensors").read_bytes()
         put(self.grid / "foreign/net.safetensors", model)

@@ -57,7 +57,7 @@ def change(checkout: Path, key: str, value: object) -> None:
 
 
 def results(checkout: Path) -> dict[str, bytes]:
-    """Every result file's bytes, by name."""
+    """Every result file's bytes, by name. Times are no result."""
     folders = ("models", "metrics", "plots", "embeddings", "prompts", "data")
     files = [file for folder in folders for file in (checkout / GRID / folder).rglob("*") if file.is_file()]
-    return {str(file.relative_to(checkout / GRID)): file.read_bytes() for file in files}
+    return {str(file.relative_to(checkout / GRID)): file.read_bytes() for file in files if file.name != "run.json"}

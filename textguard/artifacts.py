@@ -43,6 +43,7 @@ WORK_DIR = Path(".work")
 MOST_BYTES = 2**30  # of one file that is read whole
 FP32_MAX = 3.4028234663852886e38
 Record = TypeVar("Record")
+went_on_from: list[Path] = []  # folders of partial results that an interrupted process had left, and this one took up
 
 
 @contextmanager
@@ -560,6 +561,8 @@ def work_dir(stage: str, key: str, mark: str) -> Iterator[Path]:
                 other.unlink()
             elif other.is_dir() and other != folder:
                 shutil.rmtree(other)
+        if folder.exists():
+            went_on_from.append(folder)
         folder.mkdir(exist_ok=True)
         yield folder
         shutil.rmtree(folder)

@@ -14,8 +14,9 @@ from textguard.schema.closeup import CloseUp
 from textguard.schema.evaluation import Evaluation
 from textguard.schema.results import Cell, RunResult, SummaryLine
 from textguard.schema.texts import TextQuality
+from textguard.schema.times import RunTimes
 
-# Path -> the stage that writes it, what the file is, and the model of it, or of each of its entries.
+# Path -> the stage that writes it (all, where none is named), what the file is, and the model of it, or of each of its entries.
 FILES: dict[str, tuple[str, str, type[Stored]]] = {
     "metrics/texts/TEXT.json": ("text_quality", "", TextQuality),
     "metrics/runs/RUN/evaluation.json": ("evaluate", "", Evaluation),
@@ -25,6 +26,7 @@ FILES: dict[str, tuple[str, str, type[Stored]]] = {
     "metrics/cells.json": ("results", "A list with one such object per cell that has a baseline.", Cell),
     "metrics/contrasts.json": ("results", "A list with one such object per pair of text-guided variants.", Cell),
     "metrics/summary.json": ("results", "Data set -> backbone -> variant -> such an object.", SummaryLine),
+    "metrics/run.json": ("", "`python -m textguard.timing` shows it.", RunTimes),
 }
 HEAD = """# What the stages' JSON files hold
 
@@ -41,7 +43,8 @@ def document() -> str:
     parts = [HEAD, _section(Measured, "## Measured")]
     explained = {Measured}
     for path, (stage, shape, model) in FILES.items():
-        parts.append(f"## {path}\n\nStage `{stage}` writes it. {shape}".rstrip() + "\n")
+        writer = f"Stage `{stage}` writes it." if stage else "Every stage that ends well writes its part."
+        parts.append(f"## {path}\n\n{writer} {shape}".rstrip() + "\n")
         for number, part in enumerate(_models(model)):
             if part not in explained:
                 explained.add(part)
