@@ -5,6 +5,7 @@ several machines start `torchrun ... stages/__main__.py NAME KEY` on each, in th
 Whatever goes wrong for a reason that a user can mend is shown as one line, with exit code 1; 130 after an interruption.
 """
 
+import gc
 import importlib
 import os
 import signal
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import ModuleType
 
 STARTED = time.perf_counter()
 
@@ -85,7 +87,7 @@ def main(arguments: list[str]) -> int:
         processes = environment_number("TEXTGUARD_PROCESSES", 1, 1024, 1)
         if stage in SHARED and members == 1 and processes > 1:
             return _share(processes, arguments)
-        importlib.import_module(f"stages.{stage}").main(params, *keys)
+        _load(stage).main(params, *keys)
         if stage not in TIMELESS and _is_first():
             _keep_time(params, stage, keys, members)
     except TextguardError as error:
@@ -112,6 +114,20 @@ def main(arguments: list[str]) -> int:
             print(f"{' '.join(arguments)}: interrupted{again}", file=sys.stderr)
         return 130
     return 0
+
+
+def _load(stage: str) -> ModuleType:
+    """Import the stage and all that it uses.
+
+    None of that is ever garbage. Looking through it for some, during the import and once more at the end of the process, would
+    take longer than the smallest stages.
+    """
+    gc.disable()
+    try:
+        return importlib.import_module(f"stages.{stage}")
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _keep_time(params: Params, stage: str, keys: list[str], processes: int) -> None:
