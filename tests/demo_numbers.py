@@ -13,7 +13,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent.parent / "metrics" / "results"
 COLUMNS = ["run", "quantity", "value", "low", "high"]
-PARTS = ("delta_loss", "sdc", "delta_loss_by_neurons", "fit")
+PARTS = ("delta_loss", "sdc", "mismatch", "fit")
 
 
 def table(runs: Mapping[str, str]) -> str:
@@ -31,16 +31,19 @@ def _quantities(run: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
         yield name, [f"{run[name]:.9g}", "", ""]
     for name in ("top1", "loss", "top2diff"):
         yield name, _estimate(run[name])
-    for name in ("overall", "last_layer"):
+    for name in ("head", "last_layer", "others", "overall", "by_neurons"):
         yield from _estimates(name, run[name])
     for detector, content in run["detectors"].items():
-        for name in ("overall", "last_layer"):
+        for name in ("head", "last_layer", "others", "overall", "by_neurons"):
             yield from _estimates(f"{detector} {name}", content[name])
     for layer in run["layers"]:
         yield from _estimates(layer["layer"], layer)
-    for name, content in (run["improvement"] or {}).items():
-        if isinstance(content, dict) and "value" in content:
-            yield f"improvement {name}", _estimate(content)
+    for measure, places in (run["improvement"] or {}).items():
+        if isinstance(places, dict) and "value" in places:
+            yield f"improvement {measure}", _estimate(places)
+        elif isinstance(places, dict):
+            for place, content in places.items():
+                yield f"improvement {measure} {place}", _estimate(content)
 
 
 def _estimates(name: str, content: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from textguard.report.drawing import AS_IS, add_note, logarithmic
 from textguard.report.published import Published, load_published
@@ -35,6 +36,11 @@ def draw_improvement(cells: Sequence[Cell], styles: Mapping[str, Style]) -> tupl
                 axes.plot(beside, row, marker=PUBLISHED_MARKER, color="black", markerfacecolor="none")
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set(xscale="log", xlabel=f"{MEASURES[measure]}, {PLACES[place]} (x)")
+        low, high = axes.get_xlim()
+        if high < 100 * low:  # too few powers of ten for ticks
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=5))
+            axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     panels[0].set_yticks(range(len(cells)), names, **AS_IS)
     panels[0].set_ylim(len(cells) - 0.5, -0.5)
     figure.suptitle("What faults do in the baseline / in the text-guided classifier", fontsize=9)
