@@ -550,8 +550,8 @@ def over_trainings(estimates: Sequence[Estimate], within: tuple[float, float], c
 def few_injections(injections: int, plan: str) -> str:
     """What to say beside intervals of DeltaLoss that too few injections made.
 
-    Of layers of trained classifiers, 99 % intervals of 64, 256, 1,024 and 4,096 uniform injections held 67, 90, 98.8 and 99.7 %
-    of the time. Guided ones mostly hold from 64 on (benchmarks/coverage.py).
+    On layers of trained classifiers, intervals of fewer uniform injections hold far less often than they say. Guided ones mostly
+    hold from 64 on (benchmarks/coverage.py).
 
     Parameters
     ----------
