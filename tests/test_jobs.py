@@ -3,12 +3,14 @@
 import itertools
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import yaml
 
 from conftest import REPOSITORY
+from textguard.jobs import _run
 
 STAGE = """import sys, time
 from pathlib import Path
@@ -105,6 +107,19 @@ def test_a_run_that_fails_ends_it_and_what_is_done_stays_done(grid):
     assert jobs("2").returncode == 0
     assert up_to_date()
     times("ended")  # none was run twice
+
+
+def test_a_lock_that_another_holds_for_long_is_waited_for(grid):
+    assert subprocess.run([sys.executable, "-m", "dvc", "repro", "heads", "recipes", "embeddings"], check=False).returncode == 0
+    hold = "from dvc.repo import Repo; import time\nwith Repo('.').lock:\n    print('held', flush=True); time.sleep(12)"
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, encoding="utf-8")
+    assert holder.stdout.readline() == "held\n"
+    stop = threading.Event()
+    _run(["train@digits-resnet18-baseline-0"], stop)
+    holder.wait()
+    holder.stdout.close()
+    assert not stop.is_set()
+    assert Path("train-digits-resnet18-baseline-0").exists()
 
 
 @pytest.mark.parametrize("wrong", [["0"], ["two"], ["1", "2"], ["65"]])

@@ -21,6 +21,7 @@ from textguard.params import load_params
 MOST, DEFAULT = 64, 8  # jobs; of small networks, more want memory that they may not have
 EACH = ("train", "evaluate", "ranges", "inject")  # of a run, in this order
 DVC = (sys.executable, "-m", "dvc", "repro")
+LOCKED, ATTEMPTS, WAIT_S = "Unable to acquire lock", 20, 3
 HINTS = ("To track the changes", "\tgit add", "To enable auto staging", "\tdvc config", "Use `dvc push`", "Stage '")
 
 
@@ -69,9 +70,21 @@ def _jobs(arguments: list[str], processors: int) -> int:
 
 
 def _run(targets: list[str], stop: threading.Event) -> None:
-    """One `dvc repro`, whose lines are passed on; after one that failed, nothing more is begun."""
-    if stop.is_set():
-        return
+    """One `dvc repro`, again where another one held DVC's lock for longer than it waits; any other failure ends all."""
+    for _ in range(ATTEMPTS):
+        if stop.is_set():
+            return
+        code, locked = _repro(targets)
+        if not (code and locked):
+            break
+        time.sleep(WAIT_S)
+    if code:
+        stop.set()
+
+
+def _repro(targets: list[str]) -> tuple[int, bool]:
+    """Run `dvc repro` and pass its lines on. Returns the exit code, and whether it found DVC locked."""
+    locked = False
     # Not a terminal: the progress bars of several stages would write over each other.
     with subprocess.Popen(
         [*DVC, "--single-item", *targets],
@@ -82,10 +95,11 @@ def _run(targets: list[str], stop: threading.Event) -> None:
         errors="replace",
     ) as job:
         for line in job.stdout or ():
-            if line.strip() and not line.startswith(HINTS):
+            if LOCKED in line:
+                locked = True
+            elif line.strip() and not line.startswith(HINTS):
                 print(line.rstrip(), flush=True)
-    if job.returncode:
-        stop.set()
+    return job.returncode, locked
 
 
 if __name__ == "__main__":

@@ -550,8 +550,8 @@ def over_trainings(estimates: Sequence[Estimate], within: tuple[float, float], c
 def few_injections(injections: int, plan: str) -> str:
     """What to say beside intervals of DeltaLoss that too few injections made.
 
-    On layers of trained classifiers, intervals of fewer uniform injections hold far less often than they say. Guided ones mostly
-    hold from 64 on (benchmarks/coverage.py).
+    On layers of trained classifiers, intervals of fewer uniform injections hold far less often than they say. Guided ones
+    mostly hold from 64 on (benchmarks/coverage.py).
 
     Parameters
     ----------
