@@ -13,7 +13,7 @@ import numpy as np
 
 from textguard.analysis.campaigns import CampaignRecords, place_weights
 from textguard.analysis.files import RECORDS_DIR
-from textguard.analysis.improvement import Draws, Ratio, across, draw_layers, improvement, verdict, weigh
+from textguard.analysis.improvement import Draws, across, draw_layers, improvement, verdict, weigh
 from textguard.analysis.temperature import rescaled_heads
 from textguard.estimates.statistics import Estimate, over_trainings, paired_difference
 from textguard.params import Run, StatisticsParams
@@ -72,9 +72,9 @@ class Comparison:
     the ratio of DeltaLoss for the head with its logits scaled. top2diff: the difference.
     """
 
-    ratios: dict[str, dict[str, dict[str, Ratio]]]
-    layers: dict[str, list[Ratio | None]]
-    rescaled: dict[str, dict[str, Ratio]]
+    ratios: dict[str, dict[str, dict[str, Estimate]]]
+    layers: dict[str, list[Estimate | None]]
+    rescaled: dict[str, dict[str, Estimate]]
     top2diff: Estimate
 
 
@@ -93,7 +93,7 @@ def compare(baseline: Side, own: Side) -> Comparison:
         }
         for name in shared
     }
-    layers: dict[str, list[Ratio | None]] = {}
+    layers: dict[str, list[Estimate | None]] = {}
     for measure in MEASURES if shared else ():
         theirs, ours = (side.drawn[shared[0]][measure] for side in (baseline, own))
         layers[measure] = [
@@ -104,7 +104,7 @@ def compare(baseline: Side, own: Side) -> Comparison:
     return Comparison(ratios, layers, rescaled, paired_difference(own.top2diff, baseline.top2diff, confidence))
 
 
-def _rescaled(baseline: Side, own: Side, detector: str) -> dict[str, Ratio]:
+def _rescaled(baseline: Side, own: Side, detector: str) -> dict[str, Estimate]:
     """The head at the baseline's temperature, and with its scale in its weights, where they are known."""
     logits = [side.result.largest_logit for side in (baseline, own)]
     temperature = logits[0] / logits[1] if logits[1] else math.nan
@@ -122,11 +122,11 @@ def _places(theirs: int, own: int) -> list[int | None]:
     return list(range(own)) if theirs == own else [*range(theirs - 1), *[None] * (own - theirs), theirs - 1]
 
 
-def _improved(ratios: Mapping[str, Mapping[str, Ratio]]) -> Improved:
+def _improved(ratios: Mapping[str, Mapping[str, Estimate]]) -> Improved:
     """The estimates alone."""
     return Improved(
         **{
-            measure: PlaceRatios(**{place: Measured.of(ratio.estimate) for place, ratio in places.items()})
+            measure: PlaceRatios(**{place: Measured.of(ratio) for place, ratio in places.items()})
             for measure, places in ratios.items()
         }
     )
@@ -136,11 +136,11 @@ def with_improvement(result: RunResult, baseline: RunResult, compared: Compariso
     """A run's results, with how they compare to its baseline's."""
     layers = []
     for layer, *ratios in zip(result.layers, *compared.layers.values(), strict=True):
-        found = {measure: Measured.of(ratio.estimate) for measure, ratio in zip(compared.layers, ratios, strict=True) if ratio}
+        found = {measure: Measured.of(ratio) for measure, ratio in zip(compared.layers, ratios, strict=True) if ratio}
         layers.append(layer.model_copy(update={"improvement": LayerRatios(**found)}) if found else layer)
     detectors: dict[str, UnderDetector] = dict(result.detectors)
     for name, ratios in compared.ratios.items():
-        heads = {head: Measured.of(ratio.estimate) for head, ratio in compared.rescaled[name].items()}
+        heads = {head: Measured.of(ratio) for head, ratio in compared.rescaled[name].items()}
         found = {"improvement": _improved(ratios)} | ({"rescaled": RescaledHead(**heads)} if heads else {})
         detectors[name] = detectors[name].model_copy(update=found)
     own = Improvement(
@@ -166,7 +166,7 @@ def describe_cell(baselines: Sequence[RunResult], own: Sequence[RunResult], comp
         means = {place: Headline(**{measure: mean(f"{place}.{measure}", found) for measure in MEASURES}) for place in PLACES}
         return Places(**means, nonfinite=mean("nonfinite", found))
 
-    def together(ratios: Sequence[Ratio]) -> Measured:
+    def together(ratios: Sequence[Estimate]) -> Measured:
         return Measured.of(across(ratios, confidence))
 
     def under(detector: str) -> CellUnderDetector:

@@ -33,14 +33,6 @@ class Draws:
     exact: bool = False
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """baseline / guided, above 1 is better. log: the draws of its logarithm."""
-
-    estimate: Estimate
-    log: np.ndarray
-
-
 def draw_layers(detectors: Mapping[str, Sequence[LayerResult]], resamples: int, seed: int) -> dict[str, dict[str, list[Draws]]]:
     """Bootstrap draws of every measure in every layer of one classifier: detector -> measure -> its layers, in order.
 
@@ -124,24 +116,18 @@ def weigh(draws: Sequence[Draws], weights: Sequence[float]) -> Draws:
     return Draws(value, plain, plain + max(changes, key=np.mean), sum(draw.n for _, draw in counted), exact)
 
 
-def improvement(baseline: Draws, guided: Draws, confidence: float) -> Ratio:
-    """Baseline / guided with its interval; NaN where one of them is not above 0."""
+def improvement(baseline: Draws, guided: Draws, confidence: float) -> Estimate:
+    """Baseline / guided, above 1 is better, with its interval; NaN where one of them is not above 0."""
     count = min(baseline.n, guided.n)
     if not (baseline.value > 0 and guided.value > 0):
-        return Ratio(Estimate(math.nan, math.nan, math.nan, count), np.full(len(baseline.plain), np.nan))
-    tail = (1 - confidence) / 2
+        return Estimate(math.nan, math.nan, math.nan, count)
     value = baseline.value / guided.value
-    with np.errstate(divide="ignore", invalid="ignore"):
-        plain, low, high = (
-            np.log(numerator) - np.log(denominator)
-            for numerator, denominator in (
-                (baseline.plain, guided.plain),
-                (baseline.plain, guided.unseen),
-                (baseline.unseen, guided.plain),
-            )
-        )
     if baseline.exact and guided.exact:
-        return Ratio(Estimate(value, value, value, count), plain)
+        return Estimate(value, value, value, count)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        low = np.log(baseline.plain) - np.log(guided.unseen)
+        high = np.log(baseline.unseen) - np.log(guided.plain)
+    tail = (1 - confidence) / 2
     # A draw in which nothing did harm on one side is infinitely better or worse; where it is so on both, it may be either.
     limits = (
         np.quantile(np.nan_to_num(low, nan=-np.inf, posinf=np.inf, neginf=-np.inf), tail, method="lower"),
@@ -149,12 +135,12 @@ def improvement(baseline: Draws, guided: Draws, confidence: float) -> Ratio:
     )
     # Of layers that differ by 16 digits, sampled ones may not show; the ratio is not exact for that.
     below, above = (math.nextafter(value, end) for end in (-math.inf, math.inf))
-    return Ratio(Estimate(value, min(float(np.exp(limits[0])), below), max(float(np.exp(limits[1])), above), count), plain)
+    return Estimate(value, min(float(np.exp(limits[0])), below), max(float(np.exp(limits[1])), above), count)
 
 
-def across(improvements: Sequence[Ratio], confidence: float) -> Estimate:
+def across(improvements: Sequence[Estimate], confidence: float) -> Estimate:
     """The geometric mean over trainings, one improvement each."""
-    return over_trainings([part.estimate for part in improvements], (0.0, math.inf), confidence)
+    return over_trainings(improvements, (0.0, math.inf), confidence)
 
 
 def verdict(estimate: Estimate, confidence: float, trainings: int) -> str:

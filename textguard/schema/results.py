@@ -298,7 +298,10 @@ class CellLayer(Stored):
 
 
 class Cell(Stored):
-    """One (data set, backbone, variant) beside its baselines, over all trainings: its runs differ in their seeds alone."""
+    """One (data set, backbone, variant) beside its baselines, over all trainings: its runs differ in their seeds alone.
+
+    Means over trainings are geometric for DeltaLoss and for ratios, and plain for shares and differences.
+    """
 
     dataset: Name = field("the data set's key")
     backbone: Name = field("the backbone")
