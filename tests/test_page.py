@@ -108,15 +108,29 @@ def test_the_page_holds_every_run_table_and_figure_and_needs_nothing_else(here):
     assert Path("page.html").stat().st_size < 5e6
 
 
-@pytest.mark.parametrize(("ratio", "remarked"), [(0.5, True), (1.5, False)])
-def test_a_head_that_is_better_in_a_network_that_is_worse_is_remarked(here, ratio, remarked):
+REMARKS = (
+    "changes the class more often, in ResNet-18 on digits",
+    "changes the class less often is not shown for ResNet-18 on digits",
+)
+
+
+@pytest.mark.parametrize(
+    ("head", "neurons", "remarked"),
+    [
+        ("better", "worse", (True, False)),
+        ("better", "not separable at 99%", (False, True)),
+        ("better", "better", (False, False)),
+        ("not separable at 99%", "worse", (False, False)),
+    ],
+)
+def test_a_better_head_is_remarked_as_far_as_verdicts_on_all_neurons_go(here, head, neurons, remarked):
     file = Path("metrics/cells.json")
     cells = json.loads(file.read_text(encoding="utf-8"))
     for cell in cells:
-        found = next(iter(cell["detectors"].values()))["improvement"]["sdc"]
-        found["by_neurons"] = {"value": ratio, "low": ratio, "high": ratio, "n": 7}
+        found = next(iter(cell["detectors"].values()))["verdict"]
+        found["delta_loss"]["head"], found["sdc"]["by_neurons"] = head, neurons
     write_json(file, cells)
-    assert ("changes the class more often, in ResNet-18 on digits with descriptions" in page().text) == remarked
+    assert tuple(words in page().text for words in REMARKS) == remarked
 
 
 def test_the_same_results_make_the_same_bytes(here):

@@ -218,20 +218,21 @@ def _remarks(cells: Sequence[Cell], runs: Mapping[str, RunResult]) -> list[str]:
     ]
     if any(len(cell.seeds) == 1 for cell in cells):
         remarks.append(f"Rows with one training have no verdict: {ONE_TRAINING}.")
-    heads = [
-        _cell_name(cell)
-        for cell in cells
-        if cell.first.improvement.delta_loss.head.value > 1 > cell.first.improvement.sdc.by_neurons.value
-    ]
-    if heads:
-        remarks.append(
-            "DeltaLoss of the head got smaller, and yet a fault in any neuron changes the class more often, in "
-            f"{'; '.join(heads)}. Nearly all neurons are in other layers."
-        )
+    fewer = [cell for cell in cells if cell.first.verdict.delta_loss.head == "better"]
+    said = (
+        ("worse", "DeltaLoss of the head got smaller, and yet a fault in any neuron changes the class more often, in"),
+        (
+            "not separable",
+            "DeltaLoss of the head got smaller. That a fault in any neuron changes the class less often is not shown for",
+        ),
+    )
+    for verdict, words in said:
+        if found := [_cell_name(cell) for cell in fewer if cell.first.verdict.sdc.by_neurons.startswith(verdict)]:
+            remarks.append(f"{words} {'; '.join(found)}. Nearly all neurons are in other layers.")
     changed = [
         _cell_name(cell)
         for cell in cells
-        if len({found.improvement.delta_loss.overall.value > 1 for found in cell.detectors.values()}) > 1
+        if {"better", "worse"} <= {found.verdict.delta_loss.overall for found in cell.detectors.values()}
     ]
     if changed:
         remarks.append(
