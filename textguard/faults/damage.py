@@ -1,6 +1,7 @@
 """What faults do to stored values: which codes change, what they decode to, and what the range detector makes of it."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,6 +13,7 @@ from textguard.faults.checks import checked_name, whole_number
 from textguard.faults.detectors import clamp_to_range
 from textguard.faults.formats import Format
 from textguard.faults.sites import Call, Site
+from textguard.faults.weights import stored_weights
 
 Target = Literal["neuron", "weight", "metadata"]
 Operation = Literal["flip", "stuck_at_0", "stuck_at_1"]
@@ -332,15 +334,53 @@ def damage_weights(storage: Storage, call: Call, faults: Faults) -> tuple[Damage
     output = call.output.clone()
     inputs, outputs = (tensor.unflatten(0, (len(faults.position), -1)) for tensor in (call.args[0], output))
     for number in range(len(faults.position)):
-        here = damage.row == number
-        damaged = torch.unravel_index(damage.neuron[here], weight.shape)
-        kept = weight[damaged]
-        try:
-            weight[damaged] = damage.written[here]
+        with _damaged(weight, damage, number):
             outputs[number] = call.func(inputs[number], *call.args[1:], **call.kwargs)
-        finally:
-            weight[damaged] = kept
     return damage, output
+
+
+def damage_stored(storage: Storage, weight: Tensor, faults: Faults, infer: Callable[[int], Tensor]) -> tuple[Damage, Tensor]:
+    """Repeat an inference once per fault, each time with the weights as that fault leaves them, whoever reads them.
+
+    The slow way, for weights that are read more than once. They are restored bit for bit.
+
+    Parameters
+    ----------
+    storage : Storage
+        How the weights are stored.
+    weight : Tensor
+        The weights, as the model holds them.
+    faults : Faults
+        N faults, one per image.
+    infer : callable
+        infer(n) runs the image of fault n and returns its logits, [1, C].
+
+    Returns
+    -------
+    damage : Damage
+        What the faults did.
+    logits : Tensor
+        [N, C], each row under its own fault.
+    """
+    damage = storage.damage(faults, lambda row, neuron: weight[torch.unravel_index(neuron, weight.shape)])
+    logits = []
+    for number in range(len(faults.position)):
+        with _damaged(weight, damage, number):
+            logits.append(infer(number))
+    return damage, torch.cat(logits)
+
+
+@contextlib.contextmanager
+def _damaged(weight: Tensor, damage: Damage, number: int) -> Iterator[None]:
+    """A context in which fault `number` has changed the weights."""
+    here = damage.row == number
+    damaged = torch.unravel_index(damage.neuron[here], weight.shape)
+    kept = weight[damaged]
+    try:
+        weight[damaged] = damage.written[here]
+        yield
+    finally:
+        weight[damaged] = kept
 
 
 def make_storages(
@@ -375,19 +415,21 @@ def make_storages(
     """
     if target == "metadata" and not number_format.shared_bits:
         raise InvalidParameter(f"format {number_format.name} has no metadata; change ", Setting("fault_model.target"))
-    parameters = dict(model.named_parameters())
-    outputs, weights = [], []
-    for site in sites:
+    outputs: list[Storage] = []
+    weights: list[Storage] = []
+    rounded: dict[int, Storage] = {}  # a weight that several sites read is rounded once
+    for site, weight in zip(sites, stored_weights(model, sites), strict=True):
         # fp32 stores any magnitude. Other formats may need to know the largest one.
         limit = profiled.get(site.layer, 0.0 if number_format.name == "fp32" else None)
         if limit is None:
             raise InvalidParameter(f"layer {site.layer!r} has no profiled range; profile the model first (stage 'ranges')")
-        weight = parameters.get(site.parameter) if site.weights else None
         if weight is not None:
-            storage = Storage(number_format, float(weight.detach().abs().max()), site.weights, weight.device)
-            if number_format.name != "fp32":
-                weight.data = storage.round(weight.data)
-            weights.append(storage)
+            if id(weight) not in rounded:
+                storage = Storage(number_format, float(weight.detach().abs().max()), site.weights, weight.device)
+                if number_format.name != "fp32":
+                    weight.data = storage.round(weight.data)
+                rounded[id(weight)] = storage
+            weights.append(rounded[id(weight)])
         elif target == "weight":
             raise InvalidParameter(f"layer {site.layer!r} has no weights; leave {site.kind} out of ", Setting("kinds"))
         outputs.append(Storage(number_format, limit, site.neurons, next(model.parameters()).device))
@@ -409,7 +451,5 @@ def weight_limits(model: nn.Module, sites: Sequence[Site]) -> dict[str, float]:
     dict of str to float
         Layer -> magnitude, for the sites with weights.
     """
-    parameters = dict(model.named_parameters())
-    return {
-        site.layer: float(parameters[site.parameter].detach().abs().max()) for site in sites if site.parameter in parameters
-    }
+    found = zip(sites, stored_weights(model, sites), strict=True)
+    return {site.layer: float(weight.detach().abs().max()) for site, weight in found if weight is not None}

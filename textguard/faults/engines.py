@@ -13,13 +13,14 @@ from torch import Tensor, fx, nn
 
 from textguard import __version__
 from textguard.errors import Setting, UnknownName, UnsupportedModel
-from textguard.faults.damage import Damage, Faults, Storage, Target, damage_output, damage_weights, make_storages
+from textguard.faults.damage import Damage, Faults, Storage, Target, damage_output, damage_stored, damage_weights, make_storages
 from textguard.faults.formats import FP32, Format
 from textguard.faults.graph import TracedModel, Values
 from textguard.faults.local import PRODUCTS, LocalFaults, LocalSteps, covers, in_batches, neuron_patch, paste_whole, whole
 from textguard.faults.prediction import Prediction, chains_of, foresee, straight_through
 from textguard.faults.sites import DEFAULT_KINDS, SURVEYED, Call, Calls, Site, SiteList
 from textguard.faults.suffix import shortcuts
+from textguard.faults.weights import one_per_weight, stored_weights, weight_readers
 
 See = Callable[[int, Tensor], None]
 
@@ -116,7 +117,18 @@ class _Engine:
             "number format": number_format.name,
             "target": target,
         }
-        self._set_up(copy.deepcopy(model).eval(), image, kinds, profiled or {}, target)
+        model = copy.deepcopy(model).eval()
+        self._set_up(model, image, kinds, profiled or {}, target)
+        self._shared: dict[int, Tensor] = {}
+        if target == "weight":
+            self.sites = one_per_weight(self.sites)
+            self._shared = self._find_shared(model, image)
+
+    def _find_shared(self, model: nn.Module, image: Tensor) -> dict[int, Tensor]:
+        """Position of a site -> its weights, where an inference reads them more than once."""
+        readers = weight_readers(model, image)
+        weights = zip(self.sites, stored_weights(self._model, self.sites), strict=True)
+        return {site.position: weight for site, weight in weights if len(readers.get(site.parameter, ())) > 1}
 
 
 class ReplayEngine(_Engine):
@@ -138,8 +150,8 @@ class ReplayEngine(_Engine):
             if weight.ndim == 4:  # of 3-d convolutions it has 5
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         self._traced = TracedModel(model, image, kinds)
-        self.sites, self.skipped = self._traced.sites, self._traced.skipped
-        self._storages, outputs = make_storages(self._traced.model, self.sites, self.number_format, profiled, target)
+        self._model, self.sites, self.skipped = self._traced.model, self._traced.sites, self._traced.skipped
+        self._storages, outputs = make_storages(self._model, self.sites, self.number_format, profiled, target)
         self._rounds = self.number_format.name != "fp32"
         if self._rounds:
             self._traced.visit = lambda position, call: outputs[position].round(call.output)
@@ -156,7 +168,10 @@ class ReplayEngine(_Engine):
         golden = traced.inputs(images)
         results = _Results(faults)
         local: list[LocalFaults] = []
+        shared = {position: self._first_reader(weight) for position, weight in self._shared.items()}
         for index in traced.walk(golden):
+            for position in (position for position, first in shared.items() if first == index):
+                self._hit_stored(position, index, faults, golden, results)
             moved = [
                 part
                 for faults_of_site in local
@@ -168,7 +183,7 @@ class ReplayEngine(_Engine):
                 self._replay([part for part, spread in moved if spread == start], start, golden, results)
             for position in traced.at.get(index, ()):
                 rows = torch.where(faults.position == position)[0]
-                if len(rows):
+                if len(rows) and position not in shared:
                     local += self._start(position, index, rows, faults, golden, results)
         return results.outcomes(golden[traced.steps[-1]])
 
@@ -203,7 +218,7 @@ class ReplayEngine(_Engine):
     ) -> list[LocalFaults]:
         """Let the faults `rows` of a site happen. Returns those that are still local; the others are already done."""
         traced, storage = self._traced, self._storages[position]
-        site, step = self.sites[position], traced.steps[index]
+        site, step = traced.sites[position], traced.steps[index]
         part, values = faults.select(rows)
         in_output = faults.model.target != "weight" and traced.is_whole(position)
         local = in_output and not self._rounds and part.one_value_each and golden[step].ndim in (2, 4)
@@ -226,6 +241,38 @@ class ReplayEngine(_Engine):
             results.damaged(values[few_values], damage)
             results.reached(rows[chunk], self._finish(copies, index + 1))
         return []
+
+    def _first_reader(self, weight: Tensor) -> int:
+        """The index of the first step that reads some weights, itself or in its module."""
+
+        def reads(step: fx.Node) -> bool:
+            if step.op == "call_module":
+                return any(one is weight for one in self._traced.modules[step.target].parameters())
+            return step.op == "get_attr" and self._traced.call(step, (), {}) is weight
+
+        return next(index for index, step in enumerate(self._traced.steps) if reads(step))
+
+    def _hit_stored(self, position: int, start: int, faults: Faults, golden: Values, results: _Results) -> None:
+        """Let faults in weights that several steps read happen: one after another, from their first reader on."""
+        traced = self._traced
+        rows = torch.where(faults.position == position)[0]
+        if not len(rows):
+            return
+        part, values = faults.select(rows)
+
+        def infer(number: int) -> Tensor:
+            own = {
+                step: traced.select(step, golden[step], part.image[number : number + 1]) for step in traced.live(golden, start)
+            }
+            # Without the constants behind `start`, which may be made of the weights.
+            for index, step in enumerate(traced.steps[start:], start):
+                own[step] = traced.run_step(index, own, traced.visit)
+                traced.release(index, own)
+            return own[traced.steps[-1]]
+
+        damage, logits = damage_stored(self._storages[position], self._shared[position], part, infer)
+        results.damaged(values, damage)
+        results.reached(rows, logits)
 
     def _replay(self, parts: list[LocalFaults], start: int, golden: Values, results: _Results) -> None:
         """Run all of the steps from `start` on for faults that are no longer local."""
@@ -347,10 +394,23 @@ class WholeEngine(_Engine):
         for position in faults.position.unique().tolist():
             for rows in torch.where(faults.position == position)[0].split(self._batch_size):
                 part, values = faults.select(rows)
-                damage: list[Damage] = []
-                results.reached(rows, self._infer(images[part.image], position, part, damage))
-                results.damaged(values, damage[0])
+                if position in self._shared:
+                    damage, logits = self._hit_stored(images, position, part)
+                    results.damaged(values, damage)
+                    results.reached(rows, logits)
+                    continue
+                found: list[Damage] = []
+                results.reached(rows, self._infer(images[part.image], position, part, found))
+                results.damaged(values, found[0])
         return results.outcomes(self._infer(images.clone()))
+
+    def _hit_stored(self, images: Tensor, position: int, faults: Faults) -> tuple[Damage, Tensor]:
+        """Let faults in weights that are read several times happen, in one inference each. Returns the damage and the logits."""
+
+        def infer(number: int) -> Tensor:
+            return self._infer(images[faults.image[number : number + 1]])
+
+        return damage_stored(self._storages[position], self._shared[position], faults, infer)
 
     @torch.inference_mode()
     def observe(self, images: Tensor, see: See = lambda position, output: None) -> Tensor:
