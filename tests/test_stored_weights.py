@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from fault_helpers import OFF, close, make_faults
 from torch import nn
 from torch.nn import functional as F
 
+from fault_helpers import OFF, close, make_faults
 from textguard.faults import FaultModel, make_engine
 from textguard.faults.damage import operate, weight_limits
 from textguard.faults.engines import Engine
@@ -152,4 +152,5 @@ def test_formats_round_a_shared_weight_once_and_all_outputs():
     position, image, neuron, _ = zip(*faults, strict=True)
     struck = make_faults(position, image, neuron, 1 << 7, limit=OFF, model=WEIGHT)
     a, b = replay.run(images, struck), whole.run(images, struck)
-    assert close(a.logits, b.logits).all() and torch.equal(a.golden_value, b.golden_value)
+    assert close(a.logits, b.logits).all()
+    assert torch.equal(a.golden_value, b.golden_value)

@@ -45,10 +45,15 @@ class Engine(Protocol):
     """Runs faults on a batch of images.
 
     `sites` are the operations with injectable outputs, in order of execution; `skipped` those without, each with the reason;
-    `settings` is what the results depend on, as text.
+    `settings` is what the results depend on, as text. `name` is the engine's in ENGINES. `all_sites` also has the operations
+    that read the weights of an earlier one, which are no sites of faults in weights. `sees_masked` says whether
+    `Outcomes.masked` tells anything.
     """
 
+    name: str
+    sees_masked: bool
     sites: Sequence[Site]
+    all_sites: Sequence[Site]
     skipped: Sequence[tuple[str, str]]
     settings: Mapping[str, str]
     number_format: Format
@@ -93,6 +98,8 @@ class _Results:
 class _Engine:
     """What the engines have in common: what they are made from. `_set_up` gets a copy of the model, and finds its sites."""
 
+    sees_masked = False
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(
@@ -107,6 +114,7 @@ class _Engine:
         target: Target = "neuron",
     ) -> None:
         self._batch_size, self.number_format, self.device = batch_size, number_format, image.device
+        self._shape = image.shape
         weights = hashlib.sha256()
         for name, tensor in sorted(model.state_dict().items()):
             weights.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -119,10 +127,17 @@ class _Engine:
         }
         model = copy.deepcopy(model).eval()
         self._set_up(model, image, kinds, profiled or {}, target)
-        self._shared: dict[int, Tensor] = {}
+        self.all_sites, self._shared = self.sites, {}
         if target == "weight":
             self.sites = one_per_weight(self.sites)
             self._shared = self._find_shared(model, image)
+
+    def _check_size(self, images: Tensor) -> None:
+        """Sites have neurons of one image's size. Raises UnsupportedModel for images of another."""
+        if images.shape[1:] != self._shape:
+            raise UnsupportedModel(
+                f"images come in shapes {list(self._shape)} and {list(images.shape[1:])}; bring all to one size"
+            )
 
     def _find_shared(self, model: nn.Module, image: Tensor) -> dict[int, Tensor]:
         """Position of a site -> its weights, where an inference reads them more than once."""
@@ -141,6 +156,9 @@ class ReplayEngine(_Engine):
     Other formats than fp32 round every site's output, faults in several values or in weights change much at once: they are
     replayed without the shortcuts.
     """
+
+    name = "replay"
+    sees_masked = True
 
     def _set_up(
         self, model: nn.Module, image: Tensor, kinds: Sequence[str], profiled: Mapping[str, float], target: Target
@@ -162,6 +180,7 @@ class ReplayEngine(_Engine):
     @torch.inference_mode()
     def run(self, images: Tensor, faults: Faults) -> Outcomes:
         """Carry out N > 0 faults on a batch of images [B, ...], each in an inference of its own, on its own image."""
+        self._check_size(images)
         traced = self._traced
         if images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -190,6 +209,7 @@ class ReplayEngine(_Engine):
     @torch.inference_mode()
     def observe(self, images: Tensor, see: See = lambda position, output: None) -> Tensor:
         """Run images [B, ...] without faults; `see` gets each site's position and output. Returns the logits [B, C]."""
+        self._check_size(images)
         return self._observe(images, see)
 
     def _observe(self, images: Tensor, see: See, keep: Callable[[fx.Node, Any], None] = lambda step, value: None) -> Tensor:
@@ -352,6 +372,8 @@ class WholeEngine(_Engine):
     trace.
     """
 
+    name = "whole"
+
     def _set_up(
         self, model: nn.Module, image: Tensor, kinds: Sequence[str], profiled: Mapping[str, float], target: Target
     ) -> None:
@@ -390,6 +412,7 @@ class WholeEngine(_Engine):
     @torch.inference_mode()
     def run(self, images: Tensor, faults: Faults) -> Outcomes:
         """Carry out N > 0 faults on a batch of images [B, ...], each in an inference of its own, on its own image."""
+        self._check_size(images)
         results = _Results(faults)
         for position in faults.position.unique().tolist():
             for rows in torch.where(faults.position == position)[0].split(self._batch_size):
@@ -405,7 +428,7 @@ class WholeEngine(_Engine):
         return results.outcomes(self._infer(images.clone()))
 
     def _hit_stored(self, images: Tensor, position: int, faults: Faults) -> tuple[Damage, Tensor]:
-        """Let faults in weights that are read several times happen, in one inference each. Returns the damage and the logits."""
+        """Let faults in weights that are read several times happen, each in its own inference. Returns damage and logits."""
 
         def infer(number: int) -> Tensor:
             return self._infer(images[faults.image[number : number + 1]])
@@ -415,6 +438,7 @@ class WholeEngine(_Engine):
     @torch.inference_mode()
     def observe(self, images: Tensor, see: See = lambda position, output: None) -> Tensor:
         """Run images [B, ...] without faults; `see` gets each site's position and output. Returns the logits [B, C]."""
+        self._check_size(images)
         return self._infer(images.clone(), see=see)
 
     def predict(self, images: Tensor, labels: Tensor) -> Prediction:
@@ -464,6 +488,7 @@ class PyTorchFIEngine(_Engine):
     model: as for PyTorchFI, every Conv2d and Linear called exactly once, as a module. Source: Mahmoud et al., DSN-W 2020.
     """
 
+    name = "pytorchfi"
     _kinds = (nn.Conv2d, nn.Linear)
 
     def _set_up(
