@@ -96,8 +96,7 @@ ORDINARY = {
 
 
 @pytest.mark.parametrize("between", ORDINARY.values(), ids=ORDINARY)
-@pytest.mark.parametrize("engine", ["replay", "whole"])
-@pytest.mark.parametrize("number_format", ["fp32", "int(4)"])
+@pytest.mark.parametrize(("engine", "number_format"), [("replay", "fp32"), ("whole", "int(4)")])
 def test_ordinary_models_pass(loader, between, engine, number_format):
     settings = CampaignSettings(**SETTINGS, engine=engine, number_format=number_format)
     found = Campaign(Net(between).eval(), loader, settings).golden
@@ -113,7 +112,7 @@ def test_noise_is_measured_where_it_is_asked_for(loader, capsys):
         losses = torch.stack([F.cross_entropy(model(images), labels, reduction="none") for _ in range(100)])
     expected = float((losses[1:] - losses[0]).abs().mean())
     assert expected / 2 < campaign.golden.noise < 2 * expected
-    with pytest.raises(UnknownName, match="noise 'ignore' in argument noise; known: refuse, report|report, refuse"):
+    with pytest.raises(UnknownName, match="noise 'ignore' in argument noise; known: refuse, report"):
         CampaignSettings(noise="ignore")
 
 
