@@ -1,11 +1,14 @@
 """Weights as they lie in memory: a fault in one is in every call that reads it."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
+from torch.overrides import TorchFunctionMode
 
 from fault_helpers import OFF, close, make_faults
 from textguard.faults import FaultModel, make_engine
@@ -154,3 +157,99 @@ def test_formats_round_a_shared_weight_once_and_all_outputs():
     a, b = replay.run(images, struck), whole.run(images, struck)
     assert close(a.logits, b.logits).all()
     assert torch.equal(a.golden_value, b.golden_value)
+
+
+class Standardised(nn.Conv2d):
+    """Weight standardisation: the weights are computed in each forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+class Pruned(nn.Module):
+    """Weights in a buffer, a mask over them, and a table that is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(8, 6))
+        self.place = nn.Parameter(torch.randn(1, 8))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head((x.flatten(1)[:, :8] + self.place) @ self.table)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.attention = nn.LSTM(6, 8, batch_first=True), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.lstm(x.flatten(1, 2))[0]
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+def convolutions(change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    return nn.Sequential(change(nn.Conv2d(2, 3, 3)), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3))
+
+
+def pruned(layer: nn.Module) -> nn.Module:
+    return prune.random_unstructured(layer, "weight", 0.4)
+
+
+INT8 = parse_format("int(8)")
+# A model, and how its rounded twin is made by hand: from the model to the (owner, name of the weight) pairs of its matrices.
+ROUNDED = {
+    "weight_norm": lambda: convolutions(nn.utils.parametrizations.weight_norm),
+    "the old weight_norm": lambda: convolutions(nn.utils.weight_norm),
+    "spectral_norm": lambda: convolutions(nn.utils.parametrizations.spectral_norm),
+    "pruned": lambda: convolutions(pruned),
+    "standardised": lambda: convolutions(lambda conv: Standardised(2, 3, 3)),
+    "LSTM and attention": Recurrent,
+    "buffer": Pruned,
+}
+
+
+def hand_rounded(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The logits of the model where what each product reads as a matrix is rounded just before."""
+
+    class Rounds(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+            if name in ("conv2d", "linear", "matmul", "__matmul__"):
+                args = (args[0], rounded(args[1]), *args[2:])
+            elif name == "lstm":
+                args = (*args[:2], [rounded(one) if one.ndim > 1 else one for one in args[2]], *args[3:])
+            elif name == "multi_head_attention_forward":
+                args = (*args[:5], rounded(args[5]), *args[6:11], rounded(args[11]), *args[12:])
+            return func(*args, **kwargs)
+
+    def rounded(weight: torch.Tensor) -> torch.Tensor:
+        limit = weight.detach().abs().max()
+        return INT8.round(weight.detach().reshape(1, -1), limit).reshape(weight.shape)
+
+    with torch.no_grad(), Rounds():
+        return model(images)
+
+
+@pytest.mark.parametrize("make", ROUNDED.values(), ids=ROUNDED)
+@pytest.mark.parametrize("name", ["replay", "whole"])
+def test_formats_round_every_weight_that_a_product_reads(make, name):
+    torch.manual_seed(0)
+    model, images = make().eval(), torch.randn(3, 2, 6, 6)
+    with torch.no_grad():
+        before = model(images)
+    # Outputs are left alone, so that weights alone make the difference.
+    sites = make_engine(name, model, images[0], 4).sites
+    engine = make_engine(name, model, images[0], 4, number_format=INT8, profiled={site.layer: 4.0 for site in sites})
+    for storage in engine._storages:
+        storage.round = lambda values: values
+    assert engine.unrounded == ([("place", "read by add")] if make is Pruned else [])
+    found = engine.observe(images)
+    expected = hand_rounded(model, images)
+    assert not close(before, expected).any()
+    assert close(found, expected).all()
+    with torch.no_grad():
+        assert close(model(images), before).all()  # the user's model is as it was

@@ -282,6 +282,9 @@ class Campaign:
         if not self.engine.sees_masked:
             enumerates = " and enumerates no layer" if self.settings.enumerate_up_to else ""
             found.append(f"engine {self.engine.name!r} does not tell which faults are masked (none counts as such){enumerates}")
+        if left := self.engine.unrounded:
+            shown = ", ".join(f"{name} ({reason})" for name, reason in left[:4])
+            found.append(f"not rounded to {self.number_format.name}: {shown}{f' and {len(left) - 4} more' if left[4:] else ''}")
         if quantised := fake_quantised(model):
             found.append(
                 f"{len(quantised)} modules only pretend to quantise, the first is {quantised[0]!r}: bits flip in the fp32 "

@@ -3,17 +3,18 @@
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from textguard.errors import InvalidParameter, Setting
 from textguard.faults.checks import checked_name, whole_number
 from textguard.faults.detectors import clamp_to_range
 from textguard.faults.formats import Format
 from textguard.faults.sites import Call, Site
-from textguard.faults.weights import stored_weights
+from textguard.faults.weights import computed_weights, matrices, stored_weights
 
 Target = Literal["neuron", "weight", "metadata"]
 Operation = Literal["flip", "stuck_at_0", "stuck_at_1"]
@@ -425,7 +426,7 @@ def make_storages(
             raise InvalidParameter(f"layer {site.layer!r} has no profiled range; profile the model first (stage 'ranges')")
         if weight is not None:
             if id(weight) not in rounded:
-                storage = Storage(number_format, float(weight.detach().abs().max()), site.weights, weight.device)
+                storage = _weight_storage(number_format, weight)
                 if number_format.name != "fp32":
                     weight.data = storage.round(weight.data)
                 rounded[id(weight)] = storage
@@ -434,6 +435,66 @@ def make_storages(
             raise InvalidParameter(f"layer {site.layer!r} has no weights; leave {site.kind} out of ", Setting("kinds"))
         outputs.append(Storage(number_format, limit, site.neurons, next(model.parameters()).device))
     return (weights if target == "weight" else outputs), outputs
+
+
+def round_call(number_format: Format, call: Call) -> Tensor:
+    """The output of a call, repeated with its weights rounded. For weights that the model computes, which nothing stores."""
+    weight = call.weight
+    rounded = _weight_storage(number_format, weight).round(weight)
+    args, kwargs = tree_map(lambda leaf: rounded if leaf is weight else leaf, (call.args, call.kwargs))
+    return call.func(*args, **kwargs)
+
+
+def round_others(
+    model: nn.Module, sites: Sequence[Site], number_format: Format, readers: Mapping[str, Sequence[Any]]
+) -> list[tuple[str, str]]:
+    """Round the weights that are no site's, such as those of attention and recurrent layers, to a number format, in place.
+
+    Biases and other vectors, such as the weights of normalisation, stay as they are.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    sites : sequence of Site
+        Its sites, whose own weights `make_storages` has rounded.
+    number_format : Format
+        The format.
+    readers : mapping of str to sequence of callable
+        As `weight_readers` returns it.
+
+    Returns
+    -------
+    list of (str, str)
+        The other parameters and buffers of at least two dimensions that an inference reads, and who reads them.
+    """
+    tensors = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
+    done = {id(weight) for weight in stored_weights(model, sites) if weight is not None}
+    without = computed_weights(model, sites)
+    computed = [site.layer for site in sites if site.position in without]
+    left = []
+    for name in readers:
+        tensor = tensors.get(name)
+        if tensor is None or tensor.ndim < 2 or not tensor.is_floating_point() or id(tensor) in done:
+            continue
+        if any(_belongs(name, layer) for layer in computed):  # what is made of it is rounded, in `round_call`
+            continue
+        if name in matrices(readers):
+            tensor.data.copy_(_weight_storage(number_format, tensor).round(tensor.data))
+        else:
+            left.append((name, f"read by {', '.join(dict.fromkeys(reader.__name__ for reader in readers[name]))}"))
+    return left
+
+
+def _belongs(name: str, layer: str) -> bool:
+    """Whether a parameter is one of those that a site's weights are computed from."""
+    owner = name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
+    layer = layer.partition("#")[0]
+    return owner in (layer, layer.rpartition(".")[0])  # a site without stored weights may be named `LAYER.conv2d`
+
+
+def _weight_storage(number_format: Format, weight: Tensor) -> Storage:
+    return Storage(number_format, float(weight.detach().abs().max()), weight.numel(), weight.device)
 
 
 def weight_limits(model: nn.Module, sites: Sequence[Site]) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """Three ways to carry out the same faults: our replay engine, one that runs any model whole, and PyTorchFI as the reference."""
 
-import copy
 import hashlib
 import itertools
 import sys
@@ -13,14 +12,26 @@ from torch import Tensor, fx, nn
 
 from textguard import __version__
 from textguard.errors import Setting, UnknownName, UnsupportedModel
-from textguard.faults.damage import Damage, Faults, Storage, Target, damage_output, damage_stored, damage_weights, make_storages
+from textguard.faults.copying import copy_model
+from textguard.faults.damage import (
+    Damage,
+    Faults,
+    Storage,
+    Target,
+    damage_output,
+    damage_stored,
+    damage_weights,
+    make_storages,
+    round_call,
+    round_others,
+)
 from textguard.faults.formats import FP32, Format
 from textguard.faults.graph import TracedModel, Values
 from textguard.faults.local import PRODUCTS, LocalFaults, LocalSteps, covers, in_batches, neuron_patch, paste_whole, whole
 from textguard.faults.prediction import Prediction, chains_of, foresee, straight_through
 from textguard.faults.sites import DEFAULT_KINDS, SURVEYED, Call, Calls, Site, SiteList
 from textguard.faults.suffix import shortcuts
-from textguard.faults.weights import one_per_weight, stored_weights, weight_readers
+from textguard.faults.weights import computed_weights, one_per_weight, stored_weights, weight_readers
 
 See = Callable[[int, Tensor], None]
 
@@ -47,11 +58,13 @@ class Engine(Protocol):
     `sites` are the operations with injectable outputs, in order of execution; `skipped` those without, each with the reason;
     `settings` is what the results depend on, as text. `name` is the engine's in ENGINES. `all_sites` also has the operations
     that read the weights of an earlier one, which are no sites of faults in weights. `sees_masked` says whether
-    `Outcomes.masked` tells anything.
+    `Outcomes.masked` tells anything. `unrounded` are the matrices that stay in fp32 under another number format, and who reads
+    them.
     """
 
     name: str
     sees_masked: bool
+    unrounded: Sequence[tuple[str, str]]
     sites: Sequence[Site]
     all_sites: Sequence[Site]
     skipped: Sequence[tuple[str, str]]
@@ -125,12 +138,25 @@ class _Engine:
             "number format": number_format.name,
             "target": target,
         }
-        model = copy.deepcopy(model).eval()
+        model = copy_model(model).eval()
+        self._rounds = number_format.name != "fp32"
+        # Parameter or buffer -> who reads it.
+        self._readers = weight_readers(model, image) if self._rounds or target == "weight" else {}
+        self.unrounded: list[tuple[str, str]] = []
         self._set_up(model, image, kinds, profiled or {}, target)
         self.all_sites, self._shared = self.sites, {}
         if target == "weight":
             self.sites = one_per_weight(self.sites)
-            self._shared = self._find_shared(model, image)
+            weights = zip(self.sites, stored_weights(self._model, self.sites), strict=True)
+            # Position of a site -> its weights, where an inference reads them more than once.
+            self._shared = {site.position: weight for site, weight in weights if len(self._readers.get(site.parameter, ())) > 1}
+
+    def _store(self, profiled: Mapping[str, float], target: Target) -> tuple[list[Storage], list[Storage]]:
+        """How the sites' values are stored, see `make_storages`; all weights of the engine's own copy are rounded."""
+        storages = make_storages(self._model, self.sites, self.number_format, profiled, target)
+        if self._rounds:
+            self.unrounded = round_others(self._model, self.sites, self.number_format, self._readers)
+        return storages
 
     def _check_size(self, images: Tensor) -> None:
         """Sites have neurons of one image's size. Raises UnsupportedModel for images of another."""
@@ -138,12 +164,6 @@ class _Engine:
             raise UnsupportedModel(
                 f"images come in shapes {list(self._shape)} and {list(images.shape[1:])}; bring all to one size"
             )
-
-    def _find_shared(self, model: nn.Module, image: Tensor) -> dict[int, Tensor]:
-        """Position of a site -> its weights, where an inference reads them more than once."""
-        readers = weight_readers(model, image)
-        weights = zip(self.sites, stored_weights(self._model, self.sites), strict=True)
-        return {site.position: weight for site, weight in weights if len(readers.get(site.parameter, ())) > 1}
 
 
 class ReplayEngine(_Engine):
@@ -169,10 +189,15 @@ class ReplayEngine(_Engine):
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         self._traced = TracedModel(model, image, kinds)
         self._model, self.sites, self.skipped = self._traced.model, self._traced.sites, self._traced.skipped
-        self._storages, outputs = make_storages(self._model, self.sites, self.number_format, profiled, target)
-        self._rounds = self.number_format.name != "fp32"
+        self._storages, outputs = self._store(profiled, target)
         if self._rounds:
-            self._traced.visit = lambda position, call: outputs[position].round(call.output)
+            computed = computed_weights(self._model, self.sites)
+
+            def rounded(position: int, call: Call) -> Tensor:
+                output = round_call(self.number_format, call) if position in computed else call.output
+                return outputs[position].round(output)
+
+            self._traced.visit = rounded
         self._shortcuts = {} if self._rounds else shortcuts(self._traced)
         self._local = LocalSteps(self._traced)
         self._chains = chains_of(self._traced)
@@ -379,7 +404,8 @@ class WholeEngine(_Engine):
     ) -> None:
         self._model = model
         self._find_sites(image, kinds)
-        self._storages, self._outputs = make_storages(self._model, self.sites, self.number_format, profiled, target)
+        self._storages, self._outputs = self._store(profiled, target)
+        self._computed = computed_weights(self._model, self.sites) if self._rounds else set()
 
     def _find_sites(self, image: Tensor, kinds: Sequence[str]) -> None:
         surveys: list[list[tuple[Call, str]]] = [[], []]
@@ -471,6 +497,8 @@ class WholeEngine(_Engine):
             if weights:
                 damage, output = damage_weights(self._storages[here], call, faults)
                 found.append(damage)
+            if here in self._computed:
+                output = straight_through(output, round_call(self.number_format, call))
             output = straight_through(output, self._outputs[here].round(output))
             if faults is not None and here == position and not weights:
                 output = output.clone()

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from textguard.errors import UnsupportedModel
+from textguard.faults.copying import copy_model
 from textguard.faults.detectors import Bound
 from textguard.faults.sites import DEFAULT_KINDS, SURVEYED, Call, Calls, SiteList
 
@@ -174,7 +175,7 @@ class TracedModel:
     @torch.inference_mode(False)  # Tensors of inference mode do not count their versions, which the survey compares.
     @torch.no_grad()
     def __init__(self, model: nn.Module, image: Tensor, kinds: Sequence[str] = DEFAULT_KINDS) -> None:
-        model = copy.deepcopy(model).eval()
+        model = copy_model(model).eval()
         for module in model.modules():
             # In-place activations would overwrite the golden values that later replays start from.
             if getattr(module, "inplace", False):

@@ -1,6 +1,6 @@
 """Stored weights: who reads them, where faults in them strike, and what a number format rounds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from textguard.faults.sites import SURVEYED, Site
+
+# The torch functions that multiply activations by what they read, by their names.
+PRODUCTS = (
+    *("linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "baddbmm", "addbmm", "einsum"),
+    *("tensordot", "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    *("multi_head_attention_forward", "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell"),
+    *("rnn_relu_cell", "scaled_dot_product_attention", "embedding", "embedding_bag"),
+)
 
 
 class Reads(TorchFunctionMode):
@@ -66,12 +74,23 @@ def weight_readers(model: nn.Module, image: Tensor) -> dict[str, list[Any]]:
     return reads.readers
 
 
+def matrices(readers: Mapping[str, Sequence[Any]]) -> list[str]:
+    """The parameters and buffers that a product reads: of weights, as of a convolution, a recurrent layer or an attention."""
+    return [name for name, functions in readers.items() if any(function.__name__ in PRODUCTS for function in functions)]
+
+
 def one_per_weight(sites: Sequence[Site]) -> list[Site]:
     """The sites without those that read the weights of an earlier one: a stored weight is one place for faults."""
     first: dict[str, Site] = {}
     for site in sites:
         first.setdefault(site.parameter or site.layer, site)
     return list(first.values())
+
+
+def computed_weights(model: nn.Module, sites: Sequence[Site]) -> set[int]:
+    """Positions of the sites whose weights no parameter holds, because the model computes them, as `weight_norm` does."""
+    found = zip(sites, stored_weights(model, sites), strict=True)
+    return {site.position for site, weight in found if site.weights and weight is None}
 
 
 def stored_weights(model: nn.Module, sites: Sequence[Site]) -> list[Tensor | None]:
