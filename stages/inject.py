@@ -25,7 +25,7 @@ def main(params: Params, key: str) -> None:
     model = fold_scale(run.model) if params.head.fold_scale else run.model
     profiled, model = largest_outputs(run.ranges), protect(model, run.image, run.bounds, inject.mitigation)
     campaign = Campaign(model, image_loader(run.view, inject.batch_size), campaign_settings(inject), profiled)
-    run.check_layers((site.layer, site.kind, site.neurons) for site in campaign.engine.sites)
+    run.check_layers((site.layer, site.kind, site.neurons) for site in campaign.engine.all_sites)
     mark = campaign_inputs(run, params)
     with work_dir("inject", key, mark) as work:
         records, changes = campaign.sample_layers(work, f"inject {key}")
@@ -41,6 +41,7 @@ def main(params: Params, key: str) -> None:
             "fold_scale": params.head.fold_scale,
             "inputs": mark,
             "device": describe_device(run.device),
+            "ran_by": campaign.engine.name,  # which may be another engine than was asked for
         }
         metadata = {name: str(value) for name, value in settings.items()}
         changed = [part.assign(detector=name) for name, part in changes.items()] or [no_records().assign(detector="")]

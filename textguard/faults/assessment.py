@@ -36,6 +36,7 @@ def assess(
     engine: str = USUAL.engine,
     batch_size: int = USUAL.batch_size,
     image_batch: int = USUAL.image_batch,
+    noise: str = USUAL.noise,
     profile: DataLoader | None = None,
     shard_dir: str | os.PathLike[str] | None = None,
 ) -> pd.DataFrame:
@@ -48,7 +49,7 @@ def assess(
     loader : DataLoader
         Gives the images to inject on and their labels, from a map-style data set. Its order does not matter.
     injections_per_layer, seed, plan, images, pilot, stop_at, confidence, enumerate_up_to, detector, number_format, \
-fault_model, kinds, engine, batch_size, image_batch
+fault_model, kinds, engine, batch_size, image_batch, noise
         See `CampaignSettings`, which has the same defaults.
     profile : DataLoader, optional
         Gives the images from which the layers' ranges are taken; by default those of `loader`.
@@ -104,6 +105,7 @@ fault_model, kinds, engine, batch_size, image_batch
         engine=engine,
         batch_size=batch_size,
         image_batch=image_batch,
+        noise=noise,
     )
     profiled = largest_outputs(profile_ranges(model, profile, settings.kinds)) if profile else None
     campaign = Campaign(model, loader, settings, profiled)
