@@ -18,7 +18,18 @@ from textguard.faults.formats import FP32, Format
 from textguard.faults.graph import TracedModel, Values
 from textguard.faults.local import PRODUCTS, LocalFaults, LocalSteps, covers, in_batches, neuron_patch, paste_whole, whole
 from textguard.faults.prediction import Prediction, chains_of, foresee, straight_through
-from textguard.faults.sites import DEFAULT_KINDS, SURVEYED, Call, Calls, Site, SiteList
+from textguard.faults.sites import (
+    DEFAULT_KINDS,
+    SURVEYED,
+    Call,
+    Calls,
+    Site,
+    SiteList,
+    Survey,
+    callers,
+    changed_rows,
+    uncompiled,
+)
 from textguard.faults.suffix import shortcuts
 
 See = Callable[[int, Tensor], None]
@@ -77,15 +88,17 @@ class _Results:
         self._image = faults.image
 
     def damaged(self, values: Tensor, damage: Damage) -> None:
-        self._golden[values], self._faulty[values], self._detected[values] = damage.golden, damage.faulty, damage.detected
+        self._golden[values], self._faulty[values] = damage.golden.float(), damage.faulty.float()
+        self._detected[values] = damage.detected
 
     def reached(self, rows: Tensor, logits: Tensor) -> None:
         self._left.append((rows, logits))
 
     def outcomes(self, golden_logits: Tensor) -> Outcomes:
+        golden_logits = golden_logits.float()
         logits, masked = golden_logits[self._image], torch.ones_like(self._image, dtype=torch.bool)
         for rows, found in self._left:
-            logits[rows], masked[rows] = found, False
+            logits[rows], masked[rows] = found.float(), False
         return Outcomes(self._golden, self._faulty, self._detected, masked, logits, golden_logits)
 
 
@@ -116,7 +129,7 @@ class _Engine:
             "number format": number_format.name,
             "target": target,
         }
-        self._set_up(copy.deepcopy(model).eval(), image, kinds, profiled or {}, target)
+        self._set_up(uncompiled(copy.deepcopy(model).eval()), image, kinds, profiled or {}, target)
 
 
 class ReplayEngine(_Engine):
@@ -143,9 +156,13 @@ class ReplayEngine(_Engine):
         self._rounds = self.number_format.name != "fp32"
         if self._rounds:
             self._traced.visit = lambda position, call: outputs[position].round(call.output)
-        self._shortcuts = {} if self._rounds else shortcuts(self._traced)
+        # Shortcuts add up in another order, which shows where values have few digits.
+        odd = any(site.dtype != "float32" for site in self.sites)
+        odd |= any(tensor.dtype.is_floating_point and tensor.dtype != torch.float32 for tensor in model.parameters())
+        self._exact = self._rounds or odd
+        self._shortcuts = {} if self._exact else shortcuts(self._traced)
         self._local = LocalSteps(self._traced)
-        self._chains = chains_of(self._traced)
+        self._chains = {} if odd else chains_of(self._traced)
 
     @torch.inference_mode()
     def run(self, images: Tensor, faults: Faults) -> Outcomes:
@@ -175,7 +192,7 @@ class ReplayEngine(_Engine):
     @torch.inference_mode()
     def observe(self, images: Tensor, see: See = lambda position, output: None) -> Tensor:
         """Run images [B, ...] without faults; `see` gets each site's position and output. Returns the logits [B, C]."""
-        return self._observe(images, see)
+        return self._observe(images, see).float()
 
     def _observe(self, images: Tensor, see: See, keep: Callable[[fx.Node, Any], None] = lambda step, value: None) -> Tensor:
         """The same; `keep` gets each step and its value."""
@@ -206,7 +223,8 @@ class ReplayEngine(_Engine):
         site, step = self.sites[position], traced.steps[index]
         part, values = faults.select(rows)
         in_output = faults.model.target != "weight" and traced.is_whole(position)
-        local = in_output and not self._rounds and part.one_value_each and golden[step].ndim in (2, 4)
+        in_order = site.in_order and not self._exact
+        local = in_output and in_order and part.one_value_each and golden[step].ndim in (2, 4)
         if local and golden[step].ndim == len(site.shape) + 1:
             output = golden[step]
             damage = storage.damage(
@@ -313,31 +331,24 @@ class WholeEngine(_Engine):
         self._storages, self._outputs = make_storages(self._model, self.sites, self.number_format, profiled, target)
 
     def _find_sites(self, image: Tensor, kinds: Sequence[str]) -> None:
-        surveys: list[list[tuple[Call, str]]] = [[], []]
-        running: list[str] = []  # the modules whose forward is running, the innermost last
-
-        def leave(*_: object) -> None:
-            running.pop()
-
-        hooks = []
-        for name, module in self._model.named_modules():
-            hooks.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
-            hooks.append(module.register_forward_hook(leave))
-        for size, calls in zip(SURVEYED, surveys, strict=True):
-            with torch.no_grad(), Calls(lambda call, here=calls: here.append((call, running[-1])) or call.output):
-                logits = self._model(image.expand(size, *image.shape).clone())
+        surveys: list[Survey] = []
+        with callers(self._model) as caller, torch.no_grad():
+            for size in SURVEYED:
+                surveys.append(Survey(self._model, caller))
+                with surveys[-1]:
+                    logits = self._model(image.expand(size, *image.shape).clone())
         if not isinstance(logits, Tensor):
             raise UnsupportedModel(f"{type(self._model).__name__} returns a {type(logits).__name__}, not a tensor of logits")
-        for hook in hooks:
-            hook.remove()
-        if len(surveys[0]) != len(surveys[1]):
+        small, large = (survey.seen for survey in surveys)
+        if [seen.call.kind for seen in small] != [seen.call.kind for seen in large]:
             raise UnsupportedModel(f"{type(self._model).__name__} runs other operations for other batch sizes")
-        found = SiteList(self._model, kinds)
-        sites = [found.add(call, larger, caller) for (call, caller), (larger, _) in zip(*surveys, strict=True)]
-        found.finish()
+        changed = changed_rows(self._model, image, [seen.call for seen in small], [seen.call for seen in large])
+        found = SiteList(self._model, kinds, changed)
+        sites = [found.add(seen, larger) for seen, larger in zip(small, large, strict=True)]
+        found.finish(surveys[0].others)
         self._position = {number: site.position for number, site in enumerate(sites) if site}
         self._owner = {id(weight): name for name, weight in self._model.named_parameters()}
-        self._called = [self._owner.get(id(call.weight)) for call, _ in surveys[0]]
+        self._called = [self._owner.get(id(seen.call.weight)) for seen in small]
         self.sites, self.skipped = found.sites, found.skipped
 
     @torch.inference_mode()
@@ -355,7 +366,7 @@ class WholeEngine(_Engine):
     @torch.inference_mode()
     def observe(self, images: Tensor, see: See = lambda position, output: None) -> Tensor:
         """Run images [B, ...] without faults; `see` gets each site's position and output. Returns the logits [B, C]."""
-        return self._infer(images.clone(), see=see)
+        return self._infer(images.clone(), see=see).float()
 
     def predict(self, images: Tensor, labels: Tensor) -> Prediction:
         """Foresee what faults will do on images [B, ...] with labels [B], linearly from each site's output on."""
@@ -411,9 +422,17 @@ class PyTorchFIEngine(_Engine):
     ) -> None:
         from pytorchfi.core import fault_injection
 
-        if set(kinds) != set(DEFAULT_KINDS) or self.number_format.name != "fp32" or target != "neuron":
+        if (
+            set(kinds) not in ({"Conv2d", "Linear"}, set(DEFAULT_KINDS))
+            or self.number_format.name != "fp32"
+            or target != "neuron"
+        ):
             raise UnsupportedModel(
                 "PyTorchFI flips bits of fp32 neurons of Conv2d and Linear; set ", Setting("engine"), " to replay"
+            )
+        if any(isinstance(module, (nn.Conv1d, nn.Conv3d)) for module in model.modules()):
+            raise UnsupportedModel(
+                "PyTorchFI hits Conv2d and Linear, and the model has others; set ", Setting("engine"), " to replay"
             )
         self._model = model
         self._injector = fault_injection(
@@ -512,8 +531,8 @@ def make_engine(name: str, model: nn.Module, image: Tensor, batch_size: int, **o
     batch_size : int
         Faults per forward pass.
     **options
-        kinds (operations whose outputs are fault sites; default Conv2d and Linear), number_format (a `Format`; default fp32),
-        profiled (layer -> largest magnitude, which some formats need), target (of the fault model; default "neuron").
+        kinds (operations whose outputs are fault sites; default Conv1d, Conv2d, Conv3d and Linear), number_format (a `Format`;
+        default fp32: as the model stores its values), profiled (layer -> largest magnitude, which some formats need), target (of the fault model; default "neuron").
 
     Returns
     -------

@@ -4,6 +4,7 @@ import copy
 import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,18 @@ from torch.nn import functional as F
 
 from textguard.errors import UnsupportedModel
 from textguard.faults.detectors import Bound
-from textguard.faults.sites import DEFAULT_KINDS, SURVEYED, Call, Calls, SiteList
+from textguard.faults.sites import (
+    DEFAULT_KINDS,
+    SURVEYED,
+    Call,
+    Calls,
+    Seen,
+    SiteList,
+    Survey,
+    callers,
+    changed_rows,
+    uncompiled,
+)
 
 Values = dict[fx.Node, Any]  # step -> its value
 Visit = Callable[[int, Call], Tensor]  # position of a site and its call -> what takes the place of its output
@@ -163,7 +175,7 @@ class TracedModel:
     @torch.inference_mode(False)  # Tensors of inference mode do not count their versions, which the survey compares.
     @torch.no_grad()
     def __init__(self, model: nn.Module, image: Tensor, kinds: Sequence[str] = DEFAULT_KINDS) -> None:
-        model = copy.deepcopy(model).eval()
+        model = uncompiled(copy.deepcopy(model).eval())
         for module in model.modules():
             # In-place activations would overwrite the golden values that later replays start from.
             if getattr(module, "inplace", False):
@@ -182,13 +194,14 @@ class TracedModel:
         self.model = traced
         self.modules = dict(traced.named_modules())
         self.visit: Visit | None = None
+        self._opened: set[int] = set()  # the steps whose functions are run operation by operation
         self.index = {step: index for index, step in enumerate(self.steps)}
         self.last_reader = {read: index for index, step in enumerate(self.steps) for read in step.all_input_nodes}
         self._read_last_by: dict[int, list[fx.Node]] = {}
         for read, index in self.last_reader.items():
             self._read_last_by.setdefault(index, []).append(read)
         try:
-            (small, small_calls), (large, large_calls) = (self._survey(image, size) for size in SURVEYED)
+            (small, small_calls, others), (large, large_calls, _) = (self._survey(model, image, size) for size in SURVEYED)
             expected = model(image.expand(SURVEYED[0], *image.shape).clone())
         except UnsupportedModel:
             raise
@@ -204,7 +217,9 @@ class TracedModel:
             )
         self._scalings = {step: Scaling(a, b) for step, a, b in zip(self.steps, small, large, strict=True)}
         self.shapes = {step: tuple(value.shape[1:]) for step, value in zip(self.steps, small, strict=True) if is_tensor(value)}
-        self._find_sites(model, kinds, small_calls, large_calls)
+        both = ([seen.call for step in calls for seen in step] for calls in (small_calls, large_calls))
+        found = SiteList(model, kinds, changed_rows(self.model, image, *both))  # the traced model lacks what it does not call
+        self._find_sites(found, small_calls, large_calls, others)
 
     def walk(self, values: Values, start: int = 0) -> Iterator[int]:
         """Run the steps from `start` on, and yield each one's index when it is done.
@@ -254,7 +269,11 @@ class TracedModel:
         """
         step = self.steps[index]
         if visit is None or index not in self.at:
-            return self.call(step, *fx.map_arg((step.args, step.kwargs), values.__getitem__))
+            arguments = fx.map_arg((step.args, step.kwargs), values.__getitem__)
+            if index not in self._opened:
+                return self.call(step, *arguments)
+            with Calls(lambda call: call.output):  # not with the fused kernels, whose last digits are others
+                return self.call(step, *arguments)
         seen = -1
         positions = {self._number[position]: position for position in self.at[index]}
 
@@ -323,45 +342,47 @@ class TracedModel:
         """Whether a site's output is its step's value, and not only that of a call inside the step."""
         return self._whole[position]
 
-    def _survey(self, image: Tensor, size: int) -> tuple[list[Any], list[list[Call]]]:
-        """Every step's value and calls for a batch of `size` images.
+    def _survey(self, model: nn.Module, image: Tensor, size: int) -> tuple[list[Any], list[list[Seen]], dict[str, str]]:
+        """Every step's value and calls for a batch of `size` images, and what else reads parameters.
 
         The tensors are on the meta device, without their contents. Only the output keeps them.
         """
         images = image.expand(size, *image.shape).clone()
         values: Values = {step: images for step in self.steps if step.op == "placeholder"}
         found, calls = [], []
-        for index, step in enumerate(self.steps):
-            versions = {read: values[read]._version for read in step.all_input_nodes if is_tensor(values[read])}
-            calls.append([])
-            with Calls(lambda call, here=calls[-1]: here.append(call) or call.output):
-                if step not in values:
-                    values[step] = self.run_step(index, values)
-            for read, version in versions.items():
-                if values[read]._version != version:
-                    raise UnsupportedModel(f"step {step.name} changes a value in place")
-            calls[-1] = [_without_contents(call, values[step]) for call in calls[-1]]
-            found.append(values[step] if step.op == "output" else _on_meta(values[step]))
-            for read in self._read_last_by.get(index, ()):
-                values.pop(read, None)
-        return found, calls
+        with callers(self.model) as running:
+            step = self.steps[0]
+            survey = Survey(model, lambda: running() or _caller(step))
+            for index, step in enumerate(self.steps):
+                versions = {read: values[read]._version for read in step.all_input_nodes if is_tensor(values[read])}
+                survey.seen, survey.opened = [], False
+                with survey:
+                    if step not in values:
+                        values[step] = self.run_step(index, values)
+                if survey.opened:
+                    self._opened.add(index)
+                for read, version in versions.items():
+                    if values[read]._version != version:
+                        raise UnsupportedModel(f"step {step.name} changes a value in place")
+                calls.append([_without_contents(seen, values[step]) for seen in survey.seen])
+                found.append(values[step] if step.op == "output" else _on_meta(values[step]))
+                for read in self._read_last_by.get(index, ()):
+                    values.pop(read, None)
+        return found, calls, survey.others
 
-    def _find_sites(self, model: nn.Module, kinds: Sequence[str], small: list[list], large: list[list]) -> None:
+    def _find_sites(self, found: SiteList, small: list[list[Seen]], large: list[list[Seen]], others: dict[str, str]) -> None:
         """Find the sites in the surveyed calls of all steps, at both batch sizes."""
-        found = SiteList(model, kinds)  # not the traced model, which lacks the modules that it does not call
         self.at: dict[int, list[int]] = {}
         self._number: list[int] = []
         self._whole: list[bool] = []
         for index, calls in enumerate(zip(small, large, strict=True)):
-            stack = self.steps[index].meta.get("nn_module_stack") or {}
-            caller = next((str(entry[0]) for entry in reversed(stack.values())), "")
-            for number, ((call, whole), (larger, _)) in enumerate(zip(*calls, strict=True)):
-                site = found.add(call, larger, caller)
+            for number, (seen, larger) in enumerate(zip(*calls, strict=True)):
+                site = found.add(seen, larger)
                 if site:
                     self.at.setdefault(index, []).append(site.position)
                     self._number.append(number)
-                    self._whole.append(whole)
-        found.finish()
+                    self._whole.append(seen.whole)
+        found.finish(others)
         self.sites, self.skipped = found.sites, found.skipped
 
 
@@ -384,7 +405,16 @@ def _on_meta(value: Any) -> Any:
     return value.to("meta") if isinstance(value, Tensor) else value
 
 
-def _without_contents(call: Call, value: Any) -> tuple[Call, bool]:
+def _caller(step: fx.Node) -> str:
+    """The module whose forward a step is part of, as far as the trace knows it."""
+    stack = step.meta.get("nn_module_stack") or {}
+    return next((str(entry[0]) for entry in reversed(stack.values())), "")
+
+
+def _without_contents(seen: Seen, value: Any) -> Seen:
     """The call with its weights but without its activations, and whether its output is the step's value."""
-    args = tuple(arg.to("meta") for arg in call.args[:2]) if call.kind == "Add" else (None, call.weight)
-    return Call(call.func, call.kind, args, {}, call.output.to("meta")), call.output is value
+    call = seen.call
+    args = tuple(arg if arg is call.weight else _on_meta(arg) if is_tensor(arg) else arg for arg in call.args)
+    kwargs = {name: arg if arg is call.weight else _on_meta(arg) for name, arg in call.kwargs.items()}
+    lean = Call(call.func, call.kind, args, kwargs, call.output.to("meta"))
+    return replace(seen, call=lean, whole=call.output is value)
