@@ -401,7 +401,7 @@ def make_storages(
     """
     if target == "metadata" and not number_format.shared_bits:
         raise InvalidParameter(f"format {number_format.name} has no metadata; change ", Setting("fault_model.target"))
-    parameters = dict(model.named_parameters())
+    parameters = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     device = next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
     outputs, weights = [], []
     for site in sites:
@@ -416,7 +416,7 @@ def make_storages(
             weight.data = storage.round(weight.data)
             weights.append(storage)
         elif target == "weight" and site.weights:
-            raise InvalidParameter(f"layer {site.layer!r} computes its weights, so that none of them is stored to be damaged")
+            raise InvalidParameter(f"layer {site.layer!r} computes its weights; those it reads are not the stored ones")
         elif target == "weight":
             raise InvalidParameter(f"layer {site.layer!r} has no weights; leave {site.kind} out of ", Setting("kinds"))
         if target == "weight" and not site.in_order:
@@ -441,7 +441,7 @@ def weight_limits(model: nn.Module, sites: Sequence[Site]) -> dict[str, float]:
     dict of str to float
         Layer -> magnitude, for the sites with weights.
     """
-    parameters = dict(model.named_parameters())
+    parameters = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     return {
         site.layer: float(parameters[site.parameter].detach().abs().max()) for site in sites if site.parameter in parameters
     }

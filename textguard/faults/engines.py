@@ -121,7 +121,7 @@ class _Engine:
         self._batch_size, self.number_format, self.device = batch_size, number_format, image.device
         weights = hashlib.sha256()
         for name, tensor in sorted(model.state_dict().items()):
-            weights.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            weights.update(name.encode() + _bytes(tensor))
         self.settings = {
             "engine": f"{type(self).__name__} {__version__}, torch {torch.__version__}",
             "model": weights.hexdigest()[:16],
@@ -130,6 +130,17 @@ class _Engine:
             "target": target,
         }
         self._set_up(uncompiled(copy.deepcopy(model).eval()), image, kinds, profiled or {}, target)
+
+
+def _bytes(stored: Any) -> bytes:
+    """What an entry of a state dict holds; those of quantised modules may be tuples, or no tensors at all."""
+    if isinstance(stored, Tensor):
+        stored = stored.detach().cpu()
+        stored = stored.int_repr() if stored.is_quantized else stored
+        return stored.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    if isinstance(stored, (tuple, list)):
+        return b"".join(map(_bytes, stored))
+    return b"" if isinstance(stored, torch.ScriptObject) else repr(stored).encode()
 
 
 class ReplayEngine(_Engine):
@@ -532,7 +543,8 @@ def make_engine(name: str, model: nn.Module, image: Tensor, batch_size: int, **o
         Faults per forward pass.
     **options
         kinds (operations whose outputs are fault sites; default Conv1d, Conv2d, Conv3d and Linear), number_format (a `Format`;
-        default fp32: as the model stores its values), profiled (layer -> largest magnitude, which some formats need), target (of the fault model; default "neuron").
+        default fp32, which leaves values as the model stores them), profiled (layer -> largest magnitude, which some formats
+        need), target (of the fault model; default "neuron").
 
     Returns
     -------

@@ -20,18 +20,7 @@ SURVEYED = (2, 3)  # a model is run with both batch sizes, and their comparison 
 # What faults are injected into: floating-point values, each in its own format.
 FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
 # Methods that take nothing from a second tensor but its type or its shape.
-_LOOKS = (
-    "type_as",
-    "expand_as",
-    "view_as",
-    "reshape_as",
-    "to",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-    "new_empty",
-    "is_same_size",
-)
+_LOOKS = ("type_as", "expand_as", "view_as", "reshape_as", "to", "is_same_size")
 
 
 @dataclass(frozen=True)
@@ -225,13 +214,15 @@ class Seen:
     """A call in a survey: what reads which parameters.
 
     call: the call. caller: the module that makes it. sources: names of all parameters that it reads, directly or in computed
-    weights. weights: those of them that its weights are made of. whole: whether its output is all of what its step gives.
+    weights. weights: those of them that its weights are made of. reads: the parameter or buffer that its weights are, "" where
+    they are computed. whole: whether its output is all of what its step gives.
     """
 
     call: Call
     caller: str
     sources: tuple[str, ...]
     weights: tuple[str, ...]
+    reads: str
     whole: bool = False
 
 
@@ -265,10 +256,11 @@ class Survey(Calls):
         self._caller = caller
         # Tensors that no image flows into -> the parameters that they are made of. All others are taken for activations.
         self._made_of = WeakTensorKeyDictionary()
-        for tensor in model.buffers():
-            self._made_of[tensor] = ()
+        self._names = WeakTensorKeyDictionary()
+        for name, tensor in model.named_buffers():
+            self._made_of[tensor], self._names[tensor] = (), name
         for name, tensor in model.named_parameters():
-            self._made_of[tensor] = (name,)
+            self._made_of[tensor], self._names[tensor] = (name,), name
 
     def enter(self, inside: Callable, args: tuple, kwargs: dict) -> Any:
         self.opened = True
@@ -288,7 +280,8 @@ class Survey(Calls):
         self._trace(call.args, call.output, sources, active)
         weight = call.weight
         weights = self._made_of.get(weight, ()) if weight is not None else sources if call.kind == "MatMul" else ()
-        self.seen.append(Seen(call, self._caller(), sources, weights))
+        reads = "" if weight is None else self._names.get(weight, "")
+        self.seen.append(Seen(call, self._caller(), sources, weights or ((reads,) if reads else ()), reads))
         return call.output
 
     def _sources(self, args: tuple, kwargs: dict) -> tuple[tuple[str, ...], bool]:
@@ -459,7 +452,7 @@ class SiteList:
             outer,
             FLOATS[call.output.dtype],
             "float32" if weight is None else FLOATS.get(weight.dtype, "float32"),
-            self._reads(one, weight, first),
+            None if weight is None or one.reads == f"{first}.weight" else one.reads,
         )
         self.sites.append(site)
         return site
@@ -476,13 +469,6 @@ class SiteList:
         if one.caller and isinstance(one.call.func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
             return one.caller  # which has packed its weights
         return ".".join(part for part in (one.caller, one.call.kind.lower()) if part)
-
-    def _reads(self, one: Seen, weight: Tensor | None, layer: str) -> str | None:
-        """What `Site.reads` is: the default where that is right, so that sites of most models stay as plain as they are."""
-        if weight is None:
-            return None
-        name = one.weights[0] if isinstance(weight, nn.Parameter) and one.weights else ""
-        return None if name == f"{layer}.weight" else name
 
     def finish(self, others: Mapping[str, str]) -> None:
         """Note what else reads parameters, and which of them nothing reads.
@@ -520,10 +506,8 @@ class SiteList:
         if not self.sites:
             kinds = " or ".join(self._kinds)
             found = "; ".join(f"{layer}: {reason}" for layer, reason in self.skipped[:3])
-            raise UnsupportedModel(
-                f"the model has no {kinds} output to inject faults into{f' ({found})' if found else ''}; change ",
-                Setting("kinds"),
-            )
+            found = f" ({found})" if found else ""
+            raise UnsupportedModel(f"the model has no {kinds} output to inject faults into{found}; change ", Setting("kinds"))
 
 
 def owner_of(parameter: str) -> str:
