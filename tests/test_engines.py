@@ -338,7 +338,7 @@ def test_engines_that_cannot_be_used_say_why(images):
     with pytest.raises(UnknownName, match="pytorchfi, replay, whole"):
         make_engine("goldeneye", nn.Linear(1, 1), images[0], 4)
     for name in ("replay", "whole"):
-        with pytest.raises(UnsupportedModel, match="no Conv2d or Linear"):
+        with pytest.raises(UnsupportedModel, match="no Conv1d or Conv2d or Conv3d or Linear"):
             make_engine(name, nn.Sequential(nn.Flatten(), nn.BatchNorm1d(768)).eval(), images[0], 4)
     with pytest.raises(UnsupportedModel, match="fp32 neurons"):
         make_engine("pytorchfi", TINY["resnet"](), images[0], 4, target="weight")

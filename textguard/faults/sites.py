@@ -599,7 +599,8 @@ def _share_of_one_image(small: Tensor, large: Tensor, changed: Tensor | None) ->
     small, large: the output with the two batch sizes of SURVEYED. changed: which rows are the second image's, if that is known.
     """
     if small.dtype not in FLOATS:
-        return (), 0, 1, f"its output is {small.dtype}, and faults hit {', '.join(FLOATS.values())}"
+        what = f"quantised ({small.dtype})" if small.is_quantized else str(small.dtype)
+        return (), 0, 1, f"its output is {what}; faults hit {', '.join(FLOATS.values())}"
     if small.shape == large.shape:
         return (), 0, 1, "its output has no batch dimension: all images share its values"
     dimension = growing_dimension(small.shape, large.shape)
