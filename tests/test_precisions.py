@@ -85,10 +85,8 @@ def test_every_bit_of_the_models_own_type_is_hit(engine_of, dtype, pictures):
     position, bit, image = at % 3, at // 3, at % len(pictures)
     neuron = torch.tensor([int(torch.randint(engine.sites[p].neurons, ())) for p in position])
     found = engine.run(pictures, make_faults(position, image, neuron, torch.tensor(1) << bit, OFF))
-    expected = [
-        hooked(model, engine.sites[p].layer, pictures[i], n, b)
-        for p, i, n, b in zip(*(x.tolist() for x in (position, image, neuron, bit)), strict=True)
-    ]
+    each = zip(*(column.tolist() for column in (position, image, neuron, bit)), strict=True)
+    expected = [hooked(model, engine.sites[p].layer, pictures[i], n, b) for p, i, n, b in each]
     golden, logits = torch.tensor([value for value, _ in expected]), torch.stack([part for _, part in expected])
     tolerance = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float64: 1e-5}[dtype]
     torch.testing.assert_close(found.golden_value, golden.float(), rtol=tolerance, atol=1e-3)
@@ -125,7 +123,7 @@ def test_plans_and_campaigns_follow(pictures):
     counts = dict.fromkeys(limits, (0, 40))
     plan = draw_guided(engine, engine.sites, loader, np.ones(4), counts, 0, FaultModel(), [limits])
     assert plan["bit"].between(0, 15).all()
-    assert len(run_campaign(engine, loader, plan, limits)) == len(plan)
+    assert len(run_campaign(engine, loader, plan, limits, image_batch=2)) == len(plan)
     assert affordable(engine, 4, FaultModel(), 10**9) == []
     layers = assess(model, loader, injections_per_layer=40, plan="proportional", enumerate_up_to=1)
     assert (layers["method"] == "sampled").all()
@@ -136,7 +134,7 @@ def test_plans_and_campaigns_follow(pictures):
 def test_what_does_not_fit_is_said(pictures):
     model = Automatic().eval()
     loader = DataLoader(TensorDataset(pictures, model(pictures).argmax(dim=1)), batch_size=2)
-    with pytest.raises(InvalidParameter, match="by bit; layers of this model have 16 and 32 bits; take uniform"):
+    with pytest.raises(InvalidParameter, match="by bit; but layers of this model have 16 and 32 bits"):
         assess(model, loader, plan="proportional")
     with pytest.raises(
         InvalidParameter, match=r"the output of layer 'net.0' is bfloat16, .* leave fp32 in argument number_format"

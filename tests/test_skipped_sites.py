@@ -163,7 +163,7 @@ def test_a_layer_whose_rows_belong_to_no_image_is_listed(images):
 
     engine = WholeEngine(Mixing().eval(), images[0], 4)
     assert [site.layer for site in engine.sites] == ["head"]
-    assert dict(engine.skipped) == {"mix": "its images' shares cannot be told from each other"}
+    assert dict(engine.skipped)["mix"] == "its images' shares cannot be told from each other"
 
 
 @pytest.mark.parametrize("engine_of", ["replay", "whole"])

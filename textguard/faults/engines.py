@@ -18,18 +18,7 @@ from textguard.faults.formats import FP32, Format
 from textguard.faults.graph import TracedModel, Values
 from textguard.faults.local import PRODUCTS, LocalFaults, LocalSteps, covers, in_batches, neuron_patch, paste_whole, whole
 from textguard.faults.prediction import Prediction, chains_of, foresee, straight_through
-from textguard.faults.sites import (
-    DEFAULT_KINDS,
-    SURVEYED,
-    Call,
-    Calls,
-    Site,
-    SiteList,
-    Survey,
-    callers,
-    changed_rows,
-    uncompiled,
-)
+from textguard.faults.sites import DEFAULT_KINDS, Call, Calls, Site, SiteList, changed_rows, survey_batches, uncompiled
 from textguard.faults.suffix import shortcuts
 
 See = Callable[[int, Tensor], None]
@@ -342,21 +331,13 @@ class WholeEngine(_Engine):
         self._storages, self._outputs = make_storages(self._model, self.sites, self.number_format, profiled, target)
 
     def _find_sites(self, image: Tensor, kinds: Sequence[str]) -> None:
-        surveys: list[Survey] = []
-        with callers(self._model) as caller, torch.no_grad():
-            for size in SURVEYED:
-                surveys.append(Survey(self._model, caller))
-                with surveys[-1]:
-                    logits = self._model(image.expand(size, *image.shape).clone())
+        small, large, others, logits = survey_batches(self._model, image)
         if not isinstance(logits, Tensor):
             raise UnsupportedModel(f"{type(self._model).__name__} returns a {type(logits).__name__}, not a tensor of logits")
-        small, large = (survey.seen for survey in surveys)
-        if [seen.call.kind for seen in small] != [seen.call.kind for seen in large]:
-            raise UnsupportedModel(f"{type(self._model).__name__} runs other operations for other batch sizes")
         changed = changed_rows(self._model, image, [seen.call for seen in small], [seen.call for seen in large])
         found = SiteList(self._model, kinds, changed)
         sites = [found.add(seen, larger) for seen, larger in zip(small, large, strict=True)]
-        found.finish(surveys[0].others)
+        found.finish(others)
         self._position = {number: site.position for number, site in enumerate(sites) if site}
         self._owner = {id(weight): name for name, weight in self._model.named_parameters()}
         self._called = [self._owner.get(id(seen.call.weight)) for seen in small]

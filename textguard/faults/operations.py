@@ -26,7 +26,7 @@ def _functions(*names: str) -> list[Callable]:
 _POOLS = [
     f"{way}_pool{rank}d" for way in ("max", "avg", "adaptive_max", "adaptive_avg", "lp", "fractional_max") for rank in (1, 2, 3)
 ]
-# Kind -> its functions. The first kinds are the ones that are hit unless others are asked for.
+# Kind -> its functions.
 KINDS: dict[str, Sequence[Callable]] = {
     "Conv1d": [torch.conv1d],
     "Conv2d": [torch.conv2d],
@@ -58,7 +58,6 @@ KINDS: dict[str, Sequence[Callable]] = {
     "Pool": [getattr(F, name) for name in _POOLS if hasattr(F, name)],
 }
 OPERATIONS: dict[Callable, str] = {function: kind for kind, functions in KINDS.items() for function in functions}
-DEFAULT_KINDS = ("Conv1d", "Conv2d", "Conv3d", "Linear")
 # What has no weights of its own. Which sites these are is not said one by one, where they are not asked for.
 WEIGHTLESS = ("MatMul", "Add", "Softmax", "Activation", "Pool")
 # Position of the weights among a function's arguments, where it is not 1.

@@ -12,13 +12,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from textguard.errors import Setting, UnknownName, UnsupportedModel
-from textguard.faults.operations import DEFAULT_KINDS, KINDS, WEIGHTLESS, inside_of, kind_of, weight_of
+from textguard.faults.operations import KINDS, WEIGHTLESS, inside_of, kind_of, weight_of
 
-__all__ = ["DEFAULT_KINDS", "KINDS", "SURVEYED", "Call", "Calls", "Site", "SiteList", "Survey", "callers", "uncompiled"]
-
+DEFAULT_KINDS = ("Conv1d", "Conv2d", "Conv3d", "Linear")
 SURVEYED = (2, 3)  # a model is run with both batch sizes, and their comparison shows what grows with the batch
 # What faults are injected into: floating-point values, each in its own format.
 FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
+# What no image flows into is a layer's share in these kinds only where it grows with the batch.
+_MAKES_WEIGHTS = tuple(kind for kind in KINDS if not kind.startswith(("Conv", "Linear", "Bilinear", "Recurrent", "Embedding")))
 # Methods that take nothing from a second tensor but its type or its shape.
 _LOOKS = ("type_as", "expand_as", "view_as", "reshape_as", "to", "is_same_size")
 
@@ -215,7 +216,7 @@ class Seen:
 
     call: the call. caller: the module that makes it. sources: names of all parameters that it reads, directly or in computed
     weights. weights: those of them that its weights are made of. reads: the parameter or buffer that its weights are, "" where
-    they are computed. whole: whether its output is all of what its step gives.
+    they are computed. active: whether images flow into it. whole: whether its output is all of what its step gives.
     """
 
     call: Call
@@ -223,6 +224,7 @@ class Seen:
     sources: tuple[str, ...]
     weights: tuple[str, ...]
     reads: str
+    active: bool
     whole: bool = False
 
 
@@ -281,7 +283,7 @@ class Survey(Calls):
         weight = call.weight
         weights = self._made_of.get(weight, ()) if weight is not None else sources if call.kind == "MatMul" else ()
         reads = "" if weight is None else self._names.get(weight, "")
-        self.seen.append(Seen(call, self._caller(), sources, weights or ((reads,) if reads else ()), reads))
+        self.seen.append(Seen(call, self._caller(), sources, weights or ((reads,) if reads else ()), reads, active))
         return call.output
 
     def _sources(self, args: tuple, kwargs: dict) -> tuple[tuple[str, ...], bool]:
@@ -360,6 +362,45 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return model if not any(hasattr(module, "_orig_mod") for module in model.modules()) else uncompiled(model)
 
 
+def survey_batches(model: nn.Module, image: Tensor) -> tuple[list[Seen], list[Seen], dict[str, str], Any]:
+    """Run a model with both batch sizes of SURVEYED.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    image : Tensor
+        One image, [...].
+
+    Returns
+    -------
+    small, large : list of Seen
+        The calls of operations with each of the sizes.
+    others : dict of str to str
+        Parameter -> what else reads it.
+    output : Any
+        What the model returns.
+
+    Raises
+    ------
+    UnsupportedModel
+        The calls depend on the batch size.
+    """
+    surveys: list[Survey] = []
+    with callers(model) as caller, torch.no_grad():
+        for size in (*SURVEYED, SURVEYED[0]):
+            surveys.append(Survey(model, caller))
+            with surveys[-1]:
+                output = model(image.expand(size, *image.shape).clone())
+            if len(surveys) == len(SURVEYED) and len(surveys[0].seen) == len(surveys[1].seen):
+                break  # else the first run filled a cache, which the others read, and is repeated
+    small, large = surveys[0 if len(surveys) == len(SURVEYED) else -1].seen, surveys[1].seen
+    if [seen.call.kind for seen in small] != [seen.call.kind for seen in large]:
+        raise UnsupportedModel(f"{type(model).__name__} runs other operations for other batch sizes")
+    kept = dict.fromkeys((name for seen in surveys[0].seen for name in seen.sources), "a value that is kept between runs")
+    return small, large, kept | surveys[0].others, output
+
+
 class SiteList:
     """The sites of a model, found call by call.
 
@@ -425,6 +466,8 @@ class SiteList:
         """
         self._number += 1
         call = one.call
+        if not one.active and call.kind in _MAKES_WEIGHTS and call.output.shape == larger.call.output.shape:
+            return None  # a step on the way to computed weights, whose parameters are those of the layer that reads them
         if call.kind == "Add" and not all(_joins_branches(seen.call) for seen in (one, larger)):
             for source in one.sources:
                 self._others.setdefault(source, "an addition of another shape")
@@ -485,7 +528,7 @@ class SiteList:
         """
         modules = dict(self._model.named_modules())
         unread: dict[tuple[str, str], list[str]] = {}
-        others = {**self._others, **others}
+        others = {**others, **self._others}
         for name, _ in self._model.named_parameters():
             if name in self._told:
                 continue
