@@ -1,0 +1,186 @@
+"""Graphs of torch.export, written in the modules and functions that torch.fx would have found."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from textguard.errors import UnsupportedModel
+from textguard.faults.sites import OPERATIONS
+
+IsLeaf = Callable[[nn.Module, str], bool]
+
+
+def is_exported(model: nn.Module) -> bool:
+    """Whether a model is the module of an exported program, `torch.export.export(...).module()`."""
+    return isinstance(model, fx.GraphModule) and any(isinstance(step.target, torch._ops.OpOverload) for step in model.graph.nodes)
+
+
+def export(model: nn.Module, images: Tensor, functions: tuple[Callable, ...], is_leaf: IsLeaf) -> fx.GraphModule:
+    """Trace a model with torch.export, for batches of any size.
+
+    The forward runs once in Python, so control flow on shapes, assertions and lengths are no obstacle. What they come to for this
+    batch is taken to hold for all others.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    images : Tensor
+        A batch [B, ...] of at least two.
+    functions : tuple of callable
+        torch's functions that are wanted in place of the operators of the same name.
+    is_leaf : callable
+        From a module and its name to whether its calls are to be single steps.
+
+    Returns
+    -------
+    fx.GraphModule
+        From images to what the model returns for them. Its parameters and modules are the model's own.
+
+    Raises
+    ------
+    Exception
+        torch.export cannot trace the model. Which exceptions it raises is not documented.
+    """
+    shapes = ({0: torch.export.Dim.AUTO},)
+    program = torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False).module(check_guards=False)
+    return in_functions(program, functions, model, is_leaf)
+
+
+def in_functions(
+    program: fx.GraphModule,
+    functions: tuple[Callable, ...],
+    model: nn.Module | None = None,
+    is_leaf: IsLeaf = lambda module, name: False,
+) -> fx.GraphModule:
+    """An exported program in torch's functions, so that its sites are found and its activations known.
+
+    Parameters
+    ----------
+    program : fx.GraphModule
+        What `ExportedProgram.module` returns.
+    functions : tuple of callable
+        torch's functions that are wanted in place of the operators of the same name, beside those of OPERATIONS.
+    model : nn.Module, optional
+        The model that it was made from. Its modules' calls become single steps again.
+    is_leaf : callable
+        For which modules they do.
+
+    Returns
+    -------
+    fx.GraphModule
+        From the first input to the only output.
+
+    Raises
+    ------
+    UnsupportedModel
+        The program has several inputs, or a step that is a program of its own.
+    """
+    graph = fx.Graph()
+    seen: dict[fx.Node, fx.Node] = {}
+    for step in program.graph.nodes:
+        if not _only_checks(step):
+            seen[step] = graph.node_copy(step, seen.__getitem__)
+    steps = list(graph.nodes)
+    if sum(step.op == "placeholder" for step in steps) != 1:
+        raise UnsupportedModel("an exported program must have one input, a batch of images")
+    result = steps[-1].args[0]
+    while isinstance(result, (tuple, list)) and len(result) == 1:
+        result = result[0]
+    steps[-1].args = (result,)
+    named = {function.__name__: function for function in reversed((*OPERATIONS, *functions)) if callable(function)}
+    for step in steps:
+        if isinstance(step.target, torch._ops.OpOverload):
+            _call_function(step, named)
+    if model is not None:
+        _call_modules(graph, model, is_leaf)
+    graph.eliminate_dead_code()
+    return fx.GraphModule(_attributes(graph, program, model), graph)
+
+
+def _only_checks(step: fx.Node) -> bool:
+    """Whether a step only asserts what is known of the exported batch."""
+    if step.op == "call_module":
+        return step.target == "_guards_fn"
+    packet = getattr(step.target, "overloadpacket", None)
+    return packet is not None and packet.__name__.startswith(("_assert", "sym_constrain_range"))
+
+
+def _call_function(step: fx.Node, named: dict[str, Callable]) -> None:
+    """Make an operator's step one of torch's function with its name; one that writes in place gives a new value instead."""
+    packet, overload = step.target.overloadpacket, step.target._overloadname
+    name = packet.__name__
+    if step.target._schema.is_mutable and name.endswith("_") and isinstance(step.args[0], fx.Node):
+        changed = step.args[0]
+        name = name.removesuffix("_")
+        packet = getattr(torch.ops.aten, name, None)
+        if overload not in (packet.overloads() if packet else ()):
+            return  # it stays in place, and is refused as such
+        step.target = getattr(packet, overload)
+        later = False
+        for reader in list(step.graph.nodes):
+            if later:
+                reader.replace_input_with(changed, step)
+            later = later or reader is step
+    if name in named:
+        step.target = named[name]
+
+
+def _call_modules(graph: fx.Graph, model: nn.Module, is_leaf: IsLeaf) -> None:
+    """Make the steps of each call of a leaf module one step."""
+    modules = dict(model.named_modules())
+    calls: dict[str, tuple[str, dict, list[fx.Node]]] = {}
+    for step in graph.nodes:
+        if step.op != "call_function" or not isinstance(step.meta.get("val"), Tensor):
+            continue
+        stack = {}
+        for key, entry in (step.meta.get("nn_module_stack") or {}).items():
+            stack[key] = entry
+            name = str(entry[0])
+            if name in modules and is_leaf(modules[name], name):
+                calls.setdefault(key, (name, stack, []))[2].append(step)
+                break
+    for name, stack, steps in calls.values():
+        module, inside = modules[name], set(steps)
+        given = {read for step in steps for read in step.all_input_nodes if read not in inside and _is_value(read)}
+        made = [step for step in steps if any(reader not in inside for reader in step.users)]
+        if len(given) != 1 or len(made) != 1 or not _has_one_argument(module):
+            continue
+        with graph.inserting_after(made[0]):
+            call = graph.call_module(name, (given.pop(),))
+        call.meta["nn_module_stack"] = stack
+        made[0].replace_all_uses_with(call)
+        for step in reversed(steps):
+            graph.erase_node(step)
+
+
+def _is_value(step: fx.Node) -> bool:
+    """Whether a step is a tensor that images flow into, or may."""
+    return step.op != "get_attr" and isinstance(step.meta.get("val"), Tensor)
+
+
+def _has_one_argument(module: nn.Module) -> bool:
+    """Whether a module makes a tensor of one tensor."""
+    needed = [one for one in inspect.signature(module.forward).parameters.values() if one.default is one.empty]
+    return len(needed) == 1 and needed[0].kind is not needed[0].VAR_KEYWORD and not isinstance(module, nn.RNNBase)
+
+
+def _attributes(graph: fx.Graph, program: fx.GraphModule, model: nn.Module | None) -> dict[str, Any]:
+    """What the steps of a graph read, by name. Parameters get the first of their names, as in `named_parameters`."""
+    names = {id(value): name for name, value in (model or program).named_parameters()}
+    found: dict[str, Any] = {}
+    for step in graph.nodes:
+        if step.op == "call_module":
+            found[step.target] = (model or program).get_submodule(step.target)
+        elif step.op == "get_attr":
+            value: Any = program
+            for part in step.target.split("."):
+                value = getattr(value, part)
+            if isinstance(value, fx.GraphModule):
+                raise UnsupportedModel(f"step {step.name} of the exported program is a program of its own")
+            step.target = names.get(id(value), step.target)
+            found[step.target] = value
+    return found
