@@ -1,11 +1,16 @@
 """Graphs of torch.export, written in the modules and functions that torch.fx would have found."""
 
+import contextlib
 import inspect
+import io
+import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from textguard.errors import UnsupportedModel
 from textguard.faults.sites import OPERATIONS
@@ -15,14 +20,16 @@ IsLeaf = Callable[[nn.Module, str], bool]
 
 def is_exported(model: nn.Module) -> bool:
     """Whether a model is the module of an exported program, `torch.export.export(...).module()`."""
-    return isinstance(model, fx.GraphModule) and any(isinstance(step.target, torch._ops.OpOverload) for step in model.graph.nodes)
+    return isinstance(model, fx.GraphModule) and any(
+        isinstance(step.target, torch._ops.OpOverload) for step in model.graph.nodes
+    )
 
 
 def export(model: nn.Module, images: Tensor, functions: tuple[Callable, ...], is_leaf: IsLeaf) -> fx.GraphModule:
     """Trace a model with torch.export, for batches of any size.
 
-    The forward runs once in Python, so control flow on shapes, assertions and lengths are no obstacle. What they come to for this
-    batch is taken to hold for all others.
+    The forward runs once in Python, so control flow on shapes, assertions and lengths are no obstacle. What they come to for
+    this batch is taken to hold for all others.
 
     Parameters
     ----------
@@ -46,7 +53,13 @@ def export(model: nn.Module, images: Tensor, functions: tuple[Callable, ...], is
         torch.export cannot trace the model. Which exceptions it raises is not documented.
     """
     shapes = ({0: torch.export.Dim.AUTO},)
-    program = torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False).module(check_guards=False)
+    before = logging.root.manager.disable
+    logging.disable()  # torch logs and prints what it cannot trace, with stack and graph; the caller says so in one line
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
+            program = torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False).module(check_guards=False)
+    finally:
+        logging.disable(before)
     return in_functions(program, functions, model, is_leaf)
 
 
@@ -91,13 +104,15 @@ def in_functions(
     while isinstance(result, (tuple, list)) and len(result) == 1:
         result = result[0]
     steps[-1].args = (result,)
-    named = {function.__name__: function for function in reversed((*OPERATIONS, *functions)) if callable(function)}
+    wanted = {*OPERATIONS, *functions}
     for step in steps:
         if isinstance(step.target, torch._ops.OpOverload):
-            _call_function(step, named)
+            _call_function(step, wanted)
     if model is not None:
         _call_modules(graph, model, is_leaf)
-    graph.eliminate_dead_code()
+    for step in reversed(graph.nodes):
+        if step.op == "get_attr" and not step.users:  # other steps that nothing reads may be sites
+            graph.erase_node(step)
     return fx.GraphModule(_attributes(graph, program, model), graph)
 
 
@@ -109,7 +124,7 @@ def _only_checks(step: fx.Node) -> bool:
     return packet is not None and packet.__name__.startswith(("_assert", "sym_constrain_range"))
 
 
-def _call_function(step: fx.Node, named: dict[str, Callable]) -> None:
+def _call_function(step: fx.Node, wanted: set[Callable]) -> None:
     """Make an operator's step one of torch's function with its name; one that writes in place gives a new value instead."""
     packet, overload = step.target.overloadpacket, step.target._overloadname
     name = packet.__name__
@@ -125,8 +140,8 @@ def _call_function(step: fx.Node, named: dict[str, Callable]) -> None:
             if later:
                 reader.replace_input_with(changed, step)
             later = later or reader is step
-    if name in named:
-        step.target = named[name]
+    # Where both have it, torch's own takes the operator's arguments in their order, which nn.functional's need not.
+    step.target = next((found for place in (torch, F) if (found := getattr(place, name, None)) in wanted), step.target)
 
 
 def _call_modules(graph: fx.Graph, model: nn.Module, is_leaf: IsLeaf) -> None:
@@ -151,7 +166,7 @@ def _call_modules(graph: fx.Graph, model: nn.Module, is_leaf: IsLeaf) -> None:
             continue
         with graph.inserting_after(made[0]):
             call = graph.call_module(name, (given.pop(),))
-        call.meta["nn_module_stack"] = stack
+        call.meta = {**made[0].meta, "nn_module_stack": stack}
         made[0].replace_all_uses_with(call)
         for step in reversed(steps):
             graph.erase_node(step)

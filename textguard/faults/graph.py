@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 import itertools
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -47,9 +48,10 @@ ACTIVATION_FUNCTIONS = tuple(one for one in ACTIVATIONS if callable(one) and not
 class Scaling:
     """How one step's value grows with the number of images in the batch.
 
-    A tensor holds `rows` rows per image along dimension `dim`, such as windows or tokens: one image's rows after those of another,
-    or, where it is `interleaved`, all images' first rows before their second ones. A number is `rows` times the number of images.
-    Where `rows` is 0, the value does not depend on the batch. A tuple or list has a Scaling for each of its items, in `parts`.
+    A tensor holds `rows` rows per image along dimension `dim`, such as windows or tokens: one image's rows after those of
+    another or, where it is `interleaved`, all images' first rows before their second ones. A number is `rows` times the number of
+    images. Where `rows` is 0, the value does not depend on the batch. A tuple or list has a Scaling for each of its items, in
+    `parts`.
 
     Parameters
     ----------
@@ -68,7 +70,9 @@ class Scaling:
         if isinstance(small, Tensor):
             grown = [dim for dim, sizes in enumerate(zip(small.shape, large.shape, strict=False)) if sizes[0] != sizes[1]]
             if small.ndim != large.ndim or len(grown) > 1:
-                raise UnsupportedModel(f"a value of shape {list(small.shape)} grows along more than one dimension with its batch")
+                raise UnsupportedModel(
+                    f"a value of shape {list(small.shape)} grows along more than one dimension with its batch"
+                )
             if grown:
                 self.dim = grown[0]
                 self.rows = self._per_image(small.shape[self.dim], large.shape[self.dim])
@@ -146,7 +150,7 @@ class Scaling:
             Whether `select` finds an image's share of the value.
         """
         if self.parts:
-            return all([part.settle(*items, swap) for part, *items in zip(self.parts, value, swapped, strict=True)])
+            return all(part.settle(*items, swap) for part, *items in zip(self.parts, value, swapped, strict=True))
         if not isinstance(value, Tensor):
             return True
         gaps = [_gap(self.select(value, swap), swapped)]
@@ -292,7 +296,7 @@ class TracedModel:
         for index, _ in zip(*map(self.walk, runs), strict=True):
             step = self.steps[index]
             if not self._scalings[step].settle(*(values[step] for values in runs), swap):
-                raise UnsupportedModel(f"the value of step {step.name} for an image depends on the other images of its batch")
+                raise UnsupportedModel(f"what step {step.name} makes of an image depends on its place in the batch")
         if not self._scalings[self.steps[-1]].batch_first:
             raise UnsupportedModel(f"{self._name} returns logits whose batch is not dimension 0")
 
@@ -489,8 +493,8 @@ def _export(model: nn.Module, image: Tensor) -> fx.GraphModule:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of what only passes images on to it, with the layers' own names.
 
-    `nn.DataParallel`, `DistributedDataParallel`, `AveragedModel` and what `torch.compile` makes hold it as a module. The module of
-    an exported program comes back in torch's functions. Another model comes back itself.
+    `nn.DataParallel`, `DistributedDataParallel`, `AveragedModel` and what `torch.compile` makes hold it as a module. The module
+    of an exported program comes back in torch's functions. Another model comes back itself.
 
     Raises
     ------
@@ -540,18 +544,17 @@ def like(value: tuple | list, items: list) -> tuple | list:
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
-    """How far two tensors are apart, as a share of their largest magnitude; not counting where both are NaN or the same."""
+    """How far two tensors are apart, as a share of their largest finite magnitude. NaN and infinities have to be the same."""
     if a.shape != b.shape:
-        return float("inf")
-    if a.is_complex():
-        a, b = torch.view_as_real(a), torch.view_as_real(b)
+        return math.inf
+    a, b = (torch.view_as_real(one) if one.is_complex() else one for one in (a, b))
     a, b = a.detach().double(), b.detach().double()
     differ = ~((a == b) | (a.isnan() & b.isnan()))
     if not differ.any():
         return 0.0
-    a, b = a[differ], b[differ]
-    gap = float((a - b).abs().max() / torch.maximum(a.abs(), b.abs()).max())
-    return gap if gap == gap else float("inf")
+    gap = (a - b)[differ].abs().max()
+    largest = torch.stack([a, b]).nan_to_num(0.0, 0.0, 0.0).abs().max()
+    return float((gap / largest).nan_to_num(math.inf))
 
 
 def is_tensor(value: Any) -> bool:
