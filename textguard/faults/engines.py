@@ -44,7 +44,7 @@ class Engine(Protocol):
     """Runs faults on a batch of images.
 
     `sites` are the operations with injectable outputs, in order of execution; `skipped` those without, each with the reason;
-    `settings` is what the results depend on, as text; `reason` says why `make_engine` could not make the one that was asked for,
+    `settings` is what the results depend on, as text; `reason` says why `make_engine` could not make the one asked for,
     and is empty where it could.
     """
 

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import io
 import logging
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -92,18 +93,14 @@ def in_functions(
     UnsupportedModel
         The program has several inputs, or a step that is a program of its own.
     """
-    graph = fx.Graph()
-    seen: dict[fx.Node, fx.Node] = {}
-    for step in program.graph.nodes:
-        if not _only_checks(step):
-            seen[step] = graph.node_copy(step, seen.__getitem__)
-    steps = list(graph.nodes)
-    if sum(step.op == "placeholder" for step in steps) != 1:
+    if sum(step.op == "placeholder" for step in program.graph.nodes) != 1:
         raise UnsupportedModel("an exported program must have one input, a batch of images")
-    result = steps[-1].args[0]
+    graph = fx.Graph()
+    result = _copy(program, graph, {})
     while isinstance(result, (tuple, list)) and len(result) == 1:
         result = result[0]
-    steps[-1].args = (result,)
+    graph.output(result)
+    steps = list(graph.nodes)
     wanted = {*OPERATIONS, *functions}
     for step in steps:
         if isinstance(step.target, torch._ops.OpOverload):
@@ -114,6 +111,38 @@ def in_functions(
         if step.op == "get_attr" and not step.users:  # other steps that nothing reads may be sites
             graph.erase_node(step)
     return fx.GraphModule(_attributes(graph, program, model), graph)
+
+
+def _copy(program: fx.GraphModule, graph: fx.Graph, seen: dict[fx.Node, Any], place: str = "") -> Any:
+    """Copy a program's steps into a graph, without those that only check. Returns its output, in the graph's steps.
+
+    seen: a step -> what it is in the graph; at first the inputs, where they are known. place: the program's name and a dot.
+    """
+    for step in program.graph.nodes:
+        name, arguments = _inner(step)
+        if step.op == "output":
+            return fx.map_arg(step.args[0], seen.__getitem__)
+        if name:
+            inner = program.get_submodule(name)
+            inputs = [one for one in inner.graph.nodes if one.op == "placeholder"]
+            given = dict(zip(inputs, fx.map_arg(arguments, seen.__getitem__), strict=True))
+            seen[step] = _copy(inner, graph, given, f"{place}{name}.")
+        elif step.target is operator.getitem and isinstance(seen[step.args[0]], (tuple, list)):
+            seen[step] = seen[step.args[0]][step.args[1]]
+        elif step not in seen and not _only_checks(step):
+            seen[step] = graph.node_copy(step, seen.__getitem__)
+            if step.op == "get_attr":
+                seen[step].target = f"{place}{step.target}"
+    raise AssertionError("a graph ends with its output")
+
+
+def _inner(step: fx.Node) -> tuple[str, tuple]:
+    """The name of the program that a step runs with autocast or gradients off, and its arguments; "" where it does not."""
+    name = getattr(step.target, "__name__", "")
+    at = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}.get(name)
+    if at is None or (name == "wrap_with_autocast" and step.args[2]):
+        return "", ()
+    return step.args[at].target, step.args[at + 1 :]
 
 
 def _only_checks(step: fx.Node) -> bool:

@@ -49,9 +49,9 @@ class Scaling:
     """How one step's value grows with the number of images in the batch.
 
     A tensor holds `rows` rows per image along dimension `dim`, such as windows or tokens: one image's rows after those of
-    another or, where it is `interleaved`, all images' first rows before their second ones. A number is `rows` times the number of
-    images. Where `rows` is 0, the value does not depend on the batch. A tuple or list has a Scaling for each of its items, in
-    `parts`.
+    another or, where it is `interleaved`, all images' first rows before their second ones. A number is `rows` times the number
+    of images. Where `rows` is 0, the value does not depend on the batch. A tuple or list has a Scaling for each of its items,
+    in `parts`.
 
     Parameters
     ----------
