@@ -273,6 +273,7 @@ class TracedModel:
         for read, index in self.last_reader.items():
             self._read_last_by.setdefault(index, []).append(read)
         self.__dict__.pop("constants", None)
+        self._made: tuple[int, Values] = (0, {})
         try:
             (small, small_calls), (large, large_calls) = (self._survey(image, size) for size in SURVEYED)
         except UnsupportedModel:
@@ -286,8 +287,29 @@ class TracedModel:
             )
         self._scalings = {step: Scaling(a, b) for step, a, b in zip(self.steps, small, large, strict=True)}
         self._shapes = [tuple(value.shape) if is_tensor(value) else None for value in small]
+        self._numbers = {step: value for step, value in zip(self.steps, small, strict=True) if _is_number(value)}
+        self._sized = dict.fromkeys(self._find_sized())
         self._settle(image)
         return small_calls, large_calls
+
+    def _find_sized(self) -> list[fx.Node]:
+        """The steps that depend on how many images there are, but on none of them, such as their numbers 0, 1, 2 ..."""
+        known = {*self.constants, *self._numbers}
+        for step in self.steps:
+            if step not in known and step.all_input_nodes and step.op != "output" and known.issuperset(step.all_input_nodes):
+                known.add(step)
+        return [step for step in self.steps if step in known and step not in self.constants and step not in self._numbers]
+
+    def _made_for(self, count: int) -> Values:
+        """The values of these steps for a batch of `count` images."""
+        if self._made[0] != count:
+            images = torch.arange(count)
+            values = self.constants | {step: self.select(step, value, images) for step, value in self._numbers.items()}
+            with torch.inference_mode(False), torch.no_grad():
+                for step in self._sized:
+                    values[step] = self.run_step(self.index[step], values)
+            self._made = count, values
+        return self._made[1]
 
     def _settle(self, image: Tensor) -> None:
         """Run two images both ways round, to learn in which order each step's value holds the rows of images."""
@@ -295,7 +317,7 @@ class TracedModel:
         swap = torch.tensor([1, 0], device=image.device)
         for index, _ in zip(*map(self.walk, runs), strict=True):
             step = self.steps[index]
-            if not self._scalings[step].settle(*(values[step] for values in runs), swap):
+            if step not in self._sized and not self._scalings[step].settle(*(values[step] for values in runs), swap):
                 raise UnsupportedModel(f"what step {step.name} makes of an image depends on its place in the batch")
         if not self._scalings[self.steps[-1]].batch_first:
             raise UnsupportedModel(f"{self._name} returns logits whose batch is not dimension 0")
@@ -401,6 +423,8 @@ class TracedModel:
 
         images: int64 [N], indices of images in the batch of `value`; they may repeat.
         """
+        if step in self._sized:
+            return self._made_for(len(images))[step]
         return self._scalings[step].select(value, images)
 
     def operation(self, step: fx.Node) -> object:
@@ -560,6 +584,11 @@ def _gap(a: Tensor, b: Tensor) -> float:
 def is_tensor(value: Any) -> bool:
     """Whether the value of a step is a single tensor."""
     return isinstance(value, Tensor)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a step's value is a number, or several, such as a shape."""
+    return all(map(_is_number, value)) if isinstance(value, (tuple, list)) else isinstance(value, (int, float))
 
 
 def _on_meta(value: Any) -> Any:
