@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import io
+import itertools
 import logging
 import operator
 import warnings
@@ -17,6 +18,12 @@ from textguard.errors import UnsupportedModel
 from textguard.faults.sites import OPERATIONS
 
 IsLeaf = Callable[[nn.Module, str], bool]
+
+# A part of a tensor -> the tensor with another part in its place.
+_SCATTERS = {
+    torch.ops.aten.slice.Tensor: torch.ops.aten.slice_scatter.default,
+    torch.ops.aten.select.int: torch.ops.aten.select_scatter.default,
+}
 
 
 def is_exported(model: nn.Module) -> bool:
@@ -155,22 +162,31 @@ def _only_checks(step: fx.Node) -> bool:
 
 def _call_function(step: fx.Node, wanted: set[Callable]) -> None:
     """Make an operator's step one of torch's function with its name; one that writes in place gives a new value instead."""
-    packet, overload = step.target.overloadpacket, step.target._overloadname
-    name = packet.__name__
+    name = step.target.overloadpacket.__name__
     if step.target._schema.is_mutable and name.endswith("_") and isinstance(step.args[0], fx.Node):
-        changed = step.args[0]
         name = name.removesuffix("_")
-        packet = getattr(torch.ops.aten, name, None)
+        packet, overload = getattr(torch.ops.aten, name, None), step.target._overloadname
         if overload not in (packet.overloads() if packet else ()):
             return  # it stays in place, and is refused as such
         step.target = getattr(packet, overload)
-        later = False
-        for reader in list(step.graph.nodes):
-            if later:
-                reader.replace_input_with(changed, step)
-            later = later or reader is step
+        _carry_on(step.args[0], step)
     # Where both have it, torch's own takes the operator's arguments in their order, which nn.functional's need not.
     step.target = next((found for place in (torch, F) if (found := getattr(place, name, None)) in wanted), step.target)
+
+
+def _carry_on(changed: fx.Node, new: fx.Node) -> None:
+    """Let the steps behind `new` read it in place of `changed`, and what `changed` is a part of with it.
+
+    Other views of the same memory are not followed. Who traces has to compare the outputs.
+    """
+    later = itertools.dropwhile(lambda step: step is not new, list(new.graph.nodes))
+    for reader in itertools.islice(later, 1, None):
+        reader.replace_input_with(changed, new)
+    if changed.target in _SCATTERS:
+        with new.graph.inserting_after(new):
+            scattered = new.graph.call_function(_SCATTERS[changed.target], (changed.args[0], new, *changed.args[1:]))
+        scattered.meta = dict(changed.args[0].meta)
+        _carry_on(changed.args[0], scattered)
 
 
 def _call_modules(graph: fx.Graph, model: nn.Module, is_leaf: IsLeaf) -> None:

@@ -230,13 +230,13 @@ class TracedModel:
             raise UnsupportedModel(f"{self._name} returns a {type(expected).__name__}, not a tensor of logits")
         self.exported = False
         try:
-            small, large = self._take(functools.partial(_trace, model), image, expected)
+            small, large = self._take(functools.partial(_trace, model), model, image, expected)
         except UnsupportedModel as reason:
             if isinstance(model, fx.GraphModule):
                 raise
             self.exported = True
             try:
-                small, large = self._take(functools.partial(_export, model, image), image, expected)
+                small, large = self._take(functools.partial(_export, model, image), model, image, expected)
             except UnsupportedModel:
                 raise reason from None
         self.shapes = {
@@ -247,7 +247,7 @@ class TracedModel:
         self._find_sites(model, kinds, small, large)
 
     def _take(
-        self, trace: Callable[[], fx.GraphModule], image: Tensor, expected: Tensor
+        self, trace: Callable[[], fx.GraphModule], model: nn.Module, image: Tensor, expected: Tensor
     ) -> tuple[list[list[Call]], list[list[Call]]]:
         """Take over a traced model, if it does what the model does. Returns the calls of each step, for both batch sizes.
 
@@ -280,17 +280,20 @@ class TracedModel:
             raise
         except Exception as error:
             raise UnsupportedModel(f"{self._name} does not run on batches of other sizes ({in_a_line(error)})") from error
-        # torch.fx traces `x += y` as `x = x + y`. Only the former changes x for whoever else holds it, so the two can differ.
-        if not is_tensor(small[-1]) or not torch.allclose(small[-1], expected, rtol=1e-3, atol=1e-5, equal_nan=True):
-            raise UnsupportedModel(
-                f"{self._name}, when traced, gives other outputs than the model; write `x = x + y` for `x += y`"
-            )
+        if not is_tensor(small[-1]) or not _alike(small[-1], expected):
+            raise self._differs()
         self._scalings = {step: Scaling(a, b) for step, a, b in zip(self.steps, small, large, strict=True)}
         self._shapes = [tuple(value.shape) if is_tensor(value) else None for value in small]
         self._numbers = {step: value for step, value in zip(self.steps, small, strict=True) if _is_number(value)}
         self._sized = dict.fromkeys(self._find_sized())
-        self._settle(image)
+        self._settle(model, image)
         return small_calls, large_calls
+
+    def _differs(self) -> UnsupportedModel:
+        """torch.fx traces `x += y` as `x = x + y`, which does not change x for whoever else holds it: the two can differ."""
+        return UnsupportedModel(
+            f"{self._name}, when traced, gives other outputs than the model; write `x = x + y` for `x += y`"
+        )
 
     def _find_sized(self) -> list[fx.Node]:
         """The steps that depend on how many images there are, but on none of them, such as their numbers 0, 1, 2 ..."""
@@ -311,14 +314,17 @@ class TracedModel:
             self._made = count, values
         return self._made[1]
 
-    def _settle(self, image: Tensor) -> None:
+    def _settle(self, model: nn.Module, image: Tensor) -> None:
         """Run two images both ways round, to learn in which order each step's value holds the rows of images."""
-        runs = [self.inputs(torch.stack(pair)) for pair in itertools.permutations((image, another_image(image)))]
+        pairs = [torch.stack(pair) for pair in itertools.permutations((image, another_image(image)))]
+        runs = [self.inputs(pair) for pair in pairs]
         swap = torch.tensor([1, 0], device=image.device)
         for index, _ in zip(*map(self.walk, runs), strict=True):
             step = self.steps[index]
             if step not in self._sized and not self._scalings[step].settle(*(values[step] for values in runs), swap):
                 raise UnsupportedModel(f"what step {step.name} makes of an image depends on its place in the batch")
+        if not _alike(runs[0][self.steps[-1]], model(pairs[0].clone())):
+            raise self._differs()
         if not self._scalings[self.steps[-1]].batch_first:
             raise UnsupportedModel(f"{self._name} returns logits whose batch is not dimension 0")
 
@@ -584,6 +590,11 @@ def _gap(a: Tensor, b: Tensor) -> float:
 def is_tensor(value: Any) -> bool:
     """Whether the value of a step is a single tensor."""
     return isinstance(value, Tensor)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two logits are the same but for rounding."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
 def _is_number(value: Any) -> bool:
