@@ -82,6 +82,7 @@ def hearing(number: int, visit):
         (ReplayEngine, {}),
         (ReplayEngine, {"need_weights": True}),
         (WholeEngine, {}),
+        (ReplayEngine, {"batch_first": False}),
         (WholeEngine, {"batch_first": False}),
         (WholeEngine, {"tokens": True}),
     ],

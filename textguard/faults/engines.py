@@ -15,7 +15,7 @@ from textguard import __version__
 from textguard.errors import Setting, UnknownName, UnsupportedModel
 from textguard.faults.damage import Damage, Faults, Storage, Target, damage_output, damage_weights, make_storages
 from textguard.faults.formats import FP32, Format
-from textguard.faults.graph import TracedModel, Values
+from textguard.faults.graph import TracedModel, Values, unwrapped
 from textguard.faults.local import PRODUCTS, LocalFaults, LocalSteps, covers, in_batches, neuron_patch, paste_whole, whole
 from textguard.faults.prediction import Prediction, chains_of, foresee, straight_through
 from textguard.faults.sites import DEFAULT_KINDS, Call, Calls, Site, SiteList, changed_rows, survey_batches, uncompiled
@@ -44,12 +44,14 @@ class Engine(Protocol):
     """Runs faults on a batch of images.
 
     `sites` are the operations with injectable outputs, in order of execution; `skipped` those without, each with the reason;
-    `settings` is what the results depend on, as text.
+    `settings` is what the results depend on, as text; `reason` says why `make_engine` could not make the one asked for,
+    and is empty where it could.
     """
 
     sites: Sequence[Site]
     skipped: Sequence[tuple[str, str]]
     settings: Mapping[str, str]
+    reason: str
     number_format: Format
     device: torch.device
 
@@ -107,6 +109,8 @@ class _Engine:
         profiled: Mapping[str, float] | None = None,
         target: Target = "neuron",
     ) -> None:
+        model = unwrapped(model)
+        self.reason = ""
         self._batch_size, self.number_format, self.device = batch_size, number_format, image.device
         weights = hashlib.sha256()
         for name, tensor in sorted(model.state_dict().items()):
@@ -152,6 +156,8 @@ class ReplayEngine(_Engine):
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         self._traced = TracedModel(model, image, kinds)
         self.sites, self.skipped = self._traced.sites, self._traced.skipped
+        if self._traced.exported and self.sites != WholeEngine(model, image, 1, kinds=kinds).sites:
+            raise UnsupportedModel(f"{type(model).__name__}, as torch.export traces it, has other sites than the model")
         self._storages, outputs = make_storages(self._traced.model, self.sites, self.number_format, profiled, target)
         self._rounds = self.number_format.name != "fp32"
         if self._rounds:
@@ -223,7 +229,7 @@ class ReplayEngine(_Engine):
         site, step = self.sites[position], traced.steps[index]
         part, values = faults.select(rows)
         in_output = faults.model.target != "weight" and traced.is_whole(position)
-        in_order = site.in_order and not self._exact
+        in_order = site.in_order and traced.batch_first(step) and not self._exact
         local = in_output and in_order and part.one_value_each and golden[step].ndim in (2, 4)
         if local and golden[step].ndim == len(site.shape) + 1:
             output = golden[step]
@@ -563,5 +569,6 @@ def make_engine(name: str, model: nn.Module, image: Tensor, batch_size: int, **o
         if name != "replay":
             raise
         engine = WholeEngine(model, image, batch_size, **options)
+        engine.reason = str(reason)
         print(f"engine 'replay' cannot be used, going on with 'whole', which is slower: {reason}", file=sys.stderr, flush=True)
         return engine

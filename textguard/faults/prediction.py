@@ -155,6 +155,8 @@ def _keeps_to_its_channel(traced: TracedModel, step: fx.Node, reader: fx.Node) -
     operation = traced.operation(reader)
     if reader.op == "output" or traced.shapes.get(reader) is None:
         return False
+    if not all(map(traced.batch_first, (reader, *reader.all_input_nodes))):
+        return False
     if operation in ADDITIONS:
         return (
             len(reader.args) == 2
