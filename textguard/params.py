@@ -239,7 +239,13 @@ class InjectParams:
     compare_detectors: Annotated[list[Line], Distinct]
     mitigation: Literal["none", "ranger", "clip_to_zero"]
     kinds: Annotated[
-        list[Literal["Conv1d", "Conv2d", "Conv3d", "ConvTranspose2d", "Linear", "MatMul", "Add"]],
+        list[
+            Literal[
+                *("Conv1d", "Conv2d", "Conv3d", "Linear", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Bilinear"),
+                *("Recurrent", "Embedding", "MatMul", "Add", "LayerNorm", "BatchNorm", "GroupNorm", "Softmax", "Activation"),
+                "Pool",
+            ]
+        ],
         Field(min_length=1),
         Distinct,
     ]

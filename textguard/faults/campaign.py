@@ -27,7 +27,7 @@ from textguard.faults.execution import measure_pace, no_records
 from textguard.faults.formats import Format, parse_format
 from textguard.faults.golden import fake_quantised, look_at_golden_run
 from textguard.faults.guided import draw_guided
-from textguard.faults.plans import bits_of, draw_plan
+from textguard.faults.plans import bits_at, draw_plan
 from textguard.faults.profiling import (
     IMAGES,
     count_images,
@@ -75,7 +75,7 @@ class CampaignSettings:
         How values are stored; see `parse_format`.
     fault_model : FaultModel, default one flipped bit of one neuron
         What one injection is.
-    kinds : sequence of str, default ("Conv2d", "Linear")
+    kinds : sequence of str, default ("Conv1d", "Conv2d", "Conv3d", "Linear")
         Operations whose outputs are fault sites.
     engine : {"replay", "whole", "pytorchfi"}, default "replay"
         Who carries the faults out; see `make_engine`.
@@ -430,7 +430,7 @@ class Campaign:
                 {"layer": site.layer, "kind": site.kind, "neurons": site.neurons, "multiply_adds": site.multiply_adds}
                 for site in self.engine.sites
             ],
-            "bits": bits_of(self.settings.fault_model, self.number_format),
+            "bits": max(bits_at(site, self.settings.fault_model, self.number_format) for site in self.engine.sites),
             "strata": self.strata,
             "eligible_images": len(self.eligible),
             "detectors": self.settings.detectors,

@@ -1,6 +1,7 @@
 """What faults do to stored values: which codes change, what they decode to, and what the range detector makes of it."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_map
 from textguard.errors import InvalidParameter, Setting
 from textguard.faults.checks import checked_name, whole_number
 from textguard.faults.detectors import clamp_to_range
-from textguard.faults.formats import Format
+from textguard.faults.formats import Format, stored_as
 from textguard.faults.sites import Call, Site
 from textguard.faults.weights import computed_weights, matrices, stored_weights
 
@@ -173,18 +174,43 @@ class Storage:
         How many values one image's output, or the weights, have.
     device : torch.device
         Where the values lie.
+    site : Site, optional
+        The site whose output it is, where it is one.
+    native : bool, default False
+        Whether torch stores them in that format anyway, so that nothing has to be rounded.
     """
 
-    def __init__(self, number_format: Format, limit: float, size: int, device: torch.device) -> None:
-        self.format, self.size = number_format, size
+    def __init__(
+        self,
+        number_format: Format,
+        limit: float,
+        size: int,
+        device: torch.device,
+        site: Site | None = None,
+        native: bool = False,
+    ) -> None:
+        self.format, self.size, self._site, self._native = number_format, size, site, native
         self.limit = torch.tensor(limit, dtype=torch.float32, device=device)
 
     def round(self, values: Tensor) -> Tensor:
         """What is left of values once they are stored.
 
-        values: float32, B * size of them in any shape, of B images or of one weight. Returns float32 of the same shape.
+        values: B * size of them in any shape, of B images or of one weight. Returns the same shape and type.
         """
-        return self.format.round(values.reshape(-1, self.size), self.limit).reshape(values.shape)
+        if self._native:
+            return values
+        if self._site is None or self._site.in_order:
+            return self.format.round(values.reshape(-1, self.size), self.limit).reshape(values.shape)
+        stored = values.clone()
+        view = self.by_image(stored, values.numel() // self.size)
+        view.copy_(self.format.round(view.flatten(1), self.limit).reshape(view.shape))
+        return stored
+
+    def by_image(self, output: Tensor, images: int) -> Tensor:
+        """A view of the site's output with the images in dimension 0; see `Site.by_image`."""
+        if self._site is not None and not self._site.in_order:
+            return self._site.by_image(output, images)
+        return output if len(output) == images else output.unflatten(0, (images, -1))
 
     def damage(self, faults: Faults, read: Callable[[Tensor, Tensor], Tensor]) -> Damage:
         """Damage the values that faults name.
@@ -290,7 +316,7 @@ def damage_output(storage: Storage, output: Tensor, faults: Faults) -> Damage:
     storage : Storage
         How the output is stored.
     output : Tensor
-        float32 [N * rows, ...], as stored.
+        [N * rows, ...], or with the images where the site has them, as stored.
     faults : Faults
         N faults.
 
@@ -299,13 +325,13 @@ def damage_output(storage: Storage, output: Tensor, faults: Faults) -> Damage:
     Damage
         What the faults did.
     """
-    by_image = output if len(output) == len(faults.position) else output.unflatten(0, (len(faults.position), -1))
+    by_image = storage.by_image(output, len(faults.position))
 
     def read(row: Tensor, neuron: Tensor) -> Tensor:
         return by_image[(row, *torch.unravel_index(neuron, by_image.shape[1:]))]
 
     damage = storage.damage(faults, read)
-    by_image[(damage.row, *torch.unravel_index(damage.neuron, by_image.shape[1:]))] = damage.written
+    by_image[(damage.row, *torch.unravel_index(damage.neuron, by_image.shape[1:]))] = damage.written.to(output.dtype)
     return damage
 
 
@@ -378,7 +404,7 @@ def _damaged(weight: Tensor, damage: Damage, number: int) -> Iterator[None]:
     damaged = torch.unravel_index(damage.neuron[here], weight.shape)
     kept = weight[damaged]
     try:
-        weight[damaged] = damage.written[here]
+        weight[damaged] = damage.written[here].to(weight.dtype)
         yield
     finally:
         weight[damaged] = kept
@@ -416,6 +442,7 @@ def make_storages(
     """
     if target == "metadata" and not number_format.shared_bits:
         raise InvalidParameter(f"format {number_format.name} has no metadata; change ", Setting("fault_model.target"))
+    device = next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
     outputs: list[Storage] = []
     weights: list[Storage] = []
     rounded: dict[int, Storage] = {}  # a weight that several sites read is rounded once
@@ -426,14 +453,19 @@ def make_storages(
             raise InvalidParameter(f"layer {site.layer!r} has no profiled range; profile the model first (stage 'ranges')")
         if weight is not None:
             if id(weight) not in rounded:
-                storage = _weight_storage(number_format, weight)
-                if number_format.name != "fp32":
-                    weight.data = storage.round(weight.data)
+                own, native = stored_as(number_format, site.weight_dtype, f"the weights of layer {site.layer!r}")
+                storage = Storage(own, float(weight.detach().abs().max()), site.weights, weight.device, native=native)
+                weight.data = storage.round(weight.data)
                 rounded[id(weight)] = storage
             weights.append(rounded[id(weight)])
+        elif target == "weight" and site.weights:
+            raise InvalidParameter(f"layer {site.layer!r} computes its weights; those it reads are not the stored ones")
         elif target == "weight":
             raise InvalidParameter(f"layer {site.layer!r} has no weights; leave {site.kind} out of ", Setting("kinds"))
-        outputs.append(Storage(number_format, limit, site.neurons, next(model.parameters()).device))
+        if target == "weight" and not site.in_order:
+            raise InvalidParameter(f"layer {site.layer!r} has its batch in dimension {site.dimension}: its weights are not hit")
+        own, native = stored_as(number_format, site.dtype, f"the output of layer {site.layer!r}")
+        outputs.append(Storage(own, limit, site.neurons, device, site, native))
     return (weights if target == "weight" else outputs), outputs
 
 

@@ -26,10 +26,10 @@ from textguard.faults.damage import (
     round_others,
 )
 from textguard.faults.formats import FP32, Format
-from textguard.faults.graph import TracedModel, Values
+from textguard.faults.graph import TracedModel, Values, unwrapped
 from textguard.faults.local import PRODUCTS, LocalFaults, LocalSteps, covers, in_batches, neuron_patch, paste_whole, whole
 from textguard.faults.prediction import Prediction, chains_of, foresee, straight_through
-from textguard.faults.sites import DEFAULT_KINDS, SURVEYED, Call, Calls, Site, SiteList
+from textguard.faults.sites import DEFAULT_KINDS, Call, Calls, Site, SiteList, changed_rows, survey_batches, uncompiled
 from textguard.faults.suffix import shortcuts
 from textguard.faults.weights import computed_weights, one_per_weight, stored_weights, weight_readers
 
@@ -56,10 +56,10 @@ class Engine(Protocol):
     """Runs faults on a batch of images.
 
     `sites` are the operations with injectable outputs, in order of execution; `skipped` those without, each with the reason;
-    `settings` is what the results depend on, as text. `name` is the engine's in ENGINES. `all_sites` also has the operations
-    that read the weights of an earlier one, which are no sites of faults in weights. `sees_masked` says whether
-    `Outcomes.masked` tells anything. `unrounded` are the matrices that stay in fp32 under another number format, and who reads
-    them.
+    `settings` is what the results depend on, as text. `name` is the engine's in ENGINES; `reason` says why `make_engine` could
+    not make the one asked for, and is empty where it could. `all_sites` also has the operations that read the weights of an
+    earlier one, which are no sites of faults in weights. `sees_masked` says whether `Outcomes.masked` tells anything.
+    `unrounded` are the matrices that stay in fp32 under another number format, and who reads them.
     """
 
     name: str
@@ -69,6 +69,7 @@ class Engine(Protocol):
     all_sites: Sequence[Site]
     skipped: Sequence[tuple[str, str]]
     settings: Mapping[str, str]
+    reason: str
     number_format: Format
     device: torch.device
 
@@ -96,15 +97,17 @@ class _Results:
         self._image = faults.image
 
     def damaged(self, values: Tensor, damage: Damage) -> None:
-        self._golden[values], self._faulty[values], self._detected[values] = damage.golden, damage.faulty, damage.detected
+        self._golden[values], self._faulty[values] = damage.golden.float(), damage.faulty.float()
+        self._detected[values] = damage.detected
 
     def reached(self, rows: Tensor, logits: Tensor) -> None:
         self._left.append((rows, logits))
 
     def outcomes(self, golden_logits: Tensor) -> Outcomes:
+        golden_logits = golden_logits.float()
         logits, masked = golden_logits[self._image], torch.ones_like(self._image, dtype=torch.bool)
         for rows, found in self._left:
-            logits[rows], masked[rows] = found, False
+            logits[rows], masked[rows] = found.float(), False
         return Outcomes(self._golden, self._faulty, self._detected, masked, logits, golden_logits)
 
 
@@ -126,11 +129,13 @@ class _Engine:
         profiled: Mapping[str, float] | None = None,
         target: Target = "neuron",
     ) -> None:
+        model = unwrapped(model)
+        self.reason = ""
         self._batch_size, self.number_format, self.device = batch_size, number_format, image.device
         self._shape = image.shape
         weights = hashlib.sha256()
         for name, tensor in sorted(model.state_dict().items()):
-            weights.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            weights.update(name.encode() + _bytes(tensor))
         self.settings = {
             "engine": f"{type(self).__name__} {__version__}, torch {torch.__version__}",
             "model": weights.hexdigest()[:16],
@@ -138,7 +143,7 @@ class _Engine:
             "number format": number_format.name,
             "target": target,
         }
-        model = copy_model(model).eval()
+        model = uncompiled(copy_model(model).eval())
         self._rounds = number_format.name != "fp32"
         # Parameter or buffer -> who reads it.
         self._readers = weight_readers(model, image) if self._rounds or target == "weight" else {}
@@ -166,6 +171,17 @@ class _Engine:
             )
 
 
+def _bytes(stored: Any) -> bytes:
+    """What an entry of a state dict holds; those of quantised modules may be tuples, or no tensors at all."""
+    if isinstance(stored, Tensor):
+        stored = stored.detach().cpu()
+        stored = stored.int_repr() if stored.is_quantized else stored
+        return stored.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    if isinstance(stored, (tuple, list)):
+        return b"".join(map(_bytes, stored))
+    return b"" if isinstance(stored, torch.ScriptObject) else repr(stored).encode()
+
+
 class ReplayEngine(_Engine):
     """One golden run per batch of images; each fault replays only what lies behind its site.
 
@@ -189,6 +205,8 @@ class ReplayEngine(_Engine):
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         self._traced = TracedModel(model, image, kinds)
         self._model, self.sites, self.skipped = self._traced.model, self._traced.sites, self._traced.skipped
+        if self._traced.exported and self.sites != WholeEngine(model, image, 1, kinds=kinds).sites:
+            raise UnsupportedModel(f"{type(model).__name__}, as torch.export traces it, has other sites than the model")
         self._storages, outputs = self._store(profiled, target)
         if self._rounds:
             computed = computed_weights(self._model, self.sites)
@@ -198,9 +216,13 @@ class ReplayEngine(_Engine):
                 return outputs[position].round(output)
 
             self._traced.visit = rounded
-        self._shortcuts = {} if self._rounds else shortcuts(self._traced)
+        # Shortcuts add up in another order, which shows where values have few digits.
+        odd = any(site.dtype != "float32" for site in self.sites)
+        odd |= any(tensor.dtype.is_floating_point and tensor.dtype != torch.float32 for tensor in model.parameters())
+        self._exact = self._rounds or odd
+        self._shortcuts = {} if self._exact else shortcuts(self._traced)
         self._local = LocalSteps(self._traced)
-        self._chains = chains_of(self._traced)
+        self._chains = {} if odd else chains_of(self._traced)
 
     @torch.inference_mode()
     def run(self, images: Tensor, faults: Faults) -> Outcomes:
@@ -235,7 +257,7 @@ class ReplayEngine(_Engine):
     def observe(self, images: Tensor, see: See = lambda position, output: None) -> Tensor:
         """Run images [B, ...] without faults; `see` gets each site's position and output. Returns the logits [B, C]."""
         self._check_size(images)
-        return self._observe(images, see)
+        return self._observe(images, see).float()
 
     def _observe(self, images: Tensor, see: See, keep: Callable[[fx.Node, Any], None] = lambda step, value: None) -> Tensor:
         """The same; `keep` gets each step and its value."""
@@ -266,7 +288,8 @@ class ReplayEngine(_Engine):
         site, step = traced.sites[position], traced.steps[index]
         part, values = faults.select(rows)
         in_output = faults.model.target != "weight" and traced.is_whole(position)
-        local = in_output and not self._rounds and part.one_value_each and golden[step].ndim in (2, 4)
+        in_order = site.in_order and traced.batch_first(step) and not self._exact
+        local = in_output and in_order and part.one_value_each and golden[step].ndim in (2, 4)
         if local and golden[step].ndim == len(site.shape) + 1:
             output = golden[step]
             damage = storage.damage(
@@ -408,31 +431,16 @@ class WholeEngine(_Engine):
         self._computed = computed_weights(self._model, self.sites) if self._rounds else set()
 
     def _find_sites(self, image: Tensor, kinds: Sequence[str]) -> None:
-        surveys: list[list[tuple[Call, str]]] = [[], []]
-        running: list[str] = []  # the modules whose forward is running, the innermost last
-
-        def leave(*_: object) -> None:
-            running.pop()
-
-        hooks = []
-        for name, module in self._model.named_modules():
-            hooks.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
-            hooks.append(module.register_forward_hook(leave))
-        for size, calls in zip(SURVEYED, surveys, strict=True):
-            with torch.no_grad(), Calls(lambda call, here=calls: here.append((call, running[-1])) or call.output):
-                logits = self._model(image.expand(size, *image.shape).clone())
+        small, large, others, logits = survey_batches(self._model, image)
         if not isinstance(logits, Tensor):
             raise UnsupportedModel(f"{type(self._model).__name__} returns a {type(logits).__name__}, not a tensor of logits")
-        for hook in hooks:
-            hook.remove()
-        if len(surveys[0]) != len(surveys[1]):
-            raise UnsupportedModel(f"{type(self._model).__name__} runs other operations for other batch sizes")
-        found = SiteList(self._model, kinds)
-        sites = [found.add(call, larger, caller) for (call, caller), (larger, _) in zip(*surveys, strict=True)]
-        found.finish()
+        changed = changed_rows(self._model, image, [seen.call for seen in small], [seen.call for seen in large])
+        found = SiteList(self._model, kinds, changed)
+        sites = [found.add(seen, larger) for seen, larger in zip(small, large, strict=True)]
+        found.finish(others)
         self._position = {number: site.position for number, site in enumerate(sites) if site}
         self._owner = {id(weight): name for name, weight in self._model.named_parameters()}
-        self._called = [self._owner.get(id(call.weight)) for call, _ in surveys[0]]
+        self._called = [self._owner.get(id(seen.call.weight)) for seen in small]
         self.sites, self.skipped = found.sites, found.skipped
 
     @torch.inference_mode()
@@ -465,7 +473,7 @@ class WholeEngine(_Engine):
     def observe(self, images: Tensor, see: See = lambda position, output: None) -> Tensor:
         """Run images [B, ...] without faults; `see` gets each site's position and output. Returns the logits [B, C]."""
         self._check_size(images)
-        return self._infer(images.clone(), see=see)
+        return self._infer(images.clone(), see=see).float()
 
     def predict(self, images: Tensor, labels: Tensor) -> Prediction:
         """Foresee what faults will do on images [B, ...] with labels [B], linearly from each site's output on."""
@@ -524,9 +532,17 @@ class PyTorchFIEngine(_Engine):
     ) -> None:
         from pytorchfi.core import fault_injection
 
-        if set(kinds) != set(DEFAULT_KINDS) or self.number_format.name != "fp32" or target != "neuron":
+        if (
+            set(kinds) not in ({"Conv2d", "Linear"}, set(DEFAULT_KINDS))
+            or self.number_format.name != "fp32"
+            or target != "neuron"
+        ):
             raise UnsupportedModel(
                 "PyTorchFI flips bits of fp32 neurons of Conv2d and Linear; set ", Setting("engine"), " to replay"
+            )
+        if any(isinstance(module, (nn.Conv1d, nn.Conv3d)) for module in model.modules()):
+            raise UnsupportedModel(
+                "PyTorchFI hits Conv2d and Linear, and the model has others; set ", Setting("engine"), " to replay"
             )
         self._model = model
         self._injector = fault_injection(
@@ -625,8 +641,9 @@ def make_engine(name: str, model: nn.Module, image: Tensor, batch_size: int, **o
     batch_size : int
         Faults per forward pass.
     **options
-        kinds (operations whose outputs are fault sites; default Conv2d and Linear), number_format (a `Format`; default fp32),
-        profiled (layer -> largest magnitude, which some formats need), target (of the fault model; default "neuron").
+        kinds (operations whose outputs are fault sites; default Conv1d, Conv2d, Conv3d and Linear), number_format (a `Format`;
+        default fp32, which leaves values as the model stores them), profiled (layer -> largest magnitude, which some formats
+        need), target (of the fault model; default "neuron").
 
     Returns
     -------
@@ -664,5 +681,6 @@ def make_engine(name: str, model: nn.Module, image: Tensor, batch_size: int, **o
         if name != "replay":
             raise
         engine = WholeEngine(model, image, batch_size, **options)
+        engine.reason = str(reason)
         print(f"engine 'replay' cannot be used, going on with 'whole', which is slower: {reason}", file=sys.stderr, flush=True)
         return engine

@@ -68,7 +68,8 @@ def affordable(engine: Engine, images: int, fault_model: FaultModel, up_to: int)
     bits, found = engine.number_format.bits, []
     for site in reversed(engine.sites):
         many = site.neurons * images * bits > up_to
-        if site.kind != "Linear" or len(site.shape) != 1 or (many and not has_closed_form(engine, site)):
+        plain = site.kind == "Linear" and len(site.shape) == 1 and site.dtype == "float32"
+        if not plain or (many and not has_closed_form(engine, site)):
             break
         found.insert(0, site)
     return found

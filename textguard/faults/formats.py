@@ -153,6 +153,23 @@ class Float32(Format):
 
 
 @dataclass(frozen=True)
+class Float64(Format):
+    """IEEE 754 double precision, for models that compute in it: the bits as they are. No other model has values to store so."""
+
+    name = "fp64"
+    bits = 64
+
+    def encode(self, values: Tensor, limit: Tensor, shared: Tensor) -> Tensor:
+        return values.double().view(torch.int64)
+
+    def decode(self, codes: Tensor, limit: Tensor, shared: Tensor) -> Tensor:
+        return codes.view(torch.float64)
+
+    def round(self, values: Tensor, limit: Tensor) -> Tensor:
+        return values
+
+
+@dataclass(frozen=True)
 class Float(Format):
     """Floating point: a sign, E exponent bits and M mantissa bits, with subnormals. A NaN becomes a quiet NaN of the same sign.
 
@@ -364,6 +381,8 @@ NAMED = {
     )
 }
 FP32 = NAMED["fp32"]
+# How torch stores values: the format of each of its types.
+NATIVE = {"float32": FP32, "float16": NAMED["fp16"], "bfloat16": NAMED["bf16"], "float64": Float64()}
 # Pattern, whose capitals stand for numbers -> the class, which numbers it takes, and the same in words.
 SIZED = {
     "fp(E,M)": (Float, lambda e, m: 2 <= e <= 8 and 1 <= m <= 23, "E from 2 to 8 and M from 1 to 23"),
@@ -418,6 +437,47 @@ def parse_format(text: str) -> Format:
                 raise InvalidParameter(Setting("number_format"), f" is {text!r}; {pattern} takes {allowed}")
             return build(text, *sizes)
     raise UnknownName("number format", text, [*NAMED, *SIZED], Setting("number_format"))
+
+
+def stored_as(number_format: Format, dtype: str, what: str = "the model") -> tuple[Format, bool]:
+    """The format in which values of one of torch's types are stored.
+
+    Format fp32 stands for the values as they are: those of a bf16 model are stored in bf16.
+
+    Parameters
+    ----------
+    number_format : Format
+        The campaign's.
+    dtype : {"float32", "float16", "bfloat16", "float64"}
+        The type.
+    what : str
+        What has that type, for the message.
+
+    Returns
+    -------
+    stored : Format
+        The format.
+    native : bool
+        Whether torch stores the values in it anyway.
+
+    Raises
+    ------
+    InvalidParameter
+        Another format is to be looked at than the type's own, and the type is not float32.
+
+    Examples
+    --------
+    >>> from textguard.faults import parse_format
+    >>> from textguard.faults.formats import stored_as
+    >>> stored_as(parse_format("fp32"), "bfloat16")[0].bits
+    16
+    """
+    own = NATIVE[dtype]
+    if number_format in (own, FP32):
+        return own, True
+    if own is not FP32:
+        raise InvalidParameter(f"{what} is {dtype}, which is stored as {own.name}; leave fp32 in ", Setting("number_format"))
+    return number_format, False
 
 
 def _exponent(values: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from textguard.errors import InvalidParameter, Setting
 from textguard.faults.damage import FaultModel
 from textguard.faults.engines import Engine
 from textguard.faults.formats import Format
-from textguard.faults.plans import PLAN_COLUMNS, SHARED, bits_of, distinct, draw_images, uniform_numbers
+from textguard.faults.plans import PLAN_COLUMNS, SHARED, bits_at, distinct, draw_images, uniform_numbers
 from textguard.faults.prediction import Prediction, class_changes, loss_changes
 from textguard.faults.profiling import batches
 from textguard.faults.sites import Site
@@ -150,7 +150,7 @@ class _Draws:
         share_images: bool,
     ) -> None:
         self.site, self.model, self.index = site, fault_model, np.arange(first, end)
-        self.bits = bits_of(fault_model, number_format)
+        self.bits = bits_at(site, fault_model, number_format)
         values, bits = fault_model.values, fault_model.bits
         self.image = draw_images(chances, seed, SHARED if share_images else f"{site.position}", end)[first:]
         self.weight = chances[chances > 0].mean() / chances[self.image]

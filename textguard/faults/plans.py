@@ -10,7 +10,7 @@ import pandas as pd
 from textguard.errors import CampaignMismatch, InvalidParameter, Setting
 from textguard.faults.checks import whole_number
 from textguard.faults.damage import SINGLE_FLIP, FaultModel
-from textguard.faults.formats import FP32, Format
+from textguard.faults.formats import FP32, Format, stored_as
 from textguard.faults.sites import Site
 
 PLAN_COLUMNS = ["layer", "index", "image", "neuron", "bit", "weight"]
@@ -113,7 +113,7 @@ def _draw(
     bit: int | None = None,
 ) -> dict[str, np.ndarray]:
     """The injections of one layer, by column; with `bit`, all of them in that bit."""
-    values, bits, all_bits = fault_model.values, fault_model.bits, bits_of(fault_model, number_format)
+    values, bits, all_bits = fault_model.values, fault_model.bits, bits_at(site, fault_model, number_format)
     of_bit = "" if bit is None else f" bit {bit}"
     stream = f"{site.position}{of_bit}"
     uniform = uniform_numbers(seed, stream, count, values * (1 + bits))
@@ -178,7 +178,8 @@ def check_plan(plan: pd.DataFrame, sites: Sequence[Site], images: int, fault_mod
     targets = plan["layer"].map({site.layer: _targets(site, fault_model, number_format) for site in sites})
     if targets.isna().any():
         raise CampaignMismatch(f"the plan names layer {plan['layer'][targets.isna()].iloc[0]!r}, which the model does not have")
-    ends = {"neuron": targets, "image": images, "bit": bits_of(fault_model, number_format)}
+    bits = plan["layer"].map({site.layer: bits_at(site, fault_model, number_format) for site in sites})
+    ends = {"neuron": targets, "image": images, "bit": bits}
     for column, end in ends.items():
         inside = plan[column].between(0, end - 1)
         if not inside.all():
@@ -221,6 +222,21 @@ def bits_of(fault_model: FaultModel, number_format: Format) -> int:
     5
     """
     return number_format.shared_bits if fault_model.target == "metadata" else number_format.bits
+
+
+def bits_at(site: Site, fault_model: FaultModel, number_format: Format) -> int:
+    """The same at one site, whose values are stored as torch stores them where the format is fp32.
+
+    Examples
+    --------
+    >>> from textguard.faults import FaultModel, parse_format
+    >>> from textguard.faults.plans import bits_at
+    >>> from textguard.faults.sites import Site
+    >>> bits_at(Site("fc", "Linear", 0, (10,), 320, dtype="bfloat16"), FaultModel(), parse_format("fp32"))
+    16
+    """
+    dtype = site.weight_dtype if fault_model.target == "weight" else site.dtype
+    return bits_of(fault_model, stored_as(number_format, dtype, f"layer {site.layer!r}")[0])
 
 
 def distinct(uniform: np.ndarray, size: int, what: str) -> np.ndarray:

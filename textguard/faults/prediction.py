@@ -86,7 +86,7 @@ class Prediction:
             float64 [N, V]. The margin's change; and how large it would be if all that a fault changes worked in one direction.
         """
         output = self.outputs[position]
-        output = output if len(output) == len(self.doubt) else output.unflatten(0, (len(self.doubt), -1))
+        output = self.storages[position].by_image(output, len(self.doubt))
 
         def golden(row: Tensor, which: Tensor) -> Tensor:
             return output[(image[row], *torch.unravel_index(which, output.shape[1:]))]
@@ -95,7 +95,8 @@ class Prediction:
         chain = self.chains.get(position)
         if not chain:
             at = (image, *torch.unravel_index(neuron, output.shape[1:]))
-            slopes, moved = self.slopes[position].reshape(output.shape), (written - before).double()
+            slopes = self.storages[position].by_image(self.slopes[position], len(self.doubt))
+            moved = (written - before).double()
             axis = 1 if output.ndim == 4 else -1
             usual = _usual(slopes, axis)[image, at[axis]][:, None]
             slope = slopes[at][:, None]
@@ -153,6 +154,8 @@ def _keeps_to_its_channel(traced: TracedModel, step: fx.Node, reader: fx.Node) -
     """Whether what `reader` makes of one channel of `step` is one channel again, and LocalSteps can compute it."""
     operation = traced.operation(reader)
     if reader.op == "output" or traced.shapes.get(reader) is None:
+        return False
+    if not all(map(traced.batch_first, (reader, *reader.all_input_nodes))):
         return False
     if operation in ADDITIONS:
         return (

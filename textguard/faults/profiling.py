@@ -82,8 +82,8 @@ def first_image(loader: DataLoader, device: torch.device) -> Tensor:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters lie."""
-    return next(model.parameters()).device
+    """Where the model's parameters lie, else its buffers; the CPU for a model that has neither."""
+    return next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def top2diff(logits: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ def profile_ranges(model: nn.Module, loader: DataLoader, kinds: Sequence[str] = 
         From images [B, ...] to logits [B, C], on the device to use.
     loader : DataLoader
         Gives images and labels, from a map-style data set; mostly the training images.
-    kinds : sequence of str, default ("Conv2d", "Linear")
+    kinds : sequence of str, default ("Conv1d", "Conv2d", "Conv3d", "Linear")
         Operations whose outputs are fault sites.
 
     Returns

@@ -18,7 +18,7 @@ from textguard.faults.damage import SINGLE_FLIP, FaultModel
 from textguard.faults.engines import Engine
 from textguard.faults.execution import measure_pace, run_campaign
 from textguard.faults.guided import check_predictable, draw_guided
-from textguard.faults.plans import DRAWN_COLUMNS, PLAN_COLUMNS, Count, bits_of, draw_plan
+from textguard.faults.plans import DRAWN_COLUMNS, PLAN_COLUMNS, Count, bits_at, draw_plan
 from textguard.faults.sites import Site
 from textguard.runtime import announce
 
@@ -89,7 +89,14 @@ class Design:
         self.half_width(0.0)
         if self.plan == "guided":
             check_predictable(fault_model)
-        bits = bits_of(fault_model, engine.number_format) if self.plan in ("proportional", "neyman") else 0
+        by_bit = self.plan in ("proportional", "neyman")
+        of_sites = {bits_at(site, fault_model, engine.number_format) for site in engine.sites} if by_bit else {0}
+        if len(of_sites) > 1:
+            found = " and ".join(map(str, sorted(of_sites)))
+            raise InvalidParameter(
+                Setting("plan"), f" is {self.plan!r}, by bit; but layers of this model have {found} bits; take uniform"
+            )
+        (bits,) = of_sites
         name = "pilot" if self.in_rounds and self.pilot < self.injections_per_layer else "injections_per_layer"
         least = getattr(self, name)
         if least < max(1, 2 * bits):
@@ -360,7 +367,7 @@ def _announce(
     """Say what is planned, what it is worth, and how long it may take."""
     pace = measure_pace(engine, loader, plan, limits, fault_model=fault_model)
     most, confidence = design.injections_per_layer, f"{design.confidence:.0%}"
-    population = min(site.neurons for site in sites) * images * bits_of(fault_model, engine.number_format)
+    population = min(site.neurons * bits_at(site, fault_model, engine.number_format) for site in sites) * images
     half = planned_half_width(population, most, design.confidence)
     duration = timedelta(seconds=round(most * len(sites) / pace))
     # The formula is of draws that are alike; what guided ones are worth, only their results tell.
