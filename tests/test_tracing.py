@@ -1,15 +1,20 @@
 """Who gets the replay engine: each way to trace a model, compared with whole inferences, fault by fault."""
 
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, TensorDataset
 
 from fault_helpers import assert_same, close, random_faults
 from textguard.errors import UnsupportedModel
 from textguard.faults.engines import ReplayEngine, WholeEngine, make_engine
 from textguard.faults.graph import Scaling, TracedModel
+from textguard.faults.mitigations import protect
+from textguard.faults.profiling import profile_activations
 
 
 def assert_replayed(model: nn.Module, images: Tensor, whole: nn.Module | None = None, count: int = 60) -> ReplayEngine:
@@ -19,6 +24,8 @@ def assert_replayed(model: nn.Module, images: Tensor, whole: nn.Module | None = 
     assert type(engine) is ReplayEngine
     reference = WholeEngine(whole or model, images[0], 8)
     assert engine.sites == reference.sites
+    if not count:
+        return engine
     faults = random_faults(engine, len(images), count, 50.0, bits=(*range(20, 32), 30, 30))
     outcomes = engine.run(images, faults)
     assert_same(outcomes, reference.run(images, faults), faults, least=0.9)
@@ -268,6 +275,26 @@ def test_what_neither_traces_is_run_whole_for_a_reason(images, capsys):
     assert said.count("\n") == 1
     assert "control flow" in engine.reason
     assert engine.reason in said
+
+
+def test_exported_models_can_be_protected(images):
+    model = SamePadding().eval()
+    loader = DataLoader(TensorDataset(images, torch.zeros(len(images), dtype=torch.long)), batch_size=4)
+    bounds = {row.activation: (row.low, row.high) for row in profile_activations(model, loader).itertuples()}
+    assert list(bounds) == ["relu", "relu_1"]
+    protected = protect(model, images[0], bounds, "ranger")
+    torch.testing.assert_close(protected(images), model(images))
+    assert_replayed(protected, images, whole=model, count=0)
+    assert (protected(images * 1e3).abs() < model(images * 1e3).abs()).all()
+
+
+def test_len_is_said_to_be_in_the_way(images):
+    class Counting(Small):
+        def forward(self, x):
+            return super().forward(x).reshape(len(x), 4)
+
+    with pytest.raises(UnsupportedModel, match=re.escape("write `x.shape[0]` for `len(x)`")):
+        ReplayEngine(Counting().eval(), images[0], 8)
 
 
 def test_exported_traces_have_the_sites_of_the_model(images, monkeypatch):
