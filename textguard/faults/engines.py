@@ -213,7 +213,6 @@ class ReplayEngine(_Engine):
         part, values = faults.select(rows)
         in_output = faults.model.target != "weight" and traced.is_whole(position)
         local = in_output and not self._rounds and part.one_value_each and golden[step].ndim in (2, 4)
-        local = local and traced.batch_first(step)
         if local and golden[step].ndim == len(site.shape) + 1:
             output = golden[step]
             damage = storage.damage(
