@@ -1,15 +1,20 @@
 """Who gets the replay engine: each way to trace a model, compared with whole inferences, fault by fault."""
 
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, TensorDataset
 
 from fault_helpers import assert_same, close, random_faults
 from textguard.errors import UnsupportedModel
 from textguard.faults.engines import ReplayEngine, WholeEngine, make_engine
 from textguard.faults.graph import Scaling, TracedModel
+from textguard.faults.mitigations import protect
+from textguard.faults.profiling import profile_activations
 
 
 def assert_replayed(model: nn.Module, images: Tensor, whole: nn.Module | None = None, count: int = 60) -> ReplayEngine:
@@ -19,6 +24,8 @@ def assert_replayed(model: nn.Module, images: Tensor, whole: nn.Module | None = 
     assert type(engine) is ReplayEngine
     reference = WholeEngine(whole or model, images[0], 8)
     assert engine.sites == reference.sites
+    if not count:
+        return engine
     faults = random_faults(engine, len(images), count, 50.0, bits=(*range(20, 32), 30, 30))
     outcomes = engine.run(images, faults)
     assert_same(outcomes, reference.run(images, faults), faults, least=0.9)
@@ -114,19 +121,24 @@ class Tokens(Small):
         return self.head(self.mix_tokens(self.features(x).flatten(2).transpose(1, 2)).mean(1))
 
 
+# In each, a value with its batch elsewhere is read behind `out`, so that replays of its faults take it from the golden run.
+
+
 class HeadsFirst(Tokens):
     """timm's attention: the batch is in dimension 1 of what `unbind` takes apart."""
 
     def mix_tokens(self, x: Tensor) -> Tensor:
         shape = x.shape
-        q, k, v = self.qkv(x).reshape(shape[0], shape[1], 3, 2, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.qkv(x).reshape(shape[0], shape[1], 3, 2, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
         x = F.scaled_dot_product_attention(q, k, v)
-        return self.out(x.transpose(1, 2).reshape(shape))
+        return self.out(x.transpose(1, 2).reshape(shape)) + qkv[2].transpose(1, 2).reshape(shape)
 
 
 class Ensemble(Tokens):
     def mix_tokens(self, x: Tensor) -> Tensor:
-        return torch.stack([self.out(x), self.out(x.relu())]).mean(0)
+        both = torch.stack([x, x.relu()])
+        return self.out(x) + both.mean(0)
 
 
 class Recurrent(Tokens):
@@ -136,7 +148,7 @@ class Recurrent(Tokens):
 
     def mix_tokens(self, x: Tensor) -> Tensor:
         _, (hidden, _) = self.lstm(x)
-        return self.out(hidden[-1])[:, None]
+        return (self.out(hidden[-1]) + hidden[0])[:, None]
 
 
 class Interleaved(Tokens):
@@ -145,7 +157,7 @@ class Interleaved(Tokens):
     def mix_tokens(self, x: Tensor) -> Tensor:
         shape = x.shape
         rows = x.transpose(0, 1).reshape(-1, 4).softmax(1)
-        return x + self.out(rows.unflatten(0, (shape[1], shape[0])).transpose(0, 1))
+        return self.out(x) + rows.unflatten(0, (shape[1], shape[0])).transpose(0, 1)
 
 
 @pytest.mark.parametrize("build", [HeadsFirst, Ensemble, Recurrent, Interleaved])
@@ -270,6 +282,26 @@ def test_what_neither_traces_is_run_whole_for_a_reason(images, capsys):
     assert engine.reason in said
 
 
+def test_exported_models_can_be_protected(images):
+    model = SamePadding().eval()
+    loader = DataLoader(TensorDataset(images, torch.zeros(len(images), dtype=torch.long)), batch_size=4)
+    bounds = {row.activation: (row.low, row.high) for row in profile_activations(model, loader).itertuples()}
+    assert list(bounds) == ["relu", "relu_1"]
+    protected = protect(model, images[0], bounds, "ranger")
+    torch.testing.assert_close(protected(images), model(images))
+    assert_replayed(protected, images, whole=model, count=0)
+    assert (protected(images * 1e3).abs() < model(images * 1e3).abs()).all()
+
+
+def test_len_is_said_to_be_in_the_way(images):
+    class Counting(Small):
+        def forward(self, x):
+            return super().forward(x).reshape(len(x), 4)
+
+    with pytest.raises(UnsupportedModel, match=re.escape("write `x.shape[0]` for `len(x)`")):
+        ReplayEngine(Counting().eval(), images[0], 8)
+
+
 def test_exported_traces_have_the_sites_of_the_model(images, monkeypatch):
     """Plans draw by layer: another trace with other sites would draw other faults."""
     monkeypatch.setattr("textguard.faults.exported._call_modules", lambda graph, model, is_leaf: _forget(graph))
@@ -280,5 +312,5 @@ def test_exported_traces_have_the_sites_of_the_model(images, monkeypatch):
             if step.target is torch.conv2d:
                 step.target = torch.ops.aten.conv2d.default
 
-    with pytest.raises(UnsupportedModel, match=r"control flow|other sites"):
+    with pytest.raises(UnsupportedModel, match="has other sites than the model"):
         ReplayEngine(SamePadding().eval(), images[0], 8)

@@ -235,7 +235,9 @@ def find_place(traced: TracedModel, image: Tensor, smallest: int) -> Place:
         if not traced.depends_on_images(step):
             continue
         alone, needed = needed <= index, max(needed, traced.last_reader.get(step, -1))
-        if not alone or step.op == "placeholder" or not isinstance(values[step], Tensor) or len(values[step]) != 2:
+        if not alone or step.op == "placeholder" or not isinstance(values[step], Tensor):
+            continue
+        if len(values[step]) != 2 or not traced.batch_first(step):
             continue
         layout, side = _layout(values[step].shape[1:])
         if 1 <= side <= narrowest:

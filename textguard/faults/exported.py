@@ -114,10 +114,20 @@ def in_functions(
             _call_function(step, wanted)
     if model is not None:
         _call_modules(graph, model, is_leaf)
-    for step in reversed(graph.nodes):
-        if step.op == "get_attr" and not step.users:  # other steps that nothing reads may be sites
-            graph.erase_node(step)
+    graph = _named_anew(graph)
     return fx.GraphModule(_attributes(graph, program, model), graph)
+
+
+def _named_anew(graph: fx.Graph) -> fx.Graph:
+    """The same graph, whose steps have the names that torch.fx would have given them. Unread attributes are left out."""
+    fresh, seen = fx.Graph(), {}
+    for step in graph.nodes:
+        if step.op == "get_attr" and not step.users:  # other steps that nothing reads may be sites
+            continue
+        args, kwargs = fx.map_arg((step.args, step.kwargs), seen.__getitem__)
+        seen[step] = fresh.create_node(step.op, step.target, args, kwargs)
+        seen[step].meta = dict(step.meta)
+    return fresh
 
 
 def _copy(program: fx.GraphModule, graph: fx.Graph, seen: dict[fx.Node, Any], place: str = "") -> Any:

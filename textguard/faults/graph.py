@@ -189,7 +189,7 @@ class TracedModel:
     Parameters
     ----------
     model : nn.Module
-        Any classifier that torch.fx can trace, from images [B, ...] to logits [B, C].
+        Any classifier that torch.fx or torch.export can trace, from images [B, ...] to logits [B, C].
     image : Tensor
         One image, shape [...].
     kinds : sequence of str
@@ -197,6 +197,8 @@ class TracedModel:
 
     Attributes
     ----------
+    exported : bool
+        Whether torch.export traced it, because torch.fx could not. It is slower by seconds.
     steps : list of fx.Node
         The steps, in order of execution.
     index : dict of fx.Node to int
@@ -204,7 +206,7 @@ class TracedModel:
     modules : dict of str to nn.Module
         Name -> module of the traced copy, which is `model`.
     shapes : dict of fx.Node to tuple
-        Step -> the shape of its value without dimension 0, where the value is a tensor.
+        Step -> the shape of its value without the dimension of the batch (dimension 0 where it has none), for tensors.
     last_reader : dict of fx.Node to int
         Step -> the index of the last step that reads its value.
     sites : list of Site
@@ -242,7 +244,7 @@ class TracedModel:
             # In-place activations would overwrite the golden values that later replays start from.
             if getattr(module, "inplace", False):
                 module.inplace = False
-        self._name = type(model).__name__
+        self._name, self.exported = type(model).__name__, False
         images = image.expand(SURVEYED[0], *image.shape).clone()
         try:
             expected = model(images.clone())
@@ -250,7 +252,6 @@ class TracedModel:
             raise UnsupportedModel(f"{self._name} does not run on batches of other sizes ({in_a_line(error)})") from error
         if not isinstance(expected, Tensor):
             raise UnsupportedModel(f"{self._name} returns a {type(expected).__name__}, not a tensor of logits")
-        self.exported = False
         try:
             small, large = self._take(functools.partial(_trace, model), model, image, expected)
         except UnsupportedModel as reason:
@@ -598,7 +599,9 @@ def another_image(image: Tensor) -> Tensor:
 
 
 def in_a_line(error: Exception) -> str:
-    """An exception of torch's, as its name and the first line of its message."""
+    """An exception of torch's, as its name and the first line of its message; where there is a cure, as that."""
+    if "'len' is not supported in symbolic tracing" in str(error):
+        return "write `x.shape[0]` for `len(x)`"
     return f"{type(error).__name__}: {printable(str(error).strip().partition(chr(10))[0])}"
 
 
