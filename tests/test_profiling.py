@@ -25,7 +25,8 @@ from textguard.faults.engines import make_engine
 from textguard.faults.execution import run_campaign
 from textguard.faults.mitigations import protect
 from textguard.faults.plans import draw_plan
-from textguard.faults.profiling import eligible_images, loader_of, profile_activations, profile_ranges, top2diff
+from textguard.faults.profiling import eligible_images, loader_of, profile_activations, profile_ranges
+from textguard.faults.task import top2diff
 
 
 class Pictures(Dataset):
