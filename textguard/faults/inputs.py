@@ -368,6 +368,8 @@ class Adapted(nn.Module):
         One of the loader's batches; its tensors have one row per image.
     """
 
+    adapted = True
+
     def __init__(self, model: nn.Module, forward: Callable[[nn.Module, Any], Tensor], batch: Any) -> None:
         super().__init__()
         self.model, self._forward = model, forward
@@ -449,9 +451,8 @@ def prepare(model: nn.Module, loader: DataLoader, task: Task = CLASSES, labelled
     >>> [site.layer for site in make_engine("replay", model, image, batch_size=8).sites]
     ['model']
     """
-    device = device_of(model)
     _refuse_kinds(model)
-    read = positions(loader)
+    device, read = device_of(model), positions(loader)
     ((part, batch),) = raw_batches(loader, device, [read[:2]])
     images, labels = (found.to(device) for found in (_images_of(batch, len(part), task), _labels_of(batch, len(part), task)))
     if (
@@ -465,8 +466,7 @@ def prepare(model: nn.Module, loader: DataLoader, task: Task = CLASSES, labelled
             f" has batch_size=None and a data set that gives {labels.shape[1]} images at a time; give single ones, and let "
             "the loader batch them: DataLoader(dataset, batch_size=64)",
         )
-    # A protected model is a traced one, whose class is named after the one that it was.
-    if task.forward is not None and type(model).__name__ != Adapted.__name__:
+    if task.forward is not None and not getattr(model, "adapted", False):
         model = Adapted(model, task.forward, batch)
     with _evaluated(model):
         logits = check_logits(_answers(model, images, task), len(images), type(_inner(model)).__name__, task)

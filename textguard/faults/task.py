@@ -157,10 +157,10 @@ def _any_prediction(logits: Tensor) -> Tensor:
 class Task:
     """How a model is called on a batch, which answers are right, and what a wrong one costs.
 
-    Four are ready, and `make_task` knows them by name and changes some of their functions. `classes` is the ordinary classifier.
-    `binary` has one logit per image, above 0 for class 1, and labels 0 and 1. `multilabel` has one logit per class, above 0 where
-    the image has it, and labels 0 and 1 for each; an image is right where all of them are. `probabilities` is a model that ends
-    in a softmax.
+    Four are ready, and `make_task` knows them by name and changes some of their functions. `classes` is the ordinary
+    classifier. `binary` has one logit per image, above 0 for class 1, and labels 0 and 1. `multilabel` has one logit per class,
+    above 0 where the image has it, and labels 0 and 1 for each; an image is right where all of them are. `probabilities` is a
+    model that ends in a softmax.
 
     Parameters
     ----------
