@@ -35,7 +35,7 @@ COLUMNS: dict[str, Rule] = {
     **{"golden_value": ANY, "faulty_value": ANY, "detected": FLAG, "masked": FLAG, "golden_loss": LOSS},
     "faulty_loss": _numbers("numbers of at least 0, or NaN", lambda values: ~(values < 0)),
     **{"mismatch": FLAG, "detector": TEXT},
-    **{"label": COUNT, "prediction": COUNT, "loss": LOSS},
+    **{"label": COUNT, "prediction": COUNT, "loss": LOSS, "correct": FLAG, "eligible": FLAG},
     **{"top2diff": SHARE, "class": TEXT, "state": TEXT, "finite": FLAG, "predicted": TEXT},
     # NaN where the faulty logits are.
     "confidence": _numbers("numbers from 0 to 1, or NaN", lambda values: ~((values < 0) | (values > 1))),
