@@ -58,7 +58,7 @@ def load(folder: Path) -> Assessment:
     with reading(file, ""):
         settings = _checked(stored.settings)
     records = read_columns(folder / RECORDS, "", RECORD_COLUMNS, MOST_ROWS)
-    predictions = read_columns(folder / IMAGES, "", PREDICTIONS, stored.images)
+    predictions = read_columns(folder / IMAGES, "", PREDICTIONS, stored.images, ["loss", "top2diff"])
     for name in (RECORDS, IMAGES):
         with reading(folder / name, ""):
             if inputs_of(folder / name, "") != stored.mark:

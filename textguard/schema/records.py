@@ -44,8 +44,10 @@ COLUMNS: dict[str, Rule] = {
 }
 
 
-def read_columns(path: Path, made_by: str, columns: Sequence[str], most: int) -> pd.DataFrame:
+def read_columns(path: Path, made_by: str, columns: Sequence[str], most: int, missing: Sequence[str] = ()) -> pd.DataFrame:
     """Some columns of a Parquet file, in their order. most: rows that it can have; a small file may hold any number of them.
+
+    missing: columns in which NaN stands for what there is not.
 
     Raises InvalidArtifact, also where a column holds what it cannot; see COLUMNS.
     """
@@ -59,7 +61,7 @@ def read_columns(path: Path, made_by: str, columns: Sequence[str], most: int) ->
     with reading(path, made_by):
         for name in columns:
             what, holds = COLUMNS[name]
-            if len(table) and not holds(table[name]):
+            if len(table) and not holds(table[name].dropna() if name in missing else table[name]):
                 raise InvalidArtifact(f"has a column {name} that holds anything else than {what}")
     return table
 
