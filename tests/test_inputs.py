@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset, default_collate
 
+from textguard.assessment import Assessment, assess
 from textguard.errors import CampaignMismatch, TextguardError
 from textguard.estimates.statistics import mean_interval
 from textguard.faults import (
     Campaign,
     CampaignSettings,
-    assess,
     draw_plan,
     eligible_images,
     image_chances,
@@ -616,3 +616,62 @@ def test_shards_of_another_task_are_of_another_campaign(tmp_path: Path):
     other = Campaign(NETWORK, pairs(), settings, task=make_task(loss=double))
     with pytest.raises(CampaignMismatch, match=r"task was None, now classes; loss was None, now test_inputs\..*double"):
         other.run(tmp_path)
+
+
+# --- all of it in one call ---
+
+
+def test_an_assessment_of_some_images_tells_of_these(tmp_path: Path):
+    some = [1, 3, 5]
+    options = {"injections_per_layer": 30, "seed": 1, "detector": "off"}
+    found = assess(NETWORK, pairs(sampler=SubsetRandomSampler(some)), **options)
+    assert (found.images, found.eligible, found.predictions["image"].tolist()) == (3, 3, some)
+    assert found.by("image")["image"].tolist() == some
+    hits = found.records.drop_duplicates(["layer", "index"])
+    expected = LABELS[hits["image"].to_list()].bincount(minlength=5).tolist()
+    assert found.by("class")["injections"].tolist() == expected
+    found.save(tmp_path / "saved")
+    again = Assessment.load(tmp_path / "saved")
+    pd.testing.assert_frame_equal(again.by("class"), found.by("class"))
+    replayed = assess(NETWORK, pairs(sampler=some), plan=again, detector="off")
+    pd.testing.assert_frame_equal(replayed.records, found.records)
+
+
+ASSESSED = {
+    "binary": (ONE, pairs(labels=CLASS), {"task": "binary"}, CLASS.tolist(), 2),
+    "several classes": (NETWORK, pairs(labels=(NETWORK(IMAGES) > 0).long()), {"task": "multilabel"}, [0] * 6, 2),
+    "words": (
+        WORDS,
+        items([as_dictionary(number) for number in range(6)]),
+        {
+            "forward": lambda model, batch: model(**batch).logits,
+            "labels": lambda batch: batch["labels"],
+            "mitigation": "ranger",
+        },
+        WORD_LABELS.tolist(),
+        3,
+    ),
+    "a loss": (
+        NETWORK,
+        pairs(labels=torch.stack([LABELS, LABELS * 0], dim=1)),
+        {
+            "loss": lambda logits, labels: F.cross_entropy(logits, labels[:, 0], reduction="none"),
+            "correct": lambda logits, labels: logits.argmax(1) == labels[:, 0],
+        },
+        [0] * 6,
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ASSESSED)
+def test_an_assessment_knows_what_logits_mean(name, tmp_path: Path):
+    model, loader, given, labels, classes = ASSESSED[name]
+    found = assess(model, loader, injections_per_layer=20, enumerate_up_to=1, **given)
+    assert (found.top1.value, found.eligible, len(found.classes)) == (1.0, 6, classes)
+    assert found.predictions["label"].tolist() == found.predictions["prediction"].tolist() == labels
+    assert (found.table["delta_loss"] > 0).all()
+    found.save(tmp_path / "saved")
+    again = Assessment.load(tmp_path / "saved")
+    assert again.settings["task"] == make_task(**{key: one for key, one in given.items() if key != "mitigation"}).as_json()
+    pd.testing.assert_frame_equal(again.table, found.table)

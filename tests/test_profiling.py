@@ -21,8 +21,9 @@ from torch.utils.data import (
 )
 
 from small_campaign import SmallCampaign, assert_same_records
+from textguard.assessment import assess
 from textguard.errors import CampaignMismatch, InvalidParameter, UnsupportedModel
-from textguard.faults import Campaign, CampaignSettings, assess, inputs
+from textguard.faults import Campaign, CampaignSettings, inputs
 from textguard.faults.engines import make_engine
 from textguard.faults.execution import run_campaign
 from textguard.faults.inputs import batches
