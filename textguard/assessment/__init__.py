@@ -6,4 +6,6 @@ from textguard.assessment import assess
 from textguard.assessment.assessing import assess
 from textguard.assessment.result import Assessment
 
-__all__ = ["Assessment", "assess"]
+load = Assessment.load
+
+__all__ = ["Assessment", "assess", "load"]

@@ -305,7 +305,7 @@ def _predict(campaign: Campaign) -> tuple[pd.DataFrame, int]:
         logits = campaign.engine.observe(pictures)
         prediction, count = logits.argmax(dim=1), logits.shape[1]
         columns["image"].append(torch.as_tensor(part))
-        columns["label"].append(labels)
+        columns["label"].append(labels.long())
         columns["prediction"].append(prediction)
         columns["correct"].append(prediction == labels)
         columns["eligible"].append(torch.as_tensor(chances[list(part)] > 0))

@@ -1,19 +1,26 @@
 """What an assessment found: one object with the table, every record, the plan, and what was left out."""
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from textguard.errors import InvalidParameter, Setting
+from textguard.estimates.channels import summarise_channels
+from textguard.estimates.groups import ESTIMATES, balanced, summarise_groups
 from textguard.estimates.statistics import Estimate, mean_interval, rate_estimate, rate_interval
 from textguard.estimates.summary import LayerResult, Totals, mean_over_layers, summarise, summarise_totals
+from textguard.faults.checks import checked_name, folder_path
 from textguard.faults.damage import FaultModel
 from textguard.faults.formats import parse_format
 from textguard.faults.plans import PLAN_COLUMNS, bits_of, count_targets
 from textguard.faults.sites import Site
 
+PARTS = ("channel", "bit", "class", "image")
 OVERALL = "overall"  # the last row of the table
 MEASURES = ("delta_loss", "mismatch", "sdc")
 COUNTS = ("injections", "masked", "detected", "nonfinite")
@@ -157,12 +164,11 @@ class Assessment:
 
         Raises
         ------
-        InvalidParameter
+        UnknownName
             There is no such measure, or no such way.
         """
-        for name, value, known in (("measure", measure, MEASURES), ("by", by, ("layers", "neurons"))):
-            if value not in known:
-                raise InvalidParameter(Setting(name), f" is {value!r:.60}; allowed: {', '.join(known)}")
+        checked_name("measure", measure, MEASURES, Setting("measure"))
+        checked_name("way to count layers", by, ("layers", "neurons"), Setting("by"))
         weights = [self.exposure(layer) for layer in self.layers] if by == "neurons" else None
         interval = mean_interval if measure == "delta_loss" else rate_interval
         return interval(mean_over_layers(list(self.layers.values()), measure, weights), self.confidence)
@@ -204,6 +210,116 @@ class Assessment:
         }
         rows.append(head | {name: sum(row[name] for row in rows) for name in COUNTS} | _columns(found))
         return pd.DataFrame(rows)
+
+    def by(self, part: str, layer: str | None = None) -> pd.DataFrame:
+        """What faults do in parts of one layer, or of all sampled layers together.
+
+        Parameters
+        ----------
+        part : {"channel", "bit", "class", "image"}
+            `channel` is the output's first dimension of three, as in convolutions, else its last one. Of several damaged bits,
+            the first one counts. `class` is the image's own one.
+        layer : str, optional
+            The layer. Without it, all sampled layers count the same, but channels, which are told layer by layer.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row per part: its number (and of channels without `layer` the layer; of classes the name); injections;
+            delta_loss (nats, over finite losses) and sdc (share), each with its interval in _low and _high. Limits are NaN
+            where fewer than 8 injections hit the part. Of images, only those that were hit.
+
+        Raises
+        ------
+        UnknownName
+            There is no such part, or no such layer.
+        InvalidParameter
+            The layer was enumerated, and what its faults did is only known by bit; or faults hit other things than a neuron,
+            which have no channel.
+        """
+        checked_name("part", part, PARTS, Setting("part"))
+        if layer is not None:
+            checked_name("layer", layer, list(self.layers), Setting("layer"))
+        if exact := [found for found in self.totals if found.layer == layer]:
+            if part != "bit":
+                known = "only its bits are known; assess with enumerate_up_to=0"
+                raise InvalidParameter(Setting("layer"), f": all faults of {layer!r} were tried, and {known}")
+            return _exact_bits(exact[0])
+        records = self.records if layer is None else self.records[self.records["layer"] == layer]
+        injections = balanced(records.drop_duplicates(["layer", "index"]), self.strata, layers=part != "channel")
+        if part == "channel":
+            if (self.fault_model.target, self.fault_model.values) != ("neuron", 1):
+                raise InvalidParameter(Setting("part"), " is 'channel'; only faults in one neuron have one")
+            shapes = {site.layer: site.shape for site in self.sites}
+            found = summarise_channels(injections, shapes, self.confidence)
+            return found if layer is None else found.drop(columns="layer")
+        labels = self.predictions["label"].to_numpy()
+        group, count = {
+            "bit": (injections["bit"].to_numpy(), self.bits),
+            "class": (labels[injections["image"]], len(self.classes)),
+            "image": (injections["image"].to_numpy(), self.images),
+        }[part]
+        found = summarise_groups(
+            injections,
+            group,
+            count,
+            self._shares(part, count) if self.settings["plan"] == "guided" else None,
+            self.settings["images"] == "shared",
+            self.confidence,
+        )
+        found.insert(0, part, range(count))
+        if part == "class":
+            found.insert(1, "name", self.classes)
+        return found[found["injections"] > 0].reset_index(drop=True) if part == "image" else found
+
+    def _shares(self, part: str, count: int) -> np.ndarray:
+        """The share of all faults that hit each part, float [count]."""
+        if part == "bit":
+            return np.full(count, 1 / count)
+        eligible = self.predictions[self.predictions["eligible"]]
+        return np.bincount(eligible["label" if part == "class" else "image"], minlength=count) / len(eligible)
+
+    def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Write all of it to a folder: `assessment.json` (see docs/outputs.md), `records.parquet`, `predictions.parquet`.
+
+        Until all is written, `load` finds nothing there. overwrite: whether another assessment that lies there is replaced.
+        Raises InvalidParameter where there is one and it shall not; CannotWrite.
+        """
+        from textguard.assessment.storage import save
+
+        save(self, folder_path(Setting("folder"), folder) or Path(), overwrite)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "Assessment":
+        """Read what `save` wrote. Raises InvalidArtifact where that is missing, damaged, or does not belong together.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from textguard.assessment import Assessment, assess
+        >>> images = torch.rand(6, 1, 4, 4)
+        >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)).eval()
+        >>> found = assess(model, DataLoader(TensorDataset(images, model(images).argmax(dim=1))), injections_per_layer=20)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     found.save(folder)
+        ...     Assessment.load(folder).table.equals(found.table)
+        True
+        """
+        from textguard.assessment.storage import load
+
+        return load(folder_path(Setting("folder"), folder) or Path())
+
+
+def _exact_bits(totals: Totals) -> pd.DataFrame:
+    """What all faults of a layer did, by bit."""
+    finite = totals.faults - totals.nonfinite
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = {"delta_loss": totals.delta_loss / finite, "sdc": (totals.mismatches + totals.nonfinite) / totals.faults}
+    columns = {name: values[name.removesuffix("_low").removesuffix("_high")] for name in ESTIMATES}
+    return pd.DataFrame({"bit": range(len(finite)), "injections": totals.faults.astype(int), **columns})
 
 
 def _grouped(skipped: tuple[tuple[str, str], ...]) -> str:
