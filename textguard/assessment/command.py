@@ -12,8 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from textguard.assessment.assessing import assess
+from textguard.assessment.comparing import gate, tolerances_from
+from textguard.assessment.given import IMAGENET_MEAN, IMAGENET_STD, build_loader, build_model, told
+from textguard.assessment.result import Assessment
+from textguard.assessment.storage import is_saved
 from textguard.environment import check_threads, run_command
 from textguard.errors import InvalidParameter, Setting, TextguardError, printable
+from textguard.faults.campaign import CampaignSettings
+from textguard.faults.damage import FaultModel
+from textguard.runtime import pick_device
 
 PARTIAL = ".partial"  # in the folder of an assessment that is not finished: what it has done so far
 PYPROJECT = Path("pyproject.toml")
@@ -57,8 +65,6 @@ def run(arguments: Sequence[str]) -> int:
         print(f"textguard {' '.join(arguments[:1])}: interrupted{again}", file=sys.stderr)
         return 130
     except Exception as error:  # an exception that nobody caught would end with 1, which says that something is worse
-        from textguard.assessment.given import told
-
         return _complain(f"{told(error)}; no result: if it is not the network's own, please report it")
 
 
@@ -234,16 +240,6 @@ def _add_advise(commands: Any) -> None:
 
 
 def _assess(options: argparse.Namespace) -> int:
-    # Not before: torch takes seconds, and a mistake in the options none.
-    from textguard.assessment.assessing import assess
-    from textguard.assessment.folders import IMAGENET_MEAN, IMAGENET_STD
-    from textguard.assessment.given import build_loader, build_model
-    from textguard.assessment.result import Assessment
-    from textguard.assessment.storage import is_saved
-    from textguard.faults.campaign import CampaignSettings
-    from textguard.faults.damage import FaultModel
-    from textguard.runtime import pick_device
-
     for name, least in (("batch", 1), ("workers", 0)):
         if getattr(options, name) < least:
             raise InvalidParameter(Setting(name), f" is {getattr(options, name)}; at least {least} is needed")
@@ -287,9 +283,6 @@ def _assess(options: argparse.Namespace) -> int:
 
 
 def _gate(options: argparse.Namespace) -> int:
-    from textguard.assessment.comparing import gate, tolerances_from
-    from textguard.assessment.result import Assessment
-
     if options.config != PYPROJECT and not options.config.is_file():
         raise InvalidParameter(f"--config {options.config} is no file; leave it out, or name one with [tool.textguard.gate]")
     given = {"top1_points": options.top1, "delta_loss_percent": options.delta_loss, "sdc_percent": options.sdc}
@@ -302,8 +295,7 @@ def _gate(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from textguard.assessment.page import write_page
-    from textguard.assessment.result import Assessment
+    from textguard.assessment.page import write_page  # with what draws figures
 
     found, other = Assessment.load(options.folder), Assessment.load(options.old) if options.old else None
     file = options.file or options.folder / "report.html"
@@ -314,7 +306,6 @@ def _report(options: argparse.Namespace) -> int:
 
 def _advise(options: argparse.Namespace) -> int:
     from textguard.assessment.advice import advise
-    from textguard.assessment.result import Assessment
 
     advice = advise(Assessment.load(options.folder), target_sdc=options.target_sdc)
     print(advice.sentence)

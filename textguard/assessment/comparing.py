@@ -1,8 +1,12 @@
 """Is one assessment worse than another? The tests and the verdicts of the pipeline's gate, for two networks as they are."""
 
+import json
 import math
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
 
 from textguard.analysis.campaigns import RECORDS, CampaignRecords
 from textguard.analysis.regression import Judgement, compare, judge
@@ -123,6 +127,8 @@ def gate(old: Assessment, new: Assessment, tolerances: GateParams, names: tuple[
         for name in QUESTION
         if old.settings[name] != new.settings[name]
     ]
+    if [site.layer for site in old.sites] != [site.layer for site in new.sites]:
+        notes.append("The layers differ: means over layers are over other layers than before.")
     if old.weights != new.weights:
         notes.append(
             "The weights differ: the two networks are compared as they are, and another training may be worse by luck."
@@ -136,10 +142,6 @@ def tolerances_from(options: Mapping[str, float | None], pyproject: Path) -> Gat
 
     Raises InvalidParameter.
     """
-    import tomllib
-
-    from pydantic import TypeAdapter, ValidationError
-
     stated = {}
     if pyproject.is_file():
         try:
@@ -152,7 +154,9 @@ def tolerances_from(options: Mapping[str, float | None], pyproject: Path) -> Gat
         strange = sorted(stated.keys() - known.keys())[0] if isinstance(stated, dict) else stated
         raise InvalidParameter(f"{place} holds {printable(repr(strange), 60)}; allowed: {', '.join(known)}")
     try:
-        return TypeAdapter(GateParams).validate_python(stated | {name: v for name, v in options.items() if v is not None})
+        # As JSON, since a strict dataclass takes no dict in Python.
+        given = {name: value for name, value in options.items() if value is not None}
+        return TypeAdapter(GateParams).validate_json(json.dumps(stated | given, default=str))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))

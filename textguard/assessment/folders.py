@@ -12,7 +12,6 @@ from torch.utils.data import Dataset
 from textguard.errors import InvalidArtifact, InvalidParameter, UnreadableImage, printable
 from textguard.vision.image_files import ClassFolders, announce_left_out, decode, reason, shown
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PARTS = ("train", "training", "test", "testing", "val", "valid", "validation")
 GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow converts
 

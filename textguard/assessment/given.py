@@ -15,6 +15,7 @@ from textguard.artifacts import read_pth, read_safetensors, reading
 from textguard.errors import InvalidArtifact, InvalidParameter, TextguardError, printable
 
 FOLDER = "folder:"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Made = TypeVar("Made")
 
 
@@ -26,7 +27,13 @@ def named(spec: str, option: str) -> Any:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
-    found = own_code(lambda: importlib.import_module(module), f"{option} {spec}: importing {module}")
+    try:
+        found = own_code(lambda: importlib.import_module(module), f"{option} {spec}: importing {module}")
+    except InvalidParameter as error:
+        if isinstance(error.__cause__, ModuleNotFoundError) and error.__cause__.name in (module, module.partition(".")[0]):
+            where = f"{here}, or among the installed packages"
+            raise InvalidParameter(f"{option} {spec}: there is no module {module} in {where}; go to its folder") from error
+        raise
     for part in name.split("."):
         if not hasattr(found, part):
             known = [known for known in vars(found) if not known.startswith("_")] if hasattr(found, "__dict__") else []
