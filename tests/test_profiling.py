@@ -19,8 +19,8 @@ from torch.utils.data import (
 )
 
 from small_campaign import SmallCampaign, assert_same_records
+from textguard.assessment import assess
 from textguard.errors import InvalidParameter, UnsupportedModel
-from textguard.faults import assess
 from textguard.faults.engines import make_engine
 from textguard.faults.execution import run_campaign
 from textguard.faults.mitigations import protect
