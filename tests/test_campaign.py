@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 
 from textguard.artifacts import read_json
+from textguard.assessment import assess
 from textguard.errors import CampaignMismatch, UnknownName
 from textguard.estimates.summary import Totals, replace_records
-from textguard.faults import Campaign, CampaignSettings, FaultModel, assess, profile_ranges
+from textguard.faults import Campaign, CampaignSettings, FaultModel, profile_ranges
 from textguard.faults import campaign as campaign_module
 from textguard.faults.execution import RECORD_COLUMNS
 from textguard.faults.profiling import largest_outputs
@@ -49,7 +50,7 @@ def test_a_campaign_samples_what_it_cannot_enumerate_under_every_detector(resnet
 def test_a_campaigns_result_is_what_assess_tables(resnet, loader):
     result = Campaign(resnet, loader, SETTINGS).run()
     options = {name: value for name, value in vars(SETTINGS).items() if name != "compare_detectors"}
-    table = assess(resnet, loader, **options).set_index("layer")
+    table = assess(resnet, loader, **options).table.set_index("layer")
     for layer, found in result.layers.items():
         assert table.loc[layer, "delta_loss"] == found.delta_loss.value
         assert table.loc[layer, "injections"] == found.injections

@@ -156,15 +156,18 @@ kinds, engine, batch_size, image_batch
         "kinds": kinds,
     }
     given = None
-    if isinstance(plan, str):
-        options["plan"] = plan
+    if isinstance(plan, Assessment):
+        given = _checked_plan(plan.plan)
+        options |= _settings_of(plan, options)
+    elif isinstance(plan, pd.DataFrame):
+        given = _checked_plan(plan)
+        options |= _told_by(given, options)
     else:
-        given = _checked_plan(plan.plan if isinstance(plan, Assessment) else plan)
-        options |= _settings_of(plan, options) if isinstance(plan, Assessment) else _told_by(given, options)
+        options["plan"] = plan
     settings = CampaignSettings(
         confidence=confidence, detector=detector, engine=engine, batch_size=batch_size, image_batch=image_batch, **options
     )
-    raw_rate = _rate(fit_per_megabit)
+    raw_rate, shards = _rate(fit_per_megabit), folder_path(Setting("shard_dir"), shard_dir)
     task = make_task(task, forward=forward, labels=labels, correct=correct, loss=loss)
     profiled = largest_outputs(profile_ranges(model, profile or loader, settings.kinds, task))
     injected = model
@@ -204,9 +207,9 @@ kinds, engine, batch_size, image_batch
     )
     announce(found.facts)
     if given is None:
-        records, _ = campaign.sample_layers(folder_path(Setting("shard_dir"), shard_dir), "assess")
+        records, _ = campaign.sample_layers(shards, "assess")
     else:
-        records = _replay(campaign, given, predictions, folder_path(Setting("shard_dir"), shard_dir))
+        records = _replay(campaign, given, predictions, shards)
     totals = campaign.enumerate_layers(label="assess, enumerate")[settings.detector]
     return replace(found, records=records, totals=tuple(totals))
 
@@ -247,11 +250,9 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else value
 
 
-def _checked_plan(plan: object) -> pd.DataFrame:
+def _checked_plan(plan: pd.DataFrame) -> pd.DataFrame:
     """The columns of a plan, numbers as numbers. Raises InvalidParameter."""
     setting = Setting("plan")
-    if not isinstance(plan, pd.DataFrame):
-        raise InvalidParameter(setting, f" is a {type(plan).__name__}; it must be a name, a DataFrame or an Assessment")
     if missing := [name for name in PLAN_COLUMNS if name not in plan]:
         raise InvalidParameter(setting, f" lacks the columns {', '.join(missing)}; take those of an assessment's plan")
     for name in PLAN_COLUMNS[1:]:

@@ -291,6 +291,12 @@ class Assessment:
 
         save(self, folder_path(Setting("folder"), folder) or Path(), overwrite)
 
+    def to_html(self, file: str | os.PathLike[str], other: "Assessment | None" = None) -> None:
+        """Write all of it as one page, alone or beside another assessment; see `textguard.assessment.page.write_page`."""
+        from textguard.assessment.page import write_page
+
+        write_page(self, file, other)
+
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Assessment":
         """Read what `save` wrote. Raises InvalidArtifact where that is missing, damaged, or does not belong together.
