@@ -281,7 +281,7 @@ class Campaign:
         if self.golden.probabilities:
             found.append(
                 "the model's logits are probabilities: all are from 0 to 1 and sum to 1, so DeltaLoss is that of a softmax of "
-                'them; take task="probabilities", or leave out the model\'s last softmax'
+                'them; take task="probabilities", leave out the model\'s last softmax, or return x.log()'
             )
         if not self.engine.sees_masked:
             enumerates = " and enumerates no layer" if self.settings.enumerate_up_to else ""
