@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset, default_collate
 
 from textguard.assessment import Assessment, assess
+from textguard.assessment.advice import measure_mitigations
 from textguard.errors import CampaignMismatch, TextguardError
 from textguard.estimates.statistics import mean_interval
 from textguard.faults import (
@@ -692,3 +693,22 @@ def test_an_assessment_knows_what_logits_mean(name, tmp_path: Path):
     again = Assessment.load(tmp_path / "saved")
     assert again.settings["task"] == make_task(**{key: one for key, one in given.items() if key != "mitigation"}).as_json()
     pd.testing.assert_frame_equal(again.table, found.table)
+
+
+def test_a_plan_is_replayed_for_the_task_that_it_was_drawn_for():
+    options = {"injections_per_layer": 100, "detector": "off"}
+    found = assess(ONE, pairs(labels=CLASS), task="binary", **options)
+    again = assess(ONE, pairs(labels=CLASS), task="binary", plan=found, detector="off")
+    pd.testing.assert_frame_equal(again.records, found.records)
+    both = pairs(labels=CLASS)
+    assert "are those of ordinary classes, and the plan was drawn for task=binary; give the same" in refusal(
+        lambda: assess(Both(), both, plan=found, detector="off")
+    )
+
+
+def test_mitigations_are_measured_for_any_task():
+    task = {"forward": lambda model, batch: model(**batch).logits, "labels": lambda batch: batch["labels"]}
+    loader = items([as_dictionary(number) for number in range(6)])
+    found = assess(WORDS, loader, injections_per_layer=200, detector="off", **task)
+    measured = measure_mitigations(WORDS, loader, found, ["ranger"], **task)
+    assert (measured["before"] > 0).all()

@@ -28,10 +28,11 @@ from textguard.assessment.result import Assessment
 from textguard.errors import InvalidParameter, Setting, UnknownName, printable
 from textguard.estimates.statistics import Estimate, Sample, quantile, rate_interval
 from textguard.estimates.summary import LayerResult
-from textguard.faults.inputs import batches, device_of
+from textguard.faults.inputs import batches, device_of, prepare
 from textguard.faults.mitigations import protect
 from textguard.faults.profiling import profile_activations
 from textguard.faults.sites import Site
+from textguard.faults.task import Task, make_task
 
 EXPOSURES = ("neurons", "multiply_adds", "layers")
 FEWEST = 4  # injections of each stratum: two for either half
@@ -206,13 +207,14 @@ def measure_mitigations(
     if (found := weights_mark(model)) != assessment.weights:
         raise InvalidParameter(f"the model has weights {found}, and those that were assessed are {assessment.weights}")
     settings, exposures = assessment.settings, _exposures(assessment, by)
+    task = make_task(**{name: options[name] for name in ("task", "forward", "labels", "correct", "loss") if name in options})
     kept = {name: settings[name] for name in ("detector", "confidence", "image_batch")} | {"engine": assessment.engine}
     rows = []
     for mitigation in mitigations:
         other = assess(model, loader, plan=assessment, mitigation=mitigation, **kept | options)
         before, after, removed = removed_share(assessment, other, exposures)
         share = (removed.value, removed.low, removed.high)
-        rows.append((mitigation, before, after, *share, _slower(model, loader, mitigation, options.get("profile"))))
+        rows.append((mitigation, before, after, *share, _slower(model, loader, mitigation, options.get("profile"), task)))
     return pd.DataFrame(rows, columns=MEASURED)
 
 
@@ -244,10 +246,11 @@ def removed_share(before: Assessment, after: Assessment, exposures: np.ndarray) 
     return *totals, rate_interval(Sample(share, variance, 0.0, max(1, len(old)), change, guided=True), confidence)
 
 
-def _slower(model: nn.Module, loader: DataLoader, mitigation: str, profile: DataLoader | None) -> float:
+def _slower(model: nn.Module, loader: DataLoader, mitigation: str, profile: DataLoader | None, task: Task) -> float:
     """How many times as long an inference of one batch takes with a mitigation."""
-    images = next(batches(loader, device_of(model)))[1]
-    bounds = profile_activations(model, profile or loader)
+    images = next(batches(loader, device_of(model), task=task))[1]
+    bounds = profile_activations(model, profile or loader, task)
+    model, _ = prepare(model, loader, task)
     named = {row.activation: (row.low, row.high) for row in bounds.itertuples(index=False)}
     plain, protected = copy.deepcopy(model).eval(), protect(model, images[0], named, mitigation)
     with torch.inference_mode():

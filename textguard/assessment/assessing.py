@@ -176,6 +176,11 @@ kinds, engine, batch_size, image_batch, noise
     )
     raw_rate, shards = _rate(fit_per_megabit), folder_path(Setting("shard_dir"), shard_dir)
     task = make_task(task, forward=forward, labels=labels, correct=correct, loss=loss)
+    if isinstance(plan, Assessment) and (meant := plan.settings.get("task", {})) != task.as_json():
+        raise InvalidParameter(
+            Setting("task"),
+            f" and its functions are {_told(task.as_json())}, and the plan was drawn for {_told(meant)}; give the same ones",
+        )
     profiled = largest_outputs(profile_ranges(model, profile or loader, settings.kinds, task))
     injected = model
     if mitigation != "none":
@@ -251,6 +256,11 @@ def _settings_of(saved: Assessment, given: dict[str, Any]) -> dict[str, Any]:
                 Setting(name), f" is {value!s:.60}, and the plan was drawn with {found[name]!s:.60}; leave one of the two out"
             )
     return found
+
+
+def _told(task: dict[str, str]) -> str:
+    """A task as its settings have it, in words."""
+    return ", ".join(f"{name}={value}" for name, value in task.items()) or "those of ordinary classes"
 
 
 def _plain(value: Any) -> Any:
