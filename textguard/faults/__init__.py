@@ -1,13 +1,10 @@
 """Fault injection for any PyTorch classifier; it knows nothing of text, pipelines or reports.
 
-    from textguard.faults import assess
-
-`assess` goes from a model and a DataLoader to the resilience of each layer. What it is made of is exported too.
+`textguard.assessment` goes from a model and a DataLoader to the resilience of each layer. What it is made of is exported here.
 """
 
 from textguard.estimates.channels import summarise_channels
 from textguard.estimates.summary import summarise
-from textguard.faults.assessment import assess
 from textguard.faults.campaign import Campaign, CampaignResult, CampaignSettings
 from textguard.faults.damage import FaultModel
 from textguard.faults.engines import make_engine
@@ -15,10 +12,12 @@ from textguard.faults.exact import enumerate_layer
 from textguard.faults.execution import run_campaign
 from textguard.faults.formats import parse_format
 from textguard.faults.guided import draw_guided
+from textguard.faults.inputs import prepare
 from textguard.faults.mitigations import protect, unprotected
 from textguard.faults.plans import draw_plan
 from textguard.faults.profiling import eligible_images, image_chances, profile_activations, profile_ranges
 from textguard.faults.sampling import Design, run_design
+from textguard.faults.task import Task, make_task
 
 __all__ = [
     "Campaign",
@@ -26,14 +25,16 @@ __all__ = [
     "CampaignSettings",
     "Design",
     "FaultModel",
-    "assess",
+    "Task",
     "draw_guided",
     "draw_plan",
     "eligible_images",
     "enumerate_layer",
     "image_chances",
     "make_engine",
+    "make_task",
     "parse_format",
+    "prepare",
     "profile_activations",
     "profile_ranges",
     "protect",

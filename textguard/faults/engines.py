@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from textguard import __version__
 from textguard.errors import Setting, UnknownName, UnsupportedModel
+from textguard.faults.checks import whole_number
 from textguard.faults.copying import copy_model
 from textguard.faults.damage import (
     Damage,
@@ -28,9 +29,10 @@ from textguard.faults.damage import (
 from textguard.faults.formats import FP32, Format
 from textguard.faults.graph import TracedModel, Values, unwrapped
 from textguard.faults.local import PRODUCTS, LocalFaults, LocalSteps, covers, in_batches, neuron_patch, paste_whole, whole
-from textguard.faults.prediction import Prediction, chains_of, foresee, straight_through
+from textguard.faults.prediction import Margin, Prediction, chains_of, foresee, straight_through
 from textguard.faults.sites import DEFAULT_KINDS, Call, Calls, Site, SiteList, changed_rows, survey_batches, uncompiled
 from textguard.faults.suffix import shortcuts
+from textguard.faults.task import class_margin
 from textguard.faults.weights import computed_weights, one_per_weight, stored_weights, weight_readers
 
 See = Callable[[int, Tensor], None]
@@ -81,8 +83,8 @@ class Engine(Protocol):
         """Run images [B, ...] without faults; `see` gets each site's position and output. Returns the logits [B, C]."""
         ...
 
-    def predict(self, images: Tensor, labels: Tensor) -> Prediction:
-        """Foresee what faults will do on images [B, ...] with labels [B]."""
+    def predict(self, images: Tensor, labels: Tensor, margin: Margin = class_margin) -> Prediction:
+        """Foresee what faults will do on images [B, ...] with labels [B]. margin: see `Task.margin`."""
         ...
 
 
@@ -114,6 +116,7 @@ class _Results:
 class _Engine:
     """What the engines have in common: what they are made from. `_set_up` gets a copy of the model, and finds its sites."""
 
+    reason = ""
     sees_masked = False
 
     @torch.inference_mode(False)
@@ -276,9 +279,9 @@ class ReplayEngine(_Engine):
             self._traced.release(index, values)
         return values[self._traced.steps[-1]]
 
-    def predict(self, images: Tensor, labels: Tensor) -> Prediction:
-        """Foresee what faults will do on images [B, ...] with labels [B]."""
-        return foresee(self._observe, self.sites, self._storages, images, labels, self._chains, self._local)
+    def predict(self, images: Tensor, labels: Tensor, margin: Margin = class_margin) -> Prediction:
+        """Foresee what faults will do on images [B, ...] with labels [B]. margin: see `Task.margin`."""
+        return foresee(self._observe, self.sites, self._storages, images, labels, self._chains, self._local, margin)
 
     def _start(
         self, position: int, index: int, rows: Tensor, faults: Faults, golden: Values, results: _Results
@@ -475,13 +478,13 @@ class WholeEngine(_Engine):
         self._check_size(images)
         return self._infer(images.clone(), see=see).float()
 
-    def predict(self, images: Tensor, labels: Tensor) -> Prediction:
+    def predict(self, images: Tensor, labels: Tensor, margin: Margin = class_margin) -> Prediction:
         """Foresee what faults will do on images [B, ...] with labels [B], linearly from each site's output on."""
 
         def run(pictures: Tensor, see: See, keep: object) -> Tensor:
             return self._infer(pictures.clone(), see=see)
 
-        return foresee(run, self.sites, self._storages, images, labels, {}, None)
+        return foresee(run, self.sites, self._storages, images, labels, {}, None, margin)
 
     def _infer(
         self,
@@ -501,6 +504,11 @@ class WholeEngine(_Engine):
                 raise UnsupportedModel(f"{type(self._model).__name__} runs other operations for other images")
             if here is None:
                 return output
+            if output.numel() != len(images) * self.sites[here].neurons:
+                raise UnsupportedModel(
+                    f"{type(self._model).__name__} runs layer {self.sites[here].layer!r} on some images of a batch only, as a "
+                    "mixture of experts does; compute all experts for every image, and weigh their results"
+                )
             weights = faults is not None and here == position and faults.model.target == "weight"
             if weights:
                 damage, output = damage_weights(self._storages[here], call, faults)
@@ -583,14 +591,14 @@ class PyTorchFIEngine(_Engine):
         positions = itertools.count()
         return _run_hooked(self._model, images, self._kinds, lambda name, module, output: see(next(positions), output))
 
-    def predict(self, images: Tensor, labels: Tensor) -> Prediction:
+    def predict(self, images: Tensor, labels: Tensor, margin: Margin = class_margin) -> Prediction:
         """Foresee what faults will do on images [B, ...] with labels [B], linearly from each site's output on."""
 
         def run(pictures: Tensor, see: See, keep: object) -> Tensor:
             positions = itertools.count()
             return _run_hooked(self._model, pictures, self._kinds, lambda name, module, output: see(next(positions), output))
 
-        return foresee(run, self.sites, self._storages, images, labels, {}, None)
+        return foresee(run, self.sites, self._storages, images, labels, {}, None, margin)
 
     def _flip(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """What PyTorchFI calls behind each layer."""
@@ -675,6 +683,7 @@ def make_engine(name: str, model: nn.Module, image: Tensor, batch_size: int, **o
     """
     if name not in ENGINES:
         raise UnknownName("engine", name, ENGINES, Setting("engine"))
+    batch_size = whole_number(Setting("batch_size"), batch_size, 1)
     try:
         return ENGINES[name](model, image, batch_size, **options)
     except UnsupportedModel as reason:

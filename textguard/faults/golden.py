@@ -5,18 +5,17 @@ fault's. A handful of images tells.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from textguard.errors import UnsupportedModel
 from textguard.faults.engines import Engine
-from textguard.faults.profiling import batches, count_images
+from textguard.faults.inputs import batches, positions
+from textguard.faults.task import CLASSES, Task
 
 IMAGES = 8  # that are looked at
 REPETITIONS = 8  # of a golden run that is not always the same, from which its noise is measured
@@ -25,9 +24,6 @@ AGAIN, IN_COMPANY = 1e-5, 2e-3
 # The same where values are rounded to few bits: where they lie between two numbers, a last digit decides.
 ROUNDED_AGAIN, ROUNDED_IN_COMPANY = 1e-2, 0.1
 ON_GPU = 10  # times as much in another order, for TF32 has 10 bits
-
-Read = Callable[[DataLoader, torch.device, Sequence[Sequence[int]]], Iterator[tuple[Sequence[int], Tensor, Tensor]]]
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,15 +58,8 @@ class Golden:
             raise UnsupportedModel(f"{self.problems[0]}; or measure it with noise='report'")
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The cross entropy of each image, [B], in nats. logits: [B, C]. labels: int64 [B]."""
-    return F.cross_entropy(logits, labels, reduction="none")
-
-
 @torch.inference_mode()
-def look_at_golden_run(
-    engine: Engine, loader: DataLoader, *, alone: bool = False, loss: Loss = cross_entropy, read: Read = batches
-) -> Golden:
+def look_at_golden_run(engine: Engine, loader: DataLoader, *, alone: bool = False, task: Task = CLASSES) -> Golden:
     """Run a few images several times without any fault, and compare.
 
     Parameters
@@ -81,10 +70,8 @@ def look_at_golden_run(
         Gives images and labels, from a map-style data set.
     alone : bool, default False
         Whether every inference of the campaign is of one image, so that images cannot see each other.
-    loss : callable
-        From logits [B, C] and labels to the loss of each image, [B].
-    read : callable
-        From the loader, a device and lists of positions to the batches there, as `batches` does.
+    task : Task, default that of an ordinary classifier
+        What batches and logits mean.
 
     Returns
     -------
@@ -103,9 +90,9 @@ def look_at_golden_run(
     >>> look_at_golden_run(make_engine("replay", model, torch.zeros(4), batch_size=8), loader)
     Golden(images=5, problems=(), noise=0.0, probabilities=False)
     """
-    count = count_images(loader)
-    chosen = np.unique(np.linspace(0, count - 1, min(IMAGES, count)).astype(int)).tolist()
-    (_, images, labels), (_, reread, _) = read(loader, engine.device, [chosen, chosen])
+    read = positions(loader)
+    chosen = [read[number] for number in np.unique(np.linspace(0, len(read) - 1, min(IMAGES, len(read))).astype(int))]
+    (_, images, labels), (_, reread, _) = batches(loader, engine.device, [chosen, chosen], task)
 
     def together() -> Tensor:
         return engine.observe(images)
@@ -120,18 +107,19 @@ def look_at_golden_run(
     problems = _problems(images, reread, first, again, apart, rounds)
     noise = 0.0
     if problems:
-        before = loss(first, labels)
-        others = [loss(way(), labels) for _ in range(REPETITIONS // 2) for way in (run, one_by_one)]
+        before = task.loss(first, labels)
+        others = [task.loss(way(), labels) for _ in range(REPETITIONS // 2) for way in (run, one_by_one)]
         changes = (torch.stack(others) - before).abs()
         noise = float(changes[changes.isfinite()].mean())
-    return Golden(len(images), tuple(problems), noise, _are_probabilities(first))
+    return Golden(len(images), tuple(problems), noise, task.has_softmax and _are_probabilities(first))
 
 
 def _problems(images: Tensor, reread: Tensor, first: Tensor, again: Tensor, apart: Tensor, rounds: bool) -> list[str]:
     found: list[str] = []
     same, in_company = (ROUNDED_AGAIN, ROUNDED_IN_COMPANY) if rounds else (AGAIN, IN_COMPANY)
     in_company *= ON_GPU if first.is_cuda and not rounds else 1
-    if images.shape != reread.shape or not torch.equal(images, reread):
+    # NaN in an image is no augmentation.
+    if images.shape != reread.shape or not bool(((images == reread) | (images.isnan() & reread.isnan())).all()):
         gap = f"by {_gap(images, reread)}" if images.shape == reread.shape else "in size"
         found.append(
             f"the data set gives other images when the same {len(images)} positions are read again (they differ {gap}); take "
