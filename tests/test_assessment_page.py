@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from conftest import show
 from textguard.assessment import Assessment, assess
+from textguard.assessment.command import run
 from textguard.assessment.page import _call, write_page
 from textguard.errors import InvalidParameter
 
@@ -154,6 +155,21 @@ def test_the_call_on_the_page_finds_the_same_again(model, loader, found):
     assert names["found"].records.equals(found.records)
     assert "seed=3" in _call(found)
     assert "confidence" not in _call(found)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_command_reports_and_advises(found, worse, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    found.save("old")
+    replace(worse, skipped=()).save("new")
+    assert run(["report", "new", "old", "--file", "page.html"]) == 0
+    assert "New is worse than old" in Path("page.html").read_text(encoding="utf-8")
+    assert run(["advise", "new", "--cut", "50%", "--maps", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "For 50.0 % less SDC, duplicate" in said
+    assert len(re.findall(r"^ *\S.* 0\.\d+ ", said.partition("channel")[2], re.MULTILINE)) == 3
+    assert run(["advise", "new", "--target-fit", "1"]) == 2
+    assert "fit_per_megabit" in capsys.readouterr().err
 
 
 def test_the_page_fits_a_phone_and_reads_well_in_the_dark(found, worse, tmp_path, browser):

@@ -378,24 +378,22 @@ def percent(share: float) -> str:
 class Half:
     """One half of a sample, as far as it corrupted something.
 
-    unit: what each such injection hit, int [H]. effect: what it adds to the SDC rate of the whole, float [H]. stratum: int [H].
-    observation: injections with one number are one observation, as are those of one index where layers share their images,
-    int [H]. sizes: observations of each stratum, [S]. injections: all of them, whatever they did.
+    unit: what each such injection hit, int [H]. effect: what it adds to the SDC rate of the whole, float [H]. observation:
+    injections with one number are one observation, as are those of one index where layers share their images, int [H]. stratum:
+    that of each observation, int [O]. sizes: observations of each stratum, whatever they did, [S]. injections: all of them.
     """
 
     unit: np.ndarray
     effect: np.ndarray
-    stratum: np.ndarray
     observation: np.ndarray
+    stratum: np.ndarray
     sizes: np.ndarray
     injections: int
 
     def variance(self, values: np.ndarray) -> float:
         """Of the sum of `values`, float [H], one for each injection; all others have 0."""
-        number, place = np.unique(self.observation, return_inverse=True)
-        each, stratum = np.bincount(place, values, len(number)), np.zeros(len(number), dtype=int)
-        stratum[place] = self.stratum
-        squares, sums = (np.bincount(stratum, part, len(self.sizes)) for part in (each**2, each))
+        each = np.bincount(self.observation, values, len(self.stratum))
+        squares, sums = (np.bincount(self.stratum, part, len(self.sizes)) for part in (each**2, each))
         return float(((squares - sums**2 / self.sizes) * self.sizes / (self.sizes - 1)).sum())
 
 
@@ -546,11 +544,13 @@ def _half(rows: pd.DataFrame) -> Half:
     """Those that corrupted something. rows: with `unit`."""
     size, (stratum, numbers) = _sizes(rows), pd.factorize(rows["stratum"])
     hit = rows["value"].to_numpy() != 0
+    observed = (stratum * 2**32 + rows["place"].to_numpy(int))[hit]
+    _, first, observation = np.unique(observed, return_index=True, return_inverse=True)
     return Half(
         rows["unit"].to_numpy(int)[hit],
         (rows["value"] / size).to_numpy(float)[hit],
-        stratum[hit],
-        (stratum * 2**32 + rows["place"].to_numpy(int))[hit],
+        observation,
+        stratum[hit][first],
         size.groupby(stratum).max().to_numpy(float) if len(numbers) else np.zeros(0),
         len(rows),
     )
