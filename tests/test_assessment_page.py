@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from test_page import Elements
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from conftest import show
 from textguard.assessment import Assessment, assess
+from textguard.assessment.advice import MEASURED
 from textguard.assessment.command import run
 from textguard.assessment.page import _call, write_page
 from textguard.errors import InvalidParameter
@@ -73,7 +75,9 @@ def page(folder: Path, *arguments, **options) -> tuple[str, Elements]:
 
 
 def test_one_model_has_all_of_its_page_in_one_file(found, tmp_path):
-    html, elements = page(tmp_path, found, names=("mine", "theirs"))
+    measured = pd.DataFrame([("ranger", 0.25, 0.125, 0.5, 0.25, 0.75, 1.5)], columns=MEASURED)
+    html, elements = page(tmp_path, found, names=("mine", "theirs"), mitigations=measured)
+    assert "50.0 [25.0, 75.0]" in elements.text
     assert len(elements.attributes("src")) == 5
     assert all(source.startswith("data:image/png;base64,") for source in elements.attributes("src"))
     links = [link for link in elements.attributes("href") if link != "data:,"]

@@ -64,6 +64,20 @@ class Advice:
         The SDC rate without protection, from the half that measures.
     sentence : str
         What came out, for a person.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> from textguard.assessment import advise, assess
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)).eval()
+    >>> images = torch.rand(6, 1, 4, 4)
+    >>> loader = DataLoader(TensorDataset(images, model(images).argmax(dim=1)), batch_size=3)
+    >>> advice = advise(assess(model, loader, injections_per_layer=200), target_sdc=0.9)
+    >>> advice.layers_needed, str(advice).endswith("nothing has to be protected.")
+    (0, True)
     """
 
     table: pd.DataFrame
@@ -271,7 +285,7 @@ class Target:
 
     def reached(self, value: float) -> bool:
         """Whether a value of the column is enough."""
-        return value >= self.limit if self.column == "covered_low" else value <= self.limit
+        return value >= self.limit if self.column.startswith("covered") else value <= self.limit
 
 
 def _target(assessment: Assessment, cut: float, target_sdc: float | None, target_fit: float | None, by: str) -> Target:
@@ -326,7 +340,7 @@ def _needed(table: pd.DataFrame, target: Target, now: Estimate) -> int:
     The sets are nested, so that what they cover grows from row to row. To stop at the first that is enough is then wrong no
     more often than one interval is.
     """
-    if target.reached(0.0 if target.column == "covered_low" else now.high):
+    if target.reached(0.0 if target.column.startswith("covered") else now.high):
         return 0
     enough = np.flatnonzero([target.reached(value) for value in table[target.column]])
     return int(enough[0]) + 1 if len(enough) else len(table)
@@ -341,24 +355,35 @@ def _sentence(layers: pd.DataFrame, channels: pd.DataFrame, needed: Sequence[int
     start = f"The SDC rate is {in_percent(now)} of all faults. For {target.said}, "
     if not needed[0]:
         return f"{start}nothing has to be protected."
-    names = [printable(name, 60) for name in layers["layer"][: needed[0]]]
-    shown = (
-        ", ".join(names) if len(names) <= MOST_NAMES else f"{', '.join(names[:MOST_NAMES])} and {len(names) - MOST_NAMES} more"
-    )
-    said = f"{start}duplicate {needed[0]} of {len(layers)} layers ({shown}): {_covers(layers, needed[0])}"
+    said = start + _covers(layers, needed[0], target, "layers")
     if len(channels) and needed[1]:
-        said += f" Or duplicate {needed[1]:,} of {len(channels):,} feature maps: {_covers(channels, needed[1])}"
+        said += f" Feature by feature, {_covers(channels, needed[1], target, 'feature maps')}"
     unknown = [printable(name, 60) for name in layers.loc[layers["cost"].isna(), "layer"]]
     return f"{said} Multiply-adds of {len(unknown)} layers are not known, such as {unknown[0]}." if unknown else said
 
 
-def _covers(table: pd.DataFrame, needed: int) -> str:
+def _covers(table: pd.DataFrame, needed: int, target: Target, what: str) -> str:
+    """What it takes, and what comes of it."""
     row = table.iloc[needed - 1]
-    cost = f" for {percent(row['total_cost'])} of the multiply-adds" if math.isfinite(row["total_cost"]) else ""
     if needed == len(table):
-        return f"the sample is too small to promise it of fewer than all{cost}."
+        likely = _needed(table, Target(target.column.rpartition("_")[0], target.limit, target.said), Estimate(1, 1, 1, 0))
+        return (
+            f"the sample is too small to promise it of fewer than all {len(table):,} {what}; "
+            f"by the estimate without its interval, {likely:,} would do{_named(table, likely)}."
+        )
     found = in_percent(Estimate(row["covered"], row["covered_low"], row["covered_high"], 0))
-    return f"they cover {found} of SDC{cost}, and leave a rate of at most {percent(row['left_high'])}."
+    cost = f" for {percent(row['total_cost'])} of the multiply-adds" if math.isfinite(row["total_cost"]) else ""
+    return (
+        f"duplicate {needed:,} of {len(table):,} {what}{_named(table, needed)}: they cover {found} of SDC{cost}, "
+        f"and leave a rate of at most {percent(row['left_high'])}."
+    )
+
+
+def _named(table: pd.DataFrame, count: int) -> str:
+    """The first layers of a table in brackets; nothing for channels."""
+    names = [printable(name, 60) for name in table["layer"][:count]] if "channel" not in table else []
+    more = [f"{len(names) - MOST_NAMES} more"] if len(names) > MOST_NAMES else []
+    return f" ({', '.join([*names[:MOST_NAMES], *more])})" if names else ""
 
 
 def in_percent(found: Estimate) -> str:
