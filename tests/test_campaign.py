@@ -120,7 +120,7 @@ def test_a_campaign_of_enumerated_layers_alone_has_no_records(resnet, loader):
 
 
 def test_settings_are_checked_before_images_are_looked_at(resnet, loader, monkeypatch):
-    monkeypatch.setattr(campaign_module, "image_chances", None)
+    monkeypatch.setattr(campaign_module, "look", None)
     profiled = largest_outputs(profile_ranges(resnet, loader))
     for wrong in ({"plan": "even"}, {"compare_detectors": ["tmr"]}, {"number_format": "fp12"}, {"engine": "hooks"}):
         with pytest.raises(UnknownName, match=next(iter(wrong)).removeprefix("compare_").removesuffix("s")):

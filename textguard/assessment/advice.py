@@ -28,9 +28,11 @@ from textguard.assessment.result import Assessment
 from textguard.errors import InvalidParameter, Setting, UnknownName, printable
 from textguard.estimates.statistics import Estimate, Sample, quantile, rate_interval
 from textguard.estimates.summary import LayerResult
+from textguard.faults.inputs import batches, prepare
 from textguard.faults.mitigations import protect
-from textguard.faults.profiling import batches, device_of, profile_activations
+from textguard.faults.profiling import profile_activations
 from textguard.faults.sites import Site
+from textguard.faults.task import CLASSES, Task, make_task
 
 EXPOSURES = ("neurons", "multiply_adds", "layers")
 FEWEST = 4  # injections of each stratum: two for either half
@@ -220,12 +222,15 @@ def measure_mitigations(
         raise InvalidParameter(f"the model has weights {found}, and those that were assessed are {assessment.weights}")
     settings, exposures = assessment.settings, _exposures(assessment, by)
     kept = {name: settings[name] for name in ("detector", "confidence", "image_batch")} | {"engine": assessment.engine}
-    rows = []
+    parts = {name: options.get(name) for name in ("forward", "labels", "correct", "loss")}
+    task, rows = make_task(options.get("task", CLASSES.name), **parts), []
+    if (task.as_json() or None) != settings.get("task"):
+        raise InvalidParameter(Setting("task"), " (or forward, labels, correct, loss) is another than that of the assessment")
     for mitigation in mitigations:
         other = assess(model, loader, plan=assessment, mitigation=mitigation, **kept | options)
         before, after, removed = removed_share(assessment, other, exposures)
-        share = (removed.value, removed.low, removed.high)
-        rows.append((mitigation, before, after, *share, _slower(model, loader, mitigation, options.get("profile"))))
+        time_taken = _slower(model, loader, mitigation, options.get("profile") or loader, task)
+        rows.append((mitigation, before, after, removed.value, removed.low, removed.high, time_taken))
     return pd.DataFrame(rows, columns=MEASURED)
 
 
@@ -257,12 +262,13 @@ def removed_share(before: Assessment, after: Assessment, exposures: np.ndarray) 
     return *totals, rate_interval(Sample(share, variance, 0.0, max(1, len(old)), change, guided=True), confidence)
 
 
-def _slower(model: nn.Module, loader: DataLoader, mitigation: str, profile: DataLoader | None) -> float:
+def _slower(model: nn.Module, loader: DataLoader, mitigation: str, profile: DataLoader, task: Task) -> float:
     """How many times as long an inference of one batch takes with a mitigation."""
-    images = next(batches(loader, device_of(model)))[1]
-    bounds = profile_activations(model, profile or loader)
+    bounds = profile_activations(model, profile, task)
     named = {row.activation: (row.low, row.high) for row in bounds.itertuples(index=False)}
-    plain, protected = copy.deepcopy(model).eval(), protect(model, images[0], named, mitigation)
+    plain, image = prepare(model, loader, task)
+    plain, protected = copy.deepcopy(plain).eval(), protect(plain, image, named, mitigation)
+    _, images, _ = next(batches(loader, image.device, task=task))
     with torch.inference_mode():
         fastest = [math.inf, math.inf]
         for _ in range(RUNS):  # in turn, so that whatever else the machine does meets both
@@ -309,7 +315,7 @@ def _target(assessment: Assessment, cut: float, target_sdc: float | None, target
             raise InvalidParameter(
                 Setting("target_fit"), " counts failures per bit that faults can hit; leave out ", Setting("by")
             )
-        bits = sum(assessment.exposure(site.layer) for site in assessment.sites) * assessment.bits
+        bits = sum(assessment.exposed_bits(site.layer) for site in assessment.sites)
         return Target("left_high", target_fit / (bits * per_bit / 1e6), f"a FIT of at most {target_fit:.3g}")
     if target_sdc is not None:
         return Target("left_high", target_sdc, f"an SDC rate of at most {percent(target_sdc)}")
@@ -320,7 +326,7 @@ def _exposures(assessment: Assessment, by: str) -> np.ndarray:
     """Each layer's share of all faults, float [L]. Raises InvalidParameter."""
     found = []
     for site in assessment.sites:
-        found.append({"neurons": assessment.exposure(site.layer), "multiply_adds": site.multiply_adds, "layers": 1.0}[by])
+        found.append({"neurons": assessment.exposed_bits(site.layer), "multiply_adds": site.multiply_adds, "layers": 1.0}[by])
         if found[-1] is None:
             raise InvalidParameter(
                 f"the multiply-adds of layer {printable(site.layer)!r} ({site.kind}) are not known; take 'neurons' for ",

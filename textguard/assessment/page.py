@@ -136,7 +136,7 @@ def _ratios(own: Side, other: Side) -> dict[str, dict[str, Judged]]:
         draws = [dict(zip(side.layers, part[measure], strict=True)) for side, part in zip(sides, drawn, strict=True)]
         pairs = {f"layer {name}": (draws[0][name], draw) for name, draw in draws[1].items() if name in draws[0]}
         for way in WAYS:
-            weights = [[side.exposure(name) if way == "neurons" else 1.0 for name in side.layers] for side in sides]
+            weights = [[side.exposed_bits(name) if way == "neurons" else 1.0 for name in side.layers] for side in sides]
             pairs[way] = tuple(weigh(list(part.values()), each) for part, each in zip(draws, weights, strict=True))
         estimates = {name: improvement(*pair, confidence).estimate for name, pair in pairs.items()}
         # Of these two networks: `verdict` is silent about single trainings, which stand for a method.
