@@ -38,10 +38,10 @@ def main(params: Params, key: str) -> None:
                 print(f"inject {key}: {result}", file=sys.stderr, flush=True)
         settings = {
             **asdict(inject),
-            "engine": campaign.engine.name,  # which may be another one than was asked for
             "fold_scale": params.head.fold_scale,
             "inputs": mark,
             "device": describe_device(run.device),
+            "ran_by": campaign.engine.name,  # which may be another engine than was asked for
         }
         metadata = {name: str(value) for name, value in settings.items()}
         changed = [part.assign(detector=name) for name, part in changes.items()] or [no_records().assign(detector="")]

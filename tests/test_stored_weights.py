@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader, TensorDataset
 
 from fault_helpers import OFF, close, make_faults
-from textguard.faults import FaultModel, make_engine
+from textguard.faults import Campaign, CampaignSettings, FaultModel, make_engine
 from textguard.faults.damage import operate, weight_limits
 from textguard.faults.engines import Engine
 from textguard.faults.formats import FP32, parse_format
@@ -145,6 +146,15 @@ def test_weights_that_are_read_once_are_hit_in_batches(name):
 def test_outputs_of_all_calls_stay_sites_for_faults_in_neurons():
     model, images = built(ConvTwice)
     assert [site.layer for site in make_engine("replay", model, images[0], 4).sites] == ["conv", "conv#2", "head"]
+
+
+def test_a_campaign_has_one_layer_per_weight():
+    model, images = built(ConvTwice)
+    loader = DataLoader(TensorDataset(images, model(images).argmax(1)), batch_size=2)
+    settings = CampaignSettings(injections_per_layer=6, fault_model=WEIGHT)
+    campaign = Campaign(model, loader, settings)
+    assert list(campaign.run().layers) == ["conv", "head"]
+    assert [site.layer for site in campaign.engine.all_sites] == ["conv", "conv#2", "head"]  # whose ranges are profiled
 
 
 def test_formats_round_a_shared_weight_once_and_all_outputs():

@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 
 from bad_input_grid import Grid, says
+from textguard.artifacts import read_json
 
 RUN = "digits-vit-baseline-0"
 VIT = {
@@ -42,6 +43,7 @@ def test_a_vision_transformer_goes_through_every_stage(vit):
     folder = vit.folder / "metrics" / "runs" / RUN
     assert pd.read_csv(folder / "activations.csv").columns.tolist() == ["activation", "low", "high"]
     assert pd.read_csv(folder / "activations.csv").empty
+    assert read_json(folder / "campaign.json", "inject")["settings"]["ran_by"] == "whole"  # though replay was asked for
     ranges = pd.read_csv(folder / "ranges.csv")
     assert set(ranges["kind"]) == {"Conv2d", "Linear", "Add"}
     records = pd.read_parquet(vit.folder / "metrics" / "records" / RUN / "injections.parquet")

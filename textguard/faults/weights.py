@@ -95,5 +95,5 @@ def computed_weights(model: nn.Module, sites: Sequence[Site]) -> set[int]:
 
 def stored_weights(model: nn.Module, sites: Sequence[Site]) -> list[Tensor | None]:
     """For each site its stored weights, None where it has none."""
-    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
     return [tensors.get(site.parameter) if site.weights else None for site in sites]

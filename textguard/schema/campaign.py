@@ -109,7 +109,7 @@ class StoredCampaign(Stored):
     skipped: dict[Name, Name] = field("by layer: why it takes no faults")
     settings: Settings = field(
         "params.yaml's section `inject`; `fold_scale` of its section `head`; `inputs`, a fingerprint of all that went in; "
-        "`device`, on which it ran"
+        "`device`, on which it ran; `ran_by`, the engine that ran"
     )
 
     @model_validator(mode="after")
