@@ -19,7 +19,7 @@ def test_the_example_prints_each_layer_with_intervals(tmp_path):
     names = ["row", *printed[0].split()]
     rows = {fields["layer"]: fields for fields in (dict(zip(names, line.split(), strict=True)) for line in printed[1:])}
     # Layers of an nn.Sequential are called by their number; the linear layer is the more sensitive one.
-    assert list(rows) == ["0", "4"]
+    assert list(rows) == ["0", "4", "overall"]
     for name in ("delta_loss", "mismatch", "sdc"):
         found = {layer: [float(row[f"{name}{end}"]) for end in ("_low", "", "_high")] for layer, row in rows.items()}
         assert all(low < value < high for low, value, high in found.values())

@@ -182,6 +182,7 @@ def _add_assess(commands: Any) -> None:
     faults.add_argument("--detector", metavar="WHAT", help="the range detector: profiled, fixed:X, off [profiled]")
     faults.add_argument("--mitigation", default="none", metavar="WHAT", help="none, ranger, clip_to_zero [none]")
     faults.add_argument("--engine", metavar="NAME", help="replay, whole, pytorchfi [replay]")
+    faults.add_argument("--noise", metavar="WHAT", help="of a network whose answers vary: refuse, or report how much [refuse]")
     shown = parser.add_argument_group("results")
     shown.add_argument("--confidence", type=float, metavar="P", help="of intervals [0.99]")
     shown.add_argument(
@@ -245,9 +246,14 @@ def _add_advise(commands: Any) -> None:
     )
     parser.set_defaults(work=_advise)
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a saved assessment")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--target-sdc", type=_share, metavar="SDC", help="the SDC probability to reach: 0.001 or 0.1%%")
+    target.add_argument("--target-fit", type=float, metavar="FIT", help="the failures in 10^9 hours to reach")
+    target.add_argument("--cut", type=_share, metavar="SHARE", help="the share of SDC to be rid of: 0.9 or 90%%")
     parser.add_argument(
-        "--target-sdc", type=_share, required=True, metavar="SDC", help="the SDC probability to reach: 0.001 or 0.1%%"
+        "--order", choices=("share", "cost"), default="share", help="by the share of SDC, or by that for its cost [share]"
     )
+    parser.add_argument("--maps", type=int, default=10, metavar="N", help="list the first N feature maps, too [10]")
 
 
 def _assess(options: argparse.Namespace) -> int:
@@ -264,7 +270,7 @@ def _assess(options: argparse.Namespace) -> int:
     fault = {name: getattr(options, name) for name in ("target", "operation") if getattr(options, name) is not None}
     names = {
         **{name: name for name in ("seed", "images", "stop_at", "pilot", "enumerate_up_to", "kinds", "detector", "engine")},
-        **{name: name for name in ("confidence", "batch_size", "image_batch")},
+        **{name: name for name in ("confidence", "batch_size", "image_batch", "noise")},
         **{"injections": "injections_per_layer", "format": "number_format"},
     }
     chosen = {name: getattr(options, option) for option, name in names.items() if getattr(options, option) is not None}
@@ -321,9 +327,12 @@ def _advise(options: argparse.Namespace) -> int:
     found = Assessment.load(options.folder)
     from textguard.assessment.advice import advise
 
-    advice = advise(found, target_sdc=options.target_sdc)
+    targets = {name: getattr(options, name) for name in ("cut", "target_sdc", "target_fit")}
+    advice = advise(found, order=options.order, **{name: value for name, value in targets.items() if value is not None})
     print(advice.sentence)
-    print(advice.table.to_string(index=False))
+    for table in (advice.table, advice.channels.head(options.maps)):
+        if len(table):
+            print(f"\n{table.to_string(index=False, float_format='{:.4g}'.format)}")
     return 0
 
 

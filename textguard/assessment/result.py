@@ -247,6 +247,19 @@ class Assessment:
         InvalidParameter
             The layer was enumerated, and what its faults did is only known by bit; or faults hit other things than a neuron,
             which have no channel.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from textguard.assessment import assess
+        >>> images = torch.rand(6, 1, 4, 4)
+        >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)).eval()
+        >>> found = assess(model, DataLoader(TensorDataset(images, model(images).argmax(dim=1))), injections_per_layer=20)
+        >>> bits = found.by("bit", layer="0")
+        >>> len(bits), int(bits["injections"].sum())
+        (32, 20)
         """
         checked_name("part", part, PARTS, Setting("part"))
         if layer is not None:
