@@ -10,7 +10,6 @@ failures of equal bits. To protect means here that each fault in the output is f
 and compared. What is left where activations are clamped instead has to be measured: see `measure_mitigations`.
 """
 
-import copy
 import math
 import time
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from textguard.assessment.result import Assessment
 from textguard.errors import InvalidParameter, Setting, UnknownName, printable
 from textguard.estimates.statistics import Estimate, Sample, quantile, rate_interval
 from textguard.estimates.summary import LayerResult
+from textguard.faults.copying import copy_model
 from textguard.faults.inputs import batches, prepare
 from textguard.faults.mitigations import protect
 from textguard.faults.profiling import profile_activations
@@ -267,7 +267,7 @@ def _slower(model: nn.Module, loader: DataLoader, mitigation: str, profile: Data
     bounds = profile_activations(model, profile, task)
     named = {row.activation: (row.low, row.high) for row in bounds.itertuples(index=False)}
     plain, image = prepare(model, loader, task)
-    plain, protected = copy.deepcopy(plain).eval(), protect(plain, image, named, mitigation)
+    plain, protected = copy_model(plain).eval(), protect(plain, image, named, mitigation)
     _, images, _ = next(batches(loader, image.device, task=task))
     with torch.inference_mode():
         fastest = [math.inf, math.inf]
