@@ -138,7 +138,7 @@ def _ratios(own: Side, other: Side) -> dict[str, dict[str, Judged]]:
         for way in WAYS:
             weights = [[side.exposed_bits(name) if way == "neurons" else 1.0 for name in side.layers] for side in sides]
             pairs[way] = tuple(weigh(list(part.values()), each) for part, each in zip(draws, weights, strict=True))
-        estimates = {name: improvement(*pair, confidence).estimate for name, pair in pairs.items()}
+        estimates = {name: improvement(*pair, confidence) for name, pair in pairs.items()}
         # Of these two networks: `verdict` is silent about single trainings, which stand for a method.
         found[measure] = {name: Judged(ratio, verdict(ratio, confidence, trainings=2)) for name, ratio in estimates.items()}
     return found

@@ -18,7 +18,7 @@ from textguard.faults.checks import checked_name, folder_path
 from textguard.faults.damage import FaultModel
 from textguard.faults.formats import parse_format
 from textguard.faults.plans import PLAN_COLUMNS, bits_of, count_targets
-from textguard.faults.sites import Site
+from textguard.faults.sites import UNWANTED, Site
 
 PARTS = ("channel", "bit", "class", "image")
 OVERALL = "overall"  # the last row of the table
@@ -357,12 +357,19 @@ def _exact_bits(totals: Totals) -> pd.DataFrame:
 def _grouped(skipped: tuple[tuple[str, str], ...]) -> str:
     """Why things are skipped: each reason with how many have it and the first of them."""
     groups: dict[str, list[str]] = {}
+    kinds: dict[str, int] = {}
     for name, reason in skipped:
-        groups.setdefault(reason, []).append(name)
+        if reason.endswith(UNWANTED):
+            kind = reason.removesuffix(UNWANTED).split()[-1]
+            kinds[kind] = kinds.get(kind, 0) + 1
+        else:
+            groups.setdefault(reason, []).append(name)
     told = [
         f"{len(names)} as {names[0]}: {reason}" if len(names) > 1 else f"{names[0]}: {reason}"
         for reason, names in sorted(groups.items(), key=lambda group: -len(group[1]))
     ]
+    if kinds:
+        told.insert(0, f"of kinds that were not asked for: {', '.join(kinds)}")
     more = [f"and {len(told) - MOST_REASONS} other reasons, see skipped"] if len(told) > MOST_REASONS else []
     return f" ({', '.join(told[:MOST_REASONS] + more)})" if told else ""
 

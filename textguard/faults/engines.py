@@ -504,10 +504,10 @@ class WholeEngine(_Engine):
                 raise UnsupportedModel(f"{type(self._model).__name__} runs other operations for other images")
             if here is None:
                 return output
-            if output.numel() != len(images) * self.sites[here].neurons:
+            if output.numel() != len(images) * self.all_sites[here].neurons:
+                layer = self.all_sites[here].layer
                 raise UnsupportedModel(
-                    f"{type(self._model).__name__} runs layer {self.sites[here].layer!r} on some images of a batch only, as a "
-                    "mixture of experts does; compute all experts for every image, and weigh their results"
+                    f"{type(self._model).__name__} runs layer {layer!r} on some images of a batch only, as a mixture of experts does; compute all experts for every image, and weigh their results"
                 )
             weights = faults is not None and here == position and faults.model.target == "weight"
             if weights:

@@ -345,7 +345,10 @@ class TracedModel:
 
     def _settle(self, model: nn.Module, image: Tensor) -> None:
         """Run two images both ways round, to learn in which order each step's value holds the rows of images."""
-        pairs = [torch.stack(pair) for pair in itertools.permutations((image, another_image(image)))]
+        other = another_of(model)
+        pairs = [
+            torch.stack(pair) for pair in itertools.permutations((image, another_image(image) if other is None else other))
+        ]
         runs = [self.inputs(pair) for pair in pairs]
         swap = torch.tensor([1, 0], device=image.device)
         for index, _ in zip(*map(self.walk, runs), strict=True):
@@ -585,6 +588,11 @@ def _inside(model: nn.Module) -> nn.Module | None:
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)):
         return model.module
     return getattr(model, "_orig_mod", None)
+
+
+def another_of(model: nn.Module) -> Tensor | None:
+    """The second image that a model brings along, because its images have no other order of values; see `inputs.Adapted`."""
+    return getattr(model, "another", None) if not isinstance(model, fx.GraphModule) else model.meta.get("another")
 
 
 def another_image(image: Tensor) -> Tensor:

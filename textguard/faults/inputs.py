@@ -366,13 +366,15 @@ class Adapted(nn.Module):
         From the model and a batch to logits.
     batch : Any
         One of the loader's batches; its tensors have one row per image.
+    another : Tensor
+        An image as `forward` of this class takes it, [...]: bytes in another order would be none.
     """
 
     adapted = True
 
-    def __init__(self, model: nn.Module, forward: Callable[[nn.Module, Any], Tensor], batch: Any) -> None:
+    def __init__(self, model: nn.Module, forward: Callable[[nn.Module, Any], Tensor], batch: Any, another: Tensor) -> None:
         super().__init__()
-        self.model, self._forward = model, forward
+        self.model, self._forward, self.another = model, forward, another
         self.training = model.training
         self._single, end = len(_tensors(batch)) == 1, 0
 
@@ -467,7 +469,7 @@ def prepare(model: nn.Module, loader: DataLoader, task: Task = CLASSES, labelled
             "the loader batch them: DataLoader(dataset, batch_size=64)",
         )
     if task.forward is not None and not getattr(model, "adapted", False):
-        model = Adapted(model, task.forward, batch)
+        model = Adapted(model, task.forward, batch, images[-1])
     with _evaluated(model):
         logits = check_logits(_answers(model, images, task), len(images), type(_inner(model)).__name__, task)
         if len(images) > 1:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from textguard.errors import InvalidParameter, Setting, UnknownName, UnsupportedModel
 from textguard.faults.detectors import Bound
-from textguard.faults.graph import ACTIVATIONS, TracedModel
+from textguard.faults.graph import ACTIVATIONS, TracedModel, another_of
 
 # Every bound is wider by this share of the larger one. In other batch sizes sums round differently, because these add in
 # another order, and the profiled extremes have to stay in range there too.
@@ -209,5 +209,7 @@ def protect(model: nn.Module, image: Tensor, bounds: Mapping[str, tuple[float, f
             bounded = traced.model.graph.call_module(label, (step,))
         step.replace_all_uses_with(bounded, delete_user_cb=lambda user, kept=bounded: user is not kept)
     traced.model.recompile()
-    traced.model.adapted = getattr(model, "adapted", False)  # what it takes for images; see inputs.prepare
+    if getattr(model, "adapted", False):  # what it takes for images; see inputs.prepare
+        traced.model.adapted = True
+        traced.model.meta["another"] = another_of(model)  # copies of a traced model keep its `meta` alone
     return traced.model

@@ -263,7 +263,7 @@ def profile_ranges(
     def see(position: int, output: Tensor) -> None:
         magnitude = output.abs()
         if not math.isfinite(most := float(magnitude.max())):
-            layer = engine.sites[position].layer
+            layer = engine.all_sites[position].layer
             raise UnsupportedModel(f"without any fault, layer {layer!r} gives NaN or infinity: it has no range to be profiled")
         largest[position] = max(largest[position], most)
         total[position] += float(magnitude.sum(dtype=torch.float64))

@@ -15,6 +15,7 @@ from textguard.errors import Setting, UnknownName, UnsupportedModel
 from textguard.faults.operations import KINDS, WEIGHTLESS, inside_of, kind_of, weight_of
 
 DEFAULT_KINDS = ("Conv1d", "Conv2d", "Conv3d", "Linear")
+UNWANTED = "is not among the wanted kinds of sites"
 SURVEYED = (2, 3)  # a model is run with both batch sizes, and their comparison shows what grows with the batch
 # What faults are injected into: floating-point values, each in its own format.
 FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
@@ -479,7 +480,7 @@ class SiteList:
             if not one.sources and call.kind in WEIGHTLESS:
                 self._weightless[call.kind] = self._weightless.get(call.kind, 0) + 1
                 return None
-            return self._skip(one, first, f"{call.kind} is not among the wanted kinds of sites")
+            return self._skip(one, first, f"{call.kind} {UNWANTED}")
         shape, dimension, outer, problem = _share_of_one_image(call.output, larger.call.output, self._changed.get(self._number))
         if problem:
             return self._skip(one, name, problem)
@@ -545,7 +546,7 @@ class SiteList:
             self._skipped[owner or kind, reason or f"no operation reads the {' and '.join(names)} of this {kind}"] = None
         for kind, count in self._weightless.items():
             calls = "1 call" if count == 1 else f"{count} calls"
-            self._skipped[kind, f"{calls}; {kind} is not among the wanted kinds of sites"] = None
+            self._skipped[kind, f"{calls}; {kind} {UNWANTED}"] = None
         if not self.sites:
             kinds = " or ".join(self._kinds)
             found = "; ".join(f"{layer}: {reason}" for layer, reason in self.skipped[:3])
