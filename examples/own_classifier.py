@@ -5,7 +5,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from textguard.faults import assess
+from textguard.assessment import assess
 
 torch.manual_seed(0)
 pixels, digits = load_digits(return_X_y=True)
@@ -18,5 +18,5 @@ for _ in range(100):
     optimizer.step()
 
 loader = DataLoader(TensorDataset(images, labels), batch_size=256)
-layers = assess(model.eval(), loader, plan="guided", injections_per_layer=1024, seed=0)
-print(layers.drop(columns=["kind", "masked", "detected", "nonfinite"]).round(4).to_string())
+found = assess(model.eval(), loader, plan="guided", injections_per_layer=1024, seed=0)
+print(found.table.drop(columns=["kind", "masked", "detected", "nonfinite"]).round(4).to_string())

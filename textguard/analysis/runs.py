@@ -42,8 +42,26 @@ def describe_run(key: str, run: Run, campaign: CampaignRecords, statistics: Stat
     with reading(RUNS_DIR / key / "campaign.json", "inject"):
         if campaign.stored.eligible_images > len(predictions):
             raise InvalidArtifact(f"has more eligible images than the {len(predictions)} of the test set")
-    confidence, stored, layers = statistics.confidence, campaign.stored, campaign.layers
     correct = (predictions["label"] == predictions["prediction"]).to_numpy(float)
+    largest = _largest_value(key, campaign.layers)
+    return describe(key, run, campaign, statistics, evaluation, predictions.assign(correct=correct), largest)
+
+
+def describe(
+    key: str,
+    run: Run,
+    campaign: CampaignRecords,
+    statistics: StatisticsParams,
+    evaluation: Evaluation,
+    predictions: pd.DataFrame,
+    largest_value: float,
+) -> RunResult:
+    """The same from what is read. predictions: label, correct (1 or 0), loss and top2diff of each image.
+
+    largest_value: the largest magnitude of the last layer's values over the training images.
+    """
+    confidence, stored, layers = statistics.confidence, campaign.stored, campaign.layers
+    correct = predictions["correct"].to_numpy(float)
     weights = place_weights(run, layers, statistics.last_layer_weights)
     places = {place: headline(layers, weights[place], confidence) for place in PLACES}
     return RunResult(
@@ -63,7 +81,7 @@ def describe_run(key: str, run: Run, campaign: CampaignRecords, statistics: Stat
         scale=evaluation.scale,
         weights=evaluation.weights,
         # The detector `profiled` clamps to the profiled range: behind it, no fault in the last layer makes a larger logit.
-        largest_logit=(1.0 if stored.settings.get("fold_scale") else evaluation.scale) * _largest_value(key, layers),
+        largest_logit=(1.0 if stored.settings.get("fold_scale") else evaluation.scale) * largest_value,
         **{name: found for name, found in places.items() if name != "overall"},
         overall=_overall(campaign, statistics, places["overall"]),
         convergence=_convergence(campaign, statistics),

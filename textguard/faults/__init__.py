@@ -1,13 +1,10 @@
 """Fault injection for any PyTorch classifier; it knows nothing of text, pipelines or reports.
 
-    from textguard.faults import assess
-
-`assess` goes from a model and a DataLoader to the resilience of each layer. What it is made of is exported too.
+`textguard.assessment` goes from a model and a DataLoader to the resilience of each layer. What it is made of is exported here.
 """
 
 from textguard.estimates.channels import summarise_channels
 from textguard.estimates.summary import summarise
-from textguard.faults.assessment import assess
 from textguard.faults.campaign import Campaign, CampaignResult, CampaignSettings
 from textguard.faults.damage import FaultModel
 from textguard.faults.engines import make_engine
@@ -26,7 +23,6 @@ __all__ = [
     "CampaignSettings",
     "Design",
     "FaultModel",
-    "assess",
     "draw_guided",
     "draw_plan",
     "eligible_images",

@@ -44,11 +44,12 @@ class Engine(Protocol):
     """Runs faults on a batch of images.
 
     `sites` are the operations with injectable outputs, in order of execution; `skipped` those without, each with the reason;
-    `settings` is what the results depend on, as text.
+    `settings` is what the results depend on, as text; `reason` why `make_engine` took another engine's place, if it did.
     """
 
     sites: Sequence[Site]
     skipped: Sequence[tuple[str, str]]
+    reason: str
     settings: Mapping[str, str]
     number_format: Format
     device: torch.device
@@ -91,6 +92,8 @@ class _Results:
 
 class _Engine:
     """What the engines have in common: what they are made from. `_set_up` gets a copy of the model, and finds its sites."""
+
+    reason = ""
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -551,5 +554,6 @@ def make_engine(name: str, model: nn.Module, image: Tensor, batch_size: int, **o
         if name != "replay":
             raise
         engine = WholeEngine(model, image, batch_size, **options)
+        engine.reason = str(reason)
         print(f"engine 'replay' cannot be used, going on with 'whole', which is slower: {reason}", file=sys.stderr, flush=True)
         return engine

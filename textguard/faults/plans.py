@@ -117,7 +117,7 @@ def _draw(
     of_bit = "" if bit is None else f" bit {bit}"
     stream = f"{site.position}{of_bit}"
     uniform = uniform_numbers(seed, stream, count, values * (1 + bits))
-    neurons = distinct(uniform[:, :values], _targets(site, fault_model, number_format), "values")
+    neurons = distinct(uniform[:, :values], count_targets(site, fault_model, number_format), "values")
     index = np.arange(count, dtype=np.int64)
     if bit is None:
         damaged = distinct(uniform[:, values:].reshape(-1, bits), all_bits, "bits").reshape(-1)
@@ -175,7 +175,7 @@ def check_plan(plan: pd.DataFrame, sites: Sequence[Site], images: int, fault_mod
     CampaignMismatch
         The plan names a layer, neuron, image or bit that does not exist, or has a weight that is not above 0.
     """
-    targets = plan["layer"].map({site.layer: _targets(site, fault_model, number_format) for site in sites})
+    targets = plan["layer"].map({site.layer: count_targets(site, fault_model, number_format) for site in sites})
     if targets.isna().any():
         raise CampaignMismatch(f"the plan names layer {plan['layer'][targets.isna()].iloc[0]!r}, which the model does not have")
     ends = {"neuron": targets, "image": images, "bit": bits_of(fault_model, number_format)}
@@ -187,7 +187,7 @@ def check_plan(plan: pd.DataFrame, sites: Sequence[Site], images: int, fault_mod
         raise CampaignMismatch("the plan has weights that are not above 0")
 
 
-def _targets(site: Site, fault_model: FaultModel, number_format: Format) -> int:
+def count_targets(site: Site, fault_model: FaultModel, number_format: Format) -> int:
     """How many different values of a layer (neurons, weights or blocks) a fault can hit."""
     if fault_model.target == "weight":
         return site.weights

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from textguard.schema.assessment import StoredAssessment
 from textguard.schema.base import Measured, Stored
 from textguard.schema.campaign import StoredCampaign
 from textguard.schema.closeup import CloseUp
@@ -16,6 +17,11 @@ from textguard.schema.results import Cell, RunResult, SummaryLine
 from textguard.schema.texts import TextQuality
 from textguard.schema.times import RunTimes
 
+LIBRARY = "assess"  # no stage
+WRITERS = {
+    "": "Every stage that ends well writes its part.",
+    LIBRARY: "`Assessment.save(FOLDER)` and `textguard assess --out FOLDER` write it.",
+}
 # Path -> the stage that writes it (all, where none is named), what the file is, and the model of it, or of each of its entries.
 FILES: dict[str, tuple[str, str, type[Stored]]] = {
     "metrics/texts/TEXT.json": ("text_quality", "", TextQuality),
@@ -26,6 +32,11 @@ FILES: dict[str, tuple[str, str, type[Stored]]] = {
     "metrics/cells.json": ("results", "A list with one such object per cell that has a baseline.", Cell),
     "metrics/contrasts.json": ("results", "A list with one such object per pair of text-guided variants.", Cell),
     "metrics/summary.json": ("results", "Data set -> backbone -> variant -> such an object.", SummaryLine),
+    "FOLDER/assessment.json": (
+        "*",
+        "`Assessment.save(FOLDER)` and `textguard assess --out FOLDER` write it.",
+        StoredAssessment,
+    ),
     "metrics/run.json": ("", "`python -m textguard.timing` shows it.", RunTimes),
 }
 HEAD = """# What the stages' JSON files hold
@@ -43,7 +54,7 @@ def document() -> str:
     parts = [HEAD, _section(Measured, "## Measured")]
     explained = {Measured}
     for path, (stage, shape, model) in FILES.items():
-        writer = f"Stage `{stage}` writes it." if stage else "Every stage that ends well writes its part."
+        writer = WRITERS.get(stage, f"Stage `{stage}` writes it.")
         parts.append(f"## {path}\n\n{writer} {shape}".rstrip() + "\n")
         for number, part in enumerate(_models(model)):
             if part not in explained:

@@ -35,7 +35,7 @@ COLUMNS: dict[str, Rule] = {
     **{"golden_value": ANY, "faulty_value": ANY, "detected": FLAG, "masked": FLAG, "golden_loss": LOSS},
     "faulty_loss": _numbers("numbers of at least 0, or NaN", lambda values: ~(values < 0)),
     **{"mismatch": FLAG, "detector": TEXT},
-    **{"label": COUNT, "prediction": COUNT, "loss": LOSS},
+    **{"label": COUNT, "prediction": COUNT, "loss": LOSS, "correct": FLAG, "eligible": FLAG},
     **{"top2diff": SHARE, "class": TEXT, "state": TEXT, "finite": FLAG, "predicted": TEXT},
     # NaN where the faulty logits are.
     "confidence": _numbers("numbers from 0 to 1, or NaN", lambda values: ~((values < 0) | (values > 1))),
@@ -44,8 +44,10 @@ COLUMNS: dict[str, Rule] = {
 }
 
 
-def read_columns(path: Path, made_by: str, columns: Sequence[str], most: int) -> pd.DataFrame:
+def read_columns(path: Path, made_by: str, columns: Sequence[str], most: int, missing: Sequence[str] = ()) -> pd.DataFrame:
     """Some columns of a Parquet file, in their order. most: rows that it can have; a small file may hold any number of them.
+
+    missing: columns in which NaN stands for what there is not.
 
     Raises InvalidArtifact, also where a column holds what it cannot; see COLUMNS.
     """
@@ -59,7 +61,7 @@ def read_columns(path: Path, made_by: str, columns: Sequence[str], most: int) ->
     with reading(path, made_by):
         for name in columns:
             what, holds = COLUMNS[name]
-            if len(table) and not holds(table[name]):
+            if len(table) and not holds(table[name].dropna() if name in missing else table[name]):
                 raise InvalidArtifact(f"has a column {name} that holds anything else than {what}")
     return table
 

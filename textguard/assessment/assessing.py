@@ -1,0 +1,335 @@
+"""One call from a classifier and its data to the resilience of each layer, with intervals."""
+
+import hashlib
+import math
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from textguard.assessment.result import Assessment
+from textguard.errors import InvalidParameter, Setting, printable
+from textguard.faults.campaign import Campaign, CampaignSettings
+from textguard.faults.checks import folder_path, texts
+from textguard.faults.damage import FaultModel
+from textguard.faults.engines import ENGINES
+from textguard.faults.execution import run_campaign
+from textguard.faults.mitigations import protect
+from textguard.faults.plans import PLAN_COLUMNS, bits_of
+from textguard.faults.profiling import (
+    batches,
+    device_of,
+    first_image,
+    largest_outputs,
+    profile_activations,
+    profile_ranges,
+    top2diff,
+)
+from textguard.runtime import announce
+
+USUAL = CampaignSettings()
+# What a saved assessment says of its faults. Another one that replays them takes it over.
+OF_THE_PLAN = (
+    *("plan", "seed", "images", "injections_per_layer", "pilot", "stop_at", "enumerate_up_to"),
+    *("fault_model", "number_format", "kinds"),
+)
+HEAVIEST = 2.5  # weights that images drawn by importance do not reach; guided plans have larger ones
+
+
+def assess(
+    model: nn.Module,
+    loader: DataLoader,
+    *,
+    injections_per_layer: int = USUAL.injections_per_layer,
+    seed: int = USUAL.seed,
+    plan: str | pd.DataFrame | Assessment = USUAL.plan,
+    images: str = USUAL.images,
+    pilot: int = USUAL.pilot,
+    stop_at: str = USUAL.stop_at,
+    confidence: float = USUAL.confidence,
+    enumerate_up_to: int = USUAL.enumerate_up_to,
+    detector: str = USUAL.detector,
+    number_format: str = USUAL.number_format,
+    fault_model: FaultModel = USUAL.fault_model,
+    kinds: Sequence[str] = USUAL.kinds,
+    engine: str = USUAL.engine,
+    batch_size: int = USUAL.batch_size,
+    image_batch: int = USUAL.image_batch,
+    mitigation: str = "none",
+    profile: DataLoader | None = None,
+    classes: Sequence[str] | None = None,
+    fit_per_megabit: float | None = None,
+    shard_dir: str | os.PathLike[str] | None = None,
+) -> Assessment:
+    """Inject faults into every layer of a classifier and measure what they do to its predictions.
+
+    Before it starts, it says on stderr how many sites there are, what is skipped and why, how many images are eligible, the
+    accuracy, and which engine runs.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        From images [B, ...] to logits [B, C], on the device to use.
+    loader : DataLoader
+        Gives the images to inject on and their labels, from a map-style data set. Its order does not matter.
+    plan : str, pandas.DataFrame or Assessment
+        How faults are drawn; see `CampaignSettings`. Or which they are: those of another assessment, or rows like its `plan`,
+        are replayed. What decided on the faults there then holds here too, and no other value of it can be given. Of rows
+        alone, `fault_model`, `number_format` and `kinds` have to be given as they were. A replayed fault may hit an image that
+        this model gets wrong; how many do is said.
+    injections_per_layer, seed, images, pilot, stop_at, confidence, enumerate_up_to, detector, number_format, fault_model, \
+kinds, engine, batch_size, image_batch
+        See `CampaignSettings`, which has the same defaults.
+    mitigation : {"none", "ranger", "clip_to_zero"}, default "none"
+        What keeps activations in their fault-free ranges; see `protect`.
+    profile : DataLoader, optional
+        Gives the images from which the layers' ranges are taken; by default those of `loader`.
+    classes : sequence of str, optional
+        The names of the classes, by label; by default those that the data set has as `classes`, else their numbers.
+    fit_per_megabit : float, optional
+        Raw failures of 10^6 bits in 10^9 hours, which gives the table a column `fit`. For SRAM in 16 nm, 20.49 was extrapolated
+        by Li et al. [2]_.
+    shard_dir : str or path-like, optional
+        A folder in which an interrupted assessment goes on.
+
+    Returns
+    -------
+    Assessment
+        What was found: `table` has one row per layer, in order of execution, and one for all.
+
+    Raises
+    ------
+    TextguardError
+        A setting is unknown, out of range, or does not fit the model or the data.
+
+    References
+    ----------
+    .. [1] Mahmoud et al., GoldenEye: A Platform for Evaluating Emerging Numerical Data Formats in DNN Accelerators, DSN 2022.
+    .. [2] Li et al., Understanding Error Propagation in Deep Learning Neural Network (DNN) Accelerators and Applications, SC
+       2017.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> from textguard.assessment import assess
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+    >>> images = torch.rand(6, 1, 4, 4)
+    >>> loader = DataLoader(TensorDataset(images, model(images).argmax(dim=1)), batch_size=3)
+    >>> found = assess(model, loader, injections_per_layer=20, enumerate_up_to=1)
+    >>> print(found.table[["layer", "kind", "neurons", "method", "injections"]])
+         layer    kind  neurons   method  injections
+    0        0  Conv2d        8  sampled          20
+    1        3  Linear        3    exact         576
+    2  overall               11    mixed         596
+    >>> found.eligible, found.engine, found.skipped
+    (6, 'replay', ())
+    >>> again = assess(model, loader, plan=found)
+    >>> again.records.equals(found.records)
+    True
+    """
+    options: dict[str, Any] = {
+        "injections_per_layer": injections_per_layer,
+        "seed": seed,
+        "images": images,
+        "pilot": pilot,
+        "stop_at": stop_at,
+        "enumerate_up_to": enumerate_up_to,
+        "number_format": number_format,
+        "fault_model": fault_model,
+        "kinds": kinds,
+    }
+    given = None
+    if isinstance(plan, str):
+        options["plan"] = plan
+    else:
+        given = _checked_plan(plan.plan if isinstance(plan, Assessment) else plan)
+        options |= _settings_of(plan, options) if isinstance(plan, Assessment) else _told_by(given, options)
+    settings = CampaignSettings(
+        confidence=confidence, detector=detector, engine=engine, batch_size=batch_size, image_batch=image_batch, **options
+    )
+    raw_rate = _rate(fit_per_megabit)
+    profiled = largest_outputs(profile_ranges(model, profile or loader, settings.kinds))
+    injected = model
+    if mitigation != "none":
+        bounds = profile_activations(model, profile or loader) if mitigation in ("ranger", "clip_to_zero") else None
+        bounds = {} if bounds is None else {row.activation: (row.low, row.high) for row in bounds.itertuples(index=False)}
+        injected = protect(model, first_image(loader, device_of(model)), bounds, mitigation)
+    campaign = Campaign(injected, loader, settings, profiled)
+    predictions, count = _predict(campaign)
+    names = _class_names(classes, loader, count)
+    sites, skipped = list(campaign.engine.sites), [tuple(entry) for entry in campaign.engine.skipped]
+    if given is not None:
+        planned = set(given["layer"])
+        campaign.enumerated = [site for site in campaign.enumerated if site.layer not in planned]
+        left_out = [site for site in campaign.sampled if site.layer not in planned]
+        sites = [site for site in sites if site not in left_out]
+        skipped += [(site.layer, "the plan that is replayed has no fault for it") for site in left_out]
+    name = next(name for name, kind in ENGINES.items() if isinstance(campaign.engine, kind))
+    found = Assessment(
+        settings=_as_json(settings)
+        | {"mitigation": mitigation, "fit_per_megabit": raw_rate}
+        | ({} if given is None else {"replayed": _digest(given)}),
+        sites=tuple(sites),
+        skipped=tuple(skipped),
+        modules=sum(any(True for _ in module.parameters(recurse=False)) for module in model.modules()),
+        engine=name,
+        reason=getattr(campaign.engine, "reason", ""),
+        records=pd.DataFrame(),
+        totals=(),
+        predictions=predictions,
+        classes=names,
+        weights=weights_mark(model),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        ranges={site.layer: float(profiled[site.layer]) for site in sites},
+        limits={site.layer: float(campaign.limits[settings.detector][site.layer]) for site in sites},
+    )
+    announce(found.facts)
+    if given is None:
+        records, _ = campaign.sample_layers(folder_path(Setting("shard_dir"), shard_dir), "assess")
+    else:
+        records = _replay(campaign, given, predictions, folder_path(Setting("shard_dir"), shard_dir))
+    totals = campaign.enumerate_layers(label="assess, enumerate")[settings.detector]
+    return replace(found, records=records, totals=tuple(totals))
+
+
+def weights_mark(model: nn.Module) -> str:
+    """A fingerprint of a model's weights, as stage `evaluate` makes it: 16 hexadecimal digits.
+
+    It is made of all parameters and buffers: their names, dtypes, shapes and bytes, in the order of their names.
+    """
+    # textguard.vision.evaluation.weights_mark is its twin, which this package cannot import without torchvision.
+    digest = hashlib.sha256()
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda pair: pair[0]):
+        values = tensor.detach().int_repr() if tensor.is_quantized else tensor.detach()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _as_json(settings: CampaignSettings) -> dict[str, Any]:
+    """The settings that decide on results, or on how they are shown."""
+    kept = {name: value for name, value in asdict(settings).items() if name not in ("compare_detectors", "batch_size")}
+    return kept | {"kinds": list(settings.kinds)}
+
+
+def _settings_of(saved: Assessment, given: dict[str, Any]) -> dict[str, Any]:
+    """What decided on the faults of a saved assessment. Raises InvalidParameter where another value of it was given."""
+    found = {name: saved.settings[name] for name in OF_THE_PLAN} | {"fault_model": saved.fault_model}
+    for name, value in given.items():
+        usual = getattr(USUAL, name)
+        if _plain(value) not in (_plain(usual), _plain(found[name])):
+            raise InvalidParameter(
+                Setting(name), f" is {value!s:.60}, and the plan was drawn with {found[name]!s:.60}; leave one of the two out"
+            )
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+def _checked_plan(plan: object) -> pd.DataFrame:
+    """The columns of a plan, numbers as numbers. Raises InvalidParameter."""
+    setting = Setting("plan")
+    if not isinstance(plan, pd.DataFrame):
+        raise InvalidParameter(setting, f" is a {type(plan).__name__}; it must be a name, a DataFrame or an Assessment")
+    if missing := [name for name in PLAN_COLUMNS if name not in plan]:
+        raise InvalidParameter(setting, f" lacks the columns {', '.join(missing)}; take those of an assessment's plan")
+    for name in PLAN_COLUMNS[1:]:
+        if plan[name].dtype.kind not in ("iu" if name != "weight" else "iuf"):
+            raise InvalidParameter(setting, f" has a column {name} of {plan[name].dtype}; it must hold numbers")
+    if not len(plan):
+        raise InvalidParameter(setting, " has no fault; take that of an assessment with sampled layers")
+    return plan[PLAN_COLUMNS].reset_index(drop=True)
+
+
+def _told_by(plan: pd.DataFrame, given: dict[str, Any]) -> dict[str, Any]:
+    """How faults were drawn that come without an assessment's settings. Raises InvalidParameter where nothing tells."""
+    if plan["weight"].max() > HEAVIEST:
+        raise InvalidParameter(
+            Setting("plan"),
+            f" has weights up to {plan['weight'].max():.3g}, as guided plans do, and rows alone do not say so; "
+            "give the whole assessment: plan=Assessment.load(folder)",
+        )
+    settings = CampaignSettings(**given)
+    bits = bits_of(settings.fault_model, settings.stored_as)
+    # Where a plan is by bit, an injection's number tells its bit; see draw_plan.
+    by_bit = bool((plan["index"] % bits == plan["bit"]).all())
+    images = plan.groupby("index")["image"]
+    shared = plan["layer"].nunique() > 1 and bool((images.nunique() == 1).all())
+    most = int(plan.groupby("layer")["index"].nunique().max())
+    drawn = "shared" if shared else "importance" if plan["weight"].nunique() > 1 else "uniform"
+    return {"plan": "proportional" if by_bit else "uniform", "images": drawn, "injections_per_layer": most}
+
+
+def _replay(campaign: Campaign, plan: pd.DataFrame, predictions: pd.DataFrame, shard_dir: Any) -> pd.DataFrame:
+    """The records of a plan's faults, by layer and index."""
+    order = {site.layer: site.position for site in campaign.engine.sites}
+    plan = plan.sort_values(["layer", "index"], key=lambda column: column.map(order) if column.name == "layer" else column)
+    eligible = predictions["eligible"].to_numpy()
+    hits = plan[plan["image"].between(0, len(eligible) - 1)].drop_duplicates(["layer", "index"])
+    if elsewhere := int((~eligible[hits["image"]]).sum()):
+        announce(f"assess: {elsewhere:,} of {len(hits):,} replayed faults hit images that this model does not get right")
+    settings = campaign.settings
+    return run_campaign(
+        campaign.engine,
+        campaign.loader,
+        plan.reset_index(drop=True),
+        campaign.limits[settings.detector],
+        image_batch=settings.image_batch,
+        fault_model=settings.fault_model,
+        shard_dir=shard_dir / "replay" if shard_dir else None,
+        label="assess",
+    )
+
+
+def _digest(plan: pd.DataFrame) -> str:
+    return hashlib.sha256(pd.util.hash_pandas_object(plan, index=False).to_numpy().tobytes()).hexdigest()[:16]
+
+
+def _predict(campaign: Campaign) -> tuple[pd.DataFrame, int]:
+    """The fault-free classifier on each image, and how many classes it has."""
+    chances, columns, count = campaign.chances, defaultdict(list), 0
+    for part, pictures, labels in batches(campaign.loader, campaign.engine.device):
+        logits = campaign.engine.observe(pictures)
+        prediction, count = logits.argmax(dim=1), logits.shape[1]
+        columns["image"].append(torch.as_tensor(part))
+        columns["label"].append(labels.long())
+        columns["prediction"].append(prediction)
+        columns["correct"].append(prediction == labels)
+        columns["eligible"].append(torch.as_tensor(chances[list(part)] > 0))
+        columns["loss"].append(F.cross_entropy(logits.double(), labels.long(), reduction="none"))
+        columns["top2diff"].append(top2diff(logits.double()))
+    return pd.DataFrame({name: torch.cat([part.cpu() for part in parts]).numpy() for name, parts in columns.items()}), count
+
+
+def _class_names(classes: Sequence[str] | None, loader: DataLoader, count: int) -> tuple[str, ...]:
+    """The names of `count` classes. Raises InvalidParameter."""
+    if classes is not None:
+        named = texts(Setting("classes"), list(classes) if isinstance(classes, tuple) else classes)
+        if len(named) != count:
+            raise InvalidParameter(Setting("classes"), f" has {len(named)} names, and the model {count} classes")
+        return tuple(named)
+    known = getattr(loader.dataset, "classes", None)  # as torchvision's data sets have them
+    usable = isinstance(known, list | tuple) and len(known) == count and all(isinstance(name, str) and name for name in known)
+    return tuple(printable(name) for name in known) if usable else tuple(map(str, range(count)))
+
+
+def _rate(fit_per_megabit: object) -> float | None:
+    if fit_per_megabit is None:
+        return None
+    numbers = isinstance(fit_per_megabit, int | float | np.number) and not isinstance(fit_per_megabit, bool)
+    if not numbers or not 0 < fit_per_megabit < math.inf:
+        raise InvalidParameter(Setting("fit_per_megabit"), f" is {fit_per_megabit!r:.60}; it must be a number above 0")
+    return float(fit_per_megabit)
