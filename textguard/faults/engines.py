@@ -412,8 +412,12 @@ class PyTorchFIEngine(_Engine):
     def _set_up(
         self, model: nn.Module, image: Tensor, kinds: Sequence[str], profiled: Mapping[str, float], target: Target
     ) -> None:
-        from pytorchfi.core import fault_injection
-
+        try:
+            from pytorchfi.core import fault_injection
+        except ImportError as error:
+            raise UnsupportedModel(
+                "PyTorchFI is not installed; run pip install 'textguard[pipeline]', or set ", Setting("engine"), " to replay"
+            ) from error
         if set(kinds) != set(DEFAULT_KINDS) or self.number_format.name != "fp32" or target != "neuron":
             raise UnsupportedModel(
                 "PyTorchFI flips bits of fp32 neurons of Conv2d and Linear; set ", Setting("engine"), " to replay"
