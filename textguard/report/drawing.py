@@ -21,6 +21,12 @@ from textguard.report.escaping import one_line, shortened, spelled_out, visible
 AS_IS = {"parse_math": False}  # of names on an axis: "$" is a dollar
 STYLE = Path(__file__).with_name("textguard.mplstyle")
 NOTE_SIZE = 7
+# Dates and version strings in the files would change their bytes from run to run.
+WITHOUT_DATES = {
+    "png": {"Software": None},
+    "svg": {"Date": None, "Creator": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+}
 LETTER_POINTS = 0.51 * NOTE_SIZE  # how wide a letter of a note is
 
 
@@ -71,16 +77,16 @@ def logarithmic(axes: Axes, side: str, values: ArrayLike) -> str:
 
 def save_figure(figure: Figure, numbers: pd.DataFrame, stem: Path, dpi: int) -> None:
     """Write STEM.png, STEM.svg, STEM.pdf, and the numbers behind them as STEM.csv."""
+    for suffix in WITHOUT_DATES:
+        write_bytes(stem.with_name(f"{stem.name}.{suffix}"), draw(figure, suffix, dpi))
+    write_csv(stem.with_name(f"{stem.name}.csv"), numbers)
+
+
+def draw(figure: Figure, suffix: str, dpi: int) -> bytes:
+    """The figure as a file of this kind, one of WITHOUT_DATES."""
     FigureCanvasAgg(figure)
     _take_texts_as_they_are(figure)
-    # Dates and version strings in the files would change their bytes from run to run.
-    for suffix, metadata in (
-        ("png", {"Software": None}),
-        ("svg", {"Date": None, "Creator": None}),
-        ("pdf", {"CreationDate": None, "Creator": None, "Producer": None}),
-    ):
-        buffer = BytesIO()
-        with np.errstate(over="ignore"):  # of an axis that ends near the largest float there is
-            figure.savefig(buffer, format=suffix, dpi=dpi, metadata=metadata)
-        write_bytes(stem.with_name(f"{stem.name}.{suffix}"), buffer.getvalue())
-    write_csv(stem.with_name(f"{stem.name}.csv"), numbers)
+    buffer = BytesIO()
+    with np.errstate(over="ignore"):  # of an axis that ends near the largest float there is
+        figure.savefig(buffer, format=suffix, dpi=dpi, metadata=WITHOUT_DATES[suffix])
+    return buffer.getvalue()

@@ -1,7 +1,7 @@
 """Figures with one place per layer, of one backbone on one data set."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,6 +13,7 @@ from textguard.analysis.files import RESULTS_DIR, RUNS_DIR, load_ranges
 from textguard.errors import InvalidArtifact, printable
 from textguard.report.drawing import AS_IS, add_note, drawable, logarithmic
 from textguard.report.variants import Variant, trainings
+from textguard.schema.base import Measured
 from textguard.schema.results import BASELINE, Layer, RunResult
 
 LABEL_INCHES = 0.13  # the least room in which a layer's name can be read
@@ -29,6 +30,16 @@ OUTCOMES = {
 
 def draw_delta_loss(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataFrame]:
     """Mean DeltaLoss per layer, with intervals over injections; with several trainings, their mean and their range."""
+    return _draw_measure(variants, f"{title}: DeltaLoss of faults per layer", "delta_loss", "mean DeltaLoss (nats)")
+
+
+def draw_sdc(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataFrame]:
+    """The same of SDC."""
+    return _draw_measure(variants, f"{title}: SDC per layer", "sdc", "SDC (share of faults)")
+
+
+def _draw_measure(variants: Sequence[Variant], title: str, measure: str, label: str) -> tuple[Figure, pd.DataFrame]:
+    """measure: a field of `Layer`. label: of its axis."""
     layers = layer_axis(variants)
     figure, (axes,) = _panels(layers, 1, height=2.7)
     rows, means = [], []
@@ -36,8 +47,9 @@ def draw_delta_loss(variants: Sequence[Variant], title: str) -> tuple[Figure, pd
         at = {name: [] for name in layers}
         for result in variant.results:
             for layer in result.layers:
-                at[layer.layer].append(layer)
-                rows.append(_row(variant, result, layer, exact=layer.method == "exact", **layer.delta_loss.as_json()))
+                found = getattr(layer, measure)
+                at[layer.layer].append(found)
+                rows.append(_row(variant, result, layer, exact=layer.method == "exact", **found.as_json()))
         shift = 0.5 * ((number + 0.5) / len(variants) - 0.5)
         points = [(layers.index(name) + shift, *_point(found)) for name, found in at.items() if found]
         x, y, low, high = np.array(points).T
@@ -47,7 +59,7 @@ def draw_delta_loss(variants: Sequence[Variant], title: str) -> tuple[Figure, pd
         axes.errorbar(x, y, yerr=bars, linestyle="none", elinewidth=0.8, **_style(variant))
     injections = sorted(
         {
-            layer.delta_loss.n
+            getattr(layer, measure).n
             for variant in variants
             for result in variant.results
             for layer in result.layers
@@ -57,7 +69,7 @@ def draw_delta_loss(variants: Sequence[Variant], title: str) -> tuple[Figure, pd
     several = any(len(variant.results) > 1 for variant in variants)
     bars = "lowest to highest training" if several else "interval over injections, cut where it reaches 0; without: exact"
     unseen = logarithmic(axes, "y", means)
-    axes.set(ylabel="mean DeltaLoss (nats)", title=f"{title}: DeltaLoss of faults per layer")
+    axes.set(ylabel=label, title=title)
     _finish(figure, axes, layers, f"{_range(injections)} injections per layer, {trainings(variants)}; bars: {bars}{unseen}")
     axes.legend(ncols=4)
     return figure, pd.DataFrame(rows)
@@ -111,15 +123,20 @@ def _ranges(result: RunResult) -> pd.DataFrame:
     )
 
 
-def draw_range_effect(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataFrame]:
-    """Each layer's DeltaLoss against its largest value: does the range explain the damage?"""
+def draw_range_effect(
+    variants: Sequence[Variant], title: str, largest_of: Callable[[RunResult], Mapping[str, float]] | None = None
+) -> tuple[Figure, pd.DataFrame]:
+    """Each layer's DeltaLoss against its largest value: does the range explain the damage?
+
+    largest_of: gives a run's layers -> their largest values; by default, those that stage `ranges` wrote.
+    """
     figure = Figure(figsize=(4.8, 3.7), layout="constrained")
     axes = figure.add_subplot()
     rows = []
     for variant in variants:
         found = []
         for result in variant.results:
-            largest = _ranges(result).set_index("layer")["max_abs"]
+            largest = largest_of(result) if largest_of else _ranges(result).set_index("layer")["max_abs"]
             found += [
                 _row(variant, result, layer, max_abs=largest[layer.layer], delta_loss=layer.delta_loss.value)
                 for layer in result.layers
@@ -222,11 +239,11 @@ def _finish(figure: Figure, axes: Axes, layers: Sequence[str], note: str) -> Non
     add_note(figure, note)
 
 
-def _point(found: Sequence[Layer]) -> tuple[float, float, float]:
+def _point(found: Sequence[Measured]) -> tuple[float, float, float]:
     """Mean, lower and upper end of one layer's trainings; of a single one, with its interval."""
-    values = [layer.delta_loss.value for layer in found]
+    values = [measured.value for measured in found]
     if len(found) == 1:
-        return values[0], found[0].delta_loss.low, found[0].delta_loss.high
+        return values[0], found[0].low, found[0].high
     return float(np.mean(values)), min(values), max(values)
 
 
@@ -250,4 +267,4 @@ def _injections(variants: Sequence[Variant]) -> str:
 
 
 def _seeds(variants: Sequence[Variant]) -> str:
-    return "one training each, seed " + "/".join(sorted({str(variant.results[0].seed) for variant in variants}))
+    return f"one {variants[0].each} each, seed " + "/".join(sorted({str(variant.results[0].seed) for variant in variants}))

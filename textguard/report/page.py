@@ -1,15 +1,6 @@
-"""One page that shows a grid's results: a single HTML file that needs no network and no server.
+"""One page that shows a grid's results: a single HTML file that needs no network and no server."""
 
-Class names, answers of language models and parameters come from outside. Every value goes through the template's escaping, and
-pictures are data: nothing that was read can become markup or a script. A browser runs the page's own script, which it knows by
-its hash, and no other.
-"""
-
-import base64
-import hashlib
-import io
 import math
-import re
 import shlex
 import subprocess
 import sys
@@ -19,26 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
-from PIL.PngImagePlugin import PngImageFile
 
-from textguard import __version__
 from textguard.analysis.files import RESULTS_DIR, TEXTS_DIR, load_cells, load_results, load_text_quality
 from textguard.analysis.regression import compare_all, judge
 from textguard.artifacts import read_csv, read_json_lines, reading, write_text
 from textguard.environment import run_command
 from textguard.errors import InvalidArtifact, TextguardError
 from textguard.params import ClassTexts, Params, load_params
-from textguard.report.escaping import visible
 from textguard.report.gate import read_runs, verdict_table
+from textguard.report.html import as_picture, as_shown, element_id, render
 from textguard.report.published import load_published
-from textguard.report.rendering import Judged, Table, estimate_of, show_cell, show_estimate
+from textguard.report.rendering import Table, show_estimate
 from textguard.report.tables import in_unit, judged, tables_of
 from textguard.report.theme import place_name, variant_name
 from textguard.schema.results import BASELINE, MEASURES, ONE_TRAINING, PLACES, PROPOSED, Cell, RunResult
 
-HERE = Path(__file__).parent
 FIGURES_DIR = Path("plots") / "figures"
 TABLES = {
     "table1": "Table 1: backbones",
@@ -77,7 +63,6 @@ PARTS = [
     ("not-run", "What was not run"),
 ]
 SHOWN = ("head", "overall", "by_neurons")  # places of the headline
-VERDICTS = {"better": "better", "worse": "worse"}
 
 
 @dataclass(frozen=True)
@@ -139,15 +124,9 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
     """
     cells, runs = load_cells(params.runs), load_results(params.runs)
     grid = "default" if params.root == "." else Path.cwd().name
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False, finalize=_finalize)
-    template = environment.from_string((HERE / "page.html").read_text(encoding="utf-8"))
-    style, script = (f"\n{(HERE / name).read_text(encoding='utf-8')}\n" for name in ("page.css", "page.js"))
-    content = template.render(
+    content = render(
+        "page.html",
         title=f"textguard: {grid} grid",
-        version=__version__,
-        policy=_policy(style, script),
-        style=Markup(style),
-        script=Markup(script),
         parts=PARTS if compared is None else [PARTS[0], ("compared", "Compared"), *PARTS[1:]],
         headline=[_headline(cell) for cell in cells if cell.variant == PROPOSED] or [_headline(cell) for cell in cells],
         remarks=_remarks(cells, runs),
@@ -167,20 +146,6 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
         not_run=_not_run(runs, {dataset.source for dataset in params.datasets.values()}),
     )
     write_text(path, content)
-
-
-def _finalize(value: Any) -> Any:
-    """Every value of the template comes through here: what is text must be one that HTML can hold."""
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _policy(style: str, script: str) -> str:
-    """What a browser may load and run: pictures in the page, and these two texts, each just as it stands in its element."""
-    style_hash, script_hash = (
-        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in (style, script)
-    )
-    none = "; ".join(f"{name} 'none'" for name in ("default-src", "object-src", "base-uri", "form-action"))
-    return f"{none}; img-src data:; style-src {style_hash}; script-src {script_hash}"
 
 
 def _headline(cell: Cell) -> dict[str, Any]:
@@ -258,34 +223,6 @@ def _facts(params: Params, runs: Mapping[str, RunResult], grid: str, revision: R
     ]
 
 
-def as_shown(table: Table, label: str) -> dict[str, Any]:
-    """A table as the template takes it: cells with a text, a number to sort by, and a kind (class) where it is a verdict."""
-    rows = [
-        [
-            {
-                "text": f"{value:,}" if isinstance(value, int) else show_cell(value),
-                "value": _number(value if (found := estimate_of(value)) is None else found.value),
-                "kind": VERDICTS.get(value.verdict if isinstance(value, Judged) else str(value), ""),
-            }
-            for value in row
-        ]
-        for row in table.rows
-    ]
-    name = _id(table.name)
-    return {
-        "id": name,
-        "note": f"note-{name}",
-        "label": label,
-        "caption": table.caption,
-        "headers": table.headers,
-        "rows": rows,
-    }
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
 def _figures(runs: Mapping[str, RunResult]) -> list[dict[str, Any]]:
     groups = []
     for dataset, backbone in dict.fromkeys((run.dataset, run.backbone) for run in runs.values()):
@@ -294,23 +231,15 @@ def _figures(runs: Mapping[str, RunResult]) -> list[dict[str, Any]]:
             _picture("figures", FIGURES_DIR / f"{name}-{stem}", f"{title}, {place}", f"picture-{name}-{stem}")
             for name, title in FIGURES.items()
         ]
-        groups.append({"id": _id(f"figures-{stem}"), "title": place, "pictures": pictures})
+        groups.append({"id": element_id(f"figures-{stem}"), "title": place, "pictures": pictures})
     return groups
 
 
 def _picture(made_by: str, stem: Path, title: str, name: str) -> dict[str, Any]:
-    """A PNG as the template takes it, small enough for sharp print. Raises InvalidArtifact."""
+    """A PNG file as the template takes it. Raises InvalidArtifact."""
     file = stem.with_name(f"{stem.name}.png")
     with reading(file, made_by):
-        content = file.read_bytes()
-        # Not Image.open, which refuses sharp pictures of many layers for their size: nothing is unpacked here.
-        with PngImageFile(io.BytesIO(content)) as picture:
-            width, height = picture.size
-            picture.verify()
-    source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-    numbers = str(stem.with_name(f"{stem.name}.csv"))
-    size = {"width": round(width / 1.5), "height": round(height / 1.5)}
-    return {"id": _id(name), "source": source, "title": title, "caption": f"{title}.", "numbers": numbers, **size}
+        return as_picture(file.read_bytes(), title, name, str(stem.with_name(f"{stem.name}.csv")))
 
 
 def _run(key: str, run: RunResult, params: Params) -> dict[str, Any]:
@@ -331,7 +260,7 @@ def _run(key: str, run: RunResult, params: Params) -> dict[str, Any]:
     ]
     return {
         "key": key,
-        "id": _id(f"run-{key}"),
+        "id": element_id(f"run-{key}"),
         "top1": show_estimate(run.top1.times(100)),
         "overall": show_estimate(run.overall.delta_loss),
         "sdc": show_estimate(run.overall.sdc.times(100)),
@@ -374,7 +303,7 @@ def _text(texts: ClassTexts) -> dict[str, Any]:
     pictures = Path("plots/texts") / key
     return {
         "key": key,
-        "id": _id(f"text-{key}"),
+        "id": element_id(f"text-{key}"),
         "facts": [
             ("Answered by", "; ".join(providers)),
             ("Questions", " / ".join(text.questions[: text.limit_questions or None])),
@@ -457,11 +386,6 @@ def _not_run(runs: Mapping[str, RunResult], sources: set[str]) -> list[str]:
     for key, run in runs.items():
         lines += [f"{key}: faults in {layer}: {reason}." for layer, reason in run.skipped.items()]
     return lines or ["Nothing of what the paper ran is missing."]
-
-
-def _id(name: str) -> str:
-    """The name as an element's id, another for each name. What stands before the first dash tells kinds of elements apart."""
-    return re.sub(r"[^A-Za-z0-9_-]", lambda found: f".{ord(found[0]):x}.", name)
 
 
 if __name__ == "__main__":

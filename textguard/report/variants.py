@@ -9,20 +9,21 @@ from textguard.schema.results import RunResult
 
 @dataclass(frozen=True)
 class Variant:
-    """One variant of a backbone on a data set: its runs differ in their seeds alone."""
+    """One variant of a backbone on a data set: its runs differ in their seeds alone. each: what captions call one of them."""
 
     key: str
     style: Style
     results: Sequence[RunResult]
+    each: str = "training"
 
 
 def trainings(variants: Sequence[Variant]) -> str:
     """How many trainings are behind a point, for captions."""
-    return count_trainings(len(variant.results) for variant in variants)
+    return count_trainings((len(variant.results) for variant in variants), variants[0].each)
 
 
-def count_trainings(counts: Iterable[int]) -> str:
+def count_trainings(counts: Iterable[int], each: str = "training") -> str:
     """Numbers of trainings in words, for captions."""
     found = set(counts)
     least, most = min(found), max(found)
-    return f"{least} to {most} trainings" if least < most else f"{most} training{'s' if most > 1 else ''}"
+    return f"{least} to {most} {each}s" if least < most else f"{most} {each}{'s' if most > 1 else ''}"
