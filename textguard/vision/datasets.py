@@ -504,7 +504,7 @@ def is_own(source: str) -> bool:
 
 OWN_WHERE = "params.yaml datasets.*.source"
 OWN_RETURN = "it must return {'train': PART, 'test': PART, 'classes': [NAME, ...]}, or 'all' in place of train and test"
-OWN_PART = "a part must be (images, labels), or a map-style data set of (image, label)"
+OWN_PART = "a part must be a tuple (images, labels), or a map-style data set of (image, label)"
 OWN_PIXELS = "images must be uint8, or floats from 0 to 1, of 1 or 3 channels and one size"
 
 
@@ -529,7 +529,7 @@ def own_parts(source: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def _is_pair(part: Any) -> bool:
-    return isinstance(part, tuple | list) and len(part) == 2 and all(hasattr(each, "__len__") for each in part)
+    return isinstance(part, tuple) and len(part) == 2 and all(hasattr(each, "__len__") for each in part)
 
 
 def _own_content(source: str) -> Content:
