@@ -298,8 +298,8 @@ def _target(assessment: Assessment, cut: float, target_sdc: float | None, target
         bits = sum(assessment.exposure(site.layer) for site in assessment.sites) * assessment.bits
         return Target("left_high", target_fit / (bits * per_bit / 1e6), f"a FIT of at most {target_fit:.3g}")
     if target_sdc is not None:
-        return Target("left_high", target_sdc, f"an SDC rate of at most {_percent(target_sdc)}")
-    return Target("covered_low", cut, f"{_percent(cut)} less SDC")
+        return Target("left_high", target_sdc, f"an SDC rate of at most {percent(target_sdc)}")
+    return Target("covered_low", cut, f"{percent(cut)} less SDC")
 
 
 def _exposures(assessment: Assessment, by: str) -> np.ndarray:
@@ -336,9 +336,9 @@ def _sentence(layers: pd.DataFrame, channels: pd.DataFrame, needed: Sequence[int
     """What came out, in words."""
     if not now.value > 0:
         return (
-            f"No injection corrupted the output: the SDC rate is at most {_percent(now.high)}, and nothing tells layers apart."
+            f"No injection corrupted the output: the SDC rate is at most {percent(now.high)}, and nothing tells layers apart."
         )
-    start = f"The SDC rate is {_interval(now)} of all faults. For {target.said}, "
+    start = f"The SDC rate is {in_percent(now)} of all faults. For {target.said}, "
     if not needed[0]:
         return f"{start}nothing has to be protected."
     names = [printable(name, 60) for name in layers["layer"][: needed[0]]]
@@ -354,20 +354,21 @@ def _sentence(layers: pd.DataFrame, channels: pd.DataFrame, needed: Sequence[int
 
 def _covers(table: pd.DataFrame, needed: int) -> str:
     row = table.iloc[needed - 1]
-    cost = f" for {_percent(row['total_cost'])} of the multiply-adds" if math.isfinite(row["total_cost"]) else ""
+    cost = f" for {percent(row['total_cost'])} of the multiply-adds" if math.isfinite(row["total_cost"]) else ""
     if needed == len(table):
         return f"the sample is too small to promise it of fewer than all{cost}."
-    found = _interval(Estimate(row["covered"], row["covered_low"], row["covered_high"], 0))
-    return f"they cover {found} of SDC{cost}, and leave a rate of at most {_percent(row['left_high'])}."
+    found = in_percent(Estimate(row["covered"], row["covered_low"], row["covered_high"], 0))
+    return f"they cover {found} of SDC{cost}, and leave a rate of at most {percent(row['left_high'])}."
 
 
-def _interval(found: Estimate) -> str:
+def in_percent(found: Estimate) -> str:
+    """A share with its interval, in percent."""
     if found.low == found.high:
-        return f"{_percent(found.value)} (exact)"
-    return f"{_percent(found.value)} [{_percent(found.low)}, {_percent(found.high)}]"
+        return f"{percent(found.value)} (exact)"
+    return f"{percent(found.value)} [{percent(found.low)}, {percent(found.high)}]"
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     """A share in percent. What is not all of it is never called 100 %."""
     size = 100 * share
     return f"{size:.1f} %" if 1 <= size < 99.95 else (f"{size:.4g} %" if size >= 99.95 else f"{size:.2g} %")

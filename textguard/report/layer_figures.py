@@ -157,7 +157,7 @@ def draw_range_effect(
     unseen = logarithmic(axes, "x", numbers["max_abs"]) + logarithmic(axes, "y", numbers["delta_loss"])
     axes.set_title(f"{title}: value range and damage")
     axes.legend()
-    add_note(figure, f"one point per layer and training, {trainings(variants)}; Spearman's rank correlation{unseen}")
+    add_note(figure, f"one point per layer and {variants[0].each}, {trainings(variants)}; Spearman's rank correlation{unseen}")
     return figure, numbers
 
 
