@@ -37,7 +37,8 @@ from textguard.faults.engines import ReplayEngine
 from textguard.faults.exact import enumerate_layer
 from textguard.faults.execution import run_campaign
 from textguard.faults.plans import draw_plan
-from textguard.faults.profiling import image_chances, loader_of, profile_ranges, top2diff
+from textguard.faults.profiling import image_chances, loader_of, profile_ranges
+from textguard.faults.task import top2diff
 from textguard.params import GateParams, Run, StatisticsParams
 from textguard.report.gate import read_runs
 from textguard.schema.base import Measured

@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 
 from textguard.artifacts import read_json
+from textguard.assessment import assess
 from textguard.errors import CampaignMismatch, UnknownName
 from textguard.estimates.summary import Totals, replace_records
-from textguard.faults import Campaign, CampaignSettings, FaultModel, assess, profile_ranges
+from textguard.faults import Campaign, CampaignSettings, FaultModel, profile_ranges
 from textguard.faults import campaign as campaign_module
 from textguard.faults.execution import RECORD_COLUMNS
 from textguard.faults.profiling import largest_outputs
@@ -49,7 +50,7 @@ def test_a_campaign_samples_what_it_cannot_enumerate_under_every_detector(resnet
 def test_a_campaigns_result_is_what_assess_tables(resnet, loader):
     result = Campaign(resnet, loader, SETTINGS).run()
     options = {name: value for name, value in vars(SETTINGS).items() if name != "compare_detectors"}
-    table = assess(resnet, loader, **options).set_index("layer")
+    table = assess(resnet, loader, **options).table.set_index("layer")
     for layer, found in result.layers.items():
         assert table.loc[layer, "delta_loss"] == found.delta_loss.value
         assert table.loc[layer, "injections"] == found.injections
@@ -119,7 +120,7 @@ def test_a_campaign_of_enumerated_layers_alone_has_no_records(resnet, loader):
 
 
 def test_settings_are_checked_before_images_are_looked_at(resnet, loader, monkeypatch):
-    monkeypatch.setattr(campaign_module, "image_chances", None)
+    monkeypatch.setattr(campaign_module, "look", None)
     profiled = largest_outputs(profile_ranges(resnet, loader))
     for wrong in ({"plan": "even"}, {"compare_detectors": ["tmr"]}, {"number_format": "fp12"}, {"engine": "hooks"}):
         with pytest.raises(UnknownName, match=next(iter(wrong)).removeprefix("compare_").removesuffix("s")):

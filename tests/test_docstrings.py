@@ -1,16 +1,19 @@
-"""Every public name of `textguard.faults` is documented with an example that runs, and gives what it shows."""
+"""Every public name of the library is documented with an example that runs, and gives what it shows."""
 
 import doctest
 
 import pytest
 
+import textguard.assessment
 import textguard.faults
 
+PACKAGES = (textguard.assessment, textguard.faults)
 
-@pytest.mark.parametrize("name", textguard.faults.__all__)
-def test_the_example_runs(name):
+
+@pytest.mark.parametrize(("package", "name"), [(package, name) for package in PACKAGES for name in package.__all__])
+def test_the_example_runs(package, name):
     # Without the module's own names: what an example needs, it imports, as its reader has to.
-    tests = doctest.DocTestFinder(recurse=True).find(getattr(textguard.faults, name), name, globs={})
+    tests = doctest.DocTestFinder(recurse=True).find(getattr(package, name), name, globs={})
     examples = [test for test in tests if test.examples]
     assert examples, f"{name} has no example"
     said: list[str] = []
@@ -20,5 +23,6 @@ def test_the_example_runs(name):
     assert not runner.failures, "".join(said)
 
 
-def test_names_are_exported_in_order():
-    assert textguard.faults.__all__ == sorted(textguard.faults.__all__)
+@pytest.mark.parametrize("package", PACKAGES)
+def test_names_are_exported_in_order(package):
+    assert package.__all__ == sorted(package.__all__)

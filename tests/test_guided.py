@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from conftest import settle
 from gate_runs import TOLERANCES, as_run, metrics, report, right, row
 from textguard.analysis.regression import compare
+from textguard.assessment import assess
 from textguard.errors import InvalidParameter
 from textguard.estimates.statistics import average, mean_interval, rate_interval
 from textguard.estimates.summary import summarise
@@ -20,7 +21,6 @@ from textguard.faults import (
     CampaignSettings,
     Design,
     FaultModel,
-    assess,
     draw_guided,
     parse_format,
     run_campaign,
@@ -274,7 +274,7 @@ def test_the_batch_size_changes_no_plan_and_no_result(resnet, images):
     found = [
         assess(
             resnet, loader, plan="guided", injections_per_layer=60, batch_size=size, image_batch=part, stop_at="80%", pilot=16
-        )
+        ).table
         for size, part in ((3, 12), (64, 5))
     ]
     pd.testing.assert_frame_equal(*found, rtol=1e-3, atol=1e-6)

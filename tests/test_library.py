@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from conftest import REPOSITORY, DigitsNetwork
+from textguard import assessment
 from textguard.errors import CampaignMismatch, InvalidParameter, UnknownName, UnsupportedModel
 from textguard.faults import (
     FaultModel,
-    assess,
     draw_plan,
     eligible_images,
     image_chances,
@@ -44,6 +44,11 @@ class Untraceable(DigitsNetwork):
 def loader(data) -> DataLoader:
     """Shuffled, as people have them."""
     return DataLoader(TensorDataset(*data), batch_size=48, shuffle=True)
+
+
+def assess(*given: object, **options: object) -> pd.DataFrame:
+    """The rows of the layers."""
+    return assessment.assess(*given, **options).table[:-1]
 
 
 def assert_agree(a: pd.DataFrame, b: pd.DataFrame) -> None:

@@ -1,6 +1,8 @@
 """What fault-free inferences tell: images by their positions, which of them are eligible, and the extremes of layers."""
 
+import functools
 import itertools
+import multiprocessing
 
 import numpy as np
 import pandas as pd
@@ -10,22 +12,25 @@ from torch import nn
 from torch.utils.data import (
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
-    SequentialSampler,
     Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
 
 from small_campaign import SmallCampaign, assert_same_records
-from textguard.errors import InvalidParameter, UnsupportedModel
-from textguard.faults import assess
+from textguard.assessment import assess
+from textguard.errors import CampaignMismatch, InvalidParameter, UnsupportedModel
+from textguard.faults import Campaign, CampaignSettings, inputs
 from textguard.faults.engines import make_engine
 from textguard.faults.execution import run_campaign
+from textguard.faults.inputs import batches
 from textguard.faults.mitigations import protect
-from textguard.faults.plans import draw_plan
-from textguard.faults.profiling import eligible_images, loader_of, profile_activations, profile_ranges, top2diff
+from textguard.faults.plans import PLAN_COLUMNS, draw_plan
+from textguard.faults.profiling import eligible_images, loader_of, profile_activations, profile_ranges
+from textguard.faults.task import top2diff
 
 
 class Pictures(Dataset):
@@ -51,6 +56,16 @@ class Swapped(Pictures):
 def swap(pairs):
     """A collate function: stacked images, and the labels as a list of ints."""
     return torch.stack([image for _, image in pairs]), [label for label, _ in pairs]
+
+
+class Halves:
+    """A sampler of one half of the images, then of the other."""
+
+    turn = 0
+
+    def __iter__(self):
+        self.turn += 1
+        return iter(range(6 * (self.turn % 2), 6 * (self.turn % 2) + 6))
 
 
 class Stream(IterableDataset):
@@ -83,26 +98,106 @@ def test_positions_are_those_in_the_data_set_however_it_is_loaded(resnet, images
     assert_same_records(records, expected.run())
 
 
-PARTIAL = {
-    "a subset": {"sampler": SubsetRandomSampler([0, 3, 5])},
-    "a list": {"sampler": [0, 1, 2]},
-    "images twice": {"sampler": [*range(11), 0]},
-    "all of them, and one twice": {"sampler": [*range(12), 0]},
-    "with replacement": {"sampler": WeightedRandomSampler([1.0] * 12, 12)},
-    "random with replacement": {"sampler": RandomSampler(range(12), replacement=True)},
-    "fewer": {"sampler": RandomSampler(range(12), num_samples=5)},
-    "another data set's": {"sampler": SequentialSampler(range(6))},
-    "some batches": {"batch_sampler": [[3, 1], [0]]},
-    "endless": {"sampler": itertools.cycle([0])},
+REFUSED = {
+    "images twice": ({"sampler": [*range(11), 0]}, "reads images more than once"),
+    "all of them, and one twice": ({"sampler": [*range(12), 0]}, "reads images more than once"),
+    "endless": ({"sampler": itertools.cycle([0])}, "reads images more than once"),
+    "an unseen position": ({"sampler": [0, 12]}, "reads position 12 of a data set of 12 images"),
+    "none": ({"sampler": []}, "reads no image"),
+    "no positions": ({"sampler": ["first"]}, "gives no positions"),
+    "by weight": ({"sampler": WeightedRandomSampler([1.0] * 12, 12)}, "WeightedRandomSampler that reads other images each"),
+    "with replacement": ({"sampler": RandomSampler(range(12), replacement=True)}, "reads other images each time"),
+    "fewer": ({"sampler": RandomSampler(range(12), num_samples=5)}, "reads other images each time"),
+    "others each time": ({"sampler": Halves()}, "reads other images each time"),
+    "a share of a process": ({"sampler": DistributedSampler(range(12), 2, 0)}, "gives each process other images"),
 }
 
 
-@pytest.mark.parametrize("sampling", PARTIAL.values(), ids=PARTIAL)
-def test_a_sampler_that_leaves_images_out_is_refused(resnet, images, labels, sampling):
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_sampler_that_does_not_read_each_image_once_is_refused(resnet, images, labels, name):
+    sampling, words = REFUSED[name]
     some = DataLoader(Swapped(images, labels), **sampling)
     for use in (lambda: profile_ranges(resnet, some), lambda: assess(resnet, some, injections_per_layer=2)):
-        with pytest.raises(InvalidParameter, match=r"sampler does not read each image .*torch\.utils\.data\.Subset"):
+        with pytest.raises(InvalidParameter, match=rf"{words}.*torch\.utils\.data\.Subset\(dataset, positions\)"):
             use()
+
+
+SOME = [1, 3, 4, 6, 9, 10]
+PARTIAL = {
+    "random": {"sampler": SubsetRandomSampler([6, 1, 10, 9, 3, 4])},
+    "a list": {"sampler": [10, 1, 3, 4, 6, 9], "num_workers": 1, "persistent_workers": True},
+    "in batches": {"batch_sampler": [[3, 1], [10, 4, 9, 6]]},
+    "without batches": {"sampler": SOME, "batch_size": None},
+}
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_images_that_a_sampler_leaves_out_are_left_out(resnet, images, labels, name):
+    """They stay at their positions in the data set. The slow twin is a data set of them alone."""
+    images = images.clone()
+    images[[0, 2, 5, 7, 8, 11]] = torch.nan
+    batched = {} if "batch_sampler" in PARTIAL[name] else {"batch_size": 3}
+    some = DataLoader(Swapped(images, labels), **{**batched, **PARTIAL[name]})
+    alone = loader_of(images[SOME], labels[SOME], 3)
+    pd.testing.assert_frame_equal(profile_ranges(resnet, some), profile_ranges(resnet, alone), rtol=1e-5)
+    pd.testing.assert_frame_equal(profile_activations(resnet, some), profile_activations(resnet, alone), rtol=1e-5)
+    engine = make_engine("replay", resnet, images[1], 8)
+    assert eligible_images(engine, some) == [SOME[position] for position in eligible_images(engine, alone)]
+    settings = CampaignSettings(injections_per_layer=8, plan="guided" if name == "random" else "uniform", seed=1)
+    campaign = Campaign(resnet, some, settings)
+    assert campaign.pace() > 0
+    records = campaign.run().records
+    assert set(records["image"]) <= set(SOME)
+    assert len(set(records["image"])) > 1
+    assert len(campaign.chances) == 12
+    assert campaign.fault_free.top1 == pytest.approx(len(campaign.eligible) / 6)
+    plan = records[PLAN_COLUMNS].assign(image=2)
+    with pytest.raises(CampaignMismatch, match="the plan hits image 2, which the loader's sampler leaves out"):
+        run_campaign(campaign.engine, some, plan, campaign.limits["profiled"], image_batch=4)
+
+
+def test_a_campaign_on_other_images_is_another_one(resnet, images, labels, tmp_path):
+    for positions in ([0, 1, 3, 4, 5, 6, 8, 9, 10], [0, 1, 3, 4, 5, 6, 8, 9, 11]):  # the first eight are the same
+        some = DataLoader(Swapped(images, labels), batch_size=3, sampler=positions)
+        campaign = Campaign(resnet, some, CampaignSettings(injections_per_layer=4, detector="off"), {})
+        plan = draw_plan(campaign.engine.sites[:1], (np.arange(12) == 0).astype(float), 4, 0)
+        run = functools.partial(run_campaign, campaign.engine, some, plan, campaign.limits["off"], image_batch=4)
+        if positions[-1] == 10:
+            run(shard_dir=str(tmp_path))
+    with pytest.raises(CampaignMismatch, match=r"images was .*, 9 of 12, .*, now .*, 9 of 12, "):
+        run(shard_dir=str(tmp_path))
+
+
+class OpenedByWorkers(Swapped):
+    """As a data set in a file that each worker process opens."""
+
+    opened = False
+
+    def __getitem__(self, number):
+        assert self.opened
+        return super().__getitem__(number)
+
+
+def open_file(worker):
+    torch.utils.data.get_worker_info().dataset.opened = True
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["again", "persistent"])
+def test_workers_are_started_as_the_loader_says(images, labels, keep):
+    context = multiprocessing.get_context("fork")
+    options = {"num_workers": 1, "worker_init_fn": open_file, "multiprocessing_context": context, "prefetch_factor": 3}
+    generator = torch.Generator().manual_seed(1)
+    own = DataLoader(OpenedByWorkers(images, labels), 5, **options, generator=generator, timeout=60, persistent_workers=keep)
+    seen = []
+    for _ in range(2):
+        next(batches(own, torch.device("cpu")))  # a pass may end early
+        found = [(part, *rest) for part, *rest in batches(own, torch.device("cpu"))]
+        assert [list(part) for part, *_ in found] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]]
+        assert torch.equal(torch.cat([pictures for _, pictures, _ in found]), images)
+        seen.append(inputs._chosen(own, torch.device("cpu"), [[0]]))
+    assert (seen[0] is seen[1]) == keep
+    assert (seen[0].prefetch_factor, seen[0].timeout, seen[0].generator) == (3, 60, generator)
+    assert seen[0].multiprocessing_context is context
 
 
 def test_a_subset_restricts_the_images(resnet, images, labels):

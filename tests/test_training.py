@@ -23,7 +23,7 @@ from smoke_grid import environment, run
 from stages.rehearsal import rehearse
 from textguard.artifacts import read_safetensors, write_safetensors
 from textguard.errors import InvalidArtifact, InvalidParameter, TextguardError, UnsupportedModel
-from textguard.faults.profiling import top2diff
+from textguard.faults.task import top2diff
 from textguard.params import CloseupParams, FaultParams, load_params
 from textguard.vision.datasets import PackedSplit
 from textguard.vision.evaluation import predict

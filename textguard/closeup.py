@@ -23,7 +23,7 @@ from textguard.faults.detectors import detector_limits
 from textguard.faults.engines import Engine
 from textguard.faults.formats import Format
 from textguard.faults.graph import TracedModel, Visit
-from textguard.faults.profiling import batches
+from textguard.faults.inputs import batches
 from textguard.faults.sites import Call
 from textguard.runtime import progress
 from textguard.vision.transforms import EvaluationView

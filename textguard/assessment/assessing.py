@@ -4,15 +4,14 @@ import hashlib
 import math
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from textguard.assessment.result import Assessment
@@ -22,17 +21,11 @@ from textguard.faults.checks import folder_path, texts
 from textguard.faults.damage import FaultModel
 from textguard.faults.engines import ENGINES
 from textguard.faults.execution import run_campaign
+from textguard.faults.inputs import batches, prepare
 from textguard.faults.mitigations import protect
 from textguard.faults.plans import PLAN_COLUMNS, bits_of
-from textguard.faults.profiling import (
-    batches,
-    device_of,
-    first_image,
-    largest_outputs,
-    profile_activations,
-    profile_ranges,
-    top2diff,
-)
+from textguard.faults.profiling import largest_outputs, profile_activations, profile_ranges
+from textguard.faults.task import CLASSES, Task, make_task
 from textguard.runtime import announce
 
 USUAL = CampaignSettings()
@@ -67,6 +60,11 @@ def assess(
     profile: DataLoader | None = None,
     classes: Sequence[str] | None = None,
     fit_per_megabit: float | None = None,
+    task: str | Task = CLASSES.name,
+    forward: Callable[[nn.Module, Any], Tensor] | None = None,
+    labels: Callable[[Any], Tensor] | None = None,
+    correct: Callable[[Tensor, Tensor], Tensor] | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     shard_dir: str | os.PathLike[str] | None = None,
 ) -> Assessment:
     """Inject faults into every layer of a classifier and measure what they do to its predictions.
@@ -97,6 +95,14 @@ kinds, engine, batch_size, image_batch
     fit_per_megabit : float, optional
         Raw failures of 10^6 bits in 10^9 hours, which gives the table a column `fit`. For SRAM in 16 nm, 20.49 was extrapolated
         by Li et al. [2]_.
+    task : {"classes", "binary", "multilabel", "probabilities"} or Task, default "classes"
+        What logits mean; see `Task`. An answer that is no single class is saved as label 0, and prediction 0 where it is right,
+        1 where it is not.
+    forward, labels, correct, loss : callable, optional
+        From the model and a batch to logits; from a batch to labels; from logits and labels to whether each is right, and to
+        what each costs; see `make_task`. For transformers: `forward=lambda model, batch:
+        model(**batch).logits, labels=lambda batch: batch["labels"]`. With a `forward`, layers are named as in a model that
+        holds yours as `model`.
     shard_dir : str or path-like, optional
         A folder in which an interrupted assessment goes on.
 
@@ -150,22 +156,26 @@ kinds, engine, batch_size, image_batch
         "kinds": kinds,
     }
     given = None
-    if isinstance(plan, str):
-        options["plan"] = plan
+    if isinstance(plan, Assessment):
+        given = _checked_plan(plan.plan)
+        options |= _settings_of(plan, options)
+    elif isinstance(plan, pd.DataFrame):
+        given = _checked_plan(plan)
+        options |= _told_by(given, options)
     else:
-        given = _checked_plan(plan.plan if isinstance(plan, Assessment) else plan)
-        options |= _settings_of(plan, options) if isinstance(plan, Assessment) else _told_by(given, options)
+        options["plan"] = plan
     settings = CampaignSettings(
         confidence=confidence, detector=detector, engine=engine, batch_size=batch_size, image_batch=image_batch, **options
     )
-    raw_rate = _rate(fit_per_megabit)
-    profiled = largest_outputs(profile_ranges(model, profile or loader, settings.kinds))
+    raw_rate, shards = _rate(fit_per_megabit), folder_path(Setting("shard_dir"), shard_dir)
+    task = make_task(task, forward=forward, labels=labels, correct=correct, loss=loss)
+    profiled = largest_outputs(profile_ranges(model, profile or loader, settings.kinds, task))
     injected = model
     if mitigation != "none":
-        bounds = profile_activations(model, profile or loader) if mitigation in ("ranger", "clip_to_zero") else None
+        bounds = profile_activations(model, profile or loader, task) if mitigation in ("ranger", "clip_to_zero") else None
         bounds = {} if bounds is None else {row.activation: (row.low, row.high) for row in bounds.itertuples(index=False)}
-        injected = protect(model, first_image(loader, device_of(model)), bounds, mitigation)
-    campaign = Campaign(injected, loader, settings, profiled)
+        injected = protect(*prepare(model, loader, task), bounds, mitigation)
+    campaign = Campaign(injected, loader, settings, profiled, task)
     predictions, count = _predict(campaign)
     names = _class_names(classes, loader, count)
     sites, skipped = list(campaign.engine.sites), [tuple(entry) for entry in campaign.engine.skipped]
@@ -179,7 +189,8 @@ kinds, engine, batch_size, image_batch
     found = Assessment(
         settings=_as_json(settings)
         | {"mitigation": mitigation, "fit_per_megabit": raw_rate}
-        | ({} if given is None else {"replayed": _digest(given)}),
+        | ({} if given is None else {"replayed": _digest(given)})
+        | ({"task": task.as_json()} if task.as_json() else {}),
         sites=tuple(sites),
         skipped=tuple(skipped),
         modules=sum(any(True for _ in module.parameters(recurse=False)) for module in model.modules()),
@@ -196,9 +207,9 @@ kinds, engine, batch_size, image_batch
     )
     announce(found.facts)
     if given is None:
-        records, _ = campaign.sample_layers(folder_path(Setting("shard_dir"), shard_dir), "assess")
+        records, _ = campaign.sample_layers(shards, "assess")
     else:
-        records = _replay(campaign, given, predictions, folder_path(Setting("shard_dir"), shard_dir))
+        records = _replay(campaign, given, predictions, shards)
     totals = campaign.enumerate_layers(label="assess, enumerate")[settings.detector]
     return replace(found, records=records, totals=tuple(totals))
 
@@ -239,11 +250,9 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else value
 
 
-def _checked_plan(plan: object) -> pd.DataFrame:
+def _checked_plan(plan: pd.DataFrame) -> pd.DataFrame:
     """The columns of a plan, numbers as numbers. Raises InvalidParameter."""
     setting = Setting("plan")
-    if not isinstance(plan, pd.DataFrame):
-        raise InvalidParameter(setting, f" is a {type(plan).__name__}; it must be a name, a DataFrame or an Assessment")
     if missing := [name for name in PLAN_COLUMNS if name not in plan]:
         raise InvalidParameter(setting, f" lacks the columns {', '.join(missing)}; take those of an assessment's plan")
     for name in PLAN_COLUMNS[1:]:
@@ -277,9 +286,9 @@ def _replay(campaign: Campaign, plan: pd.DataFrame, predictions: pd.DataFrame, s
     """The records of a plan's faults, by layer and index."""
     order = {site.layer: site.position for site in campaign.engine.sites}
     plan = plan.sort_values(["layer", "index"], key=lambda column: column.map(order) if column.name == "layer" else column)
-    eligible = predictions["eligible"].to_numpy()
-    hits = plan[plan["image"].between(0, len(eligible) - 1)].drop_duplicates(["layer", "index"])
-    if elsewhere := int((~eligible[hits["image"]]).sum()):
+    eligible = predictions.loc[predictions["eligible"], "image"]
+    hits = plan[plan["image"].isin(predictions["image"])].drop_duplicates(["layer", "index"])
+    if elsewhere := int((~hits["image"].isin(eligible)).sum()):
         announce(f"assess: {elsewhere:,} of {len(hits):,} replayed faults hit images that this model does not get right")
     settings = campaign.settings
     return run_campaign(
@@ -291,6 +300,7 @@ def _replay(campaign: Campaign, plan: pd.DataFrame, predictions: pd.DataFrame, s
         fault_model=settings.fault_model,
         shard_dir=shard_dir / "replay" if shard_dir else None,
         label="assess",
+        task=campaign.task,
     )
 
 
@@ -300,18 +310,26 @@ def _digest(plan: pd.DataFrame) -> str:
 
 def _predict(campaign: Campaign) -> tuple[pd.DataFrame, int]:
     """The fault-free classifier on each image, and how many classes it has."""
-    chances, columns, count = campaign.chances, defaultdict(list), 0
-    for part, pictures, labels in batches(campaign.loader, campaign.engine.device):
+    chances, columns, count, task = campaign.chances, defaultdict(list), 2, campaign.task
+    for part, pictures, labels in batches(campaign.loader, campaign.engine.device, task=task):
         logits = campaign.engine.observe(pictures)
-        prediction, count = logits.argmax(dim=1), logits.shape[1]
+        correct, prediction = task.correct(logits, labels), task.predicted(logits).long()
+        whole = task.name == "binary" or not labels.is_floating_point()
+        if prediction.ndim == 1 and labels.numel() == len(labels) and whole:
+            label = labels.reshape(len(labels)).long()
+            count = max(count, logits.shape[1] if logits.ndim == 2 else 2)
+            columns["label"].append(label)
+            columns["prediction"].append(torch.where(correct, label, prediction))  # to be among the best five is right too
+        else:
+            columns["label"].append(torch.zeros_like(correct, dtype=torch.int64))
+            columns["prediction"].append((~correct).long())
         columns["image"].append(torch.as_tensor(part))
-        columns["label"].append(labels.long())
-        columns["prediction"].append(prediction)
-        columns["correct"].append(prediction == labels)
+        columns["correct"].append(correct)
         columns["eligible"].append(torch.as_tensor(chances[list(part)] > 0))
-        columns["loss"].append(F.cross_entropy(logits.double(), labels.long(), reduction="none"))
-        columns["top2diff"].append(top2diff(logits.double()))
-    return pd.DataFrame({name: torch.cat([part.cpu() for part in parts]).numpy() for name, parts in columns.items()}), count
+        columns["loss"].append(task.precise_loss(logits, labels))
+        columns["top2diff"].append(task.certainty(logits.double()))
+    table = pd.DataFrame({name: torch.cat([part.cpu() for part in parts]).numpy() for name, parts in columns.items()})
+    return table[["image", "label", "prediction", "correct", "eligible", "loss", "top2diff"]], count
 
 
 def _class_names(classes: Sequence[str] | None, loader: DataLoader, count: int) -> tuple[str, ...]:

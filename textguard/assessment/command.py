@@ -295,9 +295,9 @@ def _gate(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    found, other = Assessment.load(options.folder), Assessment.load(options.old) if options.old else None
     from textguard.assessment.page import write_page  # with what draws figures
 
-    found, other = Assessment.load(options.folder), Assessment.load(options.old) if options.old else None
     file = options.file or options.folder / "report.html"
     write_page(found, file, other=other)
     print(f"wrote {file}")
@@ -305,9 +305,10 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _advise(options: argparse.Namespace) -> int:
+    found = Assessment.load(options.folder)
     from textguard.assessment.advice import advise
 
-    advice = advise(Assessment.load(options.folder), target_sdc=options.target_sdc)
+    advice = advise(found, target_sdc=options.target_sdc)
     print(advice.sentence)
     print(advice.table.to_string(index=False))
     return 0

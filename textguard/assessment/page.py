@@ -211,7 +211,7 @@ def _headline(sides: Sequence[Side], ratios: dict[str, dict[str, Judged]]) -> Ta
     if ratios:
         headers.append(f"{sides[1].name} / {sides[0].name} (x)")
         caption += " Above 1 is better. A verdict is given only where the interval leaves 1 out."
-    return Table("headline", caption, headers, rows)
+    return Table("table-headline", caption, headers, rows)
 
 
 def _facts(side: Side) -> list[tuple[str, str]]:
@@ -326,7 +326,7 @@ def _layers(sides: Sequence[Side], ratios: dict[str, dict[str, Judged]]) -> Tabl
         rows = [[*row, *more] for row, more in zip(rows, beside, strict=True)]
         if theirs:
             caption += f" Only {name} has {', '.join(theirs)}. A dash stands for a layer that only {own.name} has."
-    return Table("layers", caption, headers, rows)
+    return Table("table-layers", caption, headers, rows)
 
 
 def _layer(layer: Layer) -> list[Any]:
@@ -341,12 +341,12 @@ def _advice(side: Side) -> dict[str, Any]:
     except TextguardError as error:
         return {"sentence": f"{error}.", "tables": []}
     note = "In the order of choice. What is covered was measured on the half of the sample that had no part in the order."
-    shown = [("protect-layers", "Layers to protect first", advice.table, note)]
+    shown = [("table-protected-layers", "Layers to protect first", advice.table, note)]
     maps = advice.channels.iloc[:MOST_MAPS]
     if len(maps):
         some = f"The first {len(maps)} of {len(advice.channels):,}. " if len(maps) < len(advice.channels) else ""
         whole = " Layers that were enumerated are not told apart." if (maps["channel"] < 0).any() else ""
-        shown.append(("protect-maps", "Feature maps to protect first", maps, f"{some}{note}{whole}"))
+        shown.append(("table-protected-maps", "Feature maps to protect first", maps, f"{some}{note}{whole}"))
     tables = [as_shown(_choice(*about), about[1]) for about in shown]
     return {"sentence": advice.sentence, "tables": tables}
 
@@ -375,7 +375,7 @@ def _choice(name: str, _: str, found: pd.DataFrame, note: str) -> Table:
 
 def _skipped(found: Assessment) -> Table:
     caption = "Operations and modules that take no faults. Means over layers are over the others."
-    return Table("skipped", caption, ["What", "Why"], [list(entry) for entry in found.skipped])
+    return Table("table-skipped", caption, ["What", "Why"], [list(entry) for entry in found.skipped])
 
 
 def _call(found: Assessment) -> str:

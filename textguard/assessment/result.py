@@ -253,11 +253,13 @@ class Assessment:
             shapes = {site.layer: site.shape for site in self.sites}
             found = summarise_channels(injections, shapes, self.confidence)
             return found if layer is None else found.drop(columns="layer")
-        labels = self.predictions["label"].to_numpy()
+        positions = self.predictions["image"].to_numpy()  # a sampler may have left others out
+        labels = np.zeros(positions.max() + 1, dtype=np.int64)
+        labels[positions] = self.predictions["label"]
         group, count = {
             "bit": (injections["bit"].to_numpy(), self.bits),
             "class": (labels[injections["image"]], len(self.classes)),
-            "image": (injections["image"].to_numpy(), self.images),
+            "image": (injections["image"].to_numpy(), len(labels)),
         }[part]
         found = summarise_groups(
             injections,
@@ -288,6 +290,12 @@ class Assessment:
         from textguard.assessment.storage import save
 
         save(self, folder_path(Setting("folder"), folder) or Path(), overwrite)
+
+    def to_html(self, file: str | os.PathLike[str], other: "Assessment | None" = None) -> None:
+        """Write all of it as one page, alone or beside another assessment; see `textguard.assessment.page.write_page`."""
+        from textguard.assessment.page import write_page
+
+        write_page(self, file, other)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Assessment":

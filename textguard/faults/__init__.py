@@ -12,10 +12,12 @@ from textguard.faults.exact import enumerate_layer
 from textguard.faults.execution import run_campaign
 from textguard.faults.formats import parse_format
 from textguard.faults.guided import draw_guided
+from textguard.faults.inputs import prepare
 from textguard.faults.mitigations import protect
 from textguard.faults.plans import draw_plan
 from textguard.faults.profiling import eligible_images, image_chances, profile_activations, profile_ranges
 from textguard.faults.sampling import Design, run_design
+from textguard.faults.task import Task, make_task
 
 __all__ = [
     "Campaign",
@@ -23,13 +25,16 @@ __all__ = [
     "CampaignSettings",
     "Design",
     "FaultModel",
+    "Task",
     "draw_guided",
     "draw_plan",
     "eligible_images",
     "enumerate_layer",
     "image_chances",
     "make_engine",
+    "make_task",
     "parse_format",
+    "prepare",
     "profile_activations",
     "profile_ranges",
     "protect",

@@ -25,18 +25,12 @@ from textguard.faults.exact import affordable, enumerate_layer, has_closed_form,
 from textguard.faults.execution import measure_pace, no_records
 from textguard.faults.formats import Format, parse_format
 from textguard.faults.guided import draw_guided
+from textguard.faults.inputs import count_images, positions, prepare
 from textguard.faults.plans import bits_of, draw_plan
-from textguard.faults.profiling import (
-    IMAGES,
-    count_images,
-    device_of,
-    first_image,
-    image_chances,
-    largest_outputs,
-    profile_ranges,
-)
+from textguard.faults.profiling import IMAGES, FaultFree, largest_outputs, look, profile_ranges
 from textguard.faults.sampling import PLANS, Design, rerun_changed, run_design
 from textguard.faults.sites import DEFAULT_KINDS, Site
+from textguard.faults.task import CLASSES, Task, make_task
 
 
 @dataclass(frozen=True)
@@ -199,14 +193,20 @@ class Campaign:
     model : torch.nn.Module
         From images [B, ...] to logits [B, C], on the device to use. It is copied, and stays as it is.
     loader : DataLoader
-        Gives the images to inject on and their labels, from a map-style data set. Its order does not matter.
+        Gives the images to inject on and their labels, from a map-style data set. Its order does not matter; images that its
+        sampler leaves out are left out.
     settings : CampaignSettings
         What to inject, how often and how.
     profiled : mapping of str to float, optional
         Layer -> largest magnitude of its output in fault-free inferences. By default it is taken from the loader's images.
+    task : Task or its name, default that of an ordinary classifier
+        What batches and logits mean; see `make_task`. With a `forward`, layers are named as in a model that holds yours as
+        `model`.
 
     Attributes
     ----------
+    task : Task
+        The task.
     engine : Engine
         Its `sites` are the layers.
     limits : dict of str to dict of str to float
@@ -217,7 +217,7 @@ class Campaign:
     Raises
     ------
     TextguardError
-        A setting is unknown, out of range, or does not fit the model.
+        A setting is unknown, out of range, or does not fit the model; the first batch is not what the task needs.
 
     Examples
     --------
@@ -241,11 +241,14 @@ class Campaign:
         loader: DataLoader,
         settings: CampaignSettings,
         profiled: Mapping[str, float] | None = None,
+        task: Task | str = CLASSES,
     ) -> None:
         self.loader, self.settings, self.number_format = loader, settings, settings.stored_as
+        self.task = make_task(task)
+        model, image = prepare(model, loader, self.task)
         if profiled is None:
-            profiled = largest_outputs(profile_ranges(model, loader, settings.kinds))
-        self.engine = settings.make_engine(model, first_image(loader, device_of(model)), profiled)
+            profiled = largest_outputs(profile_ranges(model, loader, settings.kinds, self.task))
+        self.engine = settings.make_engine(model, image, profiled)
         known = weight_limits(model, self.engine.sites) if settings.fault_model.target == "weight" else profiled
         layers = [site.layer for site in self.engine.sites]
         self.limits = {name: detector_limits(name, layers, known) for name in settings.detectors}
@@ -253,10 +256,16 @@ class Campaign:
         self.strata = settings.design.strata(settings.fault_model, self.engine)
 
     @cached_property
+    def fault_free(self) -> FaultFree:
+        """What the fault-free model makes of the images. Raises InvalidParameter where none is eligible, with the reason."""
+        found = look(self.engine, self.loader, self.task)
+        found.refuse_none()
+        return found
+
+    @cached_property
     def chances(self) -> np.ndarray:
         """How likely each image is to be drawn, float64 [N]; see `image_chances`."""
-        guided = self.settings.plan == "guided"
-        return image_chances(self.engine, self.loader, "guided" if guided else self.settings.images)
+        return self.fault_free.chances("guided" if self.settings.plan == "guided" else self.settings.images)
 
     @property
     def eligible(self) -> list[int]:
@@ -266,7 +275,8 @@ class Campaign:
     @cached_property
     def enumerated(self) -> list[Site]:
         """The layers of which every fault is tried."""
-        return affordable(self.engine, len(self.eligible), self.settings.fault_model, self.settings.enumerate_up_to)
+        settings = self.settings
+        return affordable(self.engine, len(self.eligible), settings.fault_model, settings.enumerate_up_to, self.task)
 
     @property
     def sampled(self) -> list[Site]:
@@ -292,7 +302,8 @@ class Campaign:
         records, changes = no_records(), {name: no_records() for name in others}
         if not self.sampled:
             return records, changes
-        options = {"image_batch": self.settings.image_batch, "fault_model": self.settings.fault_model}
+        settings = self.settings
+        options = {"image_batch": settings.image_batch, "fault_model": settings.fault_model, "task": self.task}
         records = run_design(
             self.engine,
             self.sampled,
@@ -333,7 +344,7 @@ class Campaign:
             return Totals.from_json(read_json(file, "inject"))
         limit, label = self.limits[detector][site.layer], f"{label}, detector {detector},"
         totals = Totals.from_json(
-            enumerate_layer(self.engine, self.loader, self.eligible, site, limit, label).as_json()
+            enumerate_layer(self.engine, self.loader, self.eligible, site, limit, label, self.task).as_json()
         )  # so that a campaign that goes on from files gets the same types
         if file:
             write_json(file, totals.as_json())
@@ -345,7 +356,7 @@ class Campaign:
         Empty where the last layer is sampled, or has no closed form. folder: as for `enumerate_layers`.
         """
         site = self.engine.sites[-1]
-        if site not in self.enumerated or not has_closed_form(self.engine, site):
+        if site not in self.enumerated or not self.task.has_softmax or not has_closed_form(self.engine, site):
             return {}
         file = folder / "rescaled.json" if folder else None
         if file and file.exists():
@@ -370,17 +381,21 @@ class Campaign:
 
         Images need not be eligible. sites: all of the engine's by default. injections: how many are measured, at most.
         """
-        chances, settings = np.ones(count_images(self.loader)), self.settings
+        chances, settings = np.zeros(count_images(self.loader)), self.settings
+        chances[positions(self.loader)] = 1
         sites = self.engine.sites if sites is None else sites
         limits, start = self.limits[settings.detector], time.perf_counter()
         if settings.plan == "guided":
             counts = {site.layer: (0, injections_per_layer) for site in sites}
             guides = list(self.limits.values())
-            plan = draw_guided(self.engine, sites, self.loader, chances, counts, settings.seed, settings.fault_model, guides)
+            plan = draw_guided(
+                self.engine, sites, self.loader, chances, counts, settings.seed, settings.fault_model, guides, task=self.task
+            )
         else:
             plan = draw_plan(sites, chances, injections_per_layer, settings.seed, settings.fault_model, self.number_format)
         drawing = (time.perf_counter() - start) / len(plan)
-        pace = measure_pace(self.engine, self.loader, plan, limits, injections=injections, fault_model=settings.fault_model)
+        options = {"injections": injections, "fault_model": settings.fault_model, "task": self.task}
+        pace = measure_pace(self.engine, self.loader, plan, limits, **options)
         return 1 / (1 / pace + drawing)
 
     def as_json(self, totals: Mapping[str, Sequence[Totals]], rescaled: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,13 +13,15 @@ from torch import Tensor, fx, nn
 
 from textguard import __version__
 from textguard.errors import Setting, UnknownName, UnsupportedModel
+from textguard.faults.checks import whole_number
 from textguard.faults.damage import Damage, Faults, Storage, Target, damage_output, damage_weights, make_storages
 from textguard.faults.formats import FP32, Format
 from textguard.faults.graph import TracedModel, Values
 from textguard.faults.local import PRODUCTS, LocalFaults, LocalSteps, covers, in_batches, neuron_patch, paste_whole, whole
-from textguard.faults.prediction import Prediction, chains_of, foresee, straight_through
+from textguard.faults.prediction import Margin, Prediction, chains_of, foresee, straight_through
 from textguard.faults.sites import DEFAULT_KINDS, SURVEYED, Call, Calls, Site, SiteList
 from textguard.faults.suffix import shortcuts
+from textguard.faults.task import class_margin
 
 See = Callable[[int, Tensor], None]
 
@@ -62,8 +64,8 @@ class Engine(Protocol):
         """Run images [B, ...] without faults; `see` gets each site's position and output. Returns the logits [B, C]."""
         ...
 
-    def predict(self, images: Tensor, labels: Tensor) -> Prediction:
-        """Foresee what faults will do on images [B, ...] with labels [B]."""
+    def predict(self, images: Tensor, labels: Tensor, margin: Margin = class_margin) -> Prediction:
+        """Foresee what faults will do on images [B, ...] with labels [B]. margin: see `Task.margin`."""
         ...
 
 
@@ -197,9 +199,9 @@ class ReplayEngine(_Engine):
             self._traced.release(index, values)
         return values[self._traced.steps[-1]]
 
-    def predict(self, images: Tensor, labels: Tensor) -> Prediction:
-        """Foresee what faults will do on images [B, ...] with labels [B]."""
-        return foresee(self._observe, self.sites, self._storages, images, labels, self._chains, self._local)
+    def predict(self, images: Tensor, labels: Tensor, margin: Margin = class_margin) -> Prediction:
+        """Foresee what faults will do on images [B, ...] with labels [B]. margin: see `Task.margin`."""
+        return foresee(self._observe, self.sites, self._storages, images, labels, self._chains, self._local, margin)
 
     def _start(
         self, position: int, index: int, rows: Tensor, faults: Faults, golden: Values, results: _Results
@@ -360,13 +362,13 @@ class WholeEngine(_Engine):
         """Run images [B, ...] without faults; `see` gets each site's position and output. Returns the logits [B, C]."""
         return self._infer(images.clone(), see=see)
 
-    def predict(self, images: Tensor, labels: Tensor) -> Prediction:
+    def predict(self, images: Tensor, labels: Tensor, margin: Margin = class_margin) -> Prediction:
         """Foresee what faults will do on images [B, ...] with labels [B], linearly from each site's output on."""
 
         def run(pictures: Tensor, see: See, keep: object) -> Tensor:
             return self._infer(pictures.clone(), see=see)
 
-        return foresee(run, self.sites, self._storages, images, labels, {}, None)
+        return foresee(run, self.sites, self._storages, images, labels, {}, None, margin)
 
     def _infer(
         self,
@@ -461,14 +463,14 @@ class PyTorchFIEngine(_Engine):
         positions = itertools.count()
         return _run_hooked(self._model, images, self._kinds, lambda name, module, output: see(next(positions), output))
 
-    def predict(self, images: Tensor, labels: Tensor) -> Prediction:
+    def predict(self, images: Tensor, labels: Tensor, margin: Margin = class_margin) -> Prediction:
         """Foresee what faults will do on images [B, ...] with labels [B], linearly from each site's output on."""
 
         def run(pictures: Tensor, see: See, keep: object) -> Tensor:
             positions = itertools.count()
             return _run_hooked(self._model, pictures, self._kinds, lambda name, module, output: see(next(positions), output))
 
-        return foresee(run, self.sites, self._storages, images, labels, {}, None)
+        return foresee(run, self.sites, self._storages, images, labels, {}, None, margin)
 
     def _flip(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """What PyTorchFI calls behind each layer."""
@@ -552,6 +554,7 @@ def make_engine(name: str, model: nn.Module, image: Tensor, batch_size: int, **o
     """
     if name not in ENGINES:
         raise UnknownName("engine", name, ENGINES, Setting("engine"))
+    batch_size = whole_number(Setting("batch_size"), batch_size, 1)
     try:
         return ENGINES[name](model, image, batch_size, **options)
     except UnsupportedModel as reason:

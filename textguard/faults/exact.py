@@ -19,15 +19,16 @@ from textguard.estimates.summary import Totals
 from textguard.faults.damage import SINGLE_FLIP, FaultModel, Faults, Storage
 from textguard.faults.detectors import clamp_to_range
 from textguard.faults.engines import Engine, ReplayEngine
-from textguard.faults.profiling import batches
+from textguard.faults.inputs import batches
 from textguard.faults.sites import Site
+from textguard.faults.task import CLASSES, Task, make_task
 from textguard.runtime import progress
 
 FAULTS_AT_ONCE = 2**16  # through the engine
 TEMPERATURES = tuple(2.0 ** (half / 2) for half in range(-12, 13))  # factors of the logits
 
 
-def affordable(engine: Engine, images: int, fault_model: FaultModel, up_to: int) -> list[Site]:
+def affordable(engine: Engine, images: int, fault_model: FaultModel, up_to: int, task: Task | str = CLASSES) -> list[Site]:
     """The layers at a model's end that can be enumerated: in closed form, or because they have few faults.
 
     Only fully connected layers count, and only single flips with the replay engine. In other layers and engines, an enumeration
@@ -44,6 +45,8 @@ def affordable(engine: Engine, images: int, fault_model: FaultModel, up_to: int)
     up_to : int
         The most faults that a layer without closed form may have, over all images, neurons and bits. 0 for no enumeration at
         all, not even in closed form.
+    task : Task or its name, default that of an ordinary classifier
+        What logits mean. Others than this one have no closed form.
 
     Returns
     -------
@@ -65,10 +68,10 @@ def affordable(engine: Engine, images: int, fault_model: FaultModel, up_to: int)
     """
     if not up_to or fault_model != SINGLE_FLIP or not isinstance(engine, ReplayEngine):
         return []
-    bits, found = engine.number_format.bits, []
+    bits, found, formula = engine.number_format.bits, [], make_task(task).has_softmax
     for site in reversed(engine.sites):
         many = site.neurons * images * bits > up_to
-        if site.kind != "Linear" or len(site.shape) != 1 or (many and not has_closed_form(engine, site)):
+        if site.kind != "Linear" or len(site.shape) != 1 or (many and not (formula and has_closed_form(engine, site))):
             break
         found.insert(0, site)
     return found
@@ -87,7 +90,13 @@ def has_closed_form(engine: ReplayEngine, site: Site) -> bool:
 
 @torch.inference_mode()
 def enumerate_layer(
-    engine: ReplayEngine, loader: DataLoader, images: Sequence[int], site: Site, limit: float, label: str = "enumerate"
+    engine: ReplayEngine,
+    loader: DataLoader,
+    images: Sequence[int],
+    site: Site,
+    limit: float,
+    label: str = "enumerate",
+    task: Task | str = CLASSES,
 ) -> Totals:
     """Flip every bit of every output of one layer, once for each image.
 
@@ -105,6 +114,8 @@ def enumerate_layer(
         The largest magnitude that the range detector lets pass.
     label : str
         What the progress bar says.
+    task : Task or its name, default that of an ordinary classifier
+        What batches and logits mean. Another one goes through the engine, fault by fault.
 
     Returns
     -------
@@ -124,15 +135,16 @@ def enumerate_layer(
     >>> int(totals.faults.sum()) == 3 * 3 * 32  # images, neurons, bits
     True
     """
-    bits, closed = engine.number_format.bits, has_closed_form(engine, site)
+    task = make_task(task)
+    bits, closed = engine.number_format.bits, task.has_softmax and has_closed_form(engine, site)
     at_once = (loader.batch_size or 1) if closed else max(1, FAULTS_AT_ONCE // (site.neurons * bits))
     sums = np.zeros((5, bits))
     with progress(total=len(images) * site.neurons * bits, label=f"{label} {site.layer}", unit="inj") as bar:
-        for part, pictures, labels in batches(loader, engine.device, _split(images, at_once)):
+        for part, pictures, labels in batches(loader, engine.device, _split(images, at_once), task):
             if closed:
                 found = flip_logits(engine, _outputs(engine, pictures), engine.factor_behind_last(), labels, limit)
             else:
-                found = _flip_all(engine, pictures, labels, site, limit)
+                found = _flip_all(engine, pictures, labels, site, limit, task)
             sums += _sums(found)
             bar.update(len(part) * site.neurons * bits)
     return _totals(site, len(images), sums)
@@ -160,7 +172,7 @@ def _totals(site: Site, images: int, sums: np.ndarray) -> Totals:
     return Totals(site.layer, site.neurons, faults, masked, detected, mismatches, nonfinite, sums[4])
 
 
-def _flip_all(engine: ReplayEngine, images: Tensor, labels: Tensor, site: Site, limit: float) -> tuple[Tensor, ...]:
+def _flip_all(engine: ReplayEngine, images: Tensor, labels: Tensor, site: Site, limit: float, task: Task) -> tuple[Tensor, ...]:
     """What `flip_logits` returns, for any layer: each fault is an injection of its own through the engine."""
     shape = (len(images), site.neurons, engine.number_format.bits)
     fault = torch.arange(torch.Size(shape).numel(), device=images.device)
@@ -177,9 +189,9 @@ def _flip_all(engine: ReplayEngine, images: Tensor, labels: Tensor, site: Site, 
             mask=1 << bit,
         ),
     )
-    golden_loss = F.cross_entropy(outcomes.golden_logits, labels, reduction="none")
-    delta_loss = (F.cross_entropy(outcomes.logits, labels[image], reduction="none") - golden_loss[image]).abs()
-    mismatch = outcomes.logits.argmax(dim=1) != outcomes.golden_logits.argmax(dim=1)[image]
+    golden_loss = task.loss(outcomes.golden_logits, labels)
+    delta_loss = (task.loss(outcomes.logits, labels[image]) - golden_loss[image]).abs()
+    mismatch = task.differs(outcomes.logits, outcomes.golden_logits[image])
     return tuple(column.view(shape) for column in _columns(outcomes.masked, outcomes.detected, mismatch, delta_loss))
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -11,15 +12,16 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from textguard.artifacts import read_json, read_parquet, write_json, write_parquet
-from textguard.errors import CampaignMismatch, InvalidArtifact, InvalidParameter
+from textguard.errors import CampaignMismatch, InvalidArtifact, InvalidParameter, Setting
+from textguard.faults.checks import folder_path, whole_number
 from textguard.faults.damage import SINGLE_FLIP, FaultModel, Faults
 from textguard.faults.engines import Engine
+from textguard.faults.inputs import batches, count_images, positions
 from textguard.faults.plans import PLAN_COLUMNS, check_plan
-from textguard.faults.profiling import batches, count_images
+from textguard.faults.task import CLASSES, Task, make_task
 from textguard.runtime import join_processes, progress, wait_for_all
 
 RECORD_COLUMNS = [
@@ -48,9 +50,10 @@ def run_campaign(
     *,
     image_batch: int,
     fault_model: FaultModel = SINGLE_FLIP,
-    shard_dir: Path | None = None,
+    shard_dir: str | os.PathLike[str] | None = None,
     label: str = "inject",
     same: Sequence[str] = PLAN_COLUMNS,
+    task: Task | str = CLASSES,
 ) -> pd.DataFrame:
     """Carry out a fault plan and record what each fault did.
 
@@ -68,7 +71,7 @@ def run_campaign(
         Images per golden run, and per shard.
     fault_model : FaultModel, default one flipped bit of one neuron
         What the plan was drawn for.
-    shard_dir : pathlib.Path, optional
+    shard_dir : str or path-like, optional
         Where finished shards are kept. The same campaign, when it is run again, goes on behind them. The processes that
         `torchrun` starts share the shards through this folder, which all of them must reach.
     label : str, default "inject"
@@ -76,6 +79,8 @@ def run_campaign(
     same : sequence of str, default all
         The plan's columns that have to be the same for a campaign to go on. What a shard holds counts, whatever the others
         say: predictions may take another fault where a processor adds up in another order.
+    task : Task or its name, default that of an ordinary classifier
+        What batches and logits mean.
 
     Returns
     -------
@@ -87,7 +92,7 @@ def run_campaign(
     CampaignMismatch
         The plan does not fit the model or the data, or shard_dir holds shards of another campaign.
     InvalidParameter
-        Several processes have no shard_dir to share.
+        Several processes have no shard_dir to share, or the loader does not give what the task needs.
 
     Examples
     --------
@@ -106,7 +111,14 @@ def run_campaign(
     >>> len(records), bool((records["faulty_value"].abs() <= 3).all())
     (4, True)
     """
+    image_batch, shard_dir = whole_number(Setting("image_batch"), image_batch, 1), folder_path(Setting("shard_dir"), shard_dir)
+    task, read = make_task(task), positions(loader)
     check_plan(plan, engine.sites, count_images(loader), fault_model, engine.number_format)
+    unread = plan.loc[~plan["image"].isin(read), "image"]
+    if len(unread):
+        raise CampaignMismatch(
+            f"the plan hits image {unread.iloc[0]}, which the loader's sampler leaves out; draw it for the same loader"
+        )
     ordered = plan.reset_index(drop=True).sort_values(["image"], kind="stable")
     numbers = np.unique(ordered["image"])
     parts = [part.tolist() for part in np.array_split(numbers, range(image_batch, len(numbers), image_batch))]
@@ -114,7 +126,7 @@ def run_campaign(
     if processes > 1 and not shard_dir:
         raise InvalidParameter("several processes need a shard_dir to share their results")
     if shard_dir:
-        _check_settings(shard_dir, _settings(engine, loader, plan[list(same)], limits, image_batch, fault_model), rank)
+        _check_settings(shard_dir, _settings(engine, loader, plan[list(same)], limits, image_batch, fault_model, task), rank)
     mine = {number: part for number, part in enumerate(parts) if number % processes == rank}
     records = {number: _load_shard(_shard(shard_dir, number)) for number in mine}
     missing = {number: part for number, part in mine.items() if records[number] is None}
@@ -123,10 +135,10 @@ def run_campaign(
     rows = dict(enumerate(np.split(ordered.index, np.searchsorted(ordered["image"], [part[0] for part in parts[1:]]))))
     with progress(total=sum(len(rows[number]) for number in mine), label=label, unit="inj") as bar:
         bar.update(sum(len(rows[number]) for number in mine.keys() - missing.keys()))
-        loaded = batches(loader, engine.device, list(missing.values()))
+        loaded = batches(loader, engine.device, list(missing.values()), task)
         for number, (part, images, labels) in zip(missing, loaded, strict=True):
             faults = ordered.loc[rows[number]]
-            records[number] = _run_shard(engine, part, images, labels, faults, limits, fault_model)
+            records[number] = _run_shard(engine, part, images, labels, faults, limits, fault_model, task)
             if shard_dir:
                 write_parquet(_shard(shard_dir, number), records[number])
             bar.update(len(faults))
@@ -146,15 +158,16 @@ def measure_pace(
     images: int = 8,
     injections: int = 256,
     fault_model: FaultModel = SINGLE_FLIP,
+    task: Task = CLASSES,
 ) -> float:
     """Roughly how many injections of a plan the engine does per second, from a few of them whose outcomes are thrown away."""
     chosen = np.unique(plan["image"])[:images]
     rows = plan[plan["image"].isin(chosen)].drop_duplicates(["layer", "index"])
     rows = rows.iloc[:: max(1, len(rows) // injections)]
-    (part, pictures, labels), *_ = batches(loader, engine.device, [chosen.tolist()])
+    (part, pictures, labels), *_ = batches(loader, engine.device, [chosen.tolist()], task)
     for _ in range(2):  # the first time warms up
         start = time.perf_counter()
-        _run_shard(engine, part, pictures, labels, rows, limits, fault_model)
+        _run_shard(engine, part, pictures, labels, rows, limits, fault_model, task)
     return len(rows) / (time.perf_counter() - start)
 
 
@@ -179,21 +192,30 @@ def _settings(
     limits: Mapping[str, float],
     image_batch: int,
     fault_model: FaultModel,
+    task: Task,
 ) -> dict[str, str | int]:
     """What the records of a campaign depend on; the number of processes and of faults per batch do not belong to it."""
 
     def digest(*parts: bytes) -> str:
         return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
-    _, images, labels = next(batches(loader, torch.device("cpu"), [range(min(8, count_images(loader)))]))
+    read, count = positions(loader), count_images(loader)
+    ((_, *first),) = batches(loader, torch.device("cpu"), [read[:8]], task)
+    some = "" if len(read) == count else f"{digest(np.array(read).tobytes())}, {len(read)} of "
     return {
         **engine.settings,
         **{f"fault {name}": value for name, value in vars(fault_model).items()},
         "plan": digest(pd.util.hash_pandas_object(plan).to_numpy().tobytes()),
         "detector limits": digest(json.dumps(dict(limits), sort_keys=True).encode()),
-        "images": f"{len(loader.dataset)}, {digest(images.numpy().tobytes(), labels.numpy().tobytes())}",
+        "images": f"{some}{count}, {digest(*(_bytes(tensor) for tensor in first))}",
         "images per shard": image_batch,
+        **task.as_json(),
     }
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    """What a tensor on the CPU holds, of whatever type; numpy has no bf16."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _check_settings(shard_dir: Path, settings: dict[str, str | int], rank: int) -> None:
@@ -217,6 +239,7 @@ def _run_shard(
     faults: pd.DataFrame,
     limits: Mapping[str, float],
     fault_model: FaultModel,
+    task: Task,
 ) -> pd.DataFrame:
     def column(values: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(np.asarray(values), dtype=dtype, device=images.device)
@@ -243,8 +266,6 @@ def _run_shard(
             mask=column(mask),
         ),
     )
-    golden_loss = F.cross_entropy(outcomes.golden_logits, labels, reduction="none")
-    golden_class = outcomes.golden_logits.argmax(dim=1)
     by_value = {
         "golden_value": outcomes.golden_value,
         "faulty_value": outcomes.faulty_value,
@@ -252,9 +273,9 @@ def _run_shard(
     }
     by_fault = {
         "masked": outcomes.masked,
-        "golden_loss": golden_loss[image],
-        "faulty_loss": F.cross_entropy(outcomes.logits, labels[image], reduction="none"),
-        "mismatch": outcomes.logits.argmax(dim=1) != golden_class[image],
+        "golden_loss": task.loss(outcomes.golden_logits, labels)[image],
+        "faulty_loss": task.loss(outcomes.logits, labels[image]),
+        "mismatch": task.differs(outcomes.logits, outcomes.golden_logits[image]),
     }
     found = {name: tensor.cpu().numpy()[value] for name, tensor in by_value.items()}
     found |= {name: tensor.cpu().numpy()[fault] for name, tensor in by_fault.items()}

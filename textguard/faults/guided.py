@@ -22,10 +22,11 @@ from textguard.errors import InvalidParameter, Setting
 from textguard.faults.damage import FaultModel
 from textguard.faults.engines import Engine
 from textguard.faults.formats import Format
+from textguard.faults.inputs import batches
 from textguard.faults.plans import PLAN_COLUMNS, SHARED, bits_of, distinct, draw_images, uniform_numbers
 from textguard.faults.prediction import Prediction, class_changes, loss_changes
-from textguard.faults.profiling import batches
 from textguard.faults.sites import Site
+from textguard.faults.task import CLASSES, Task, make_task
 from textguard.runtime import progress
 
 CANDIDATES = 64  # neurons that an injection looks at
@@ -54,6 +55,7 @@ def draw_guided(
     limits: Sequence[Mapping[str, float]],
     share_images: bool = False,
     label: str | None = None,
+    task: Task | str = CLASSES,
 ) -> pd.DataFrame:
     """Draw independent injections for each layer, mostly those that are predicted to do most.
 
@@ -82,6 +84,8 @@ def draw_guided(
         Whether injections of the same index hit the same image in all layers; see `draw_plan`.
     label : str, optional
         Names the work in progress lines. Without it there are none.
+    task : Task or its name, default that of an ordinary classifier
+        What batches and logits mean. Any loss that has gradients can be foreseen.
 
     Returns
     -------
@@ -110,6 +114,7 @@ def draw_guided(
     (True, True)
     """
     check_predictable(fault_model)
+    task = make_task(task)
     drawn = {
         site.layer: _Draws(site, chances, *counts[site.layer], seed, fault_model, engine.number_format, share_images)
         for site in sites
@@ -118,8 +123,8 @@ def draw_guided(
     size = max(1, VALUES // sum(site.neurons for site in engine.sites))
     parts = [part.tolist() for part in np.array_split(wanted, range(size, len(wanted), size))]
     with progress(total=len(wanted), label=label or "", unit="image", shown=label is not None) as bar:
-        for part, images, labels in batches(loader, engine.device, parts):
-            prediction = engine.predict(images, labels)
+        for part, images, labels in batches(loader, engine.device, parts, task):
+            prediction = engine.predict(images, labels, task.margin)
             for site in sites:
                 drawn[site.layer].take(prediction, np.array(part), [own[site.layer] for own in limits])
             bar.update(len(part))

@@ -103,4 +103,5 @@ def protect(model: nn.Module, image: Tensor, bounds: Mapping[str, tuple[float, f
             bounded = traced.model.graph.call_module(label, (step,))
         step.replace_all_uses_with(bounded, delete_user_cb=lambda user, kept=bounded: user is not kept)
     traced.model.recompile()
+    traced.model.adapted = getattr(model, "adapted", False)  # what it takes for images; see inputs.prepare
     return traced.model

@@ -18,8 +18,10 @@ from textguard.faults.damage import Operation, Storage
 from textguard.faults.graph import TracedModel, Values
 from textguard.faults.local import ADDITIONS, ELEMENTWISE, PRODUCTS, LocalSteps, as_map, neuron_patch, read
 from textguard.faults.sites import Site
+from textguard.faults.task import class_margin
 
 Chain = tuple[fx.Node, ...]
+Margin = Callable[[Tensor, Tensor], Tensor]  # from logits and labels to the number [B] whose negative's softplus is the loss
 
 # Plain steps behind which a change in one channel is still in one channel only, whatever their settings.
 ONE_CHANNEL = (*ELEMENTWISE, nn.MaxPool2d)
@@ -195,8 +197,12 @@ def foresee(
     labels: Tensor,
     chains: Mapping[int, Chain],
     local: LocalSteps | None,
+    margin_of: Margin = class_margin,
 ) -> Prediction:
-    """Run images [B, ...] with labels [B] forth and back. run(images, see, keep): gives the logits, shows sites and steps."""
+    """Run images [B, ...] with labels [B] forth and back. run(images, see, keep): gives the logits, shows sites and steps.
+
+    Raises UnsupportedModel where model or margin have no gradients.
+    """
     outputs: dict[int, Tensor] = {}
     values: Values = {}
     wanted = {one for chain in chains.values() for step in chain[1:] for one in (step, *step.all_input_nodes)}
@@ -207,14 +213,15 @@ def foresee(
             values[step] = value
 
     with torch.inference_mode(False), torch.enable_grad():
-        logits = run(images.clone().requires_grad_(), outputs.__setitem__, keep)
-        own = torch.zeros_like(logits, dtype=torch.bool).scatter(1, labels.clone()[:, None], True)
-        margin = logits[own] - logits.masked_fill(own, -torch.inf).logsumexp(dim=1)
+        images = images.clone()
+        # Whole numbers, such as those of words, have no gradients; the model's weights have.
+        logits = run(images.requires_grad_() if images.is_floating_point() else images, outputs.__setitem__, keep)
+        margin = margin_of(logits, labels.clone())
         ends = [values[chains[position][-1]] if chains.get(position) else output for position, output in outputs.items()]
         try:
             slopes = torch.autograd.grad(margin.sum(), ends, allow_unused=True)
         except RuntimeError as reason:
-            raise UnsupportedModel(f"the model has no gradients ({str(reason).partition(chr(10))[0]})") from reason
+            raise UnsupportedModel(f"the model or its loss has no gradients ({str(reason).partition(chr(10))[0]})") from reason
     return Prediction(
         sites,
         storages,

@@ -1,28 +1,22 @@
 """What fault-free inferences tell before faults are injected: which images are eligible, and the ranges of layers."""
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    TensorDataset,
-)
+from torch.utils.data import DataLoader, TensorDataset
 
 from textguard.errors import InvalidParameter, Setting, UnknownName, UnsupportedModel
 from textguard.faults.engines import Engine, ReplayEngine, WholeEngine
 from textguard.faults.graph import TracedModel
+from textguard.faults.inputs import batches, check_labels, check_logits, count_images, prepare
 from textguard.faults.mitigations import activations
 from textguard.faults.sites import DEFAULT_KINDS
+from textguard.faults.task import CLASSES, Task, make_task
 
 IMAGES = ("uniform", "importance", "shared")
 
@@ -32,70 +26,99 @@ def loader_of(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
     return DataLoader(TensorDataset(images, labels), batch_size=batch_size)
 
 
-def count_images(loader: DataLoader) -> int:
-    """The number of images in the loader's data set. Raises InvalidParameter where it has no positions, or not all are read."""
-    if isinstance(loader.dataset, IterableDataset):
-        raise InvalidParameter("the DataLoader's data set must give images by their position (a map-style data set)")
-    if not _reads_all(loader):
-        raise InvalidParameter(
-            "the DataLoader's sampler does not read each image of its data set once; "
-            "choose images with torch.utils.data.Subset(dataset, positions) instead"
-        )
-    return len(loader.dataset)
+@dataclass(frozen=True)
+class FaultFree:
+    """What the fault-free model makes of a data set of N images. Where the loader leaves one out, all of it is 0.
 
-
-def _reads_all(loader: DataLoader) -> bool:
-    """Whether the loader gives every image once, in whatever order, but for a last batch that it may drop."""
-    own = type(loader.batch_sampler) not in (BatchSampler, type(None))
-    order = itertools.chain.from_iterable(loader.batch_sampler) if own else loader.sampler
-    if type(order) is SequentialSampler or (type(order) is RandomSampler and not order.replacement):
-        return order.data_source is loader.dataset and len(order) == len(loader.dataset)
-    # A sampler of the user's; no more of it is read than it can rightly have, as it may be endless.
-    count = len(loader.dataset)
-    return sorted(int(position) for position in itertools.islice(order, count + 1)) == list(range(count))
-
-
-def batches(
-    loader: DataLoader, device: torch.device, parts: Sequence[Sequence[int]] | None = None
-) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
-    """Positions, images [B, ...] and labels [B], on the device: of `parts`, else of the whole data set in its order.
-
-    The loader's data set, number of workers and way to collate are used, not its order: positions are those in its data set.
+    Attributes
+    ----------
+    read : ndarray
+        bool [N], whether the loader reads the image.
+    correct : ndarray
+        bool [N], whether the model is right about it.
+    certain : ndarray
+        bool [N], whether Top2Diff is above 0.
+    broken : ndarray
+        bool [N], whether Top2Diff is NaN, because logits are.
+    doubt : ndarray
+        float [N], 1 - exp(-loss), which is 1 - p(label) for cross entropy.
+    odds : ndarray
+        float [N], exp(loss) - 1, which are the odds against the label.
     """
-    count, size = count_images(loader), loader.batch_size or 1
-    parts = [range(start, min(start + size, count)) for start in range(0, count, size)] if parts is None else parts
-    chosen = DataLoader(
-        loader.dataset,
-        batch_sampler=parts,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn if loader.batch_sampler else None,  # without batches, it would not stack
-        pin_memory=device.type == "cuda",
-    )
-    for part, (images, labels) in zip(parts, chosen, strict=True):
-        yield part, images.to(device, non_blocking=True), torch.as_tensor(labels).to(device, non_blocking=True)
+
+    read: np.ndarray
+    correct: np.ndarray
+    certain: np.ndarray
+    broken: np.ndarray
+    doubt: np.ndarray
+    odds: np.ndarray
+
+    @property
+    def eligible(self) -> np.ndarray:
+        """Bool [N], whether faults are injected on the image."""
+        return self.correct & self.certain
+
+    @property
+    def top1(self) -> float:
+        """The share of the images read that the model is right about."""
+        return float(self.correct[self.read].mean())
+
+    def chances(self, images: str) -> np.ndarray:
+        """See `image_chances`."""
+        if images not in (*IMAGES, "guided"):
+            raise UnknownName("way to draw images", images, IMAGES, Setting("images"))
+        chances, doubt = self.eligible.astype(float), np.where(self.eligible, self.doubt, 0.0)
+        if images in ("uniform", "shared") or not doubt.sum():
+            return chances
+        # Batches of another size change the last digits of logits. Two decimals hide that, so that it changes no plan.
+        if images == "importance":
+            return chances * ((1 + doubt * (chances.sum() / doubt.sum())) / 2).round(2)
+        # What small changes do goes with the doubt, what large ones do hardly depends on it; the fourth root lies between.
+        shares = [(0.25, chances), (0.55, doubt), (0.2, chances * np.minimum(self.odds, 1.0) ** 0.25)]
+        return chances * sum(share * part * (chances.sum() / part.sum()) for share, part in shares).round(2)
+
+    def refuse_none(self) -> None:
+        """Say why no image is eligible. Raises InvalidParameter."""
+        if self.eligible.any():
+            return
+        read, right, broken = (int(part.sum()) for part in (self.read, self.correct, self.broken))
+        found = f"no image is eligible: of {read}, the fault-free model is right about {right} (top-1 {self.top1:.1%})"
+        if broken:
+            first = int(np.flatnonzero(self.broken)[0])
+            cure = (
+                f"logits of {broken} ({broken / read:.0%}) are NaN or infinite, the first at position {first}; look for NaN in "
+                "that image and in the weights"
+            )
+        elif right:
+            cure = f"in all {right} the two best classes tie; a head whose weights are all 0 does that, so load trained ones"
+        else:
+            cure = "check that weights are loaded, images normalised as in training, and labels numbered as the logits are"
+        raise InvalidParameter(f"{found}; {cure}")
 
 
-def first_image(loader: DataLoader, device: torch.device) -> Tensor:
-    """One image of the loader's data set, [...], on the device: engines and traces need its shape."""
-    _, images, _ = next(batches(loader, device, [[0]]))
-    return images[0]
+def look(engine: Engine, loader: DataLoader, task: Task = CLASSES) -> FaultFree:
+    """Run all images that a loader reads without faults. task: what batches and logits mean. Raises TextguardError."""
+    count = count_images(loader)
+    read, correct, certain, broken = (np.zeros(count, dtype=bool) for _ in range(4))
+    doubt, odds = np.zeros(count), np.zeros(count)
+    for part, pictures, labels in batches(loader, engine.device, task=task):
+        logits = check_logits(engine.observe(pictures), len(part), "the model", task)
+        check_labels(logits, labels, task)
+        read[part] = True
+        correct[part] = task.correct(logits, labels).cpu().numpy()
+        certainty = task.certainty(logits)
+        certain[part], broken[part] = (certainty > 0).cpu().numpy(), certainty.isnan().cpu().numpy()
+        loss = task.precise_loss(logits, labels)
+        doubt[part] = (-torch.expm1(-loss)).clamp(min=0).cpu().numpy()
+        odds[part] = torch.expm1(loss).clamp(min=0).cpu().numpy()  # against the image's class
+    return FaultFree(read, correct, certain, broken, doubt, odds)
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters lie."""
-    return next(model.parameters()).device
-
-
-def top2diff(logits: Tensor) -> Tensor:
-    """Difference of the two largest softmax probabilities. logits: [N, C], C >= 2. Returns [N], 0 to 1."""
-    first, second = logits.softmax(dim=1).topk(2, dim=1).values.unbind(dim=1)
-    return first - second
-
-
-def image_chances(engine: Engine, loader: DataLoader, images: str = "uniform") -> np.ndarray:
+def image_chances(engine: Engine, loader: DataLoader, images: str = "uniform", task: Task | str = CLASSES) -> np.ndarray:
     """How likely each image is to be drawn for an injection, relative to the others.
 
-    Images that the fault-free model classifies wrongly, or with Top2Diff = 0, are not eligible: their chance is 0.
+    Images that the fault-free model classifies wrongly, or with Top2Diff = 0, are not eligible: their chance is 0. So is
+    that of images that the loader's sampler leaves out.
 
     Parameters
     ----------
@@ -109,6 +132,8 @@ def image_chances(engine: Engine, loader: DataLoader, images: str = "uniform") -
         certain. It makes estimates steadier in layers whose faults do little, not in the last ones. No injection weighs more
         than about 2.
         `guided` is what plan `guided` draws by: a quarter to all, the rest where the class is in doubt.
+    task : Task or its name, default that of an ordinary classifier
+        What batches and logits mean.
 
     Returns
     -------
@@ -118,9 +143,9 @@ def image_chances(engine: Engine, loader: DataLoader, images: str = "uniform") -
     Raises
     ------
     UnknownName
-        There is no such way to draw images.
+        There is no such way to draw images, or no such task.
     InvalidParameter
-        The data set is no map-style one.
+        The data set is no map-style one, or labels do not fit the logits.
 
     Examples
     --------
@@ -140,28 +165,10 @@ def image_chances(engine: Engine, loader: DataLoader, images: str = "uniform") -
     >>> image_chances(engine, loader, "importance").tolist()
     [1.35, 0.0, 0.65]
     """
-    if images not in (*IMAGES, "guided"):
-        raise UnknownName("way to draw images", images, IMAGES, Setting("images"))
-    chances, doubt, odds = (np.zeros(count_images(loader)) for _ in range(3))
-    for part, pictures, labels in batches(loader, engine.device):
-        logits = engine.observe(pictures)
-        correct = (logits.argmax(dim=1) == labels) & (top2diff(logits) > 0)
-        chances[part] = correct.cpu().numpy()
-        loss = F.cross_entropy(logits.double(), labels, reduction="none")
-        doubt[part] = (-torch.expm1(-loss)).clamp(min=0).cpu().numpy()
-        odds[part] = torch.expm1(loss).clamp(min=0).cpu().numpy()  # against the image's class
-    doubt *= chances
-    if images in ("uniform", "shared") or not doubt.sum():
-        return chances
-    # Batches of another size change the last digits of logits. Two decimals hide that, so that it changes no plan.
-    if images == "importance":
-        return chances * ((1 + doubt * (chances.sum() / doubt.sum())) / 2).round(2)
-    # What small changes do goes with the doubt, what large ones do hardly depends on it; the fourth root lies between.
-    shares = [(0.25, chances), (0.55, doubt), (0.2, chances * np.minimum(odds, 1.0) ** 0.25)]
-    return chances * sum(share * part * (chances.sum() / part.sum()) for share, part in shares).round(2)
+    return look(engine, loader, make_task(task)).chances(images)
 
 
-def eligible_images(engine: Engine, loader: DataLoader) -> list[int]:
+def eligible_images(engine: Engine, loader: DataLoader, task: Task | str = CLASSES) -> list[int]:
     """Find the images that the fault-free model classifies correctly with Top2Diff > 0.
 
     Parameters
@@ -170,6 +177,8 @@ def eligible_images(engine: Engine, loader: DataLoader) -> list[int]:
         Runs the fault-free model; see `make_engine`.
     loader : DataLoader
         Gives images and labels, from a map-style data set.
+    task : Task or its name, default that of an ordinary classifier
+        What batches and logits mean.
 
     Returns
     -------
@@ -198,11 +207,13 @@ def eligible_images(engine: Engine, loader: DataLoader) -> list[int]:
     >>> eligible_images(engine, DataLoader(TensorDataset(images, labels)))
     [0, 2]
     """
-    return np.flatnonzero(image_chances(engine, loader)).tolist()
+    return np.flatnonzero(image_chances(engine, loader, task=task)).tolist()
 
 
 @torch.inference_mode()
-def profile_ranges(model: nn.Module, loader: DataLoader, kinds: Sequence[str] = DEFAULT_KINDS) -> pd.DataFrame:
+def profile_ranges(
+    model: nn.Module, loader: DataLoader, kinds: Sequence[str] = DEFAULT_KINDS, task: Task | str = CLASSES
+) -> pd.DataFrame:
     """Measure each fault site's largest and mean absolute output over all images of a data set.
 
     Parameters
@@ -213,6 +224,8 @@ def profile_ranges(model: nn.Module, loader: DataLoader, kinds: Sequence[str] = 
         Gives images and labels, from a map-style data set; mostly the training images.
     kinds : sequence of str, default ("Conv2d", "Linear")
         Operations whose outputs are fault sites.
+    task : Task or its name, default that of an ordinary classifier
+        What batches and logits mean. With a `forward`, layers are named as in a model that holds yours as `model`.
 
     Returns
     -------
@@ -223,6 +236,8 @@ def profile_ranges(model: nn.Module, loader: DataLoader, kinds: Sequence[str] = 
     ------
     UnsupportedModel
         The model has no output of these kinds, returns no tensor of logits, or gives NaN or infinity without any fault.
+    InvalidParameter
+        The loader's first batch is not what the task needs.
     UnknownName
         There is no such kind of site.
 
@@ -239,8 +254,8 @@ def profile_ranges(model: nn.Module, loader: DataLoader, kinds: Sequence[str] = 
       layer    kind  neurons  max_abs  mean_abs
     0     0  Linear        2      3.0       1.5
     """
-    device = device_of(model)
-    image = first_image(loader, device)
+    task = make_task(task)
+    model, image = prepare(model, loader, task, labelled=False)
     engine = observer(model, image, kinds)
     largest, total = np.zeros(len(engine.sites)), np.zeros(len(engine.sites))
     count = 0
@@ -253,7 +268,7 @@ def profile_ranges(model: nn.Module, loader: DataLoader, kinds: Sequence[str] = 
         largest[position] = max(largest[position], most)
         total[position] += float(magnitude.sum(dtype=torch.float64))
 
-    for part, images, _ in batches(loader, device):
+    for part, images, _ in batches(loader, image.device, task=task):
         engine.observe(images, see)
         count += len(part)
     return pd.DataFrame(
@@ -285,7 +300,7 @@ def largest_outputs(ranges: pd.DataFrame) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def profile_activations(model: nn.Module, loader: DataLoader) -> pd.DataFrame:
+def profile_activations(model: nn.Module, loader: DataLoader, task: Task | str = CLASSES) -> pd.DataFrame:
     """Measure the lowest and highest output of each activation function, between which `protect` keeps it.
 
     Parameters
@@ -294,6 +309,8 @@ def profile_activations(model: nn.Module, loader: DataLoader) -> pd.DataFrame:
         From images [B, ...] to logits [B, C], on the device to use.
     loader : DataLoader
         Gives images and labels, from a map-style data set; mostly the training images.
+    task : Task or its name, default that of an ordinary classifier
+        What batches and logits mean.
 
     Returns
     -------
@@ -318,11 +335,12 @@ def profile_activations(model: nn.Module, loader: DataLoader) -> pd.DataFrame:
       activation  low  high
     0         _1  0.0   2.0
     """
-    device = device_of(model)
-    traced = TracedModel(model, first_image(loader, device))
+    task = make_task(task)
+    model, image = prepare(model, loader, task, labelled=False)
+    traced = TracedModel(model, image)
     names = activations(traced)
     low, high = dict.fromkeys(names.values(), np.inf), dict.fromkeys(names.values(), -np.inf)
-    for _, images, _ in batches(loader, device):
+    for _, images, _ in batches(loader, image.device, task=task):
         values = traced.inputs(images)
         for index in traced.walk(values):
             if index in names:

@@ -1,6 +1,7 @@
 """Which faults to inject, and how many: uniformly, as in the paper, or by bit, from a pilot, up to a wanted precision."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -13,13 +14,14 @@ from torch.utils.data import DataLoader
 from textguard.errors import InvalidParameter, Setting
 from textguard.estimates.statistics import mean_interval, planned_half_width, planned_injections
 from textguard.estimates.summary import LayerResult, summarise, without
-from textguard.faults.checks import checked_name, confidence_level, some_text, whole_number
+from textguard.faults.checks import checked_name, confidence_level, folder_path, some_text, whole_number
 from textguard.faults.damage import SINGLE_FLIP, FaultModel
 from textguard.faults.engines import Engine
 from textguard.faults.execution import measure_pace, run_campaign
 from textguard.faults.guided import check_predictable, draw_guided
 from textguard.faults.plans import DRAWN_COLUMNS, PLAN_COLUMNS, Count, bits_of, draw_plan
 from textguard.faults.sites import Site
+from textguard.faults.task import CLASSES, Task, make_task
 from textguard.runtime import announce
 
 PLANS = ("uniform", "proportional", "neyman", "guided")
@@ -130,10 +132,11 @@ def run_design(
     *,
     image_batch: int,
     fault_model: FaultModel = SINGLE_FLIP,
-    shard_dir: Path | None = None,
+    shard_dir: str | os.PathLike[str] | None = None,
     label: str = "inject",
     half_widths: Mapping[str, float] | None = None,
     guides: Sequence[Mapping[str, float]] = (),
+    task: Task | str = CLASSES,
 ) -> pd.DataFrame:
     """Inject faults into some sites of an engine's model as designed.
 
@@ -158,7 +161,7 @@ def run_design(
         Images per golden run, and per shard.
     fault_model : FaultModel, default one flipped bit of one neuron
         What one injection is.
-    shard_dir : pathlib.Path, optional
+    shard_dir : str or path-like, optional
         A folder in which an interrupted campaign goes on; see `run_campaign`.
     label : str, default "inject"
         Names the campaign in progress lines.
@@ -166,6 +169,8 @@ def run_design(
         Layer -> the half-width in nats that ends it, where it is not the same for all layers.
     guides : sequence of mappings of str to float, optional
         The limits of other range detectors that a guided plan shall serve too.
+    task : Task or its name, default that of an ordinary classifier
+        What batches and logits mean.
 
     Returns
     -------
@@ -193,6 +198,7 @@ def run_design(
     >>> records["bit"].value_counts().unique().tolist()  # of each of the 32 bits
     [2]
     """
+    task, shard_dir = make_task(task), folder_path(Setting("shard_dir"), shard_dir)
     bits = design.strata(fault_model, engine)
     designs = {site.layer: replace(design, stop_at=str(half_widths[site.layer])) if half_widths else design for site in sites}
     most = design.injections_per_layer
@@ -217,13 +223,14 @@ def run_design(
                 [limits, *guides],
                 design.share_images,
                 f"{label}, plan",
+                task,
             )
         else:
             plan = draw_plan(going_on, chances, counts, design.seed, fault_model, engine.number_format, design.share_images)
             if number:
                 plan = without(plan, pd.concat(part for site in going_on for part in found[site.layer]))
         if not number:
-            _announce(engine, sites, loader, plan, limits, one, np.count_nonzero(chances), fault_model, label)
+            _announce(engine, sites, loader, plan, limits, one, np.count_nonzero(chances), fault_model, label, task)
         records = run_campaign(
             engine,
             loader,
@@ -234,6 +241,7 @@ def run_design(
             shard_dir=shard_dir / f"round-{number}" if shard_dir else None,
             label=f"{label}, round {number + 1}" if one.in_rounds else label,
             same=DRAWN_COLUMNS if guided else PLAN_COLUMNS,
+            task=task,
         )
         for layer, part in records.groupby("layer", sort=False):
             found[layer].append(part)
@@ -267,6 +275,7 @@ def rerun_changed(
     fault_model: FaultModel = SINGLE_FLIP,
     shard_dir: Path | None = None,
     label: str = "inject",
+    task: Task = CLASSES,
 ) -> pd.DataFrame:
     """The records that differ under a range detector with other limits. Only these injections are run again.
 
@@ -282,7 +291,15 @@ def rerun_changed(
     if not len(plan):
         return records.iloc[:0]
     return run_campaign(
-        engine, loader, plan, limits, image_batch=image_batch, fault_model=fault_model, shard_dir=shard_dir, label=label
+        engine,
+        loader,
+        plan,
+        limits,
+        image_batch=image_batch,
+        fault_model=fault_model,
+        shard_dir=shard_dir,
+        label=label,
+        task=task,
     )
 
 
@@ -356,9 +373,10 @@ def _announce(
     images: int,
     fault_model: FaultModel,
     label: str,
+    task: Task,
 ) -> None:
     """Say what is planned, what it is worth, and how long it may take."""
-    pace = measure_pace(engine, loader, plan, limits, fault_model=fault_model)
+    pace = measure_pace(engine, loader, plan, limits, fault_model=fault_model, task=task)
     most, confidence = design.injections_per_layer, f"{design.confidence:.0%}"
     population = min(site.neurons for site in sites) * images * bits_of(fault_model, engine.number_format)
     half = planned_half_width(population, most, design.confidence)

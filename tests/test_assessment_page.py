@@ -1,0 +1,169 @@
+"""The page of one's own model: one file, nothing of it obeyed, and what it says is what the numbers say."""
+
+import re
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_page import Elements
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from conftest import show
+from textguard.assessment import Assessment, assess
+from textguard.assessment.page import _call, write_page
+from textguard.errors import InvalidParameter
+
+ATTACK = "<script>alert(1)</script>"
+
+
+def make_model() -> nn.Module:
+    """A layer's name is as hostile as Python lets it be."""
+    torch.manual_seed(0)
+    layers = [(ATTACK, nn.Conv2d(1, 4, 3)), ("act", nn.ReLU()), ("{{ 7 * 7 }}", nn.Conv2d(4, 4, 3)), ("flat", nn.Flatten())]
+    return nn.Sequential(OrderedDict([*layers, ("fc", nn.Linear(64, 3)), ("unused", nn.Identity())])).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def loader(model) -> DataLoader:
+    torch.manual_seed(1)
+    images = torch.randn(12, 1, 8, 8)
+    return DataLoader(TensorDataset(images, model(images).argmax(dim=1)), batch_size=12)
+
+
+@pytest.fixture(scope="module")
+def found(model, loader) -> Assessment:
+    return assess(model, loader, injections_per_layer=128, seed=3, enumerate_up_to=1, detector="fixed:1000")
+
+
+@pytest.fixture(scope="module")
+def worse(found) -> Assessment:
+    """Where twenty more faults of each layer change the class."""
+    hit = found.records["index"] < 20
+    loss = found.records["golden_loss"] + 1
+    return replace(
+        found,
+        records=found.records.assign(
+            mismatch=found.records["mismatch"] | hit, faulty_loss=found.records["faulty_loss"].where(~hit, loss), masked=False
+        ),
+        skipped=(("norm", "BatchNorm is not among the wanted kinds of sites"),),
+        weights="0123456789abcdef",
+    )
+
+
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Pages without figures, which take most of the time."""
+    monkeypatch.setattr("textguard.assessment.page._figures", lambda sides: [])
+
+
+def page(folder: Path, *arguments, **options) -> tuple[str, Elements]:
+    write_page(arguments[0], folder / "page.html", *arguments[1:], **options)
+    html = (folder / "page.html").read_text(encoding="utf-8")
+    return html, Elements(html)
+
+
+def test_one_model_has_all_of_its_page_in_one_file(found, tmp_path):
+    html, elements = page(tmp_path, found, names=("mine", "theirs"))
+    assert len(elements.attributes("src")) == 5
+    assert all(source.startswith("data:image/png;base64,") for source in elements.attributes("src"))
+    links = [link for link in elements.attributes("href") if link != "data:,"]
+    ids = elements.attributes("id")
+    assert links
+    assert all(link[0] == "#" and link[1:] in ids for link in links)
+    assert len(ids) == len(set(ids))
+    assert elements.attributes("style") == []
+    assert "default-src &#39;none&#39;" in html
+    assert [tag for tag, _ in elements.found].count("script") == 1
+    assert ATTACK in elements.text
+    assert "{{ 7 * 7 }}" in elements.text
+    assert all(
+        f"mine: {seen}" in text
+        for seen, text in zip(("largest in layer", "largest in layer", "from "), elements.attributes("alt"), strict=False)
+    )
+    sdc = found.mean("sdc", "neurons")
+    assert f"about 1 in {round(1 / sdc.value):,}" in elements.text
+    assert "duplicate" in elements.text
+    assert "every operation of the wanted kinds was hit" in elements.text
+    assert (
+        "Intervals of fewer than 1,024 uniform injections per layer hold less often than they say; here are 128."
+        in elements.text
+    )
+
+
+def test_two_models_stand_side_by_side(found, worse, tmp_path, monkeypatch):
+    _, elements = page(tmp_path, worse, found, names=("new", "old"))
+    monkeypatch.setattr("textguard.assessment.page._figures", lambda sides: [])
+    text = elements.text
+    assert re.search(r"New is worse than old: its predictions are corrupted [\d.]+ \[[\d.]+, [\d.]+\] times as often\.", text)
+    assert "Both took the same faults, which are compared in pairs." in text
+    assert "Their weights differ." in text
+    assert "1 operation or module takes no faults." in text
+    assert "BatchNorm is not among the wanted kinds of sites" in text
+    assert len(elements.attributes("src")) == 5
+    assert all("old: " in alt and "new: " in alt for alt in elements.attributes("alt"))
+    _, elements = page(tmp_path, found, worse, names=("old", "new"))
+    assert "Old is better than new: its predictions are corrupted" in elements.text
+    fewer = replace(found, sites=found.sites[:2], records=found.records[found.records["layer"] != "fc"], totals=())
+    _, elements = page(tmp_path, fewer, found, names=("old", "new"))
+    assert "Only new has fc." in elements.text
+    assert "The two took different faults." in elements.text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_model_beside_itself_is_not_told_apart(found, tmp_path):
+    html, elements = page(tmp_path, found, found)
+    assert "This model is not to be told from the other model by SDC" in elements.text
+    assert "Their weights are the same." in elements.text
+    ratios = re.findall(r"<td data-value=\"([^\"]*)\">[^<]* not separable</td>", html)
+    assert len(ratios) >= 6
+    assert np.allclose([float(ratio) for ratio in ratios], 1)
+    with pytest.raises(InvalidParameter, match=r"argument names are both 'a'"):
+        write_page(found, tmp_path / "page.html", found, names=("a", "a"))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_without_any_corruption_there_is_a_page(found, tmp_path):
+    records = found.records.assign(mismatch=False, faulty_loss=found.records["golden_loss"])
+    none = replace(found, records=records, totals=())
+    none = replace(none, sites=none.sites[:2])
+    _, elements = page(tmp_path, none, found)
+    assert "No fault changes the prediction of this model" in elements.text
+    assert "No injection corrupted the output" in elements.text
+    assert "not to be compared with the other model by SDC, because one of the two had none" in elements.text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_too_few_injections_for_advice_do_not_spoil_the_page(model, loader, tmp_path):
+    few = assess(model, loader, injections_per_layer=3)
+    few.to_html(tmp_path / "page.html")
+    assert "has 3 injections, and half of them" in Elements((tmp_path / "page.html").read_text(encoding="utf-8")).text
+
+
+def test_the_call_on_the_page_finds_the_same_again(model, loader, found):
+    names = {"model": model, "loader": loader}
+    exec(_call(found), names)
+    assert names["found"].records.equals(found.records)
+    assert "seed=3" in _call(found)
+    assert "confidence" not in _call(found)
+
+
+def test_the_page_fits_a_phone_and_reads_well_in_the_dark(found, worse, tmp_path, browser):
+    page(tmp_path, found, worse)
+    for width in (390, 1280):
+        show(browser, width, tmp_path / "page.html")
+        assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    assert browser.execute_script("return document.scripts.length") == 1
+    assert browser.get_log("browser") == []
+    browser.find_element("id", "theme").click()
+    axe = pytest.importorskip("axe_core_python.selenium")
+    violations = axe.Axe().run(browser)["violations"]
+    assert [(v["id"], v["nodes"][0]["html"][:200]) for v in violations if v["impact"] in ("serious", "critical")] == []
