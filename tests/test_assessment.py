@@ -369,7 +369,7 @@ DAMAGE = {
     "an unknown plan": (edit_settings(plan="best"), "plan 'best'"),
     "a fault model of text": (edit_settings(fault_model="flip"), "has settings that there cannot be"),
     "a rate below 0": (edit_settings(fit_per_megabit=-1), "fit_per_megabit -1"),
-    "half precision, of 32 bits": (edit_settings(number_format="fp16"), "of values that have 16"),
+    "a bit too high": (edit_records(lambda all: all.assign(bit=all["bit"] + 1)), "has bit 32 of layer 'conv', of 32 bits"),
     "layers without records": (edit_records(lambda all: all[all["layer"] == "fc"]), "they differ in 'conv'"),
     "an injection twice": (edit_records(lambda all: pd.concat([all, all[:1]])), "has 2 rows of injection 0 into layer 'conv'"),
 }

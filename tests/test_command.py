@@ -124,6 +124,16 @@ def test_from_a_network_of_ones_own_to_a_verdict(package, capsys):
     assert run(["gate", "base", "change", "--delta-loss", "10"]) == 1  # options come first
     Path("other.toml").write_text("[tool.textguard.gate]\nsignificance = 1e-300\n")
     assert run(["gate", "base", "change", "--config", "other.toml"]) == 0
+    assert run(["report", "change", "base"]) == 0
+    page = Path("change/report.html").read_text(encoding="utf-8")
+    assert "textguard: change beside base" in page
+    assert run(["report", "base", "--file", "alone.html"]) == 0
+    assert Path("alone.html").stat().st_size > 10_000
+    capsys.readouterr()
+    assert run(["advise", "base", "--target-sdc", "2%"]) == 0
+    advice = capsys.readouterr().out
+    assert "2" in advice.splitlines()[0]
+    assert "conv" in advice
     for content, said in {
         "delta_loss_percent = 'much'": "delta_loss_percent is 'much' on the command line or in other.toml",
         "sdc = 10": "other.toml [tool.textguard.gate] holds 'sdc'; allowed: top1_points, delta_loss_percent",
@@ -244,6 +254,36 @@ def test_commands_that_there_are_not(package, capsys):
     assert "'5' is no share above 0 and below 1" in refused(capsys, "advise", "base", "--target-sdc", "5")
     assert "base holds no assessment" in refused(capsys, "report", "base")
     assert "base holds no assessment" in refused(capsys, "advise", "base", "--target-sdc", "0.1%")
+
+
+MEANING = """
+def forward(network, batch):
+    return network(batch["pixels"])
+
+def labels(batch):
+    return batch["kind"]
+
+def collate(items):
+    import torch
+    return {"pixels": torch.stack([image for image, _ in items]), "kind": torch.tensor([int(label) for _, label in items])}
+
+def dicts():
+    from torch.utils.data import DataLoader
+    return DataLoader(pairs(), batch_size=8, collate_fn=collate)
+"""
+
+
+def test_batches_of_ones_own_are_assessed(package, capsys):
+    with Path("own_package/data.py").open("a") as file:
+        file.write(MEANING)
+    own = ["--data", "own_package.data:dicts", "--forward", "own_package.data:forward", "--labels", "own_package.data:labels"]
+    assert run([*ASSESS[:4], *own, "--out", "own", "--injections", "20"]) == 0
+    assert run([*ASSESS, "--out", "plain", "--injections", "20"]) == 0
+    own, plain = load("own"), load("plain")
+    for name in ("faulty_loss", "mismatch", "neuron", "bit"):
+        np.testing.assert_allclose(own.records[name].astype(float), plain.records[name].astype(float), rtol=1e-4)
+    assert own.settings["task"]["labels"] == "own_package.data.labels"
+    assert "task 'guess' in option --task" in refused(capsys, *ASSESS, "--out", "none", "--task", "guess")
 
 
 def test_help_shows_an_example_that_runs(capsys):

@@ -115,7 +115,7 @@ def test_assess_has_the_defaults_of_the_settings(resnet, loader, monkeypatch):
     given = []
 
     class Recorded(Campaign):
-        def __init__(self, model, loader, settings, profiled):
+        def __init__(self, model, loader, settings, *others):
             given.append(settings)
             raise KeyboardInterrupt
 

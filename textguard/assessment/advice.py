@@ -28,8 +28,9 @@ from textguard.assessment.result import Assessment
 from textguard.errors import InvalidParameter, Setting, UnknownName, printable
 from textguard.estimates.statistics import Estimate, Sample, quantile, rate_interval
 from textguard.estimates.summary import LayerResult
+from textguard.faults.inputs import batches, device_of
 from textguard.faults.mitigations import protect
-from textguard.faults.profiling import batches, device_of, profile_activations
+from textguard.faults.profiling import profile_activations
 from textguard.faults.sites import Site
 
 EXPOSURES = ("neurons", "multiply_adds", "layers")
@@ -295,7 +296,7 @@ def _target(assessment: Assessment, cut: float, target_sdc: float | None, target
             raise InvalidParameter(
                 Setting("target_fit"), " counts failures per bit that faults can hit; leave out ", Setting("by")
             )
-        bits = sum(assessment.exposure(site.layer) for site in assessment.sites) * assessment.bits
+        bits = sum(assessment.exposed_bits(site.layer) for site in assessment.sites)
         return Target("left_high", target_fit / (bits * per_bit / 1e6), f"a FIT of at most {target_fit:.3g}")
     if target_sdc is not None:
         return Target("left_high", target_sdc, f"an SDC rate of at most {percent(target_sdc)}")

@@ -23,7 +23,7 @@ from textguard.faults.engines import ENGINES
 from textguard.faults.execution import run_campaign
 from textguard.faults.inputs import batches, prepare
 from textguard.faults.mitigations import protect
-from textguard.faults.plans import PLAN_COLUMNS, bits_of
+from textguard.faults.plans import PLAN_COLUMNS
 from textguard.faults.profiling import largest_outputs, profile_activations, profile_ranges
 from textguard.faults.task import CLASSES, Task, make_task
 from textguard.runtime import announce
@@ -161,7 +161,7 @@ kinds, engine, batch_size, image_batch
         options |= _settings_of(plan, options)
     elif isinstance(plan, pd.DataFrame):
         given = _checked_plan(plan)
-        options |= _told_by(given, options)
+        options |= _told_by(given)
     else:
         options["plan"] = plan
     settings = CampaignSettings(
@@ -263,7 +263,7 @@ def _checked_plan(plan: pd.DataFrame) -> pd.DataFrame:
     return plan[PLAN_COLUMNS].reset_index(drop=True)
 
 
-def _told_by(plan: pd.DataFrame, given: dict[str, Any]) -> dict[str, Any]:
+def _told_by(plan: pd.DataFrame) -> dict[str, Any]:
     """How faults were drawn that come without an assessment's settings. Raises InvalidParameter where nothing tells."""
     if plan["weight"].max() > HEAVIEST:
         raise InvalidParameter(
@@ -271,10 +271,9 @@ def _told_by(plan: pd.DataFrame, given: dict[str, Any]) -> dict[str, Any]:
             f" has weights up to {plan['weight'].max():.3g}, as guided plans do, and rows alone do not say so; "
             "give the whole assessment: plan=Assessment.load(folder)",
         )
-    settings = CampaignSettings(**given)
-    bits = bits_of(settings.fault_model, settings.stored_as)
-    # Where a plan is by bit, an injection's number tells its bit; see draw_plan.
-    by_bit = bool((plan["index"] % bits == plan["bit"]).all())
+    # Where a plan is by bit, each bit has injections, and their numbers tell it; see draw_plan.
+    bits = int(plan["bit"].max()) + 1
+    by_bit = bits > 1 and bool((plan["index"] % bits == plan["bit"]).all())
     images = plan.groupby("index")["image"]
     shared = plan["layer"].nunique() > 1 and bool((images.nunique() == 1).all())
     most = int(plan.groupby("layer")["index"].nunique().max())

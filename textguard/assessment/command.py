@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from textguard.assessment.assessing import assess
 from textguard.assessment.comparing import gate, tolerances_from
-from textguard.assessment.given import IMAGENET_MEAN, IMAGENET_STD, build_loader, build_model, told
+from textguard.assessment.given import IMAGENET_MEAN, IMAGENET_STD, build_loader, build_model, named, told
 from textguard.assessment.result import Assessment
 from textguard.assessment.storage import is_saved
 from textguard.environment import check_threads, run_command
@@ -134,6 +134,17 @@ def _add_assess(commands: Any) -> None:
         "--batch", type=int, default=64, metavar="N", help="images per batch of a data set [64]; a DataLoader has its own"
     )
     given.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read a data set [0]")
+    meaning = parser.add_argument_group(
+        "batches and logits",
+        "For batches that are not (images, labels), or outputs that are no logits of classes; MODULE:NAME each.",
+    )
+    meaning.add_argument(
+        "--task", default="classes", metavar="NAME", help="classes, binary, multilabel, probabilities [classes]"
+    )
+    meaning.add_argument("--forward", metavar="MODULE:NAME", help="from the network and a batch to logits")
+    meaning.add_argument("--labels", metavar="MODULE:NAME", help="from a batch to labels")
+    meaning.add_argument("--correct", metavar="MODULE:NAME", help="from logits and labels to which images are right")
+    meaning.add_argument("--loss", metavar="MODULE:NAME", help="from logits and labels to the loss of each image")
     images = parser.add_argument_group("images in folders", "Classes are numbered in the order of their folders' names.")
     images.add_argument("--size", type=int, default=224, metavar="S", help="images become S x S pixels [224]")
     images.add_argument("--resize", type=int, metavar="R", help="their shorter side becomes R before the centre is cropped [S]")
@@ -260,6 +271,8 @@ def _assess(options: argparse.Namespace) -> int:
     if fault:
         chosen["fault_model"] = FaultModel(**fault)
     CampaignSettings(**chosen)  # or it says what is wrong with them, before anything is loaded
+    functions = {name: getattr(options, name) for name in ("forward", "labels", "correct", "loss")}
+    chosen |= {name: named(spec, f"--{name}") for name, spec in functions.items() if spec is not None}
     loader = build_loader(options.data, options.batch, options.workers, picture)
     model = build_model(options.network, options.arguments, options.weights, pick_device())
     partial = options.out / PARTIAL
@@ -269,6 +282,7 @@ def _assess(options: argparse.Namespace) -> int:
         model,
         loader,
         plan=plan,
+        task=options.task,
         mitigation=options.mitigation,
         fit_per_megabit=options.fit_per_megabit,
         shard_dir=partial,
@@ -288,8 +302,7 @@ def _gate(options: argparse.Namespace) -> int:
     given = {"top1_points": options.top1, "delta_loss_percent": options.delta_loss, "sdc_percent": options.sdc}
     tolerances = tolerances_from(given | {"significance": options.significance}, options.config)
     old, new = (Assessment.load(folder) for folder in (options.old, options.new))
-    names = tuple(printable(folder.resolve().name) or "assessment" for folder in (options.old, options.new))
-    text, worse = gate(old, new, tolerances, names)
+    text, worse = gate(old, new, tolerances, (_called(options.old), _called(options.new)))
     print(text, end="")
     return 1 if worse else 0
 
@@ -299,7 +312,7 @@ def _report(options: argparse.Namespace) -> int:
     from textguard.assessment.page import write_page  # with what draws figures
 
     file = options.file or options.folder / "report.html"
-    write_page(found, file, other=other)
+    write_page(found, file, other=other, names=(_called(options.folder), _called(options.old) if other else ""))
     print(f"wrote {file}")
     return 0
 
@@ -312,6 +325,11 @@ def _advise(options: argparse.Namespace) -> int:
     print(advice.sentence)
     print(advice.table.to_string(index=False))
     return 0
+
+
+def _called(folder: Path) -> str:
+    """What tables and pages call an assessment."""
+    return printable(str(folder), 60)
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from textguard.schema.results import BASELINE, RunResult
 
 USUAL_RATE = 20.49  # failures of 10^6 bits in 10^9 hours: SRAM in 16 nm, extrapolated by Li et al., SC 2017
 # Settings that change what is asked, and not only how precisely it is answered.
-QUESTION = ("fault_model", "number_format", "kinds", "detector", "mitigation")
+QUESTION = ("fault_model", "number_format", "kinds", "detector", "mitigation", "task")
 
 
 def as_run(found: Assessment, name: str = "assessment") -> RunResult:
@@ -122,10 +122,11 @@ def compare_assessments(
 def gate(old: Assessment, new: Assessment, tolerances: GateParams, names: tuple[str, str] = ("old", "new")) -> tuple[str, bool]:
     """The result as Markdown, and whether anything got worse. Raises InvalidArtifact."""
     judgements = compare_assessments(old, new, tolerances, names)
+    asked = [(name, old.settings.get(name), new.settings.get(name)) for name in QUESTION]
     notes = [
-        f"The two were asked different questions: {name} was {old.settings[name]!s:.80} and is {new.settings[name]!s:.80}."
-        for name in QUESTION
-        if old.settings[name] != new.settings[name]
+        f"The two were asked different questions: {name} was {before!s:.80} and is {now!s:.80}."
+        for name, before, now in asked
+        if before != now
     ]
     if [site.layer for site in old.sites] != [site.layer for site in new.sites]:
         notes.append("The layers differ: means over layers are over other layers than before.")

@@ -1,7 +1,7 @@
 """What an assessment found: one object with the table, every record, the plan, and what was left out."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,8 @@ class Assessment:
         Layer -> the largest magnitude of its fault-free outputs.
     limits : dict of str to float
         Layer -> the largest magnitude that the range detector lets pass; infinite without a detector.
+    site_bits : dict of str to int
+        Layer -> bits of a value that faults hit there, where that is not what `number_format` says.
     """
 
     settings: dict[str, Any]
@@ -79,6 +81,7 @@ class Assessment:
     parameters: int
     ranges: dict[str, float]
     limits: dict[str, float]
+    site_bits: dict[str, int] = field(default_factory=dict)
 
     @property
     def fault_model(self) -> FaultModel:
@@ -87,8 +90,12 @@ class Assessment:
 
     @property
     def bits(self) -> int:
-        """Bits of a value that faults hit."""
-        return bits_of(self.fault_model, parse_format(self.settings["number_format"]))
+        """Bits of a value that faults hit, the most that a layer has."""
+        return max(self.bits_at(site.layer) for site in self.sites)
+
+    def bits_at(self, layer: str) -> int:
+        """Bits of a value that faults hit in a layer."""
+        return self.site_bits.get(layer) or bits_of(self.fault_model, parse_format(self.settings["number_format"]))
 
     @property
     def strata(self) -> int:
@@ -152,6 +159,10 @@ class Assessment:
         site = next(site for site in self.sites if site.layer == layer)
         return count_targets(site, self.fault_model, parse_format(self.settings["number_format"]))
 
+    def exposed_bits(self, layer: str) -> int:
+        """How many bits of a layer faults can hit, for one image: what FIT is proportional to."""
+        return self.exposure(layer) * self.bits_at(layer)
+
     def mean(self, measure: str, by: str = "layers") -> Estimate:
         """The mean of a measure over all layers, with its interval.
 
@@ -169,7 +180,7 @@ class Assessment:
         """
         checked_name("measure", measure, MEASURES, Setting("measure"))
         checked_name("way to count layers", by, ("layers", "neurons"), Setting("by"))
-        weights = [self.exposure(layer) for layer in self.layers] if by == "neurons" else None
+        weights = [self.exposed_bits(layer) for layer in self.layers] if by == "neurons" else None
         interval = mean_interval if measure == "delta_loss" else rate_interval
         return interval(mean_over_layers(list(self.layers.values()), measure, weights), self.confidence)
 
@@ -194,13 +205,13 @@ class Assessment:
                 "sdc": sdc,
             }
             if per_bit is not None:
-                found["fit"] = sdc.times(self.exposure(site.layer) * self.bits * per_bit * PER_MEGABIT)
+                found["fit"] = sdc.times(self.exposed_bits(site.layer) * per_bit * PER_MEGABIT)
             head = {"layer": site.layer, "kind": site.kind, "neurons": site.neurons, "method": result.method}
             rows.append(head | {name: getattr(result, name) for name in COUNTS} | _columns(found))
         found = {measure: self.mean(measure) for measure in MEASURES}
         if per_bit is not None:
-            values = sum(self.exposure(layer) for layer in self.layers)
-            found["fit"] = self.mean("sdc", "neurons").times(values * self.bits * per_bit * PER_MEGABIT)
+            exposed = sum(self.exposed_bits(layer) for layer in self.layers)
+            found["fit"] = self.mean("sdc", "neurons").times(exposed * per_bit * PER_MEGABIT)
         methods = {row["method"] for row in rows}
         head = {
             "layer": OVERALL,
@@ -345,7 +356,7 @@ def _grouped(skipped: tuple[tuple[str, str], ...]) -> str:
 
 def _columns(estimates: dict[str, Estimate]) -> dict[str, float]:
     return {
-        f"{name}{suffix}": getattr(estimate, field)
+        f"{name}{suffix}": getattr(estimate, part)
         for name, estimate in estimates.items()
-        for suffix, field in (("", "value"), ("_low", "low"), ("_high", "high"))
+        for suffix, part in (("", "value"), ("_low", "low"), ("_high", "high"))
     }

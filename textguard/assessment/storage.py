@@ -18,7 +18,7 @@ from textguard.faults.campaign import CampaignSettings
 from textguard.faults.damage import FaultModel
 from textguard.faults.execution import RECORD_COLUMNS
 from textguard.faults.sites import Site
-from textguard.schema.assessment import PREDICTIONS, StoredAssessment
+from textguard.schema.assessment import PREDICTIONS, AssessedSite, StoredAssessment
 from textguard.schema.base import read, write
 from textguard.schema.records import check_injections, inputs_of, read_columns
 
@@ -65,7 +65,7 @@ def load(folder: Path) -> Assessment:
                 raise InvalidArtifact(f"is of another assessment than {file}")
     found = Assessment(
         settings=settings,
-        sites=tuple(Site(**site.model_dump() | {"shape": tuple(site.shape)}) for site in stored.sites),
+        sites=tuple(_site(site) for site in stored.sites),
         skipped=tuple((entry.name, entry.reason) for entry in stored.skipped),
         modules=stored.modules,
         engine=stored.engine,
@@ -76,6 +76,7 @@ def load(folder: Path) -> Assessment:
         classes=tuple(stored.classes),
         weights=stored.weights,
         parameters=stored.parameters,
+        site_bits={site.layer: site.bits for site in stored.sites},
         ranges=dict(stored.ranges),
         limits={layer: math.inf if math.isnan(limit) else limit for layer, limit in stored.limits.items()},
     )
@@ -98,7 +99,7 @@ def _content(found: Assessment) -> dict[str, Any]:
         "mark": "",
         "version": __version__,
         "settings": found.settings,
-        "sites": [asdict(site) | {"shape": list(site.shape)} for site in found.sites],
+        "sites": [asdict(site) | {"shape": list(site.shape), "bits": found.bits_at(site.layer)} for site in found.sites],
         "skipped": [{"name": name, "reason": reason} for name, reason in found.skipped],
         "modules": found.modules,
         "engine": found.engine,
@@ -113,6 +114,11 @@ def _content(found: Assessment) -> dict[str, Any]:
         "ranges": {layer: number(value) for layer, value in found.ranges.items()},
         "limits": {layer: number(value) for layer, value in found.limits.items()},
     }
+
+
+def _site(stored: AssessedSite) -> Site:
+    known = stored.model_dump(exclude_unset=True, exclude={"bits"})
+    return Site(**known | {"shape": tuple(stored.shape)})
 
 
 def _digest(table: pd.DataFrame) -> str:
@@ -158,5 +164,11 @@ def _check(found: Assessment, stored: StoredAssessment, folder: Path) -> None:
         if drawn - known or drawn & exact or known - drawn - exact:
             wrong = sorted((drawn - known) | (drawn & exact) | (known - drawn - exact))[0]
             raise InvalidArtifact(f"and {FILE} do not have the same sampled layers; they differ in {wrong!r}")
-        if len(found.records) and found.records["bit"].max() >= found.bits:
-            raise InvalidArtifact(f"has bit {found.records['bit'].max()} of values that have {found.bits}")
+        beyond = found.records[
+            found.records["bit"] >= found.records["layer"].map({site.layer: site.bits for site in stored.sites})
+        ]
+        if len(beyond):
+            first = beyond.iloc[0]
+            raise InvalidArtifact(
+                f"has bit {first['bit']} of layer {first['layer']!r}, of {found.bits_at(first['layer'])} bits"
+            )

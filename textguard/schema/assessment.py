@@ -19,6 +19,14 @@ class AssessedSite(Stored):
     position: Whole = field("its place among all operations that take faults, in order of execution")
     shape: list[Annotated[Whole, Field(ge=1)]] = field("of one image's share of its output")
     weights: Whole = field("how many weights it has", "count")
+    bits: Annotated[Whole, Field(ge=1, le=64)] = field("of a value that faults hit")
+    dimension: Whole = field("the output's dimension that grows with the batch", default=0)
+    outer: Whole = field("in how many parts of that dimension each image has a share", default=1)
+    dtype: Name = field("how torch stores the output", default="float32")
+    weight_dtype: Name = field("how torch stores the weights", default="float32")
+    reads: str | None = field(
+        "the name of the weights in the state dict; empty where they are computed; absent for LAYER.weight", default=None
+    )
 
 
 class Skipped(Stored):
