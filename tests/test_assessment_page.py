@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from test_page import Elements
@@ -14,6 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from conftest import show
 from textguard.assessment import Assessment, assess
+from textguard.assessment.advice import MEASURED
+from textguard.assessment.command import run
 from textguard.assessment.page import _call, write_page
 from textguard.errors import InvalidParameter
 
@@ -72,7 +75,9 @@ def page(folder: Path, *arguments, **options) -> tuple[str, Elements]:
 
 
 def test_one_model_has_all_of_its_page_in_one_file(found, tmp_path):
-    html, elements = page(tmp_path, found, names=("mine", "theirs"))
+    measured = pd.DataFrame([("ranger", 0.25, 0.125, 0.5, 0.25, 0.75, 1.5)], columns=MEASURED)
+    html, elements = page(tmp_path, found, names=("mine", "theirs"), mitigations=measured)
+    assert "50.0 [25.0, 75.0]" in elements.text
     assert len(elements.attributes("src")) == 5
     assert all(source.startswith("data:image/png;base64,") for source in elements.attributes("src"))
     links = [link for link in elements.attributes("href") if link != "data:,"]
@@ -154,6 +159,21 @@ def test_the_call_on_the_page_finds_the_same_again(model, loader, found):
     assert names["found"].records.equals(found.records)
     assert "seed=3" in _call(found)
     assert "confidence" not in _call(found)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_command_reports_and_advises(found, worse, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    found.save("old")
+    replace(worse, skipped=()).save("new")
+    assert run(["report", "new", "old", "--file", "page.html"]) == 0
+    assert "New is worse than old" in Path("page.html").read_text(encoding="utf-8")
+    assert run(["advise", "new", "--cut", "50%", "--maps", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "For 50.0 % less SDC, duplicate" in said
+    assert len(re.findall(r"^ *\S.* 0\.\d+ ", said.partition("channel")[2], re.MULTILINE)) == 3
+    assert run(["advise", "new", "--target-fit", "1"]) == 2
+    assert "fit_per_megabit" in capsys.readouterr().err
 
 
 def test_the_page_fits_a_phone_and_reads_well_in_the_dark(found, worse, tmp_path, browser):

@@ -3,9 +3,10 @@
 from textguard.assessment import assess
 """
 
+from textguard.assessment.advice import Advice, advise, measure_mitigations
 from textguard.assessment.assessing import assess
 from textguard.assessment.result import Assessment
 
 load = Assessment.load
 
-__all__ = ["Assessment", "assess", "load"]
+__all__ = ["Advice", "Assessment", "advise", "assess", "load", "measure_mitigations"]

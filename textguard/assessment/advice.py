@@ -28,10 +28,11 @@ from textguard.assessment.result import Assessment
 from textguard.errors import InvalidParameter, Setting, UnknownName, printable
 from textguard.estimates.statistics import Estimate, Sample, quantile, rate_interval
 from textguard.estimates.summary import LayerResult
-from textguard.faults.inputs import batches, device_of
+from textguard.faults.inputs import batches, prepare
 from textguard.faults.mitigations import protect
 from textguard.faults.profiling import profile_activations
 from textguard.faults.sites import Site
+from textguard.faults.task import CLASSES, Task, make_task
 
 EXPOSURES = ("neurons", "multiply_adds", "layers")
 FEWEST = 4  # injections of each stratum: two for either half
@@ -65,6 +66,20 @@ class Advice:
         The SDC rate without protection, from the half that measures.
     sentence : str
         What came out, for a person.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> from textguard.assessment import advise, assess
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)).eval()
+    >>> images = torch.rand(6, 1, 4, 4)
+    >>> loader = DataLoader(TensorDataset(images, model(images).argmax(dim=1)), batch_size=3)
+    >>> advice = advise(assess(model, loader, injections_per_layer=200), target_sdc=0.9)
+    >>> advice.layers_needed, str(advice).endswith("nothing has to be protected.")
+    (0, True)
     """
 
     table: pd.DataFrame
@@ -207,12 +222,15 @@ def measure_mitigations(
         raise InvalidParameter(f"the model has weights {found}, and those that were assessed are {assessment.weights}")
     settings, exposures = assessment.settings, _exposures(assessment, by)
     kept = {name: settings[name] for name in ("detector", "confidence", "image_batch")} | {"engine": assessment.engine}
-    rows = []
+    parts = {name: options.get(name) for name in ("forward", "labels", "correct", "loss")}
+    task, rows = make_task(options.get("task", CLASSES.name), **parts), []
+    if (task.as_json() or None) != settings.get("task"):
+        raise InvalidParameter(Setting("task"), " (or forward, labels, correct, loss) is another than that of the assessment")
     for mitigation in mitigations:
         other = assess(model, loader, plan=assessment, mitigation=mitigation, **kept | options)
         before, after, removed = removed_share(assessment, other, exposures)
-        share = (removed.value, removed.low, removed.high)
-        rows.append((mitigation, before, after, *share, _slower(model, loader, mitigation, options.get("profile"))))
+        time_taken = _slower(model, loader, mitigation, options.get("profile") or loader, task)
+        rows.append((mitigation, before, after, removed.value, removed.low, removed.high, time_taken))
     return pd.DataFrame(rows, columns=MEASURED)
 
 
@@ -244,12 +262,13 @@ def removed_share(before: Assessment, after: Assessment, exposures: np.ndarray) 
     return *totals, rate_interval(Sample(share, variance, 0.0, max(1, len(old)), change, guided=True), confidence)
 
 
-def _slower(model: nn.Module, loader: DataLoader, mitigation: str, profile: DataLoader | None) -> float:
+def _slower(model: nn.Module, loader: DataLoader, mitigation: str, profile: DataLoader, task: Task) -> float:
     """How many times as long an inference of one batch takes with a mitigation."""
-    images = next(batches(loader, device_of(model)))[1]
-    bounds = profile_activations(model, profile or loader)
+    bounds = profile_activations(model, profile, task)
     named = {row.activation: (row.low, row.high) for row in bounds.itertuples(index=False)}
-    plain, protected = copy.deepcopy(model).eval(), protect(model, images[0], named, mitigation)
+    plain, image = prepare(model, loader, task)
+    plain, protected = copy.deepcopy(plain).eval(), protect(plain, image, named, mitigation)
+    _, images, _ = next(batches(loader, image.device, task=task))
     with torch.inference_mode():
         fastest = [math.inf, math.inf]
         for _ in range(RUNS):  # in turn, so that whatever else the machine does meets both
@@ -272,7 +291,7 @@ class Target:
 
     def reached(self, value: float) -> bool:
         """Whether a value of the column is enough."""
-        return value >= self.limit if self.column == "covered_low" else value <= self.limit
+        return value >= self.limit if self.column.startswith("covered") else value <= self.limit
 
 
 def _target(assessment: Assessment, cut: float, target_sdc: float | None, target_fit: float | None, by: str) -> Target:
@@ -307,7 +326,7 @@ def _exposures(assessment: Assessment, by: str) -> np.ndarray:
     """Each layer's share of all faults, float [L]. Raises InvalidParameter."""
     found = []
     for site in assessment.sites:
-        found.append({"neurons": assessment.exposure(site.layer), "multiply_adds": site.multiply_adds, "layers": 1.0}[by])
+        found.append({"neurons": assessment.exposed_bits(site.layer), "multiply_adds": site.multiply_adds, "layers": 1.0}[by])
         if found[-1] is None:
             raise InvalidParameter(
                 f"the multiply-adds of layer {printable(site.layer)!r} ({site.kind}) are not known; take 'neurons' for ",
@@ -327,7 +346,7 @@ def _needed(table: pd.DataFrame, target: Target, now: Estimate) -> int:
     The sets are nested, so that what they cover grows from row to row. To stop at the first that is enough is then wrong no
     more often than one interval is.
     """
-    if target.reached(0.0 if target.column == "covered_low" else now.high):
+    if target.reached(0.0 if target.column.startswith("covered") else now.high):
         return 0
     enough = np.flatnonzero([target.reached(value) for value in table[target.column]])
     return int(enough[0]) + 1 if len(enough) else len(table)
@@ -342,24 +361,35 @@ def _sentence(layers: pd.DataFrame, channels: pd.DataFrame, needed: Sequence[int
     start = f"The SDC rate is {in_percent(now)} of all faults. For {target.said}, "
     if not needed[0]:
         return f"{start}nothing has to be protected."
-    names = [printable(name, 60) for name in layers["layer"][: needed[0]]]
-    shown = (
-        ", ".join(names) if len(names) <= MOST_NAMES else f"{', '.join(names[:MOST_NAMES])} and {len(names) - MOST_NAMES} more"
-    )
-    said = f"{start}duplicate {needed[0]} of {len(layers)} layers ({shown}): {_covers(layers, needed[0])}"
+    said = start + _covers(layers, needed[0], target, "layers")
     if len(channels) and needed[1]:
-        said += f" Or duplicate {needed[1]:,} of {len(channels):,} feature maps: {_covers(channels, needed[1])}"
+        said += f" Feature by feature, {_covers(channels, needed[1], target, 'feature maps')}"
     unknown = [printable(name, 60) for name in layers.loc[layers["cost"].isna(), "layer"]]
     return f"{said} Multiply-adds of {len(unknown)} layers are not known, such as {unknown[0]}." if unknown else said
 
 
-def _covers(table: pd.DataFrame, needed: int) -> str:
+def _covers(table: pd.DataFrame, needed: int, target: Target, what: str) -> str:
+    """What it takes, and what comes of it."""
     row = table.iloc[needed - 1]
-    cost = f" for {percent(row['total_cost'])} of the multiply-adds" if math.isfinite(row["total_cost"]) else ""
     if needed == len(table):
-        return f"the sample is too small to promise it of fewer than all{cost}."
+        likely = _needed(table, Target(target.column.rpartition("_")[0], target.limit, target.said), Estimate(1, 1, 1, 0))
+        return (
+            f"the sample is too small to promise it of fewer than all {len(table):,} {what}; "
+            f"by the estimate without its interval, {likely:,} would do{_named(table, likely)}."
+        )
     found = in_percent(Estimate(row["covered"], row["covered_low"], row["covered_high"], 0))
-    return f"they cover {found} of SDC{cost}, and leave a rate of at most {percent(row['left_high'])}."
+    cost = f" for {percent(row['total_cost'])} of the multiply-adds" if math.isfinite(row["total_cost"]) else ""
+    return (
+        f"duplicate {needed:,} of {len(table):,} {what}{_named(table, needed)}: they cover {found} of SDC{cost}, "
+        f"and leave a rate of at most {percent(row['left_high'])}."
+    )
+
+
+def _named(table: pd.DataFrame, count: int) -> str:
+    """The first layers of a table in brackets; nothing for channels."""
+    names = [printable(name, 60) for name in table["layer"][:count]] if "channel" not in table else []
+    more = [f"{len(names) - MOST_NAMES} more"] if len(names) > MOST_NAMES else []
+    return f" ({', '.join([*names[:MOST_NAMES], *more])})" if names else ""
 
 
 def in_percent(found: Estimate) -> str:
@@ -379,24 +409,22 @@ def percent(share: float) -> str:
 class Half:
     """One half of a sample, as far as it corrupted something.
 
-    unit: what each such injection hit, int [H]. effect: what it adds to the SDC rate of the whole, float [H]. stratum: int [H].
-    observation: injections with one number are one observation, as are those of one index where layers share their images,
-    int [H]. sizes: observations of each stratum, [S]. injections: all of them, whatever they did.
+    unit: what each such injection hit, int [H]. effect: what it adds to the SDC rate of the whole, float [H]. observation:
+    injections with one number are one observation, as are those of one index where layers share their images, int [H]. stratum:
+    that of each observation, int [O]. sizes: observations of each stratum, whatever they did, [S]. injections: all of them.
     """
 
     unit: np.ndarray
     effect: np.ndarray
-    stratum: np.ndarray
     observation: np.ndarray
+    stratum: np.ndarray
     sizes: np.ndarray
     injections: int
 
     def variance(self, values: np.ndarray) -> float:
         """Of the sum of `values`, float [H], one for each injection; all others have 0."""
-        number, place = np.unique(self.observation, return_inverse=True)
-        each, stratum = np.bincount(place, values, len(number)), np.zeros(len(number), dtype=int)
-        stratum[place] = self.stratum
-        squares, sums = (np.bincount(stratum, part, len(self.sizes)) for part in (each**2, each))
+        each = np.bincount(self.observation, values, len(self.stratum))
+        squares, sums = (np.bincount(self.stratum, part, len(self.sizes)) for part in (each**2, each))
         return float(((squares - sums**2 / self.sizes) * self.sizes / (self.sizes - 1)).sum())
 
 
@@ -547,11 +575,13 @@ def _half(rows: pd.DataFrame) -> Half:
     """Those that corrupted something. rows: with `unit`."""
     size, (stratum, numbers) = _sizes(rows), pd.factorize(rows["stratum"])
     hit = rows["value"].to_numpy() != 0
+    observed = (stratum * 2**32 + rows["place"].to_numpy(int))[hit]
+    _, first, observation = np.unique(observed, return_index=True, return_inverse=True)
     return Half(
         rows["unit"].to_numpy(int)[hit],
         (rows["value"] / size).to_numpy(float)[hit],
-        stratum[hit],
-        (stratum * 2**32 + rows["place"].to_numpy(int))[hit],
+        observation,
+        stratum[hit][first],
         size.groupby(stratum).max().to_numpy(float) if len(numbers) else np.zeros(0),
         len(rows),
     )

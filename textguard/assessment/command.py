@@ -245,9 +245,14 @@ def _add_advise(commands: Any) -> None:
     )
     parser.set_defaults(work=_advise)
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a saved assessment")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--target-sdc", type=_share, metavar="SDC", help="the SDC probability to reach: 0.001 or 0.1%%")
+    target.add_argument("--target-fit", type=float, metavar="FIT", help="the failures in 10^9 hours to reach")
+    target.add_argument("--cut", type=_share, metavar="SHARE", help="the share of SDC to be rid of: 0.9 or 90%%")
     parser.add_argument(
-        "--target-sdc", type=_share, required=True, metavar="SDC", help="the SDC probability to reach: 0.001 or 0.1%%"
+        "--order", choices=("share", "cost"), default="share", help="by the share of SDC, or by that for its cost [share]"
     )
+    parser.add_argument("--maps", type=int, default=10, metavar="N", help="list the first N feature maps, too [10]")
 
 
 def _assess(options: argparse.Namespace) -> int:
@@ -321,9 +326,12 @@ def _advise(options: argparse.Namespace) -> int:
     found = Assessment.load(options.folder)
     from textguard.assessment.advice import advise
 
-    advice = advise(found, target_sdc=options.target_sdc)
+    targets = {name: getattr(options, name) for name in ("cut", "target_sdc", "target_fit")}
+    advice = advise(found, order=options.order, **{name: value for name, value in targets.items() if value is not None})
     print(advice.sentence)
-    print(advice.table.to_string(index=False))
+    for table in (advice.table, advice.channels.head(options.maps)):
+        if len(table):
+            print(f"\n{table.to_string(index=False, float_format='{:.4g}'.format)}")
     return 0
 
 

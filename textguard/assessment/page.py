@@ -54,6 +54,7 @@ def write_page(
     file: str | os.PathLike[str],
     other: Assessment | None = None,
     names: tuple[str, str] = ("this model", "the other model"),
+    mitigations: pd.DataFrame | None = None,
 ) -> None:
     """Write an assessment as one HTML file that needs no network: tables, figures, and what they come to in a sentence.
 
@@ -68,6 +69,8 @@ def write_page(
         compared in pairs where both have the same plan.
     names : (str, str), default ("this model", "the other model")
         What the page calls the two.
+    mitigations : pandas.DataFrame, optional
+        What `measure_mitigations` returned for the assessment.
 
     Raises
     ------
@@ -110,7 +113,7 @@ def write_page(
         sides=[{"name": side.name, "facts": _facts(side)} for side in sides],
         figures=_figures(sides),
         layers=as_shown(_layers(sides, ratios), "Layers"),
-        advice=_advice(sides[0]),
+        advice=_advice(sides[0], mitigations),
         skipped=as_shown(_skipped(assessment), "What was not hit"),
         call=_call(assessment),
     )
@@ -133,7 +136,7 @@ def _ratios(own: Side, other: Side) -> dict[str, dict[str, Judged]]:
         draws = [dict(zip(side.layers, part[measure], strict=True)) for side, part in zip(sides, drawn, strict=True)]
         pairs = {f"layer {name}": (draws[0][name], draw) for name, draw in draws[1].items() if name in draws[0]}
         for way in WAYS:
-            weights = [[side.exposure(name) if way == "neurons" else 1.0 for name in side.layers] for side in sides]
+            weights = [[side.exposed_bits(name) if way == "neurons" else 1.0 for name in side.layers] for side in sides]
             pairs[way] = tuple(weigh(list(part.values()), each) for part, each in zip(draws, weights, strict=True))
         estimates = {name: improvement(*pair, confidence).estimate for name, pair in pairs.items()}
         # Of these two networks: `verdict` is silent about single trainings, which stand for a method.
@@ -334,12 +337,13 @@ def _layer(layer: Layer) -> list[Any]:
     return [layer.layer, layer.kind, layer.neurons, layer.injections, *numbers]
 
 
-def _advice(side: Side) -> dict[str, Any]:
+def _advice(side: Side, mitigations: pd.DataFrame | None) -> dict[str, Any]:
     """What to protect, or why nobody can say."""
+    measured = [] if mitigations is None else [as_shown(_mitigations(mitigations), "Mitigations, measured")]
     try:
         advice = advise(side.found)
     except TextguardError as error:
-        return {"sentence": f"{error}.", "tables": []}
+        return {"sentence": f"{error}.", "tables": measured}
     note = "In the order of choice. What is covered was measured on the half of the sample that had no part in the order."
     shown = [("table-protected-layers", "Layers to protect first", advice.table, note)]
     maps = advice.channels.iloc[:MOST_MAPS]
@@ -348,29 +352,32 @@ def _advice(side: Side) -> dict[str, Any]:
         whole = " Layers that were enumerated are not told apart." if (maps["channel"] < 0).any() else ""
         shown.append(("table-protected-maps", "Feature maps to protect first", maps, f"{some}{note}{whole}"))
     tables = [as_shown(_choice(*about), about[1]) for about in shown]
-    return {"sentence": advice.sentence, "tables": tables}
+    return {"sentence": advice.sentence, "tables": measured + tables}
+
+
+def _mitigations(measured: pd.DataFrame) -> Table:
+    headers = ["Mitigation", "SDC before (%)", "SDC with it (%)", "Removed (%)", "Time of an inference (x)"]
+    rows = []
+    for row in measured.to_dict("records"):
+        removed = Estimate(*(100 * row[name] for name in ("removed", "removed_low", "removed_high")), 0)
+        rates = [show_number(100 * row[name]) for name in ("before", "after")]
+        rows.append([row["mitigation"], *rates, removed, f"{row['time']:.2f}"])
+    return Table("table-mitigations", "The same faults on protected copies of the model, compared in pairs.", headers, rows)
 
 
 def _choice(name: str, _: str, found: pd.DataFrame, note: str) -> Table:
-    headers = [
-        "Layer",
-        "Feature map",
-        "Share of SDC (%)",
-        "Covered (%)",
-        "SDC left (%)",
-        "Multiply-adds (%)",
-        "With those above (%)",
-    ]
+    headers = ["Share of SDC (%)", "Covered (%)", "SDC left (%)", "Multiply-adds (%)", "With those above (%)"]
     rows = []
     for row in found.to_dict("records"):
         covered, left = (
             Estimate(*(100 * row[f"{part}{end}"] for end in ("", "_low", "_high")), 0) for part in ("covered", "left")
         )
-        costs = [None if math.isnan(row[part]) else f"{100 * row[part]:.3g}" for part in ("cost", "total_cost")]
-        number = row.get("channel", -1)
-        share = None if math.isnan(row["share"]) else f"{100 * row['share']:.3g}"
-        rows.append([row["layer"], "all" if number < 0 else int(number), share, covered, left, *costs])
-    return Table(name, note, headers, rows)
+        share, *costs = (
+            None if math.isnan(row[part]) else f"{100 * row[part]:.3g}" for part in ("share", "cost", "total_cost")
+        )
+        number = [] if "channel" not in row else ["all" if row["channel"] < 0 else int(row["channel"])]
+        rows.append([row["layer"], *number, share, covered, left, *costs])
+    return Table(name, note, ["Layer", *(["Feature map"] if "channel" in found else []), *headers], rows)
 
 
 def _skipped(found: Assessment) -> Table:
