@@ -1,6 +1,7 @@
 """One small batch through everything that will be done with a classifier, before hours go into its training.
 
-And a look at the networks and data that params.yaml names, before anything runs. It changes no result, and so no stage depends on it or on what it imports.
+And a look at the networks and data that params.yaml names, before anything runs. It changes no result, and so no stage depends
+on it or on what it imports.
 """
 
 import copy

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,7 +69,10 @@ def test_an_own_network_is_built_with_the_numbers_that_are_wanted(write):
         (net("num_classes, width"), ["TypeError: ", "'width'"]),
         ("def Net(num_classes): return 3", ["made a int; it must make a torch.nn.Module"]),
         (net(init="self.fc = nn.Linear(-1, num_classes)"), ["RuntimeError: ", "(own_", "line 6)"]),
-        (net(forward="    def forward(self, x):\n        return {}['key']"), ["in training", "KeyError: 'key' (own_", "line 8)"]),
+        (
+            net(forward="    def forward(self, x):\n        return {}['key']"),
+            ["in training", "KeyError: 'key' (own_", "line 8)"],
+        ),
         (net(forward="    def forward(self, x):\n        return {'a': x}"), ["gives a dict; made with num_classes=5, it must"]),
         (net(init="self.fc = nn.Linear(3, 4)"), ["gives a tensor [2, 4]; made with num_classes=5, it must give [2, 5]"]),
         (
@@ -87,7 +89,9 @@ def test_what_is_wrong_with_an_own_network_is_one_line(write, content, parts):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["module:", "module:a", "module:a:", "module:a.:b", "module:../a:b", "module:a:b.c", "module:a b:c"])
+@pytest.mark.parametrize(
+    "name", ["module:", "module:a", "module:a:", "module:a.:b", "module:../a:b", "module:a:b.c", "module:a b:c"]
+)
 def test_a_name_of_another_form_says_which_it_must_have(name):
     with pytest.raises(InvalidParameter, match=r"in here must be module:PACKAGE\.FILE:NAME, as module:own\.net:Net"):
         modules.find(name, "here")
@@ -159,17 +163,26 @@ GOOD = f"({PIXELS_HERE}, [0, 1])"
         ("1 / 0", ["ZeroDivisionError: division by zero (own_", "line 6)"]),
         ("3", ["returns a int; it must return {'train': PART, 'test': PART, 'classes': [NAME, ...]}"]),
         (f"{{'train': {GOOD}, 'classes': ['a', 'b']}}", ["returns a dict of train, classes; it must return"]),
-        (f"{{'train': {GOOD}, 'test': 3, 'classes': ['a', 'b']}}", ["as 'test' a int; a part must be a tuple (images, labels)"]),
+        (
+            f"{{'train': {GOOD}, 'test': 3, 'classes': ['a', 'b']}}",
+            ["as 'test' a int; a part must be a tuple (images, labels)"],
+        ),
         (f"{{'all': {GOOD}}}", ["bad class names as 'classes': there must be two or more"]),
         (f"{{'all': {GOOD}, 'classes': ['a', 'A']}}", ["are the same, or but for case"]),
         (f"{{'all': ({PIXELS_HERE}, [0]), 'classes': ['a', 'b']}}", ["labels [1], int64, for 2 images; each needs one"]),
         (f"{{'all': ({PIXELS_HERE}, [0., 1.]), 'classes': ['a', 'b']}}", ["labels [2], float64", "from 0 to 1"]),
         (f"{{'all': ({PIXELS_HERE}, [1, 2]), 'classes': ['a', 'b']}}", ["labels from 1 to 2, and 2 classes; count from 0"]),
-        (f"{{'all': (-{PIXELS_HERE} / 9., [0, 1]), 'classes': ['a', 'b']}}", ["values from ", "floats from 0 to 1", "normalised"]),
+        (
+            f"{{'all': (-{PIXELS_HERE} / 9., [0, 1]), 'classes': ['a', 'b']}}",
+            ["values from ", "floats from 0 to 1", "normalised"],
+        ),
         ("{'all': (np.zeros((2, 5, 4, 4)), [0, 1]), 'classes': ['a', 'b']}", ["images [2, 5, 4, 4], float64; images must be"]),
         ("{'all': (np.zeros((2, 4, 4), np.int64), [0, 1]), 'classes': ['a', 'b']}", ["int64; images must be uint8"]),
         ("{'all': (np.full((2, 4, 4), np.nan), [0, 1]), 'classes': ['a', 'b']}", ["values from nan to nan"]),
-        ("{'all': ([np.zeros((2, 2)), np.zeros((3, 3))], [0, 1]), 'classes': ['a', 'b']}", ["its images make no array (", "one size"]),
+        (
+            "{'all': ([np.zeros((2, 2)), np.zeros((3, 3))], [0, 1]), 'classes': ['a', 'b']}",
+            ["its images make no array (", "one size"],
+        ),
         ("{'all': [1, 2, 3], 'classes': ['a', 'b']}", ["its items are no pairs; a part must be"]),
     ],
 )

@@ -97,9 +97,7 @@ def test_the_library_is_whole_without_the_packages_of_the_pipeline(installed, tm
             print(error)
     """
     said = call(installed, ["python", "-c", textwrap.dedent(script), str(REPOSITORY)], tmp_path)
-    assert said == (
-        "PyTorchFI is not installed; run pip install 'textguard[pipeline]', or set argument engine to replay\n"
-    )
+    assert said == ("PyTorchFI is not installed; run pip install 'textguard[pipeline]', or set argument engine to replay\n")
 
 
 def test_the_readme_shows_the_example():

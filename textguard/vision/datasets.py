@@ -572,7 +572,8 @@ def _own_pixels(images: Any, named: str) -> Tensor:
     if found.dtype.kind == "f":
         if not (found.min() >= 0 and found.max() <= 1):
             raise InvalidParameter(
-                f"{named} has images with values from {found.min():.4g} to {found.max():.4g}; {OWN_PIXELS}; they are normalised later"
+                f"{named} has images with values from {found.min():.4g} to {found.max():.4g}; {OWN_PIXELS}, which are "
+                "normalised later"
             )
         found = np.rint(found * 255)
     elif found.dtype != np.uint8:
