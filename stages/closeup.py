@@ -30,7 +30,7 @@ def main(params: Params, key: str) -> None:
     model = fold_scale(run.model) if params.head.fold_scale else run.model
     profiled, model = largest_outputs(run.ranges), protect(model, run.image, run.bounds, params.inject.mitigation)
     engine = settings.make_engine(model, run.image, profiled)
-    run.check_layers((site.layer, site.kind, site.neurons) for site in engine.sites)
+    run.check_layers((site.layer, site.kind, site.neurons) for site in engine.all_sites)
     records = _load_records(run, params, engine)
     last = engine.sites[-1].layer
     values = count_magnitudes(engine, image_loader(run.view, settings.batch_size), profiled[last])

@@ -25,7 +25,7 @@ def main(params: Params, key: str) -> None:
     model = fold_scale(run.model) if params.head.fold_scale else run.model
     profiled, model = largest_outputs(run.ranges), protect(model, run.image, run.bounds, inject.mitigation)
     campaign = Campaign(model, image_loader(run.view, inject.batch_size), campaign_settings(inject), profiled)
-    run.check_layers((site.layer, site.kind, site.neurons) for site in campaign.engine.sites)
+    run.check_layers((site.layer, site.kind, site.neurons) for site in campaign.engine.all_sites)
     mark = campaign_inputs(run, params)
     with work_dir("inject", key, mark) as work:
         records, changes = campaign.sample_layers(work, f"inject {key}")
@@ -38,6 +38,7 @@ def main(params: Params, key: str) -> None:
                 print(f"inject {key}: {result}", file=sys.stderr, flush=True)
         settings = {
             **asdict(inject),
+            "engine": campaign.engine.name,  # which may be another one than was asked for
             "fold_scale": params.head.fold_scale,
             "inputs": mark,
             "device": describe_device(run.device),

@@ -11,7 +11,8 @@ from textguard.params import InjectParams, Params
 def campaign_settings(inject: InjectParams) -> CampaignSettings:
     """The settings of a campaign. Which mitigation protects the model is none of them."""
     renamed = {"number_format": inject.format, "fault_model": FaultModel(**asdict(inject.faults))}
-    same = {field.name for field in fields(CampaignSettings)} - renamed.keys()
+    # A grid's classifiers have to be the same each time: what differs by itself is refused.
+    same = {field.name for field in fields(CampaignSettings)} - renamed.keys() - {"noise"}
     return CampaignSettings(**renamed, **{name: getattr(inject, name) for name in same})
 
 

@@ -229,6 +229,21 @@ def test_parts_agree_with_all_faults_there_are(way, found, net, images_of_classe
         assert told[measure][known].mean() == pytest.approx(truth[measure][known].mean(), rel=0.5)
 
 
+def test_parts_of_a_guided_sample_add_up_to_the_whole(found):
+    """Each part has a known share of all faults, however few of the harmless ones in it were drawn."""
+    one = found["guided"]
+    eligible = one.predictions[one.predictions["eligible"]]
+    shares = {
+        "bit": pd.Series(1 / 32, range(32)),
+        "class": eligible["label"].value_counts(normalize=True),
+        "image": pd.Series(1 / len(eligible), eligible["image"].to_numpy()),
+    }
+    for part, share in shares.items():
+        told = one.by(part, layer="conv").set_index(part)
+        assert (told["sdc"] * share).sum() == pytest.approx(one.layers["conv"].sdc.value)
+        assert (told["delta_loss"] * share).sum() == pytest.approx(one.layers["conv"].delta_loss.value)
+
+
 def test_bits_and_layers_that_got_more_injections_do_not_count_for_more():
     rows = [("a", 0, 0.0)] * 30 + [("a", 1, 4.0)] * 10 + [("b", 0, 0.0)] * 60 + [("b", 1, 8.0)] * 60
     records = pd.DataFrame(rows, columns=["layer", "bit", "faulty_loss"]).assign(weight=1.0, golden_loss=0.0, mismatch=False)

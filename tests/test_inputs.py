@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset, default_collate
 
 from textguard.assessment import Assessment, assess
+from textguard.assessment.advice import measure_mitigations
 from textguard.errors import CampaignMismatch, TextguardError
 from textguard.estimates.statistics import mean_interval
 from textguard.faults import (
@@ -70,6 +71,20 @@ class Squeezed(nn.Module):
 
     def forward(self, images):
         return self.head(self.conv(images).squeeze())
+
+
+class Experts(nn.Module):
+    """Each image goes to one of two heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Linear(192, 5), nn.Linear(192, 5)])
+
+    def forward(self, images):
+        second, logits = images.sum(dim=(1, 2, 3)) > 0, torch.zeros(len(images), 5)
+        for number, head in enumerate(self.heads):
+            logits[second == bool(number)] = head(images[second == bool(number)].flatten(1))
+        return logits
 
 
 class OldImages:
@@ -221,6 +236,7 @@ REFUSED = {
         pairs(labels=LABELS * 0),
         r"\[2, 5\] for 2 images, float32 \[5\] for one; x\.squeeze\(\) drops",
     ),
+    "experts": (Experts(), pairs(), r"runs layer 'heads\.[01]' on some images of a batch only, .*compute all experts"),
     "an unreadable file": (NETWORK, items(Broken()), r"cannot give the images 0 to 1: KeyError: 'the file of this image'"),
 }
 
@@ -337,6 +353,7 @@ def test_where_no_image_is_eligible_it_is_said_why(name):
 
 # --- tasks ---
 
+torch.manual_seed(2)
 ONE = nn.Sequential(NETWORK, nn.Linear(5, 1)).eval()
 CLASS = (ONE(IMAGES)[:, 0] > 0).long()
 
@@ -494,6 +511,7 @@ class Words(nn.Module):
         return Output(logits=self.head(found.float()))
 
 
+torch.manual_seed(1)
 WORDS = Words().eval()
 IDS, MASK, SCALE = torch.randint(7, (6, 5)), torch.rand(6, 5) > 0.3, torch.rand(6, dtype=torch.float64) + 0.5
 with torch.no_grad():
@@ -528,7 +546,7 @@ def test_several_tensors_go_through_both_engines(name):
     """Faults are compared with a hook that changes one value of one text."""
     make, task = NESTED[name]
     loader = items([make(number) for number in range(6)])
-    settings = CampaignSettings(injections_per_layer=40, seed=2)
+    settings = CampaignSettings(injections_per_layer=40, seed=2, detector="fixed:1000")
     runs = {}
     for engine in ("replay", "whole"):
         campaign = Campaign(WORDS, loader, replace(settings, engine=engine), task=task)
@@ -675,3 +693,22 @@ def test_an_assessment_knows_what_logits_mean(name, tmp_path: Path):
     again = Assessment.load(tmp_path / "saved")
     assert again.settings["task"] == make_task(**{key: one for key, one in given.items() if key != "mitigation"}).as_json()
     pd.testing.assert_frame_equal(again.table, found.table)
+
+
+def test_a_plan_is_replayed_for_the_task_that_it_was_drawn_for():
+    options = {"injections_per_layer": 100, "detector": "off"}
+    found = assess(ONE, pairs(labels=CLASS), task="binary", **options)
+    again = assess(ONE, pairs(labels=CLASS), task="binary", plan=found, detector="off")
+    pd.testing.assert_frame_equal(again.records, found.records)
+    both = pairs(labels=CLASS)
+    assert "are those of ordinary classes, and the plan was drawn for task=binary; give the same" in refusal(
+        lambda: assess(Both(), both, plan=found, detector="off")
+    )
+
+
+def test_mitigations_are_measured_for_any_task():
+    task = {"forward": lambda model, batch: model(**batch).logits, "labels": lambda batch: batch["labels"]}
+    loader = items([as_dictionary(number) for number in range(6)])
+    found = assess(WORDS, loader, injections_per_layer=200, detector="off", **task)
+    measured = measure_mitigations(WORDS, loader, found, ["ranger"], **task)
+    assert (measured["before"] > 0).all()

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 
 import pandas as pd
 import pytest
@@ -11,12 +12,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from conftest import TINY, settle
-from textguard.errors import InvalidParameter, UnknownName
+from textguard.errors import InvalidParameter, UnknownName, UnsupportedModel
 from textguard.faults import (
     FaultModel,
     profile_activations,
     profile_ranges,
     protect,
+    unprotected,
 )
 from textguard.faults.damage import Faults
 from textguard.faults.detectors import Bound
@@ -219,3 +221,116 @@ def test_mitigations_that_cannot_be_are_refused(spellings, images):
     del bounds["relu_1"]
     with pytest.raises(InvalidParameter, match="activation 'relu_1' has no profiled range"):
         protect(spellings, images[0], bounds, "ranger")
+
+
+# Every spelling of activations that replays do not know, by name.
+MORE = {
+    **{module.__name__: module() for module in (nn.PReLU, nn.CELU, nn.SELU, nn.Mish, nn.Softplus, nn.Softsign, nn.LogSigmoid)},
+    **{module.__name__: module() for module in (nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.RReLU)},
+    **{"Threshold": nn.Threshold(0.1, 0.0), "GLU": nn.GLU(dim=1), "Hardswish": nn.Hardswish(), "Hardsigmoid": nn.Hardsigmoid()},
+    **{name: getattr(F, name) for name in ("mish", "softplus", "celu", "selu", "softsign", "glu", "hardtanh", "hardsigmoid")},
+    "prelu": lambda x: F.prelu(x, torch.tensor(0.25)),
+    "F.threshold": lambda x: F.threshold(x, 0.1, 0.0),
+    "clamp": lambda x: x.clamp(min=0),
+    "torch.clamp": lambda x: torch.clamp(x, min=0),
+    "clamp_min": lambda x: x.clamp_min(0),
+    "clip": lambda x: torch.clip(x, 0, 6),
+    "relu_": lambda x: x.relu_(),
+    "torch.relu_": torch.relu_,
+    "F.elu_": F.elu_,
+    "clamp_": lambda x: x.clamp_(min=0),
+    "F.relu(x, True)": lambda x: F.relu(x, True),
+    "F.selu(x, inplace=True)": lambda x: F.selu(x, inplace=True),
+}
+
+
+class Between(nn.Module):
+    """A convolution and a layer with something between them."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.between, self.fc = nn.Conv2d(3, 4, 3), between, nn.LazyLinear(3)
+        self.eval()(torch.zeros(1, 3, 6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.between(self.conv(x)).flatten(1))
+
+
+@pytest.mark.parametrize("between", MORE.values(), ids=MORE)
+def test_activations_of_all_kinds_are_protected(between, images):
+    model, images = Between(between), images[:4, :, :6, :6]
+    bounds = bounds_of(model, images)
+    (name,) = bounds
+    protected = protect(model, images[0], bounds, "ranger")
+    with torch.no_grad():
+        torch.testing.assert_close(protected(images), model(images), rtol=1e-5, atol=1e-6)
+        seen = []
+        protected.get_submodule(f"bound_{name}").register_forward_hook(lambda module, inputs, output: seen.append(output))
+        protected(images * 1e6)
+    low, high = bounds[name]
+    assert low - 1e-3 <= float(seen[0].min())
+    assert float(seen[0].max()) <= high + 1e-3
+    assert unprotected(model, images[0]) == []
+
+
+LEFT = {
+    "mul": lambda x: x * x.sigmoid(),
+    "pow_1": lambda x: x**2,
+    "exp": lambda x: x.exp(),
+    "mul_2": lambda x: x * x,
+}
+
+
+def test_what_bends_values_and_is_not_protected_is_named(images, capsys):
+    image = images[0, :, :6, :6]
+    for name, between in LEFT.items():
+        model = Between(between)
+        left = unprotected(model, image)
+        assert len(left) == 1
+        assert left[0].startswith(name.partition("_")[0])
+        names = bounds_of(model, image[None])
+        if names:
+            protect(model, image, names, "ranger")
+            assert f"leaves 1 nonlinear steps without bounds: {left[0]}" in capsys.readouterr().err
+        else:
+            with pytest.raises(UnsupportedModel, match=f"'ranger' has nothing to bound: .*; {left[0]} is none that it knows"):
+                protect(model, image, {}, "ranger")
+
+
+def test_gates_and_clamps_of_weights_are_no_activations(images):
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.gate, self.scale = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Parameter(torch.tensor(200.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.conv(x))
+            return (x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True)))).mean((2, 3)) * self.scale.clamp(max=100)
+
+    model = Gated().eval()
+    assert list(bounds_of(model, images)) == ["relu", "sigmoid"]
+    assert unprotected(model, images[0]) == []
+
+
+def test_a_model_without_activations_is_refused_in_one_line(images):
+    model = nn.Sequential(nn.Flatten(), nn.LazyLinear(3)).eval()
+    model(images[:1])
+    with pytest.raises(UnsupportedModel, match="'clip_to_zero' has nothing to bound: the model has no activation function; "):
+        protect(model, images[0], {}, "clip_to_zero")
+    assert protect(model, images[0], {}, "none") is model
+
+
+def test_what_overwrites_a_value_that_others_read_is_not_rewritten(images):
+    class Aliased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            y = x.relu_()
+            return (x + y).mean((2, 3))
+
+    with pytest.raises(UnsupportedModel, match="relu_ changes a value in place"):
+        ReplayEngine(Aliased().eval(), images[0], 4)

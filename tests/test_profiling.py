@@ -3,6 +3,7 @@
 import functools
 import itertools
 import multiprocessing
+import os
 
 import numpy as np
 import pandas as pd
@@ -175,7 +176,7 @@ class OpenedByWorkers(Swapped):
 
     def __getitem__(self, number):
         assert self.opened
-        return super().__getitem__(number)
+        return self.images[number], os.getpid()
 
 
 def open_file(worker):
@@ -194,10 +195,11 @@ def test_workers_are_started_as_the_loader_says(images, labels, keep):
         found = [(part, *rest) for part, *rest in batches(own, torch.device("cpu"))]
         assert [list(part) for part, *_ in found] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]]
         assert torch.equal(torch.cat([pictures for _, pictures, _ in found]), images)
-        seen.append(inputs._chosen(own, torch.device("cpu"), [[0]]))
-    assert (seen[0] is seen[1]) == keep
-    assert (seen[0].prefetch_factor, seen[0].timeout, seen[0].generator) == (3, 60, generator)
-    assert seen[0].multiprocessing_context is context
+        seen += [int(labels[0]) for _, _, labels in found]
+    assert len(set(seen)) == (1 if keep else 2)
+    chosen = inputs._chosen(own, torch.device("cpu"), [[0]])
+    assert (chosen.prefetch_factor, chosen.timeout, chosen.generator) == (3, 60, generator)
+    assert chosen.multiprocessing_context is context
 
 
 def test_a_subset_restricts_the_images(resnet, images, labels):

@@ -108,6 +108,7 @@ def test_every_key_of_section_inject_reaches_the_campaign():
     inject = asdict(load_params(SMOKE).inject)
     inject["number_format"], inject["fault_model"] = inject.pop("format"), FaultModel(**inject.pop("faults"))
     del inject["mitigation"]  # the model is protected before
+    inject["noise"] = "refuse"  # a grid's classifiers have none
     assert vars(campaign_settings(load_params(SMOKE).inject)) == inject
 
 

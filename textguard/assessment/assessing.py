@@ -56,6 +56,7 @@ def assess(
     engine: str = USUAL.engine,
     batch_size: int = USUAL.batch_size,
     image_batch: int = USUAL.image_batch,
+    noise: str = USUAL.noise,
     mitigation: str = "none",
     profile: DataLoader | None = None,
     classes: Sequence[str] | None = None,
@@ -84,7 +85,7 @@ def assess(
         alone, `fault_model`, `number_format` and `kinds` have to be given as they were. A replayed fault may hit an image that
         this model gets wrong; how many do is said.
     injections_per_layer, seed, images, pilot, stop_at, confidence, enumerate_up_to, detector, number_format, fault_model, \
-kinds, engine, batch_size, image_batch
+kinds, engine, batch_size, image_batch, noise
         See `CampaignSettings`, which has the same defaults.
     mitigation : {"none", "ranger", "clip_to_zero"}, default "none"
         What keeps activations in their fault-free ranges; see `protect`.
@@ -165,10 +166,21 @@ kinds, engine, batch_size, image_batch
     else:
         options["plan"] = plan
     settings = CampaignSettings(
-        confidence=confidence, detector=detector, engine=engine, batch_size=batch_size, image_batch=image_batch, **options
+        confidence=confidence,
+        detector=detector,
+        engine=engine,
+        batch_size=batch_size,
+        image_batch=image_batch,
+        noise=noise,
+        **options,
     )
     raw_rate, shards = _rate(fit_per_megabit), folder_path(Setting("shard_dir"), shard_dir)
     task = make_task(task, forward=forward, labels=labels, correct=correct, loss=loss)
+    if isinstance(plan, Assessment) and (meant := plan.settings.get("task", {})) != task.as_json():
+        raise InvalidParameter(
+            Setting("task"),
+            f" and its functions are {_told(task.as_json())}, and the plan was drawn for {_told(meant)}; give the same ones",
+        )
     profiled = largest_outputs(profile_ranges(model, profile or loader, settings.kinds, task))
     injected = model
     if mitigation != "none":
@@ -244,6 +256,11 @@ def _settings_of(saved: Assessment, given: dict[str, Any]) -> dict[str, Any]:
                 Setting(name), f" is {value!s:.60}, and the plan was drawn with {found[name]!s:.60}; leave one of the two out"
             )
     return found
+
+
+def _told(task: dict[str, str]) -> str:
+    """A task as its settings have it, in words."""
+    return ", ".join(f"{name}={value}" for name, value in task.items()) or "those of ordinary classes"
 
 
 def _plain(value: Any) -> Any:

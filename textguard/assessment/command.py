@@ -182,6 +182,7 @@ def _add_assess(commands: Any) -> None:
     faults.add_argument("--detector", metavar="WHAT", help="the range detector: profiled, fixed:X, off [profiled]")
     faults.add_argument("--mitigation", default="none", metavar="WHAT", help="none, ranger, clip_to_zero [none]")
     faults.add_argument("--engine", metavar="NAME", help="replay, whole, pytorchfi [replay]")
+    faults.add_argument("--noise", metavar="WHAT", help="of a network whose answers vary: refuse, or report how much [refuse]")
     shown = parser.add_argument_group("results")
     shown.add_argument("--confidence", type=float, metavar="P", help="of intervals [0.99]")
     shown.add_argument(
@@ -269,7 +270,7 @@ def _assess(options: argparse.Namespace) -> int:
     fault = {name: getattr(options, name) for name in ("target", "operation") if getattr(options, name) is not None}
     names = {
         **{name: name for name in ("seed", "images", "stop_at", "pilot", "enumerate_up_to", "kinds", "detector", "engine")},
-        **{name: name for name in ("confidence", "batch_size", "image_batch")},
+        **{name: name for name in ("confidence", "batch_size", "image_batch", "noise")},
         **{"injections": "injections_per_layer", "format": "number_format"},
     }
     chosen = {name: getattr(options, option) for option, name in names.items() if getattr(options, option) is not None}

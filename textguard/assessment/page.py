@@ -189,7 +189,7 @@ def _compared(own: Side, other: Side, ratios: dict[str, dict[str, Judged]]) -> l
         else "The two took different faults. With assess(plan=...) of one for the other, pairs of faults would tell more.",
     ]
     for name in QUESTION:
-        asked, before = (_short(side.found.settings[name]) for side in (own, other))
+        asked, before = (_short(side.found.settings.get(name)) for side in (own, other))
         if asked != before:
             sentences.append(f"They were asked different questions: {name} is {asked} here, and {before} for {other.name}.")
     if own.found.weights == other.found.weights:

@@ -13,7 +13,7 @@ from textguard.faults.execution import run_campaign
 from textguard.faults.formats import parse_format
 from textguard.faults.guided import draw_guided
 from textguard.faults.inputs import prepare
-from textguard.faults.mitigations import protect
+from textguard.faults.mitigations import protect, unprotected
 from textguard.faults.plans import draw_plan
 from textguard.faults.profiling import eligible_images, image_chances, profile_activations, profile_ranges
 from textguard.faults.sampling import Design, run_design
@@ -42,4 +42,5 @@ __all__ = [
     "run_design",
     "summarise",
     "summarise_channels",
+    "unprotected",
 ]

@@ -1,6 +1,7 @@
 """A campaign from its settings to what each layer is found to stand: sampled layers, enumerated ones, several detectors."""
 
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from textguard.faults.engines import Engine, make_engine
 from textguard.faults.exact import affordable, enumerate_layer, has_closed_form, rescale_last_layer
 from textguard.faults.execution import measure_pace, no_records
 from textguard.faults.formats import Format, parse_format
+from textguard.faults.golden import fake_quantised, look_at_golden_run
 from textguard.faults.guided import draw_guided
 from textguard.faults.inputs import count_images, positions, prepare
 from textguard.faults.plans import bits_of, draw_plan
@@ -31,6 +33,8 @@ from textguard.faults.profiling import IMAGES, FaultFree, largest_outputs, look,
 from textguard.faults.sampling import PLANS, Design, rerun_changed, run_design
 from textguard.faults.sites import DEFAULT_KINDS, Site
 from textguard.faults.task import CLASSES, Task, make_task
+
+NOISE = ("refuse", "report")
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,9 @@ class CampaignSettings:
         Faults per forward pass. It changes no result.
     image_batch : int, default 64
         Images per golden run, and per shard.
+    noise : {"refuse", "report"}, default "refuse"
+        What happens where images, or the logits of an image, are not the same each time: `refuse` raises. `report` says on
+        stderr how large DeltaLoss is without any fault, and goes on; see `Campaign.golden`.
 
     Raises
     ------
@@ -102,6 +109,7 @@ class CampaignSettings:
     engine: str = "replay"
     batch_size: int = 256
     image_batch: int = 64
+    noise: str = "refuse"
 
     def __post_init__(self) -> None:
         least = {"injections_per_layer": 1, "seed": 0, "pilot": 1, "enumerate_up_to": 0, "batch_size": 1, "image_batch": 1}
@@ -109,6 +117,7 @@ class CampaignSettings:
         checked["confidence"] = confidence_level(Setting("confidence"), self.confidence)
         checked_name("plan", self.plan, PLANS, Setting("plan"))
         checked_name("way to draw images", self.images, IMAGES, Setting("images"))
+        checked_name("noise", self.noise, NOISE, Setting("noise"))
         for name in ("stop_at", "detector", "number_format", "engine"):
             some_text(Setting(name), getattr(self, name))
         for name in ("compare_detectors", "kinds"):
@@ -213,11 +222,16 @@ class Campaign:
         Detector -> layer -> largest magnitude that it lets pass.
     strata : int
         Strata of the sample: one for each bit, or 0 where bits are drawn uniformly.
+    golden : Golden
+        What a few fault-free inferences say of the model.
+    remarks : list of str
+        What is to be known when results are read, one line each; they are on stderr too.
 
     Raises
     ------
     TextguardError
-        A setting is unknown, out of range, or does not fit the model; the first batch is not what the task needs.
+        A setting is unknown, out of range, or does not fit the model; the first batch is not what the task needs; or the model
+        is random, or mixes the images of a batch.
 
     Examples
     --------
@@ -254,6 +268,33 @@ class Campaign:
         self.limits = {name: detector_limits(name, layers, known) for name in settings.detectors}
         self._known = known
         self.strata = settings.design.strata(settings.fault_model, self.engine)
+        alone = settings.batch_size == settings.image_batch == (loader.batch_size or 1) == 1
+        self.golden = look_at_golden_run(self.engine, loader, alone=alone, task=self.task)
+        if settings.noise == "refuse":
+            self.golden.refuse()
+        self.remarks = self._remarks(model)
+        for remark in self.remarks:
+            print(remark, file=sys.stderr, flush=True)
+
+    def _remarks(self, model: nn.Module) -> list[str]:
+        found = [f"{problem}; without any fault, DeltaLoss is {self.golden.noise:.3g}" for problem in self.golden.problems]
+        if self.golden.probabilities:
+            found.append(
+                "the model's logits are probabilities: all are from 0 to 1 and sum to 1, so DeltaLoss is that of a softmax of "
+                'them; take task="probabilities", leave out the model\'s last softmax, or return x.log()'
+            )
+        if not self.engine.sees_masked:
+            enumerates = " and enumerates no layer" if self.settings.enumerate_up_to else ""
+            found.append(f"engine {self.engine.name!r} does not tell which faults are masked (none counts as such){enumerates}")
+        if left := self.engine.unrounded:
+            shown = ", ".join(f"{name} ({reason})" for name, reason in left[:4])
+            found.append(f"not rounded to {self.number_format.name}: {shown}{f' and {len(left) - 4} more' if left[4:] else ''}")
+        if quantised := fake_quantised(model):
+            found.append(
+                f"{len(quantised)} modules only pretend to quantise, the first is {quantised[0]!r}: bits flip in the fp32 "
+                "values that they get, not in stored integers"
+            )
+        return found
 
     @cached_property
     def fault_free(self) -> FaultFree:

@@ -1,17 +1,20 @@
 """What faults do to stored values: which codes change, what they decode to, and what the range detector makes of it."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from textguard.errors import InvalidParameter, Setting
 from textguard.faults.checks import checked_name, whole_number
 from textguard.faults.detectors import clamp_to_range
 from textguard.faults.formats import Format
 from textguard.faults.sites import Call, Site
+from textguard.faults.weights import computed_weights, matrices, stored_weights
 
 Target = Literal["neuron", "weight", "metadata"]
 Operation = Literal["flip", "stuck_at_0", "stuck_at_1"]
@@ -332,15 +335,53 @@ def damage_weights(storage: Storage, call: Call, faults: Faults) -> tuple[Damage
     output = call.output.clone()
     inputs, outputs = (tensor.unflatten(0, (len(faults.position), -1)) for tensor in (call.args[0], output))
     for number in range(len(faults.position)):
-        here = damage.row == number
-        damaged = torch.unravel_index(damage.neuron[here], weight.shape)
-        kept = weight[damaged]
-        try:
-            weight[damaged] = damage.written[here]
+        with _damaged(weight, damage, number):
             outputs[number] = call.func(inputs[number], *call.args[1:], **call.kwargs)
-        finally:
-            weight[damaged] = kept
     return damage, output
+
+
+def damage_stored(storage: Storage, weight: Tensor, faults: Faults, infer: Callable[[int], Tensor]) -> tuple[Damage, Tensor]:
+    """Repeat an inference once per fault, each time with the weights as that fault leaves them, whoever reads them.
+
+    The slow way, for weights that are read more than once. They are restored bit for bit.
+
+    Parameters
+    ----------
+    storage : Storage
+        How the weights are stored.
+    weight : Tensor
+        The weights, as the model holds them.
+    faults : Faults
+        N faults, one per image.
+    infer : callable
+        infer(n) runs the image of fault n and returns its logits, [1, C].
+
+    Returns
+    -------
+    damage : Damage
+        What the faults did.
+    logits : Tensor
+        [N, C], each row under its own fault.
+    """
+    damage = storage.damage(faults, lambda row, neuron: weight[torch.unravel_index(neuron, weight.shape)])
+    logits = []
+    for number in range(len(faults.position)):
+        with _damaged(weight, damage, number):
+            logits.append(infer(number))
+    return damage, torch.cat(logits)
+
+
+@contextlib.contextmanager
+def _damaged(weight: Tensor, damage: Damage, number: int) -> Iterator[None]:
+    """A context in which fault `number` has changed the weights."""
+    here = damage.row == number
+    damaged = torch.unravel_index(damage.neuron[here], weight.shape)
+    kept = weight[damaged]
+    try:
+        weight[damaged] = damage.written[here]
+        yield
+    finally:
+        weight[damaged] = kept
 
 
 def make_storages(
@@ -375,23 +416,85 @@ def make_storages(
     """
     if target == "metadata" and not number_format.shared_bits:
         raise InvalidParameter(f"format {number_format.name} has no metadata; change ", Setting("fault_model.target"))
-    parameters = dict(model.named_parameters())
-    outputs, weights = [], []
-    for site in sites:
+    outputs: list[Storage] = []
+    weights: list[Storage] = []
+    rounded: dict[int, Storage] = {}  # a weight that several sites read is rounded once
+    for site, weight in zip(sites, stored_weights(model, sites), strict=True):
         # fp32 stores any magnitude. Other formats may need to know the largest one.
         limit = profiled.get(site.layer, 0.0 if number_format.name == "fp32" else None)
         if limit is None:
             raise InvalidParameter(f"layer {site.layer!r} has no profiled range; profile the model first (stage 'ranges')")
-        weight = parameters.get(site.parameter) if site.weights else None
         if weight is not None:
-            storage = Storage(number_format, float(weight.detach().abs().max()), site.weights, weight.device)
-            if number_format.name != "fp32":
-                weight.data = storage.round(weight.data)
-            weights.append(storage)
+            if id(weight) not in rounded:
+                storage = _weight_storage(number_format, weight)
+                if number_format.name != "fp32":
+                    weight.data = storage.round(weight.data)
+                rounded[id(weight)] = storage
+            weights.append(rounded[id(weight)])
         elif target == "weight":
             raise InvalidParameter(f"layer {site.layer!r} has no weights; leave {site.kind} out of ", Setting("kinds"))
         outputs.append(Storage(number_format, limit, site.neurons, next(model.parameters()).device))
     return (weights if target == "weight" else outputs), outputs
+
+
+def round_call(number_format: Format, call: Call) -> Tensor:
+    """The output of a call, repeated with its weights rounded. For weights that the model computes, which nothing stores."""
+    weight = call.weight
+    rounded = _weight_storage(number_format, weight).round(weight)
+    args, kwargs = tree_map(lambda leaf: rounded if leaf is weight else leaf, (call.args, call.kwargs))
+    return call.func(*args, **kwargs)
+
+
+def round_others(
+    model: nn.Module, sites: Sequence[Site], number_format: Format, readers: Mapping[str, Sequence[Any]]
+) -> list[tuple[str, str]]:
+    """Round the weights that are no site's, such as those of attention and recurrent layers, to a number format, in place.
+
+    Biases and other vectors, such as the weights of normalisation, stay as they are.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    sites : sequence of Site
+        Its sites, whose own weights `make_storages` has rounded.
+    number_format : Format
+        The format.
+    readers : mapping of str to sequence of callable
+        As `weight_readers` returns it.
+
+    Returns
+    -------
+    list of (str, str)
+        The other parameters and buffers of at least two dimensions that an inference reads, and who reads them.
+    """
+    tensors = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
+    done = {id(weight) for weight in stored_weights(model, sites) if weight is not None}
+    without = computed_weights(model, sites)
+    computed = [site.layer for site in sites if site.position in without]
+    left = []
+    for name in readers:
+        tensor = tensors.get(name)
+        if tensor is None or tensor.ndim < 2 or not tensor.is_floating_point() or id(tensor) in done:
+            continue
+        if any(_belongs(name, layer) for layer in computed):  # what is made of it is rounded, in `round_call`
+            continue
+        if name in matrices(readers):
+            tensor.data.copy_(_weight_storage(number_format, tensor).round(tensor.data))
+        else:
+            left.append((name, f"read by {', '.join(dict.fromkeys(reader.__name__ for reader in readers[name]))}"))
+    return left
+
+
+def _belongs(name: str, layer: str) -> bool:
+    """Whether a parameter is one of those that a site's weights are computed from."""
+    owner = name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
+    layer = layer.partition("#")[0]
+    return owner in (layer, layer.rpartition(".")[0])  # a site without stored weights may be named `LAYER.conv2d`
+
+
+def _weight_storage(number_format: Format, weight: Tensor) -> Storage:
+    return Storage(number_format, float(weight.detach().abs().max()), weight.numel(), weight.device)
 
 
 def weight_limits(model: nn.Module, sites: Sequence[Site]) -> dict[str, float]:
@@ -409,7 +512,5 @@ def weight_limits(model: nn.Module, sites: Sequence[Site]) -> dict[str, float]:
     dict of str to float
         Layer -> magnitude, for the sites with weights.
     """
-    parameters = dict(model.named_parameters())
-    return {
-        site.layer: float(parameters[site.parameter].detach().abs().max()) for site in sites if site.parameter in parameters
-    }
+    found = zip(sites, stored_weights(model, sites), strict=True)
+    return {site.layer: float(weight.detach().abs().max()) for site, weight in found if weight is not None}

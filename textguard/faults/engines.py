@@ -1,6 +1,5 @@
 """Three ways to carry out the same faults: our replay engine, one that runs any model whole, and PyTorchFI as the reference."""
 
-import copy
 import hashlib
 import itertools
 import sys
@@ -14,7 +13,19 @@ from torch import Tensor, fx, nn
 from textguard import __version__
 from textguard.errors import Setting, UnknownName, UnsupportedModel
 from textguard.faults.checks import whole_number
-from textguard.faults.damage import Damage, Faults, Storage, Target, damage_output, damage_weights, make_storages
+from textguard.faults.copying import copy_model
+from textguard.faults.damage import (
+    Damage,
+    Faults,
+    Storage,
+    Target,
+    damage_output,
+    damage_stored,
+    damage_weights,
+    make_storages,
+    round_call,
+    round_others,
+)
 from textguard.faults.formats import FP32, Format
 from textguard.faults.graph import TracedModel, Values
 from textguard.faults.local import PRODUCTS, LocalFaults, LocalSteps, covers, in_batches, neuron_patch, paste_whole, whole
@@ -22,6 +33,7 @@ from textguard.faults.prediction import Margin, Prediction, chains_of, foresee, 
 from textguard.faults.sites import DEFAULT_KINDS, SURVEYED, Call, Calls, Site, SiteList
 from textguard.faults.suffix import shortcuts
 from textguard.faults.task import class_margin
+from textguard.faults.weights import computed_weights, one_per_weight, stored_weights, weight_readers
 
 See = Callable[[int, Tensor], None]
 
@@ -47,9 +59,17 @@ class Engine(Protocol):
 
     `sites` are the operations with injectable outputs, in order of execution; `skipped` those without, each with the reason;
     `settings` is what the results depend on, as text; `reason` why `make_engine` took another engine's place, if it did.
+    `name` is the engine's in ENGINES. `all_sites` also has the operations
+    that read the weights of an earlier one, which are no sites of faults in weights. `sees_masked` says whether
+    `Outcomes.masked` tells anything. `unrounded` are the matrices that stay in fp32 under another number format, and who reads
+    them.
     """
 
+    name: str
+    sees_masked: bool
+    unrounded: Sequence[tuple[str, str]]
     sites: Sequence[Site]
+    all_sites: Sequence[Site]
     skipped: Sequence[tuple[str, str]]
     reason: str
     settings: Mapping[str, str]
@@ -96,6 +116,7 @@ class _Engine:
     """What the engines have in common: what they are made from. `_set_up` gets a copy of the model, and finds its sites."""
 
     reason = ""
+    sees_masked = False
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -111,6 +132,7 @@ class _Engine:
         target: Target = "neuron",
     ) -> None:
         self._batch_size, self.number_format, self.device = batch_size, number_format, image.device
+        self._shape = image.shape
         weights = hashlib.sha256()
         for name, tensor in sorted(model.state_dict().items()):
             weights.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -121,7 +143,32 @@ class _Engine:
             "number format": number_format.name,
             "target": target,
         }
-        self._set_up(copy.deepcopy(model).eval(), image, kinds, profiled or {}, target)
+        model = copy_model(model).eval()
+        self._rounds = number_format.name != "fp32"
+        # Parameter or buffer -> who reads it.
+        self._readers = weight_readers(model, image) if self._rounds or target == "weight" else {}
+        self.unrounded: list[tuple[str, str]] = []
+        self._set_up(model, image, kinds, profiled or {}, target)
+        self.all_sites, self._shared = self.sites, {}
+        if target == "weight":
+            self.sites = one_per_weight(self.sites)
+            weights = zip(self.sites, stored_weights(self._model, self.sites), strict=True)
+            # Position of a site -> its weights, where an inference reads them more than once.
+            self._shared = {site.position: weight for site, weight in weights if len(self._readers.get(site.parameter, ())) > 1}
+
+    def _store(self, profiled: Mapping[str, float], target: Target) -> tuple[list[Storage], list[Storage]]:
+        """How the sites' values are stored, see `make_storages`; all weights of the engine's own copy are rounded."""
+        storages = make_storages(self._model, self.sites, self.number_format, profiled, target)
+        if self._rounds:
+            self.unrounded = round_others(self._model, self.sites, self.number_format, self._readers)
+        return storages
+
+    def _check_size(self, images: Tensor) -> None:
+        """Sites have neurons of one image's size. Raises UnsupportedModel for images of another."""
+        if images.shape[1:] != self._shape:
+            raise UnsupportedModel(
+                f"images come in shapes {list(self._shape)} and {list(images.shape[1:])}; bring all to one size"
+            )
 
 
 class ReplayEngine(_Engine):
@@ -135,6 +182,9 @@ class ReplayEngine(_Engine):
     replayed without the shortcuts.
     """
 
+    name = "replay"
+    sees_masked = True
+
     def _set_up(
         self, model: nn.Module, image: Tensor, kinds: Sequence[str], profiled: Mapping[str, float], target: Target
     ) -> None:
@@ -143,11 +193,16 @@ class ReplayEngine(_Engine):
             if weight.ndim == 4:  # of 3-d convolutions it has 5
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         self._traced = TracedModel(model, image, kinds)
-        self.sites, self.skipped = self._traced.sites, self._traced.skipped
-        self._storages, outputs = make_storages(self._traced.model, self.sites, self.number_format, profiled, target)
-        self._rounds = self.number_format.name != "fp32"
+        self._model, self.sites, self.skipped = self._traced.model, self._traced.sites, self._traced.skipped
+        self._storages, outputs = self._store(profiled, target)
         if self._rounds:
-            self._traced.visit = lambda position, call: outputs[position].round(call.output)
+            computed = computed_weights(self._model, self.sites)
+
+            def rounded(position: int, call: Call) -> Tensor:
+                output = round_call(self.number_format, call) if position in computed else call.output
+                return outputs[position].round(output)
+
+            self._traced.visit = rounded
         self._shortcuts = {} if self._rounds else shortcuts(self._traced)
         self._local = LocalSteps(self._traced)
         self._chains = chains_of(self._traced)
@@ -155,13 +210,17 @@ class ReplayEngine(_Engine):
     @torch.inference_mode()
     def run(self, images: Tensor, faults: Faults) -> Outcomes:
         """Carry out N > 0 faults on a batch of images [B, ...], each in an inference of its own, on its own image."""
+        self._check_size(images)
         traced = self._traced
         if images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         golden = traced.inputs(images)
         results = _Results(faults)
         local: list[LocalFaults] = []
+        shared = {position: self._first_reader(weight) for position, weight in self._shared.items()}
         for index in traced.walk(golden):
+            for position in (position for position, first in shared.items() if first == index):
+                self._hit_stored(position, index, faults, golden, results)
             moved = [
                 part
                 for faults_of_site in local
@@ -173,13 +232,14 @@ class ReplayEngine(_Engine):
                 self._replay([part for part, spread in moved if spread == start], start, golden, results)
             for position in traced.at.get(index, ()):
                 rows = torch.where(faults.position == position)[0]
-                if len(rows):
+                if len(rows) and position not in shared:
                     local += self._start(position, index, rows, faults, golden, results)
         return results.outcomes(golden[traced.steps[-1]])
 
     @torch.inference_mode()
     def observe(self, images: Tensor, see: See = lambda position, output: None) -> Tensor:
         """Run images [B, ...] without faults; `see` gets each site's position and output. Returns the logits [B, C]."""
+        self._check_size(images)
         return self._observe(images, see)
 
     def _observe(self, images: Tensor, see: See, keep: Callable[[fx.Node, Any], None] = lambda step, value: None) -> Tensor:
@@ -208,7 +268,7 @@ class ReplayEngine(_Engine):
     ) -> list[LocalFaults]:
         """Let the faults `rows` of a site happen. Returns those that are still local; the others are already done."""
         traced, storage = self._traced, self._storages[position]
-        site, step = self.sites[position], traced.steps[index]
+        site, step = traced.sites[position], traced.steps[index]
         part, values = faults.select(rows)
         in_output = faults.model.target != "weight" and traced.is_whole(position)
         local = in_output and not self._rounds and part.one_value_each and golden[step].ndim in (2, 4)
@@ -231,6 +291,38 @@ class ReplayEngine(_Engine):
             results.damaged(values[few_values], damage)
             results.reached(rows[chunk], self._finish(copies, index + 1))
         return []
+
+    def _first_reader(self, weight: Tensor) -> int:
+        """The index of the first step that reads some weights, itself or in its module."""
+
+        def reads(step: fx.Node) -> bool:
+            if step.op == "call_module":
+                return any(one is weight for one in self._traced.modules[step.target].parameters())
+            return step.op == "get_attr" and self._traced.call(step, (), {}) is weight
+
+        return next(index for index, step in enumerate(self._traced.steps) if reads(step))
+
+    def _hit_stored(self, position: int, start: int, faults: Faults, golden: Values, results: _Results) -> None:
+        """Let faults in weights that several steps read happen: one after another, from their first reader on."""
+        traced = self._traced
+        rows = torch.where(faults.position == position)[0]
+        if not len(rows):
+            return
+        part, values = faults.select(rows)
+
+        def infer(number: int) -> Tensor:
+            own = {
+                step: traced.select(step, golden[step], part.image[number : number + 1]) for step in traced.live(golden, start)
+            }
+            # Without the constants behind `start`, which may be made of the weights.
+            for index, step in enumerate(traced.steps[start:], start):
+                own[step] = traced.run_step(index, own, traced.visit)
+                traced.release(index, own)
+            return own[traced.steps[-1]]
+
+        damage, logits = damage_stored(self._storages[position], self._shared[position], part, infer)
+        results.damaged(values, damage)
+        results.reached(rows, logits)
 
     def _replay(self, parts: list[LocalFaults], start: int, golden: Values, results: _Results) -> None:
         """Run all of the steps from `start` on for faults that are no longer local."""
@@ -310,12 +402,15 @@ class WholeEngine(_Engine):
     trace.
     """
 
+    name = "whole"
+
     def _set_up(
         self, model: nn.Module, image: Tensor, kinds: Sequence[str], profiled: Mapping[str, float], target: Target
     ) -> None:
         self._model = model
         self._find_sites(image, kinds)
-        self._storages, self._outputs = make_storages(self._model, self.sites, self.number_format, profiled, target)
+        self._storages, self._outputs = self._store(profiled, target)
+        self._computed = computed_weights(self._model, self.sites) if self._rounds else set()
 
     def _find_sites(self, image: Tensor, kinds: Sequence[str]) -> None:
         surveys: list[list[tuple[Call, str]]] = [[], []]
@@ -348,18 +443,33 @@ class WholeEngine(_Engine):
     @torch.inference_mode()
     def run(self, images: Tensor, faults: Faults) -> Outcomes:
         """Carry out N > 0 faults on a batch of images [B, ...], each in an inference of its own, on its own image."""
+        self._check_size(images)
         results = _Results(faults)
         for position in faults.position.unique().tolist():
             for rows in torch.where(faults.position == position)[0].split(self._batch_size):
                 part, values = faults.select(rows)
-                damage: list[Damage] = []
-                results.reached(rows, self._infer(images[part.image], position, part, damage))
-                results.damaged(values, damage[0])
+                if position in self._shared:
+                    damage, logits = self._hit_stored(images, position, part)
+                    results.damaged(values, damage)
+                    results.reached(rows, logits)
+                    continue
+                found: list[Damage] = []
+                results.reached(rows, self._infer(images[part.image], position, part, found))
+                results.damaged(values, found[0])
         return results.outcomes(self._infer(images.clone()))
+
+    def _hit_stored(self, images: Tensor, position: int, faults: Faults) -> tuple[Damage, Tensor]:
+        """Let faults in weights that are read several times happen, each in its own inference. Returns damage and logits."""
+
+        def infer(number: int) -> Tensor:
+            return self._infer(images[faults.image[number : number + 1]])
+
+        return damage_stored(self._storages[position], self._shared[position], faults, infer)
 
     @torch.inference_mode()
     def observe(self, images: Tensor, see: See = lambda position, output: None) -> Tensor:
         """Run images [B, ...] without faults; `see` gets each site's position and output. Returns the logits [B, C]."""
+        self._check_size(images)
         return self._infer(images.clone(), see=see)
 
     def predict(self, images: Tensor, labels: Tensor, margin: Margin = class_margin) -> Prediction:
@@ -388,10 +498,17 @@ class WholeEngine(_Engine):
                 raise UnsupportedModel(f"{type(self._model).__name__} runs other operations for other images")
             if here is None:
                 return output
+            if output.numel() != len(images) * self.sites[here].neurons:
+                raise UnsupportedModel(
+                    f"{type(self._model).__name__} runs layer {self.sites[here].layer!r} on some images of a batch only, as a "
+                    "mixture of experts does; compute all experts for every image, and weigh their results"
+                )
             weights = faults is not None and here == position and faults.model.target == "weight"
             if weights:
                 damage, output = damage_weights(self._storages[here], call, faults)
                 found.append(damage)
+            if here in self._computed:
+                output = straight_through(output, round_call(self.number_format, call))
             output = straight_through(output, self._outputs[here].round(output))
             if faults is not None and here == position and not weights:
                 output = output.clone()
@@ -409,6 +526,7 @@ class PyTorchFIEngine(_Engine):
     model: as for PyTorchFI, every Conv2d and Linear called exactly once, as a module. Source: Mahmoud et al., DSN-W 2020.
     """
 
+    name = "pytorchfi"
     _kinds = (nn.Conv2d, nn.Linear)
 
     def _set_up(

@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from textguard.errors import UnsupportedModel
+from textguard.faults.copying import copy_model
 from textguard.faults.detectors import Bound
 from textguard.faults.sites import DEFAULT_KINDS, SURVEYED, Call, Calls, SiteList
 
@@ -35,6 +38,15 @@ ACTIVATIONS = (
     *(F.relu, F.relu6, F.hardtanh, F.leaky_relu, F.elu, F.silu, F.gelu, F.hardswish, F.hardsigmoid),
     *(torch.relu, torch.sigmoid, torch.tanh, "relu", "sigmoid", "tanh"),
 )
+
+# Activations that overwrite their input -> the same that do not.
+OVERWRITING: dict[Any, Any] = {
+    getattr(home, f"{name}_"): getattr(home, name)
+    for home in (torch, F)
+    for name in ("relu", "elu", "hardtanh", "leaky_relu", "celu", "selu", "rrelu", "threshold", "sigmoid", "tanh", "clamp")
+    if hasattr(home, f"{name}_")
+}
+OVERWRITING |= {f"{name}_": name for name in ("relu", "sigmoid", "tanh", "clamp", "clamp_min", "clamp_max", "clip")}
 
 
 class Scaling:
@@ -163,7 +175,7 @@ class TracedModel:
     @torch.inference_mode(False)  # Tensors of inference mode do not count their versions, which the survey compares.
     @torch.no_grad()
     def __init__(self, model: nn.Module, image: Tensor, kinds: Sequence[str] = DEFAULT_KINDS) -> None:
-        model = copy.deepcopy(model).eval()
+        model = copy_model(model).eval()
         for module in model.modules():
             # In-place activations would overwrite the golden values that later replays start from.
             if getattr(module, "inplace", False):
@@ -179,6 +191,7 @@ class TracedModel:
         for step in self.steps:
             if step.kwargs.get("inplace"):
                 step.kwargs = {**step.kwargs, "inplace": False}
+            _write_elsewhere(step)
         self.model = traced
         self.modules = dict(traced.named_modules())
         self.visit: Visit | None = None
@@ -370,6 +383,18 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, Bound) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _write_elsewhere(step: fx.Node) -> None:
+    """Let an activation that overwrites its input, which nobody else reads, return a new value instead."""
+    sources = step.all_input_nodes
+    if step.op not in ("call_function", "call_method") or len(sources) != 1 or len(sources[0].users) > 1:
+        return
+    if step.target in OVERWRITING:
+        step.target = OVERWRITING[step.target]
+    elif isinstance(step.target, FunctionType) and step.target.__module__ == F.__name__:
+        names = list(inspect.signature(step.target).parameters)
+        step.args = tuple(False if name == "inplace" else arg for name, arg in zip(names, step.args, strict=False))
 
 
 def is_tensor(value: Any) -> bool:
