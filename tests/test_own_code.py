@@ -47,7 +47,9 @@ def net(takes: str = "num_classes", init: str = INIT, forward: str = FORWARD) ->
 
 
 def test_an_own_network_is_built_with_the_numbers_that_are_wanted(write):
-    name = write(net("num_classes, image_size, depth=1", "self.side = image_size; self.fc = nn.Linear(3, num_classes)"))
+    drops = "    def forward(self, x):\n        return self.fc(nn.functional.dropout(x.mean((2, 3)), 0.5, self.training))\n"
+    init = "self.side = image_size; self.fc = nn.Linear(3, num_classes)"
+    name = write(net("num_classes, image_size, depth=1", init, drops))
     torch.manual_seed(3)
     model = build_backbone(name, 7, 16)
     drawn = torch.rand(1)

@@ -12,8 +12,8 @@ CLASSES = ["square", "disc", "cross"]
 def splits() -> dict:
     """Training and test images with their labels, and the names of the classes.
 
-    Each part is a tuple (images, labels), or a map-style data set of (image, label). Images are uint8, or floats from 0 to 1 that
-    are not normalised: [N, H, W], [N, 1 or 3, H, W] or [N, H, W, 1 or 3]. Where there is only one part, call it "all".
+    Each part is a tuple (images, labels), or a map-style data set of (image, label). Images are uint8, or floats from 0 to 1
+    that are not normalised: [N, H, W], [N, 1 or 3, H, W] or [N, H, W, 1 or 3]. Where there is only one part, call it "all".
     """
     draw = np.random.default_rng(0)
     return {"train": drawn(240, draw), "test": drawn(60, draw), "classes": CLASSES}
