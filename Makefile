@@ -105,16 +105,17 @@ lint: setup  ## check style, format, import rules, the CI's workflow and the gri
 	ruff format --check .
 	lint-imports
 	zizmor --offline --quiet .github
-	@for grid in $(GRIDS); do cmp dvc.yaml grids/$$grid/dvc.yaml || { echo "run 'make grids'"; exit 1; }; done
+	@for grid in $(GRIDS); do python -m textguard.dag grids/$$grid | cmp - grids/$$grid/dvc.yaml || { echo "run 'make grids'"; exit 1; }; done
 
 format: setup  ## format the code
 	ruff check --fix .
 	ruff format .
 
 # A grid is a DVC repository of its own, so that commands in one do not look for the others' results. All share one cache.
-grids:  ## give every grid the root's dvc.yaml and DVC configuration, remotes included
+grids: setup  ## give every grid the root's dvc.yaml, with the files of its own code, and DVC configuration, remotes included
 	@for grid in $(GRIDS); do \
-	  cp dvc.yaml .dvcignore grids/$$grid/ && mkdir -p grids/$$grid/.dvc && cp .dvc/.gitignore grids/$$grid/.dvc/ && \
+	  python -m textguard.dag grids/$$grid > grids/$$grid/dvc.yaml.tmp && mv grids/$$grid/dvc.yaml.tmp grids/$$grid/dvc.yaml && \
+	  cp .dvcignore grids/$$grid/ && mkdir -p grids/$$grid/.dvc && cp .dvc/.gitignore grids/$$grid/.dvc/ && \
 	  { cat .dvc/config; printf '[cache]\n    dir = ../../../.dvc/cache\n'; } > grids/$$grid/.dvc/config && \
 	  ln -sfn ../../../.dvc/plots grids/$$grid/.dvc/plots || exit 1; \
 	done

@@ -3,14 +3,26 @@
 from pathlib import Path
 
 from textguard.artifacts import write_text
+from textguard.dag import check_definition, own_names
 from textguard.params import Params
+from textguard.vision.recipe import FAMILIES
 
 OUT = Path("metrics/checked.txt")
 # The same for all parameters: others rerun the stages that use them, and this file none.
 CONTENT = "params.yaml holds what textguard/params.py allows.\n"
+# Where the stages of texts write. Figures and the page depend on these folders, in a grid without texts as well.
+TEXTS = ("metrics/texts", "plots/texts", "prompts/texts")
 
 
 def main(params: Params) -> None:
-    """Write OUT, where it is not there yet."""
+    """Write OUT, where it is not there yet. Networks that no list here names, and data of own code, are looked up first."""
+    check_definition(params)
+    if {backbone.network for backbone in params.backbones.values()} - FAMILIES.keys() or any(own_names(params).values()):
+        from stages.rehearsal import look_up  # with torch, which takes seconds, and most grids need not wait for
+
+        look_up(params)
+    if not params.texts:
+        for folder in TEXTS:
+            Path(folder).mkdir(parents=True, exist_ok=True)
     if not OUT.is_file() or OUT.read_bytes() != CONTENT.encode():
         write_text(OUT, CONTENT)

@@ -1,6 +1,7 @@
 """One small batch through everything that will be done with a classifier, before hours go into its training.
 
-It changes no result, and so no stage depends on it or on what it imports.
+And a look at the networks and data that params.yaml names, before anything runs. It changes no result, and so no stage depends
+on it or on what it imports.
 """
 
 import copy
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from textguard.errors import UnsupportedModel
-from textguard.params import CloseupParams, InjectParams
+from textguard.params import CloseupParams, InjectParams, Params
 from textguard.vision.recipe import Recipe
 from textguard.vision.transforms import TrainingView
 
-IMAGES = 2
+IMAGES, CLASSES = 2, 10
 
 
 def rehearse(model: nn.Module, view: TrainingView, recipe: Recipe, inject: InjectParams, closeup: CloseupParams) -> None:
@@ -39,6 +40,23 @@ def rehearse(model: nn.Module, view: TrainingView, recipe: Recipe, inject: Injec
         # Not with what that step made of it: its outputs may be anything, as the rate is meant for a whole batch.
         with _as_after_training(), np.errstate(invalid="ignore"):
             _use(copy.deepcopy(model).eval(), images.to(device), labels.to(device), inject, closeup)
+
+
+def look_up(params: Params) -> None:
+    """Build each network that has no name of its own here, and call each function of own data.
+
+    Raises UnknownName for networks that are in no library; InvalidParameter for what is wrong with own code.
+    """
+    from textguard.vision.backbones import BACKBONES, build_backbone
+    from textguard.vision.datasets import is_own, own_parts
+
+    for dataset in params.datasets.values():
+        if is_own(dataset.source):
+            own_parts(dataset.source)
+    for backbone in params.backbones.values():
+        if backbone.network not in BACKBONES:
+            with torch.random.fork_rng(devices=[]):
+                build_backbone(backbone.network, CLASSES, backbone.image_size, backbone.drop_path)
 
 
 def _use(model: nn.Module, images: Tensor, labels: Tensor, inject: InjectParams, closeup: CloseupParams) -> None:

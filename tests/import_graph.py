@@ -14,7 +14,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # where grimp looks for the stages
 PAGE = REPOSITORY / "CONTRIBUTING.md"
 FIRST, LAST = "<!-- imports: drawn by tests/import_graph.py -->\n", "<!-- end of imports -->\n"
-PLUMBING = {"textguard.errors", "textguard.artifacts", "textguard.runtime", "textguard.strict_yaml", "textguard.environment"}
+PLUMBING = {
+    "textguard.errors",
+    "textguard.artifacts",
+    "textguard.runtime",
+    "textguard.strict_yaml",
+    "textguard.environment",
+    "textguard.modules",
+}
 
 
 def edges() -> set[tuple[str, str]]:

@@ -12,11 +12,15 @@ import yaml
 
 from conftest import REPOSITORY
 from smoke_grid import BASELINE, BEHIND_TRAINING, GRID, GUIDED, RUNS, TEXT, TEXTS, change, repro, run, stages
+from textguard.dag import definition
+from textguard.params import load_params
 
 # They read, check, write and report; they do not compute. dvc.yaml says why they are no dependencies.
 PLUMBING = {
     "textguard",
+    "textguard.dag",
     "textguard.environment",
+    "textguard.modules",
     "textguard.errors",
     "textguard.params",
     "textguard.artifacts",
@@ -148,4 +152,8 @@ def test_every_grid_has_a_copy_of_the_roots_dag():
     grids = sorted((REPOSITORY / "grids").glob("*/dvc.yaml"))
     assert grids
     for grid in grids:
-        assert grid.read_bytes() == (REPOSITORY / "dvc.yaml").read_bytes(), "run 'make grids'"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(grid.parent)
+            assert grid.read_text(encoding="utf-8") == definition(load_params()), "run 'make grids'"
+        own = grid.parent.name == "own"
+        assert (grid.read_bytes() == (REPOSITORY / "dvc.yaml").read_bytes()) != own

@@ -4,6 +4,7 @@ import doctest
 
 import pytest
 
+import public_names
 import textguard.assessment
 import textguard.faults
 
@@ -26,3 +27,8 @@ def test_the_example_runs(package, name):
 @pytest.mark.parametrize("package", PACKAGES)
 def test_names_are_exported_in_order(package):
     assert package.__all__ == sorted(package.__all__)
+
+
+def test_docs_list_all_names():
+    assert public_names.PAGE.read_text(encoding="utf-8") == public_names.page(), "run 'python tests/public_names.py'"
+    assert [found[1] for found in public_names.TABLE.findall(public_names.page())] == [each.__name__ for each in PACKAGES]

@@ -43,6 +43,7 @@ WORK_DIR = Path(".work")
 MOST_BYTES = 2**30  # of one file that is read whole
 FP32_MAX = 3.4028234663852886e38
 Record = TypeVar("Record")
+code_of_users: set[Path] = set()  # files of a user's own code that this process runs, see textguard.modules
 went_on_from: list[Path] = []  # folders of partial results that an interrupted process had left, and this one took up
 
 
@@ -569,8 +570,9 @@ def work_dir(stage: str, key: str, mark: str) -> Iterator[Path]:
 
 
 def _code_in_use() -> dict[str, str]:
-    """What computes: SHA-256 of every module of this project that is loaded, and torch's version."""
+    """What computes: SHA-256 of every module of this project that is loaded, and of a user's own; and torch's version."""
     loaded = [module for name, module in sys.modules.items() if name.partition(".")[0] in ("textguard", "stages")]
     sources = [Path(module.__file__) for module in loaded if getattr(module, "__file__", None)]
     versions = {"torch": str(sys.modules["torch"].__version__)} if "torch" in sys.modules else {}
+    sources += sorted(code_of_users)
     return versions | {f"{path.parent.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in sources}

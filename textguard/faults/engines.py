@@ -507,7 +507,8 @@ class WholeEngine(_Engine):
             if output.numel() != len(images) * self.all_sites[here].neurons:
                 layer = self.all_sites[here].layer
                 raise UnsupportedModel(
-                    f"{type(self._model).__name__} runs layer {layer!r} on some images of a batch only, as a mixture of experts does; compute all experts for every image, and weigh their results"
+                    f"{type(self._model).__name__} runs layer {layer!r} on some images of a batch only, as a mixture "
+                    "of experts does; compute all experts for every image, and weigh their results"
                 )
             weights = faults is not None and here == position and faults.model.target == "weight"
             if weights:
@@ -538,13 +539,14 @@ class PyTorchFIEngine(_Engine):
     def _set_up(
         self, model: nn.Module, image: Tensor, kinds: Sequence[str], profiled: Mapping[str, float], target: Target
     ) -> None:
-        from pytorchfi.core import fault_injection
-
-        if (
-            set(kinds) not in ({"Conv2d", "Linear"}, set(DEFAULT_KINDS))
-            or self.number_format.name != "fp32"
-            or target != "neuron"
-        ):
+        try:
+            from pytorchfi.core import fault_injection
+        except ImportError as error:
+            raise UnsupportedModel(
+                "PyTorchFI is not installed; run pip install 'textguard[pipeline]', or set ", Setting("engine"), " to replay"
+            ) from error
+        hit = set(kinds) in ({"Conv2d", "Linear"}, set(DEFAULT_KINDS))
+        if not hit or self.number_format.name != "fp32" or target != "neuron":
             raise UnsupportedModel(
                 "PyTorchFI flips bits of fp32 neurons of Conv2d and Linear; set ", Setting("engine"), " to replay"
             )

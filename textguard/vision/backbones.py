@@ -1,16 +1,19 @@
-"""Image classification networks by name: those of the paper's Table 1, and any other of timm and torchvision.
+"""Image classification networks by name: those of the paper's Table 1, any other of timm and torchvision, and a user's own.
 
-Adding one under a name of its own is a line in BACKBONES. `timm:NAME` and `torchvision:NAME` need none.
+Adding one under a name of its own is a line in BACKBONES. `timm:NAME`, `torchvision:NAME` and `module:PACKAGE.FILE:NAME` need
+none. The last is a class or function of the user's that makes a network, given num_classes, and image_size where it takes that.
 """
 
 import copy
 import difflib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from textguard import modules
 from textguard.errors import InvalidParameter, UnknownName, printable
 from textguard.runtime import import_torchvision
 
@@ -27,13 +30,14 @@ class Backbone:
 
     build: num_classes, and drop_path, how often the last residual branch is left out in training (None: the network's own).
     pretrained: its weights for ImageNet's 1,000 classes, by name, downloaded where they are not at hand.
-    smallest, largest: the image sides it takes, in pixels.
+    smallest, largest: the image sides it takes, in pixels. sized: whether `build` takes image_size as well.
     """
 
     build: Callable[..., nn.Module]
     pretrained: Callable[[], dict[str, Tensor]]
     smallest: int
     largest: int = 4096
+    sized: bool = False
 
 
 def _torchvision(name: str, smallest: int, largest: int = 4096) -> Backbone:
@@ -75,6 +79,33 @@ def _timm(name: str, smallest: int, drop_path_rate: float = 0.0) -> Backbone:
     return Backbone(build, pretrained, smallest)
 
 
+def _own(name: str) -> Backbone:
+    """What a user's class or function makes. Raises InvalidParameter where there is none, or it takes no num_classes."""
+    made = modules.find(name, WHERE)
+    if not callable(made):
+        raise InvalidParameter(f"{name} in {WHERE} is a {type(made).__name__}; it must make a network, given num_classes")
+    takes = modules.call(lambda: inspect.signature(made), f"{name} in {WHERE}: looking at what it takes").parameters
+    if "num_classes" not in takes and inspect.Parameter.VAR_KEYWORD not in {one.kind for one in takes.values()}:
+        raise InvalidParameter(
+            f"{name} in {WHERE} takes {printable(', '.join(takes)) or 'nothing'}; it must take num_classes, how many numbers "
+            "the network gives per image"
+        )
+
+    def build(num_classes: int, drop_path: float | None = None, **size: int) -> nn.Module:
+        if drop_path is not None and "drop_path" not in takes:
+            raise TypeError("it has no such argument")
+        given = {"num_classes": num_classes} | size | ({} if drop_path is None else {"drop_path": drop_path})
+        model = modules.call(lambda: made(**given), f"{name} in {WHERE}")
+        if not isinstance(model, nn.Module):
+            raise InvalidParameter(f"{name} in {WHERE} made a {type(model).__name__}; it must make a torch.nn.Module")
+        return model
+
+    def pretrained() -> dict[str, Tensor]:
+        raise ValueError("a network of your own has none that could be downloaded")
+
+    return Backbone(build, pretrained, 1, sized="image_size" in takes)
+
+
 BACKBONES = {
     "alexnet": _torchvision("alexnet", 63),
     "vgg16_bn": _torchvision("vgg16_bn", 32),
@@ -94,9 +125,14 @@ BACKBONES = {
 
 
 def find_backbone(name: str) -> Backbone:
-    """The backbone called `name`, `timm:NAME` or `torchvision:NAME`. Raises UnknownName, with the names that are close."""
+    """The backbone called `name`, `timm:NAME`, `torchvision:NAME` or `module:PACKAGE.FILE:NAME`.
+
+    Raises UnknownName, with the names that are close; InvalidParameter for a user's own that is not there, or fails.
+    """
     if name in BACKBONES:
         return BACKBONES[name]
+    if name.startswith(modules.PREFIX):
+        return _own(name)
     library, _, inner = name.partition(":")
     if library == "torchvision":
         known, backbone = models.list_models(models), _torchvision(inner, 1)
@@ -105,7 +141,7 @@ def find_backbone(name: str) -> Backbone:
 
         known, backbone = timm.list_models(), _timm(inner, 1)
     else:
-        raise UnknownName("backbone", name, [*BACKBONES, "timm:NAME", "torchvision:NAME"], WHERE)
+        raise UnknownName("backbone", name, [*BACKBONES, "timm:NAME", "torchvision:NAME", "module:PACKAGE.FILE:NAME"], WHERE)
     if inner not in known:
         close = difflib.get_close_matches(inner, known, n=8, cutoff=0.4) or known[:8]
         raise UnknownName("backbone", name, [f"{library}:{other}" for other in close], f"{WHERE} (one of {len(known)})")
@@ -125,14 +161,39 @@ def build_backbone(name: str, outputs: int, image_size: int, drop_path: float | 
             "change params.yaml backbones.*.image_size"
         )
     try:
-        model = backbone.build(num_classes=outputs, drop_path=drop_path)
+        size = {"image_size": image_size} if backbone.sized else {}
+        model = backbone.build(num_classes=outputs, drop_path=drop_path, **size)
     except TypeError as error:
         if drop_path is None:
             raise
         raise InvalidParameter(f"{name} takes no drop_path ({error}); set params.yaml backbones.*.drop_path to null") from error
-    if name not in BACKBONES:
+    if name.startswith(modules.PREFIX):
+        _try_own(name, model, outputs, image_size)
+    elif name not in BACKBONES:
         _try(name, model, outputs, image_size)
     return model
+
+
+def _try_own(name: str, model: nn.Module, outputs: int, image_size: int) -> None:
+    """Run two images through a copy of a user's network. Raises InvalidParameter where it does not give `outputs` for each.
+
+    With numbers, unlike `_try`: code of a user's may look at them. It draws from no generator of the caller's.
+    """
+    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    if device.type == "meta":
+        return
+    images = torch.rand(2, 3, image_size, image_size, device=device, generator=torch.Generator(device).manual_seed(0))
+    for training in (True, False):
+        what = f"{name} in {WHERE}, {'in training' if training else 'in evaluation'}, on images {list(images.shape)},"
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+            tried = copy.deepcopy(model).train(training)
+            found = modules.call(lambda tried=tried: tried(images.clone()), what)
+        if not isinstance(found, Tensor) or found.shape != (2, outputs):
+            got = f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            raise InvalidParameter(
+                f"{what} gives {got}; made with num_classes={outputs}, it must give [2, {outputs}], one number per class "
+                "(or, below a text-guided head, per feature)"
+            )
 
 
 def _try(name: str, model: nn.Module, outputs: int, image_size: int) -> None:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from textguard import modules
 from textguard.artifacts import (
     beside_copy,
     expanded,
@@ -146,7 +147,11 @@ def read_split(folder: Path, split: str, wanted: Wanted, repository: Path) -> Sp
     with reading(split_file(folder, split), "data"):
         if described["source"] != wanted.source:
             raise InvalidArtifact(f"was made of {printable(described['source'])!r}, and params.yaml says {wanted.source!r}")
-        if isinstance(found, IndexedSplit):
+        if is_own(wanted.source):
+            if described.get("split") != split:
+                raise InvalidArtifact(f"holds no {split}ing images, or those of an older version")
+            fits = len(found) <= (limits[split] or len(found))
+        elif isinstance(found, IndexedSplit):
             if found.orientation != wanted.orientation:
                 raise InvalidArtifact(
                     f"was made with orientation {found.orientation!r}, and params.yaml says {wanted.orientation!r}"
@@ -254,8 +259,12 @@ def data_root(source: str, folder: str | None, repository: Path) -> Path | None:
     data set that can be downloaded, data/downloads/SOURCE of the repository. What git does not know is not in the copy of a
     repository in which DVC runs an experiment: it is read from where the copy was made.
     """
+    if is_own(source):
+        if folder:
+            raise InvalidParameter(f"params.yaml datasets.*.folder must be empty: {source} knows where its images lie")
+        return None
     if source not in SOURCES:
-        raise UnknownName("data set", source, SOURCES, "params.yaml datasets.*.source")
+        raise UnknownName("data set", source, [*SOURCES, "module:PACKAGE.FILE:NAME"], OWN_WHERE)
     if folder:
         return beside_copy(repository / expanded(folder, "params.yaml datasets.*.folder"))
     if SOURCES[source].files == "none":
@@ -488,6 +497,90 @@ def _image_folder(tree: ClassFolders, part: str, folders: list[str]) -> Part:
     return Part(np.array(paths, object), np.array(labels, np.int64))
 
 
+def is_own(source: str) -> bool:
+    """Whether a data set comes from a function of the user's, as `module:PACKAGE.FILE:NAME`."""
+    return source.startswith(modules.PREFIX)
+
+
+OWN_WHERE = "params.yaml datasets.*.source"
+OWN_RETURN = "it must return {'train': PART, 'test': PART, 'classes': [NAME, ...]}, or 'all' in place of train and test"
+OWN_PART = "a part must be a tuple (images, labels), or a map-style data set of (image, label)"
+OWN_PIXELS = "images must be uint8, or floats from 0 to 1, of 1 or 3 channels and one size"
+
+
+def own_parts(source: str) -> tuple[dict[str, Any], list[str]]:
+    """The parts that a user's function returns, as they are, and the class names. Raises InvalidParameter."""
+    made, named = modules.find(source, OWN_WHERE), f"{source} in {OWN_WHERE}"
+    if not callable(made):
+        raise InvalidParameter(f"{named} is a {type(made).__name__}; it must be a function: {OWN_RETURN}")
+    found = modules.call(made, named)
+    if not isinstance(found, Mapping) or set(found) - {"classes"} not in ({"train", "test"}, {"all"}):
+        keys = f" of {printable(', '.join(map(str, found)), 80) or 'nothing'}" if isinstance(found, Mapping) else ""
+        raise InvalidParameter(f"{named} returns a {type(found).__name__}{keys}; {OWN_RETURN}")
+    parts = {name: found[name] for name in ("train", "test", "all") if name in found}
+    for name, part in parts.items():
+        if not _is_pair(part) and not (hasattr(part, "__getitem__") and hasattr(part, "__len__")):
+            raise InvalidParameter(f"{named} returns as {name!r} a {type(part).__name__}; {OWN_PART}")
+    classes = found.get("classes", getattr(next(iter(parts.values())), "classes", None))
+    classes = list(classes) if isinstance(classes, tuple) else classes
+    if problem := misnamed(classes):
+        raise InvalidParameter(f"{named} returns bad class names as 'classes': {problem}")
+    return parts, classes
+
+
+def _is_pair(part: Any) -> bool:
+    return isinstance(part, tuple) and len(part) == 2 and all(hasattr(each, "__len__") for each in part)
+
+
+def _own_content(source: str) -> Content:
+    """What a user's function returns, as pixels. Raises InvalidParameter."""
+    parts, classes = own_parts(source)
+    made = {}
+    for name, part in parts.items():
+        named = f"{source} in {OWN_WHERE}, {name}"
+        pair = part
+        if not _is_pair(part):
+            pairs = modules.call(lambda part=part: [part[index] for index in range(len(part))], named)
+            if not all(isinstance(each, tuple | list) and len(each) == 2 for each in pairs):
+                raise InvalidParameter(f"{named}: its items are no pairs; {OWN_PART}")
+            pair = [image for image, _ in pairs], [label for _, label in pairs]
+        labels = modules.call(lambda pair=pair: np.asarray(pair[1]), f"{named}: its labels")
+        if labels.dtype.kind not in "iu" or labels.ndim != 1 or len(labels) != len(pair[0]) or not len(labels):
+            raise InvalidParameter(
+                f"{named} has labels {list(labels.shape)}, {labels.dtype}, for {len(pair[0])} images; each needs one whole "
+                f"number, from 0 to {len(classes) - 1}"
+            )
+        if not 0 <= labels.min() <= labels.max() < len(classes):
+            raise InvalidParameter(
+                f"{named} has labels from {labels.min()} to {labels.max()}, and {len(classes)} classes; count from 0"
+            )
+        made[name] = Part(_own_pixels(pair[0], named), labels.astype(np.int64))
+    return Content(made, classes)
+
+
+def _own_pixels(images: Any, named: str) -> Tensor:
+    """Images of a user's, as uint8 [N, 1 or 3, H, W]. Raises InvalidParameter."""
+    try:
+        found = np.asarray(images) if hasattr(images, "shape") else np.stack([np.asarray(image) for image in images])
+    except Exception as error:  # of whatever the images are
+        raise InvalidParameter(f"{named}: its images make no array ({printable(str(error))}); {OWN_PIXELS}") from error
+    found = found[:, None] if found.ndim == 3 else found
+    if found.ndim == 4 and found.shape[1] not in (1, 3) and found.shape[3] in (1, 3):
+        found = found.transpose(0, 3, 1, 2)
+    if found.ndim != 4 or found.shape[1] not in (1, 3) or not found.size or found.dtype.kind not in "uf":
+        raise InvalidParameter(f"{named} has images {list(found.shape)}, {found.dtype}; {OWN_PIXELS}")
+    if found.dtype.kind == "f":
+        if not (found.min() >= 0 and found.max() <= 1):
+            raise InvalidParameter(
+                f"{named} has images with values from {found.min():.4g} to {found.max():.4g}; {OWN_PIXELS}, which are "
+                "normalised later"
+            )
+        found = np.rint(found * 255)
+    elif found.dtype != np.uint8:
+        raise InvalidParameter(f"{named} has images of {found.dtype}; {OWN_PIXELS}")
+    return torch.from_numpy(np.ascontiguousarray(found).astype(np.uint8, copy=True))
+
+
 @dataclass(frozen=True)
 class Source:
     """read: its content from a root. files: `none`, `local` (cannot be downloaded) or torchvision's class that downloads it.
@@ -524,10 +617,18 @@ WHERE = "name its folder in params.yaml datasets.*.folder, or put it into SOURCE
 
 
 def expected_sizes(source: str, *, test_share: float, limit_train: int, limit_test: int) -> tuple[int, int, int]:
-    """Training images, test images and classes that a standard data set will have, without reading it. Raises UnknownName."""
-    if source not in STANDARD_SIZES:
+    """Training images, test images and classes that a data set will have: a standard one, unread, or a user's own.
+
+    Raises UnknownName for others, InvalidParameter where the user's function fails.
+    """
+    if is_own(source):
+        parts, names = own_parts(source)
+        sizes = {name: len(part[1] if _is_pair(part) else part) for name, part in parts.items()}
+        train, test, classes = sizes.get("train", sizes.get("all")), sizes.get("test", 0), len(names)
+    elif source in STANDARD_SIZES:
+        train, test, classes = STANDARD_SIZES[source]
+    else:
         raise UnknownName("data set of known size", source, STANDARD_SIZES, "params.yaml datasets.*.source")
-    train, test, classes = STANDARD_SIZES[source]
     if not test:
         train, test = (whole := train) - math.ceil(whole * test_share), math.ceil(whole * test_share)
     return limit_train or train, limit_test or test, classes
@@ -536,8 +637,11 @@ def expected_sizes(source: str, *, test_share: float, limit_train: int, limit_te
 def read_source(source: str, root: Path | None) -> Content:
     """Read a data set. One that belongs in data/downloads and is missing there is downloaded first.
 
-    Raises InvalidArtifact for files that are missing or damaged, InvalidParameter for a folder that does not exist.
+    Raises InvalidArtifact for files that are missing or damaged, InvalidParameter for a folder that does not exist, and for
+    what is wrong with a user's own.
     """
+    if is_own(source):
+        return _own_content(source)
     known = SOURCES[source]
     if root and not root.is_dir():
         if known.files == "local" or root.parts[-3:] != (*DOWNLOADS.parts, source):
@@ -660,7 +764,7 @@ def save_splits(
     for name, part in splits.items():
         if part.packed:
             tensors = {"images": part.images, "labels": torch.from_numpy(part.labels)}
-            write_safetensors(folder / name / PACKED, tensors, described)
+            write_safetensors(folder / name / PACKED, tensors, described | ({"split": name} if is_own(source) else {}))
         else:
             table = tables[name] if checksum else tables[name].assign(sha256="")
             write_parquet(folder / name / INDEX, table, described | {"split": name, "orientation": orientation})
