@@ -9,7 +9,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import coverage, efficiency, gate, guided, injections, last_layer, memory, overhead, training
+from benchmarks import coverage, efficiency, gate, guided, injections, last_layer, memory, networks, overhead, training
 from textguard import __version__
 from textguard.artifacts import write_json, write_text
 from textguard.runtime import describe_device, pick_device
@@ -17,7 +17,7 @@ from textguard.runtime import describe_device, pick_device
 HERE = Path(__file__).parent
 MEASURES = {
     module.__name__.rpartition(".")[2]: module.measure
-    for module in (last_layer, overhead, memory, guided, gate, coverage, efficiency)
+    for module in (last_layer, overhead, memory, networks, guided, gate, coverage, efficiency)
 }
 MEASURES |= {
     "simulated": coverage.simulate,
@@ -67,6 +67,8 @@ def table(results: dict) -> str:
             )
             head = " | | "
     shares, peak, last = results["overhead"], results["memory"], results["last_layer"]
+    families = results["networks"]
+    tried = families["replay"] + len(families["whole"])
     reach, held, trained = results["efficiency"], results["coverage"], results["training"]
     one = reach["each"][0]
     lines += [
@@ -82,6 +84,9 @@ def table(results: dict) -> str:
         f"ResNet-18's campaign: {shares['products']:.0%} of the time in convolutions and matrix products, "
         f"{shares['movement']:.0%} in data movement, {shares['other']:.0%} elsewhere.",
         f"Peak memory, ResNet-50 at 224 x 224: {peak['ratio']:.2f} times that of a plain forward pass with the same batch.",
+        f"One network of each of timm's families: {families['replay']} of {tried} are replayed. Others: "
+        + ("; ".join(f"{name} ({reason})" for name, reason in families["whole"].items()) or "none")
+        + f". {len(families['not_run'])} more do not run on plain images.",
         f"Last layer in closed form: {last['faults']:,} faults in {last['seconds']:.2f} s.",
         f"ResNet-18, until every layer's DeltaLoss has the 99 % half-width that {one['uniform_per_layer']:,} uniform "
         f"injections with PyTorchFI give: {_spread(reach['times_fewer'], 1)} times fewer injections, "

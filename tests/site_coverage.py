@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from benchmarks.networks import timm_networks
 from textguard.faults.sites import DEFAULT_KINDS, SiteList, owner_of, survey_batches
 from textguard.runtime import import_torchvision
 
@@ -78,22 +79,6 @@ def torchvision_networks() -> Iterator[tuple[str, Callable[[], nn.Module], int]]
         side = 224 if name.startswith(("vit", "maxvit")) else 96 if name.startswith("inception") else 64
         options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
         yield name, functools.partial(models.get_model, name, weights=None, **options), side
-
-
-def timm_networks() -> Iterator[tuple[str, Callable[[], nn.Module], int]]:
-    """The network with the shortest small-sounding name of each of timm's families."""
-    import_torchvision()
-    import timm
-
-    families: dict[str, list[str]] = {}
-    for name in timm.list_models():
-        families.setdefault(timm.model_entrypoint(name).__module__, []).append(name)
-    small = ("test", "tiny", "nano", "atto", "xxs", "pico", "femto", "small", "18", "s0", "b0", "050", "t_")
-    for _, names in sorted(families.items()):
-        name = min(names, key=lambda one: (not any(part in one for part in small), len(one), one))
-        known = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
-        side = known.input_size[-1] if known else 224
-        yield name, functools.partial(timm.create_model, name), side if known and known.fixed_input_size else min(side, 224)
 
 
 def main() -> int:

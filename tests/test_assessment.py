@@ -116,7 +116,7 @@ def test_it_says_what_was_looked_at_before_it_starts(net, images_of_classes, cap
     assert [name for name, reason in one.skipped if reason.endswith(UNWANTED)] == ["mix", "Activation"]
     assert said[0] == (
         "assess: 2 sites, 3 modules with parameters; "
-        "2 skipped (of kinds that were not asked for: ConvTranspose1d, Activation); "
+        "2 skipped (kinds that were not asked for: ConvTranspose1d, Activation); "
         "38 of 40 images eligible; top-1 95.00 %; engine replay"
     )
     assert (one.eligible, one.images, one.top1.value, one.engine, one.reason) == (38, 40, 0.95, "replay", "")

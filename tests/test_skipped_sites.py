@@ -7,7 +7,9 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from textguard.errors import InvalidParameter, UnknownName, UnsupportedModel
+from textguard.faults import sites
 from textguard.faults.engines import ENGINES, ReplayEngine, WholeEngine
+from textguard.schema import campaign
 
 
 class Odd(nn.Module):
@@ -165,3 +167,7 @@ def test_unknown_kinds_and_models_without_sites_are_refused(engine_of, resnet, i
         ENGINES[engine_of](resnet, images[0], 4, kinds=("Conv2d", "Norm"))
     with pytest.raises(UnsupportedModel, match="no Conv3d or Conv1d output"):
         ENGINES[engine_of](resnet, images[0], 4, kinds=("Conv3d", "Conv1d"))
+
+
+def test_the_page_knows_the_kinds_that_nobody_asked_for():
+    assert campaign.UNWANTED == sites.UNWANTED

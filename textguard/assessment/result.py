@@ -18,7 +18,8 @@ from textguard.faults.checks import checked_name, folder_path
 from textguard.faults.damage import FaultModel
 from textguard.faults.formats import parse_format
 from textguard.faults.plans import PLAN_COLUMNS, bits_of, count_targets
-from textguard.faults.sites import UNWANTED, Site
+from textguard.faults.sites import Site
+from textguard.schema.campaign import skip_reasons
 
 PARTS = ("channel", "bit", "class", "image")
 OVERALL = "overall"  # the last row of the table
@@ -147,7 +148,7 @@ class Assessment:
         top1 = f"{self.top1.value:.2%}".replace("%", " %")
         parts = [
             f"{len(self.sites)} sites, {self.modules} modules with parameters",
-            f"{len(self.skipped)} skipped{_grouped(self.skipped)}",
+            f"{len(self.skipped)} skipped{f' ({found})' if (found := _some(skip_reasons(self.skipped))) else ''}",
             f"{self.eligible:,} of {self.images:,} images eligible",
             f"top-1 {top1}",
             f"engine {self.engine}{f' ({self.reason})' if self.reason else ''}",
@@ -354,24 +355,10 @@ def _exact_bits(totals: Totals) -> pd.DataFrame:
     return pd.DataFrame({"bit": range(len(finite)), "injections": totals.faults.astype(int), **columns})
 
 
-def _grouped(skipped: tuple[tuple[str, str], ...]) -> str:
-    """Why things are skipped: each reason with how many have it and the first of them."""
-    groups: dict[str, list[str]] = {}
-    kinds: dict[str, int] = {}
-    for name, reason in skipped:
-        if reason.endswith(UNWANTED):
-            kind = reason.removesuffix(UNWANTED).split()[-1]
-            kinds[kind] = kinds.get(kind, 0) + 1
-        else:
-            groups.setdefault(reason, []).append(name)
-    told = [
-        f"{len(names)} as {names[0]}: {reason}" if len(names) > 1 else f"{names[0]}: {reason}"
-        for reason, names in sorted(groups.items(), key=lambda group: -len(group[1]))
-    ]
-    if kinds:
-        told.insert(0, f"of kinds that were not asked for: {', '.join(kinds)}")
-    more = [f"and {len(told) - MOST_REASONS} other reasons, see skipped"] if len(told) > MOST_REASONS else []
-    return f" ({', '.join(told[:MOST_REASONS] + more)})" if told else ""
+def _some(reasons: list[str]) -> str:
+    """The first reasons, and how many more there are."""
+    more = [f"and {len(reasons) - MOST_REASONS} other reasons, see skipped"] if len(reasons) > MOST_REASONS else []
+    return ", ".join(reasons[:MOST_REASONS] + more)
 
 
 def _columns(estimates: dict[str, Estimate]) -> dict[str, float]:

@@ -23,6 +23,7 @@ from textguard.report.published import load_published
 from textguard.report.rendering import Table, show_estimate
 from textguard.report.tables import in_unit, judged, tables_of
 from textguard.report.theme import place_name, variant_name
+from textguard.schema.campaign import skip_reasons
 from textguard.schema.results import BASELINE, MEASURES, ONE_TRAINING, PLACES, PROPOSED, Cell, RunResult
 
 FIGURES_DIR = Path("plots") / "figures"
@@ -384,8 +385,8 @@ def _not_run(runs: Mapping[str, RunResult], sources: set[str]) -> list[str]:
             )
     if all(run.variant == BASELINE for run in runs.values()):
         lines.append("Any text-guided classifier.")
-    for key, run in runs.items():
-        lines += [f"{key}: faults in {layer}: {reason}." for layer, reason in run.skipped.items()]
+    skipped = dict.fromkeys(pair for run in runs.values() for pair in run.skipped.items())
+    lines += [f"Not hit by faults: {reason}." for reason in skip_reasons(skipped)]
     return lines or ["Nothing of what the paper ran is missing."]
 
 

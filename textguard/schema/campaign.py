@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from textguard.schema.base import Name, Stored, Whole, field
 
 Method = Literal["sampled", "exact"]
+UNWANTED = "is not among the wanted kinds of sites"  # as textguard.faults.sites has it
 Counts = list[Annotated[float, Field(ge=0)]]
 
 # The settings that decide which faults a campaign draws.
@@ -154,3 +155,24 @@ class StoredCampaign(Stored):
         """Layer -> its neurons, for the layers into which faults were drawn, in order of execution."""
         enumerated = {layer.layer for layer in self.exact[self.detectors[0]]}
         return {site.layer: site.neurons for site in self.layers if site.layer not in enumerated}
+
+
+def skip_reasons(skipped: Iterable[tuple[str, str]]) -> list[str]:
+    """Why operations take no faults, each reason once with who has it; the kinds that nobody asked for together.
+
+    Examples
+    --------
+    >>> skip_reasons([("bn1", f"BatchNorm {UNWANTED}"), ("head", "it is scripted"), ("tail", "it is scripted")])
+    ['kinds that were not asked for: BatchNorm', '2 as head: it is scripted']
+    """
+    groups: dict[str, list[str]] = {}
+    kinds: dict[str, None] = {}
+    for name, reason in skipped:
+        if reason.endswith(UNWANTED):
+            kinds[reason.removesuffix(UNWANTED).split()[-1]] = None
+        else:
+            groups.setdefault(reason, []).append(name)
+    told = [f"kinds that were not asked for: {', '.join(kinds)}"] if kinds else []
+    for reason, names in sorted(groups.items(), key=lambda group: -len(group[1])):
+        told.append(f"{len(names)} as {names[0]}: {reason}" if len(names) > 1 else f"{names[0]}: {reason}")
+    return told
