@@ -8,9 +8,12 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.networks import timm_networks
 from textguard.faults.sites import DEFAULT_KINDS, SiteList, owner_of, survey_batches

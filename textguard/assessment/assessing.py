@@ -139,8 +139,8 @@ kinds, engine, batch_size, image_batch, noise
     0        0  Conv2d        8  sampled          20
     1        3  Linear        3    exact         576
     2  overall               11    mixed         596
-    >>> found.eligible, found.engine, found.skipped
-    (6, 'replay', ())
+    >>> found.eligible, found.engine, [name for name, reason in found.skipped]
+    (6, 'replay', ['Activation'])
     >>> again = assess(model, loader, plan=found)
     >>> again.records.equals(found.records)
     True
