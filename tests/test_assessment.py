@@ -103,6 +103,10 @@ def test_fit_is_what_can_be_hit_times_what_does_harm(found, net, images_of_class
     in_weights = FaultModel(target="weight")
     weights = assess(net, images_of_classes, injections_per_layer=8, fit_per_megabit=RATE, fault_model=in_weights)
     assert [weights.exposure(layer) for layer in weights.layers] == [4 * 9, 144 * 5]
+    images, labels = (torch.stack(part) for part in zip(*images_of_classes.dataset, strict=True))
+    halves = DataLoader(TensorDataset(images.bfloat16(), labels), batch_size=20)
+    short = assess(copy.deepcopy(net).bfloat16(), halves, injections_per_layer=64, fit_per_megabit=RATE, detector="off").table
+    np.testing.assert_allclose(short["fit"][:-1], short["sdc"][:-1] * short["neurons"][:-1] * 16 * RATE * 1e-6, rtol=1e-12)
     for bad in (0, -1, float("nan"), True, "20"):
         with pytest.raises(InvalidParameter, match=r"argument fit_per_megabit is .*; it must be a number above 0"):
             assess(net, images_of_classes, fit_per_megabit=bad)

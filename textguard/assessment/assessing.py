@@ -19,11 +19,10 @@ from textguard.errors import InvalidParameter, Setting, printable
 from textguard.faults.campaign import Campaign, CampaignSettings
 from textguard.faults.checks import folder_path, texts
 from textguard.faults.damage import FaultModel
-from textguard.faults.engines import ENGINES
 from textguard.faults.execution import run_campaign
 from textguard.faults.inputs import batches, prepare
 from textguard.faults.mitigations import protect
-from textguard.faults.plans import PLAN_COLUMNS
+from textguard.faults.plans import PLAN_COLUMNS, bits_at
 from textguard.faults.profiling import largest_outputs, profile_activations, profile_ranges
 from textguard.faults.task import CLASSES, Task, make_task
 from textguard.runtime import announce
@@ -197,7 +196,6 @@ kinds, engine, batch_size, image_batch, noise
         left_out = [site for site in campaign.sampled if site.layer not in planned]
         sites = [site for site in sites if site not in left_out]
         skipped += [(site.layer, "the plan that is replayed has no fault for it") for site in left_out]
-    name = next(name for name, kind in ENGINES.items() if isinstance(campaign.engine, kind))
     found = Assessment(
         settings=_as_json(settings)
         | {"mitigation": mitigation, "fit_per_megabit": raw_rate}
@@ -206,14 +204,15 @@ kinds, engine, batch_size, image_batch, noise
         sites=tuple(sites),
         skipped=tuple(skipped),
         modules=sum(any(True for _ in module.parameters(recurse=False)) for module in model.modules()),
-        engine=name,
-        reason=getattr(campaign.engine, "reason", ""),
+        engine=campaign.engine.name,
+        reason=campaign.engine.reason,
         records=pd.DataFrame(),
         totals=(),
         predictions=predictions,
         classes=names,
         weights=weights_mark(model),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        site_bits={site.layer: bits_at(site, settings.fault_model, settings.stored_as) for site in sites},
         ranges={site.layer: float(profiled[site.layer]) for site in sites},
         limits={site.layer: float(campaign.limits[settings.detector][site.layer]) for site in sites},
     )

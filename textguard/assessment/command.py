@@ -178,7 +178,7 @@ def _add_assess(commands: Any) -> None:
     faults.add_argument("--target", metavar="WHAT", help="what faults hit: neuron, weight, metadata [neuron]")
     faults.add_argument("--operation", metavar="HOW", help="what they do to a bit: flip, stuck_at_0, stuck_at_1 [flip]")
     faults.add_argument("--format", metavar="FORMAT", help="how values are stored: fp32, fp16, bf16, int(8), ... [fp32]")
-    faults.add_argument("--kinds", type=_names, metavar="A,B", help="operations to inject into [Conv2d,Linear]")
+    faults.add_argument("--kinds", type=_names, metavar="A,B", help="operations to inject into [Conv1d,Conv2d,Conv3d,Linear]")
     faults.add_argument("--detector", metavar="WHAT", help="the range detector: profiled, fixed:X, off [profiled]")
     faults.add_argument("--mitigation", default="none", metavar="WHAT", help="none, ranger, clip_to_zero [none]")
     faults.add_argument("--engine", metavar="NAME", help="replay, whole, pytorchfi [replay]")
