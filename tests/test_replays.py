@@ -366,6 +366,12 @@ UNUSUAL = {
     "linear on a map": lambda: Calling(
         lambda m, x: m.tail(m.row(m.last(x)).flatten(1)), last=nn.Conv2d(4, 4, 16), row=nn.Linear(1, 3), tail=nn.Linear(12, 4)
     ),
+    "nothing but a batch": lambda: Calling(
+        lambda m, x: m.tail(torch.stack([m.one(m.last(x).flatten(1)).flatten(0)] * 2, dim=1)),
+        last=nn.Conv2d(4, 4, 16),
+        one=nn.Linear(4, 1),
+        tail=nn.Linear(2, 4),
+    ),
     "reflected padding": lambda: Unusual(lambda m, x: m.pad(x), pad=nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")),
     "named padding": lambda: Unusual(lambda m, x: m.pad(x), pad=nn.Conv2d(4, 4, 3, padding="same")),
     "indices of the maxima": lambda: Unusual(lambda m, x: m.pool(x)[0], pool=nn.MaxPool2d(2, return_indices=True)),

@@ -64,7 +64,9 @@ class Patch:
 
 def as_map(value: Tensor) -> Tensor:
     """The value as a map [B, C, H, W]; where it is none, each of its numbers is a channel of its own: [B, F, 1, 1]."""
-    return value if value.ndim == 4 else value.flatten(1)[:, :, None, None]
+    if value.ndim == 4:
+        return value
+    return (value.flatten(1) if value.ndim > 1 else value[:, None])[:, :, None, None]
 
 
 def neuron_patch(shape: tuple[int, ...], neuron: Tensor, values: Tensor) -> Patch:
