@@ -367,7 +367,7 @@ UNUSUAL = {
         lambda m, x: m.tail(m.row(m.last(x)).flatten(1)), last=nn.Conv2d(4, 4, 16), row=nn.Linear(1, 3), tail=nn.Linear(12, 4)
     ),
     "nothing but a batch": lambda: Calling(
-        lambda m, x: m.tail(torch.stack([m.one(m.last(x).flatten(1)).flatten(0)] * 2, dim=1)),
+        lambda m, x: m.tail(torch.stack([torch.flatten(m.one(m.last(x).flatten(1)), 0)] * 2, dim=1)),
         last=nn.Conv2d(4, 4, 16),
         one=nn.Linear(4, 1),
         tail=nn.Linear(2, 4),
