@@ -200,6 +200,7 @@ def network() -> nn.Module:
 def copy_checkout(folder: Path, *grids: str) -> None:
     """Copy what a fresh clone holds of the pipeline and of these grids, without any data or result."""
     names = [Path(name) for name in CHECKOUT] + [Path("grids") / grid / name for grid in grids for name in GRID_FILES]
+    names += [own for grid in grids if (REPOSITORY / (own := Path("grids") / grid / "own")).is_dir()]  # its code
     for name in names:
         source = REPOSITORY / name
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

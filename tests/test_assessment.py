@@ -352,24 +352,25 @@ def edit(**entries: object):
     """A change of assessment.json; `...` takes an entry out."""
 
     def work(folder, others):
-        content = json.loads((folder / storage.FILE).read_text()) | entries
-        (folder / storage.FILE).write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
+        content = json.loads((folder / storage.FILE).read_text(encoding="utf-8")) | entries
+        kept = {name: value for name, value in content.items() if value is not ...}
+        (folder / storage.FILE).write_text(json.dumps(kept), encoding="utf-8")
 
     return work
 
 
 def edit_settings(**entries: object):
     def work(folder, others):
-        content = json.loads((folder / storage.FILE).read_text())
+        content = json.loads((folder / storage.FILE).read_text(encoding="utf-8"))
         content["settings"] |= entries
-        (folder / storage.FILE).write_text(json.dumps(content))
+        (folder / storage.FILE).write_text(json.dumps(content), encoding="utf-8")
 
     return work
 
 
 def edit_records(change):
     def work(folder, others):
-        mark = json.loads((folder / storage.FILE).read_text())["mark"]
+        mark = json.loads((folder / storage.FILE).read_text(encoding="utf-8"))["mark"]
         write_parquet(folder / storage.RECORDS, change(others["uniform"].records), {"inputs": mark})
 
     return work
@@ -381,7 +382,10 @@ DAMAGE = {
         lambda folder, others: write_parquet(folder / storage.RECORDS, others["neyman"].records, {"inputs": "0"}),
         "records.parquet is of another assessment than",
     ),
-    "no JSON": (lambda folder, others: (folder / storage.FILE).write_text("{"), "assessment.json is not what"),
+    "no JSON": (
+        lambda folder, others: (folder / storage.FILE).write_bytes(b"{"),
+        "assessment.json is not what",
+    ),
     "an unknown key": (edit(colour="red"), "colour: no such key"),
     "a key too few": (edit(engine=...), "engine: Field required"),
     "no site": (edit(sites=[]), "sites: List should have at least 1 item"),

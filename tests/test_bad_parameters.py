@@ -32,7 +32,7 @@ WRONG_VALUES = {
     "a list for a section": ("datasets", [], ["[]", "object"]),
     "no injections": ("inject.injections_per_layer", 0, ["0", "greater than 0"]),
     "negative injections": ("inject.injections_per_layer", -1, ["-1", "greater than 0"]),
-    "unknown kind of site": ("inject.kinds", ["Pool"], ['"Pool"', "'Conv2d'", "'MatMul'"]),
+    "unknown kind of site": ("inject.kinds", ["Pools"], ['"Pools"', "'Conv2d'", "'MatMul'"]),
     "no kind of site": ("inject.kinds", [], ["at least 1"]),
     "unknown plan": ("inject.plan", "sobol", ['"sobol"', "'uniform', 'proportional', 'neyman' or 'guided'"]),
     "unknown images": ("inject.images", "best", ['"best"', "'uniform', 'importance' or 'shared'"]),

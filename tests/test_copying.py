@@ -46,7 +46,7 @@ def hook_of(lock: object) -> object:
 @pytest.mark.parametrize("kept", ["lock", "file", "generator", "activation", "hook", "weight_norm"])
 def test_a_model_that_keeps_what_cannot_be_copied_is_taken(kept, name, tmp_path: Path):
     model, images = Keeps().eval(), torch.randn(3, 1, 6, 6)
-    with (tmp_path / "log").open("w") as file:
+    with (tmp_path / "log").open("w", encoding="utf-8") as file:
         match kept:
             case "lock":
                 model.fc.state = [threading.Lock()]

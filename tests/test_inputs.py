@@ -630,7 +630,7 @@ def test_shards_of_another_task_are_of_another_campaign(tmp_path: Path):
 
     settings = CampaignSettings(injections_per_layer=4)
     Campaign(NETWORK, pairs(), settings).run(tmp_path)
-    assert "task" not in (tmp_path / "round-0" / "campaign.json").read_text()
+    assert "task" not in (tmp_path / "round-0" / "campaign.json").read_text(encoding="utf-8")
     other = Campaign(NETWORK, pairs(), settings, task=make_task(loss=double))
     with pytest.raises(CampaignMismatch, match=r"task was None, now classes; loss was None, now test_inputs\..*double"):
         other.run(tmp_path)

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fault_helpers import make_faults
+from textguard.assessment import assess
 from textguard.errors import InvalidParameter, UnsupportedModel
-from textguard.faults import FaultModel, assess, draw_guided, draw_plan, parse_format
+from textguard.faults import FaultModel, draw_guided, draw_plan, parse_format
 from textguard.faults.engines import ReplayEngine, WholeEngine, make_engine
 from textguard.faults.exact import affordable
 from textguard.faults.execution import run_campaign
@@ -125,9 +126,9 @@ def test_plans_and_campaigns_follow(pictures):
     assert plan["bit"].between(0, 15).all()
     assert len(run_campaign(engine, loader, plan, limits, image_batch=2)) == len(plan)
     assert affordable(engine, 4, FaultModel(), 10**9) == []
-    layers = assess(model, loader, injections_per_layer=40, plan="proportional", enumerate_up_to=1)
+    layers = assess(model, loader, injections_per_layer=40, plan="proportional", enumerate_up_to=1).table[:-1]
     assert (layers["method"] == "sampled").all()
-    weights = assess(model, loader, injections_per_layer=20, fault_model=FaultModel(target="weight"))
+    weights = assess(model, loader, injections_per_layer=20, fault_model=FaultModel(target="weight")).table
     assert weights["delta_loss"].gt(0).any()
 
 
@@ -157,7 +158,7 @@ def test_models_without_parameters_are_no_crash(pictures):
 
     model = Fixed()
     loader = DataLoader(TensorDataset(pictures, model(pictures).argmax(dim=1)))
-    assert assess(model, loader, injections_per_layer=10)["layer"].tolist() == ["linear"]
+    assert assess(model, loader, injections_per_layer=10).table["layer"].tolist() == ["linear", "overall"]
     with pytest.raises(UnsupportedModel, match="no Conv1d or"):
         assess(Bare(), loader)
 

@@ -26,8 +26,8 @@ WRONG = [
     ("detector", "fixed:ten", "{} is 'fixed:ten'; X must be", "detector", "inject.detector"),
     ("number_format", "fp12", "number format 'fp12' in {}; known", "number_format", "inject.format"),
     ("number_format", "int(1)", "{} is 'int(1)'; int(B) takes", "number_format", "inject.format"),
-    ("kinds", ["Pool"], "kind of site 'Pool' in {}; known", "kinds", "inject.kinds"),
-    ("kinds", ["Conv3d"], "no Conv3d output to inject faults into; change {}", "kinds", "inject.kinds"),
+    ("kinds", ["Pools"], "kind of site 'Pools' in {}; known", "kinds", "inject.kinds"),
+    ("kinds", ["Conv3d"], "); change {}", "kinds", "inject.kinds"),
     ("stop_at", "soon", "{} is 'soon'; allowed: never", "stop_at", "inject.stop_at"),
     ("injections_per_layer", 0, "{} is 0; at least 1", "injections_per_layer", "inject.injections_per_layer"),
     (

@@ -189,7 +189,8 @@ def test_faults_do_the_same_to_a_backbone_replayed_and_run_whole(backbone):
     name, model, images, replay = backbone
     whole = WholeEngine(model, images[0], 4)
     assert whole.sites == replay.sites
-    assert whole.skipped == replay.skipped
+    # Of several operations that read a parameter, one may be traced as part of what all images share.
+    assert [layer for layer, _ in whole.skipped] == [layer for layer, _ in replay.skipped]
     count = len(replay.sites)
     positions = [0, count // 2, count - 1] if name in LARGE else [0, 1, count // 3, count // 2, count - 2, count - 1]
     if BACKBONES[name][3]:

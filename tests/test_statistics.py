@@ -606,7 +606,7 @@ def test_improvements_intervals_hold():
             assert np.allclose(weigh([theirs], [3.0]).unseen, theirs.unseen)
 
     def coverage(pairs):
-        estimates = [improvement(*pair, 0.99).estimate for pair in zip(*pairs, strict=True)]
+        estimates = [improvement(*pair, 0.99) for pair in zip(*pairs, strict=True)]
         return np.mean([estimate.low <= truth <= estimate.high for estimate in estimates])
 
     assert coverage(pairs) >= ENOUGH
