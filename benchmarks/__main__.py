@@ -67,8 +67,6 @@ def table(results: dict) -> str:
             )
             head = " | | "
     shares, peak, last = results["overhead"], results["memory"], results["last_layer"]
-    families = results["networks"]
-    tried = families["replay"] + len(families["whole"])
     reach, held, trained = results["efficiency"], results["coverage"], results["training"]
     one = reach["each"][0]
     lines += [
@@ -84,9 +82,7 @@ def table(results: dict) -> str:
         f"ResNet-18's campaign: {shares['products']:.0%} of the time in convolutions and matrix products, "
         f"{shares['movement']:.0%} in data movement, {shares['other']:.0%} elsewhere.",
         f"Peak memory, ResNet-50 at 224 x 224: {peak['ratio']:.2f} times that of a plain forward pass with the same batch.",
-        f"One network of each of timm's families: {families['replay']} of {tried} are replayed. Others: "
-        + ("; ".join(f"{name} ({reason})" for name, reason in families["whole"].items()) or "none")
-        + f". {len(families['not_run'])} more do not run on plain images.",
+        *_families(results.get("networks")),
         f"Last layer in closed form: {last['faults']:,} faults in {last['seconds']:.2f} s.",
         f"ResNet-18, until every layer's DeltaLoss has the 99 % half-width that {one['uniform_per_layer']:,} uniform "
         f"injections with PyTorchFI give: {_spread(reach['times_fewer'], 1)} times fewer injections, "
@@ -145,6 +141,17 @@ def table(results: dict) -> str:
     lines += _simulated(results["simulated"])
     lines += ["", "Drawing takes, per image and for " + _preparation(results["guided"]) + ".", *_gate(results["gate"])]
     return "\n".join(lines) + "\n"
+
+
+def _families(found: dict | None) -> list[str]:
+    """Which engine takes one network of each of timm's families; nothing where that was not measured."""
+    if not found:
+        return []
+    others = "; ".join(f"{name} ({reason})" for name, reason in found["whole"].items()) or "none"
+    return [
+        f"One network of each of timm's families: {found['replay']} of {found['replay'] + len(found['whole'])} are replayed. "
+        f"Others: {others}. {len(found['not_run'])} more do not run on plain images."
+    ]
 
 
 def _gate(found: dict) -> list[str]:
