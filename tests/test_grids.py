@@ -2,7 +2,6 @@
 
 import math
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -23,7 +22,6 @@ def clone(tmp_path_factory):
     """What a fresh clone holds, without any data or result, as a DVC repository."""
     folder = tmp_path_factory.mktemp("clone")
     copy_checkout(folder, *GRIDS)
-    shutil.copytree(REPOSITORY / "grids" / "own" / "own", folder / "grids" / "own" / "own")
     run(["git", "init", "--quiet"], folder)
     return folder
 

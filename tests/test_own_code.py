@@ -257,7 +257,6 @@ def test_the_check_looks_names_up_and_says_what_dvc_does_not_watch(template):
 def test_the_template_runs_whole_and_reruns_what_a_change_concerns(tmp_path):
     copy_checkout(tmp_path, "own")
     folder = tmp_path / "grids" / "own"
-    shutil.copytree(OWN / "own", folder / "own", ignore=shutil.ignore_patterns("__pycache__"))
     run(["git", "init", "--quiet"], tmp_path)
     run(["dvc", "repro"], folder)
     assert "module:own.net:Net" in (folder / "models/recipes/net-baseline.json").read_text(encoding="utf-8")
