@@ -1,13 +1,13 @@
 """Measure one classifier without faults: accuracy, loss, Top2Diff, parameters, multiply-adds."""
 
 from stages.loading import load_run
-from textguard.artifacts import write_csv, write_parquet
+from textguard.artifacts import weights_mark, write_csv, write_parquet
 from textguard.estimates.statistics import mean_estimate, rate_estimate
 from textguard.params import Params
 from textguard.runtime import describe_device, join_processes
 from textguard.schema.base import write
 from textguard.schema.evaluation import Evaluation
-from textguard.vision.evaluation import accuracy_by_threshold, measure_cost, predict, score_scale, weights_mark
+from textguard.vision.evaluation import accuracy_by_threshold, measure_cost, predict, score_scale
 
 BATCH_SIZE = 256
 

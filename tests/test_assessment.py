@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from textguard.artifacts import write_parquet
+from textguard.artifacts import weights_mark, write_parquet
 from textguard.assessment import Assessment, assess, load, storage
 from textguard.assessment.comparing import as_run, compare_assessments, gate
 from textguard.errors import InvalidArtifact, InvalidParameter, TextguardError, UnknownName
@@ -19,7 +19,6 @@ from textguard.estimates.groups import balanced, summarise_groups
 from textguard.faults import FaultModel
 from textguard.faults.sites import UNWANTED
 from textguard.params import GateParams
-from textguard.vision.evaluation import weights_mark
 
 RATE = 20.49
 CLASSES = ("ant", "bee", "cat", "dog", "elk")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from textguard.artifacts import weights_mark
 from textguard.errors import InvalidArtifact
 from textguard.vision.classifiers import (
     ClassifierSpec,
@@ -19,7 +20,7 @@ from textguard.vision.classifiers import (
     load_classifier,
     save_classifier,
 )
-from textguard.vision.evaluation import accuracy_by_threshold, measure_cost, score_scale, weights_mark
+from textguard.vision.evaluation import accuracy_by_threshold, measure_cost, score_scale
 
 
 def test_the_text_guided_head_is_the_published_one():

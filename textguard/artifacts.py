@@ -37,7 +37,7 @@ from textguard.errors import CannotWrite, InvalidArtifact, InvalidParameter, pri
 # pandas, pyarrow and safetensors are imported where they are used: half of the stages need none of them.
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import Tensor
+    from torch import Tensor, nn
 
 WORK_DIR = Path(".work")
 MOST_BYTES = 2**30  # of one file that is read whole
@@ -576,3 +576,27 @@ def _code_in_use() -> dict[str, str]:
     versions = {"torch": str(sys.modules["torch"].__version__)} if "torch" in sys.modules else {}
     sources += sorted(code_of_users)
     return versions | {f"{path.parent.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in sources}
+
+
+def weights_mark(model: "nn.Module") -> str:
+    """A fingerprint of a model's weights: 16 hexadecimal digits, the same whatever file or device the weights came from.
+
+    It is made of all parameters and buffers: their names, dtypes, shapes and bytes, in the order of their names.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> model = nn.Linear(2, 1)
+    >>> before = weights_mark(model)
+    >>> _ = nn.init.zeros_(model.bias)
+    >>> weights_mark(model) == before
+    False
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda pair: pair[0]):
+        values = tensor.detach().int_repr() if tensor.is_quantized else tensor.detach()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -22,7 +22,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from textguard.assessment.assessing import assess, weights_mark
+from textguard.artifacts import weights_mark
+from textguard.assessment.assessing import assess
 from textguard.assessment.result import Assessment
 from textguard.errors import InvalidParameter, Setting, UnknownName, printable
 from textguard.estimates.statistics import Estimate, Sample, quantile, rate_interval

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from textguard.artifacts import weights_mark
 from textguard.assessment.result import Assessment
 from textguard.errors import InvalidParameter, Setting, printable
 from textguard.faults.campaign import Campaign, CampaignSettings
@@ -223,20 +224,6 @@ kinds, engine, batch_size, image_batch, noise
         records = _replay(campaign, given, predictions, shards)
     totals = campaign.enumerate_layers(label="assess, enumerate")[settings.detector]
     return replace(found, records=records, totals=tuple(totals))
-
-
-def weights_mark(model: nn.Module) -> str:
-    """A fingerprint of a model's weights, as stage `evaluate` makes it: 16 hexadecimal digits.
-
-    It is made of all parameters and buffers: their names, dtypes, shapes and bytes, in the order of their names.
-    """
-    # textguard.vision.evaluation.weights_mark is its twin, which this package cannot import without torchvision.
-    digest = hashlib.sha256()
-    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda pair: pair[0]):
-        values = tensor.detach().int_repr() if tensor.is_quantized else tensor.detach()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _as_json(settings: CampaignSettings) -> dict[str, Any]:

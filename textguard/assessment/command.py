@@ -8,7 +8,7 @@ import json
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -95,18 +95,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _command(commands: Any, name: str, work: Callable[[argparse.Namespace], int], **texts: str) -> argparse.ArgumentParser:
+    """The parser of a command that `work` carries out."""
+    parser = commands.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **texts)
+    parser.set_defaults(work=work)
+    return parser
+
+
 def _add_assess(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _command(
+        commands,
         "assess",
         help="inject faults into every layer of a network, and save what they did",
         description="Inject faults into every layer of a network, print a table, and save all of it in a folder.\n"
         "An interrupted assessment goes on when the same command is given again.",
         epilog="example:\n  textguard assess torchvision.models:resnet18 --weights resnet18.safetensors \\\n"
         "      --data folder:photos/test --resize 256 --plan guided --injections 1024 --out resilience",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        work=_assess,
     )
-    parser.set_defaults(work=_assess)
     parser.add_argument("network", metavar="MODULE:NAME", help="a torch.nn.Module, or what makes one when called")
     given = parser.add_argument_group("network and data")
     given.add_argument(
@@ -196,7 +202,8 @@ def _add_assess(commands: Any) -> None:
 
 
 def _add_gate(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _command(
+        commands,
         "gate",
         help="fail where a saved assessment is worse than another one",
         description="Compare two saved assessments number by number. Anything that is worse by more than its tolerance, and\n"
@@ -205,10 +212,8 @@ def _add_gate(commands: Any) -> None:
         epilog="example:\n  textguard gate base/resilience resilience --sdc 10% --delta-loss 10% --top1 1\n\n"
         "The same in pyproject.toml, where options come first:\n  [tool.textguard.gate]\n  top1_points = 1.0\n"
         "  delta_loss_percent = 10\n  sdc_percent = 10\n  significance = 0.01",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        work=_gate,
     )
-    parser.set_defaults(work=_gate)
     parser.add_argument("old", type=Path, metavar="OLD", help="folder of a saved assessment")
     parser.add_argument("new", type=Path, metavar="NEW", help="the same, to be judged")
     parser.add_argument("--top1", type=float, metavar="POINTS", help="accuracy may fall by so many percentage points [1]")
@@ -221,30 +226,28 @@ def _add_gate(commands: Any) -> None:
 
 
 def _add_report(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _command(
+        commands,
         "report",
         help="a page with the figures and tables of a saved assessment, or of two",
         description="Write one HTML file, which needs nothing else, on a saved assessment; with OLD, beside another one.",
         epilog="example:\n  textguard report resilience ../base/resilience",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        work=_report,
     )
-    parser.set_defaults(work=_report)
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a saved assessment")
     parser.add_argument("old", type=Path, nargs="?", metavar="OLD", help="another one to stand beside it")
     parser.add_argument("--file", type=Path, metavar="FILE", help="where to write the page [DIR/report.html]")
 
 
 def _add_advise(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _command(
+        commands,
         "advise",
         help="which layers and feature maps to protect for a wanted SDC",
         description="Say which layers, then which feature maps, to protect for a wanted SDC probability, and what that costs.",
         epilog="example:\n  textguard advise resilience --target-sdc 0.1%",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        work=_advise,
     )
-    parser.set_defaults(work=_advise)
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a saved assessment")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--target-sdc", type=_share, metavar="SDC", help="the SDC probability to reach: 0.001 or 0.1%%")

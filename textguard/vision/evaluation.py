@@ -1,6 +1,5 @@
 """What a classifier is worth without faults, and what it costs."""
 
-import hashlib
 from dataclasses import dataclass
 
 import pandas as pd
@@ -76,26 +75,6 @@ def measure_cost(model: nn.Module, image: Tensor) -> Cost:
 def score_scale(model: nn.Module) -> float:
     """The factor between the last layer's outputs and the logits. It is 1 for all heads but the text-guided one."""
     return model.logit_scale.exp().item() if isinstance(model, TextGuidedClassifier) else 1.0
-
-
-def weights_mark(model: nn.Module) -> str:
-    """A fingerprint of a model's weights: 16 hexadecimal digits, the same whatever file or device the weights came from.
-
-    It is made of all parameters and buffers: their names, dtypes, shapes and bytes, in the order of their names.
-
-    Examples
-    --------
-    >>> model = nn.Linear(2, 1)
-    >>> before = weights_mark(model)
-    >>> _ = nn.init.zeros_(model.bias)
-    >>> weights_mark(model) == before
-    False
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda pair: pair[0]):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def accuracy_by_threshold(predictions: pd.DataFrame) -> pd.DataFrame:
