@@ -351,7 +351,7 @@ def parse_protection(text: str) -> Protection:
         `secded(32)` and `secded(64)`: words of 32 or 64 data bits, which hold as many whole values as fit, with 7 or 8 check
         bits; one flip is corrected, two are detected, more may be taken for one. The values of a word with detected flips are
         read as zero. `triplicated_exponent`: the exponent bits of a float format are stored three times, and a majority
-        decides; signs and mantissas are stored once, for a flip there at most doubles a value.
+        decides. Signs and mantissas are stored once: a flip there changes a value by no more than twice its size.
 
     Returns
     -------
