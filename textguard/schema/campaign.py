@@ -36,10 +36,12 @@ def _complete(settings: dict[str, Any]) -> dict[str, Any]:
     return settings | {"faults": fault_fields(settings["faults"])}
 
 
-def fault_fields(faults: dict[str, Any]) -> dict[str, Any]:
+def fault_fields(faults: Any) -> Any:
     """Section `inject.faults` without what its pattern does not read: of pattern `value`, as before there were patterns."""
     unread = {"value": ("pattern", "block", "damage"), "adjacent": ("block", "damage"), "block": ()}
-    left_out = unread.get(faults.get("pattern", "value"), ("block",))
+    if not isinstance(faults, dict):  # of a file that somebody else wrote
+        return faults
+    left_out = unread.get(str(faults.get("pattern", "value")), ("block",))
     return {name: value for name, value in faults.items() if name not in left_out}
 
 
