@@ -64,7 +64,8 @@ STAGES = {
 
 # Settings that params.yaml keeps elsewhere than in section `inject`, or under another name than the library's argument.
 PLACES = {"number_format": "inject.format", "nonfinite": "statistics.nonfinite", "weight_flips": "closeup.weight_flips"}
-PLACES |= {f"fault_model.{name}": f"inject.faults.{name}" for name in ("target", "operation", "bits", "values")}
+OF_FAULTS = ("target", "operation", "bits", "values", "pattern", "block", "damage")
+PLACES |= {f"fault_model.{name}": f"inject.faults.{name}" for name in OF_FAULTS}
 
 
 def main(arguments: list[str]) -> int:

@@ -191,7 +191,7 @@ def test_a_wrong_value_is_named_with_its_place_and_what_is_allowed(untouched, pl
     [
         ("colour", ["encoder", "figures", "texts"]),
         ("inject.bits", ["batch_size", "detector", "engine", "seed"]),
-        ("inject.faults.colour", ["bits", "operation", "target", "values"]),
+        ("inject.faults.colour", ["bits", "block", "operation", "pattern", "target", "values"]),
         ("datasets.digits.colour", ["limit_test", "source"]),
         ("backbones.resnet18.epoch", ["epochs", "learning_rate", "network", "random_erasing", "recipe"]),
         ("texts.descriptions.colour", ["embedding", "provider", "templates"]),

@@ -448,7 +448,11 @@ FOUND = {
     "format": ({"format": "fp7"}, {}, "format 'fp7'"),
     "detector": ({"detector": "magic"}, {}, "detector 'magic'"),
     "kinds": ({"kinds": ["Conv3d"]}, {}, "the model has no Conv3d output"),
-    "weights of additions": ({"kinds": ["Add"], "faults": FaultParams("weight", "flip", 1, 1)}, {}, "weight"),
+    "weights of additions": (
+        {"kinds": ["Add"], "faults": FaultParams("weight", "flip", 1, 1, "value", [8, 8], "equal")},
+        {},
+        "weight",
+    ),
     "flips": ({}, {"weight_flips": 10**6}, "weight_flips is 1000000, and there are [0-9]+ weights to flip"),
 }
 

@@ -24,7 +24,8 @@ from textguard.faults.engines import Engine
 from textguard.faults.formats import Format
 from textguard.faults.graph import TracedModel, Visit
 from textguard.faults.inputs import batches
-from textguard.faults.sites import Call
+from textguard.faults.plans import FAULT_COLUMNS, damaged_values
+from textguard.faults.sites import Call, Site
 from textguard.runtime import progress
 from textguard.vision.transforms import EvaluationView
 
@@ -286,6 +287,14 @@ def one_fault(rows: pd.DataFrame, model: FaultModel, position: int, limit: float
     return OneFault(model, position, neurons, masks, limit)
 
 
+def _all_of_region(rows: pd.DataFrame, site: Site, model: FaultModel, number_format: Format) -> pd.DataFrame:
+    """Every damaged bit of an injection into a region, of which the records name one value: columns layer, neuron, bit."""
+    head = rows.iloc[:1].assign(mask=int(np.left_shift(1, rows["bit"]).sum()))
+    _, neurons, masks = damaged_values(head[FAULT_COLUMNS], {site.layer: site}, model, number_format)
+    value, bit = np.nonzero(masks[:, None] >> np.arange(64) & 1)
+    return pd.DataFrame({"layer": site.layer, "neuron": neurons[value], "bit": bit})
+
+
 def rank_correlation(golden: np.ndarray, faulty: np.ndarray) -> float:
     """Spearman's rank correlation of two maps, -1 to 1; 0 where the faulty one is not finite, or one of them is flat."""
     if not np.isfinite(faulty).all():
@@ -343,6 +352,8 @@ def damaged_states(
     if worst.empty:
         return states
     site = next(site for site in cam.sites if site.layer == worst["layer"].iloc[0])
+    if fault_model.shaped:
+        worst = _all_of_region(worst, site, fault_model, cam.number_format)
     if fault_model.target == "weight":
         damaged = worst.groupby("neuron")["bit"].agg(lambda bits: int(np.left_shift(1, bits).sum()))
         flips = pd.DataFrame({"parameter": site.parameter, "place": damaged.index, "mask": damaged.to_numpy()})

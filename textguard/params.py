@@ -223,6 +223,9 @@ class FaultParams:
     operation: Literal["flip", "stuck_at_0", "stuck_at_1"]
     bits: Annotated[int, Field(gt=0, le=64)]
     values: Annotated[int, Field(gt=0, le=10**6)]
+    pattern: Literal["value", "adjacent", "channel", "row", "column", "block"]
+    block: Annotated[list[Annotated[int, Field(gt=0, le=10**6)]], Field(min_length=2, max_length=2)]
+    damage: Literal["equal", "random"]
 
 
 @dataclass(frozen=True, config=_strict)

@@ -13,7 +13,7 @@ from textguard.errors import InvalidArtifact
 from textguard.estimates.summary import LayerResult, Totals, replace_records, summarise, summarise_totals
 from textguard.params import InjectParams, Run, StatisticsParams
 from textguard.schema.base import read
-from textguard.schema.campaign import StoredCampaign
+from textguard.schema.campaign import StoredCampaign, fault_fields
 from textguard.schema.records import check_injections, inputs_of, read_columns
 from textguard.schema.results import BASELINE
 
@@ -61,7 +61,7 @@ def load_campaign(key: str, run: Run, statistics: StatisticsParams, inject: Inje
 
 
 def _check_settings(stored: StoredCampaign, inject: InjectParams) -> None:
-    wanted = asdict(inject)
+    wanted = asdict(inject) | {"faults": fault_fields(asdict(inject.faults))}
     for name, value in wanted.items():
         if stored.settings.get(name) != value:
             raise InvalidArtifact(f"is of a campaign with {name} {stored.settings.get(name)!r}; params.yaml has {value!r}")
@@ -130,7 +130,7 @@ def _check_changes(detector: str, changed: pd.DataFrame, records: pd.DataFrame, 
     drawn, there = (pd.MultiIndex.from_frame(part[name]) for part in (records, changed))
     if not there.isin(drawn).all():
         raise InvalidArtifact(f"has injections under detector {detector!r} that the campaign did not draw")
-    if detector == "profiled" or inject.faults.target == "metadata":
+    if detector == "profiled" or inject.faults.target == "metadata" or inject.faults.pattern not in ("value", "adjacent"):
         return  # what these let pass is not in the records
     limit = np.float32(detector.removeprefix("fixed:") if detector != "off" else np.inf)
     # As textguard.faults.sampling.rerun_changed chooses them.

@@ -338,7 +338,8 @@ def _exposures(assessment: Assessment, by: str) -> np.ndarray:
 
 def _tells_channels(assessment: Assessment) -> bool:
     """Whether each injection damages one neuron, which is in one channel."""
-    return assessment.fault_model.target == "neuron" and assessment.fault_model.values == 1 and len(assessment.records) > 0
+    model = assessment.fault_model
+    return (model.target, model.values, model.shaped) == ("neuron", 1, False) and len(assessment.records) > 0
 
 
 def _needed(table: pd.DataFrame, target: Target, now: Estimate) -> int:

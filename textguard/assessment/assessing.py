@@ -229,7 +229,7 @@ kinds, engine, batch_size, image_batch, noise
 def _as_json(settings: CampaignSettings) -> dict[str, Any]:
     """The settings that decide on results, or on how they are shown."""
     kept = {name: value for name, value in asdict(settings).items() if name not in ("compare_detectors", "batch_size")}
-    return kept | {"kinds": list(settings.kinds)}
+    return kept | {"kinds": list(settings.kinds), "fault_model": settings.fault_model.as_json()}
 
 
 def _settings_of(saved: Assessment, given: dict[str, Any]) -> dict[str, Any]:

@@ -183,6 +183,13 @@ def _add_assess(commands: Any) -> None:
     )
     faults.add_argument("--target", metavar="WHAT", help="what faults hit: neuron, weight, metadata [neuron]")
     faults.add_argument("--operation", metavar="HOW", help="what they do to a bit: flip, stuck_at_0, stuck_at_1 [flip]")
+    faults.add_argument("--bits", type=int, metavar="N", help="different bits of a value that a fault damages [1]")
+    faults.add_argument("--values", type=int, metavar="N", help="different values of a layer that a fault damages [1]")
+    faults.add_argument(
+        "--pattern", metavar="WHAT", help="a fault's shape: value, adjacent (bits), channel, row, column, block [value]"
+    )
+    faults.add_argument("--block", type=_block, metavar="RxC", help="channels x places of pattern block [8x8]")
+    faults.add_argument("--damage", metavar="HOW", help="of a region: equal bits in all its values, or random ones [equal]")
     faults.add_argument("--format", metavar="FORMAT", help="how values are stored: fp32, fp16, bf16, int(8), ... [fp32]")
     faults.add_argument("--kinds", type=_names, metavar="A,B", help="operations to inject into [Conv1d,Conv2d,Conv3d,Linear]")
     faults.add_argument("--detector", metavar="WHAT", help="the range detector: profiled, fixed:X, off [profiled]")
@@ -270,7 +277,7 @@ def _assess(options: argparse.Namespace) -> int:
     plan = options.plan
     if "/" in plan or is_saved(Path(plan)):
         plan = Assessment.load(plan)
-    fault = {name: getattr(options, name) for name in ("target", "operation") if getattr(options, name) is not None}
+    fault = {name: getattr(options, name) for name in FaultModel.__dataclass_fields__ if getattr(options, name) is not None}
     names = {
         **{name: name for name in ("seed", "images", "stop_at", "pilot", "enumerate_up_to", "kinds", "detector", "engine")},
         **{name: name for name in ("confidence", "batch_size", "image_batch", "noise")},
@@ -356,6 +363,13 @@ def _json_object(text: str) -> dict[str, Any]:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
+
+
+def _block(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split("x")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{printable(repr(text), 60)} is no size, as 8x8") from None
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -229,10 +229,7 @@ def _facts(side: Side) -> list[tuple[str, str]]:
         ("Images", f"{found.eligible:,} of {found.images:,} are eligible: predicted right without faults"),
         ("Top-1", f"{show_estimate(found.top1.times(100))} %"),
         ("Engine", f"{found.engine}{f', because replay cannot be used: {found.reason}' if found.reason else ''}"),
-        (
-            "Faults",
-            f"{faults.operation}, {faults.bits} bit(s) in {faults.values} {faults.target}(s), {settings['number_format']}",
-        ),
+        ("Faults", f"{faults.words}, {settings['number_format']}"),
         ("Plan", f"{drawn}: {counts}"),
         ("Sites", f"{len(found.sites):,} of kinds {', '.join(settings['kinds'])}; {len(found.skipped):,} skipped"),
         ("Detector, mitigation", f"{settings['detector']}, {settings['mitigation']}"),

@@ -273,7 +273,7 @@ class Assessment:
         records = self.records if layer is None else self.records[self.records["layer"] == layer]
         injections = balanced(records.drop_duplicates(["layer", "index"]), self.strata, layers=part != "channel")
         if part == "channel":
-            if (self.fault_model.target, self.fault_model.values) != ("neuron", 1):
+            if (self.fault_model.target, self.fault_model.values, self.fault_model.shaped) != ("neuron", 1, False):
                 raise InvalidParameter(Setting("part"), " is 'channel'; only faults in one neuron have one")
             shapes = {site.layer: site.shape for site in self.sites}
             found = summarise_channels(injections, shapes, self.confidence)

@@ -28,6 +28,7 @@ from textguard.faults.formats import Format, parse_format
 from textguard.faults.golden import fake_quantised, look_at_golden_run
 from textguard.faults.guided import draw_guided
 from textguard.faults.inputs import count_images, positions, prepare
+from textguard.faults.patterns import regions_of
 from textguard.faults.plans import bits_at, draw_plan
 from textguard.faults.profiling import IMAGES, FaultFree, largest_outputs, look, profile_ranges
 from textguard.faults.sampling import PLANS, Design, rerun_changed, run_design
@@ -268,6 +269,9 @@ class Campaign:
         self.limits = {name: detector_limits(name, layers, known) for name in settings.detectors}
         self._known = known
         self.strata = settings.design.strata(settings.fault_model, self.engine)
+        if settings.fault_model.shaped:
+            for site in self.engine.sites:
+                regions_of(site, settings.fault_model)  # or it says that there are none
         alone = settings.batch_size == settings.image_batch == (loader.batch_size or 1) == 1
         self.golden = look_at_golden_run(self.engine, loader, alone=alone, task=self.task)
         if settings.noise == "refuse":

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,6 +19,10 @@ from textguard.faults.weights import computed_weights, matrices, stored_weights
 
 Target = Literal["neuron", "weight", "metadata"]
 Operation = Literal["flip", "stuck_at_0", "stuck_at_1"]
+Pattern = Literal["value", "adjacent", "channel", "row", "column", "block"]
+AnyDamage = Literal["equal", "random"]
+UNSHAPED = ("value", "adjacent")  # patterns whose every damaged value is drawn, and stands in the plan
+USUAL_BLOCK = (8, 8)
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,22 @@ class FaultModel:
         How many different bits of a value are damaged.
     values : int
         How many different neurons, weights or blocks of one layer are damaged.
+    pattern : {"value", "adjacent", "channel", "row", "column", "block"}
+        Which values and bits are damaged together. `value`: any. `adjacent`: the bits of a value lie side by side, as upsets of
+        neighbouring cells do. The others damage all values of a region, one region per injection: all of one output channel; a
+        row or column of one channel's map, or of a token matrix; the tile of outputs that an array computes at once. See
+        `textguard.faults.patterns`.
+    block : (int, int), default (8, 8)
+        How many channels and places the tile of pattern `block` has. Other patterns leave it as it is.
+    damage : {"equal", "random"}
+        Whether the values of a region get the same bits damaged, or each its own.
 
     Raises
     ------
     UnknownName
-        There is no such target or operation.
+        There is no such target, operation, pattern or damage.
     InvalidParameter
-        bits or values is no whole number, or below 1.
+        bits, values or block is no whole number, or below 1; or the pattern does not go with the rest.
 
     Examples
     --------
@@ -50,18 +63,83 @@ class FaultModel:
     >>> FaultModel()
     FaultModel(target='neuron', operation='flip', bits=1, values=1)
     >>> in_two_weights = FaultModel(target="weight", operation="stuck_at_1", values=2)
+    >>> FaultModel(pattern="block", block=(16, 16), damage="random")
+    FaultModel(target='neuron', operation='flip', bits=1, values=1, pattern='block', block=(16, 16), damage='random')
     """
 
     target: Target = "neuron"
     operation: Operation = "flip"
     bits: int = 1
     values: int = 1
+    pattern: Pattern = "value"
+    block: tuple[int, int] = USUAL_BLOCK
+    damage: AnyDamage = "equal"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("target", get_args(Target)), ("operation", get_args(Operation))):
-            checked_name(name, getattr(self, name), allowed, Setting(f"fault_model.{name}"))
+        names = {"target": Target, "operation": Operation, "pattern": Pattern, "damage": AnyDamage}
+        for name, allowed in names.items():
+            checked_name(name, getattr(self, name), get_args(allowed), Setting(f"fault_model.{name}"))
         for name in ("bits", "values"):
             object.__setattr__(self, name, whole_number(Setting(f"fault_model.{name}"), getattr(self, name), 1))
+        sizes, block = self.block, Setting("fault_model.block")
+        if not isinstance(sizes, list | tuple) or len(sizes) != 2:
+            raise InvalidParameter(block, f" is {sizes!r:.60}; it must be two whole numbers: channels and places")
+        sizes = tuple(whole_number(block, size, 1) for size in sizes)
+        # What the pattern does not read makes no other fault model.
+        object.__setattr__(self, "block", sizes if self.pattern == "block" else USUAL_BLOCK)
+        self._check_pattern()
+
+    def _check_pattern(self) -> None:
+        if self.pattern == "adjacent" and self.bits < 2:
+            raise InvalidParameter(Setting("fault_model.bits"), " is 1; pattern adjacent needs at least 2")
+        if not self.shaped and self.damage != "equal":
+            raise InvalidParameter(
+                Setting("fault_model.damage"),
+                f" is 'random'; it is of regions, and pattern {self.pattern} has none: take equal",
+            )
+        if self.shaped and self.values > 1:
+            raise InvalidParameter(
+                Setting("fault_model.values"),
+                f" is {self.values}; pattern {self.pattern} hits one region per injection: take 1",
+            )
+        if self.shaped and self.target == "metadata":
+            raise InvalidParameter(
+                Setting("fault_model.pattern"), f" is {self.pattern!r}; metadata has no such shape: take value or adjacent"
+            )
+
+    def __repr__(self) -> str:
+        return f"FaultModel({', '.join(f'{name}={value!r}' for name, value in self._told().items())})"
+
+    @property
+    def shaped(self) -> bool:
+        """Whether all values of a region are damaged, of which a plan names the first."""
+        return self.pattern not in UNSHAPED
+
+    @property
+    def words(self) -> str:
+        """What one injection is, in words.
+
+        Examples
+        --------
+        >>> from textguard.faults import FaultModel
+        >>> FaultModel().words, FaultModel(pattern="block", operation="stuck_at_1").words
+        ('flip, 1 bit(s) in 1 neuron(s)', 'stuck_at_1, 1 bit(s) in the neurons of a block of 8 x 8, equal in all')
+        """
+        if not self.shaped:
+            beside = " side by side" if self.pattern == "adjacent" else ""
+            return f"{self.operation}, {self.bits} bit(s){beside} in {self.values} {self.target}(s)"
+        size = " of {} x {}".format(*self.block) if self.pattern == "block" else ""
+        each = "equal in all" if self.damage == "equal" else "others in each"
+        return f"{self.operation}, {self.bits} bit(s) in the {self.target}s of a {self.pattern}{size}, {each}"
+
+    def _told(self) -> dict[str, Any]:
+        known = asdict(self)
+        unread = {"value": ("pattern", "block", "damage"), "adjacent": ("block", "damage"), "block": ()}
+        return {name: value for name, value in known.items() if name not in unread.get(self.pattern, ("block",))}
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields that the pattern reads; of pattern `value`, those that there were before patterns."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in self._told().items()}
 
 
 SINGLE_FLIP = FaultModel()

@@ -20,10 +20,12 @@ from textguard.faults.checks import folder_path, whole_number
 from textguard.faults.damage import SINGLE_FLIP, FaultModel, Faults
 from textguard.faults.engines import Engine
 from textguard.faults.inputs import batches, count_images, positions
-from textguard.faults.plans import PLAN_COLUMNS, check_plan
+from textguard.faults.patterns import regions_of
+from textguard.faults.plans import FAULT_COLUMNS, PLAN_COLUMNS, check_plan, damaged_values
 from textguard.faults.task import CLASSES, Task, make_task
 from textguard.runtime import join_processes, progress, wait_for_all
 
+VALUES_AT_ONCE = 2**21  # that faults with a shape damage together in one run of the engine
 RECORD_COLUMNS = [
     *PLAN_COLUMNS,
     *("golden_value", "faulty_value", "detected", "masked", "golden_loss", "faulty_loss", "mismatch"),
@@ -85,7 +87,9 @@ def run_campaign(
     Returns
     -------
     pandas.DataFrame
-        One row per row of the plan, in its order, with RECORD_COLUMNS. Each process gets all of them.
+        One row per row of the plan, in its order, with RECORD_COLUMNS. Each process gets all of them. Where the fault model
+        damages a region, golden_value and faulty_value are those of the value that the plan names, and detected says whether
+        the detector replaced any.
 
     Raises
     ------
@@ -204,7 +208,7 @@ def _settings(
     some = "" if len(read) == count else f"{digest(np.array(read).tobytes())}, {len(read)} of "
     return {
         **engine.settings,
-        **{f"fault {name}": value for name, value in vars(fault_model).items()},
+        **{f"fault {name}": value for name, value in fault_model.as_json().items()},
         "plan": digest(pd.util.hash_pandas_object(plan).to_numpy().tobytes()),
         "detector limits": digest(json.dumps(dict(limits), sort_keys=True).encode()),
         "images": f"{some}{count}, {digest(*(_bytes(tensor) for tensor in first))}",
@@ -241,42 +245,84 @@ def _run_shard(
     fault_model: FaultModel,
     task: Task,
 ) -> pd.DataFrame:
+    """The records of one shard's faults, by their order. part: the images' positions in the data set."""
+    faults = faults.reset_index(drop=True)
+    # A fault is all rows with the same layer and index.
+    fault = faults.groupby(["layer", "index"], sort=False).ngroup().to_numpy()
+    if not fault_model.shaped:
+        return _run_faults(engine, part, images, labels, faults, fault, limits, fault_model, task)
+    sizes = {site.layer: regions_of(site, fault_model).largest for site in engine.sites}
+    before = np.cumsum(faults["layer"].iloc[np.unique(fault, return_index=True)[1]].map(sizes).to_numpy())
+    group = (before // VALUES_AT_ONCE)[fault]
+    found = []
+    for number in np.unique(group):
+        own = faults[group == number]
+        again = np.unique(fault[group == number], return_inverse=True)[1]
+        records = _run_faults(engine, part, images, labels, own.reset_index(drop=True), again, limits, fault_model, task)
+        found.append(records.set_axis(own.index))
+    return pd.concat(found).sort_index()
+
+
+def _run_faults(
+    engine: Engine,
+    part: Sequence[int],
+    images: Tensor,
+    labels: Tensor,
+    faults: pd.DataFrame,
+    fault: np.ndarray,
+    limits: Mapping[str, float],
+    fault_model: FaultModel,
+    task: Task,
+) -> pd.DataFrame:
+    """The records of faults that go through the engine together. fault: int [rows], which of them a row is of, ascending by
+    its first row.
+    """
+
     def column(values: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(np.asarray(values), dtype=dtype, device=images.device)
 
-    positions = {site.layer: site.position for site in engine.sites}
-    # A fault is all rows with the same layer and index, a damaged value those of them with the same neuron.
-    faults = faults.reset_index(drop=True)
-    fault = faults.groupby(["layer", "index"], sort=False).ngroup().to_numpy()
+    sites = {site.layer: site for site in engine.sites}
+    # A damaged value is all rows of a fault with the same neuron.
     value = faults.groupby(["layer", "index", "neuron"], sort=False).ngroup().to_numpy()
     first_fault, first_value = np.unique(fault, return_index=True)[1], np.unique(value, return_index=True)[1]
     mask = np.zeros(len(first_value), dtype=np.int64)
     np.bitwise_or.at(mask, value, np.left_shift(1, faults["bit"].to_numpy()))
     heads = faults.iloc[first_fault]
+    row, neuron = fault[first_value], faults["neuron"].to_numpy()[first_value]
+    if fault_model.shaped:
+        row, neuron, mask = damaged_values(heads.assign(mask=mask)[FAULT_COLUMNS], sites, fault_model, engine.number_format)
     image = column(np.searchsorted(part, heads["image"]))
     outcomes = engine.run(
         images,
         Faults(
             model=fault_model,
-            position=column(heads["layer"].map(positions)),
+            position=column(heads["layer"].map({layer: site.position for layer, site in sites.items()})),
             image=image,
             limit=column(heads["layer"].map(limits), torch.float32),
-            row=column(fault[first_value]),
-            neuron=column(faults["neuron"].iloc[first_value]),
+            row=column(row),
+            neuron=column(neuron),
             mask=column(mask),
         ),
     )
     by_value = {
-        "golden_value": outcomes.golden_value,
-        "faulty_value": outcomes.faulty_value,
-        "detected": outcomes.detected,
+        name: tensor.cpu().numpy()
+        for name, tensor in (
+            ("golden_value", outcomes.golden_value),
+            ("faulty_value", outcomes.faulty_value),
+            ("detected", outcomes.detected),
+        )
     }
+    if fault_model.shaped:  # of a region: the value that the plan names, and whether any was detected
+        named = neuron == heads["neuron"].to_numpy()[row]
+        detected = np.bincount(row, by_value["detected"], len(heads)) > 0
+        by_value = {name: values[named] for name, values in by_value.items()} | {"detected": detected}
+        value = fault
     by_fault = {
         "masked": outcomes.masked,
         "golden_loss": task.loss(outcomes.golden_logits, labels)[image],
         "faulty_loss": task.loss(outcomes.logits, labels[image]),
         "mismatch": task.differs(outcomes.logits, outcomes.golden_logits[image]),
     }
-    found = {name: tensor.cpu().numpy()[value] for name, tensor in by_value.items()}
+    found = {name: values[value] for name, values in by_value.items()}
     found |= {name: tensor.cpu().numpy()[fault] for name, tensor in by_fault.items()}
     return faults[PLAN_COLUMNS].assign(**found)

@@ -23,7 +23,7 @@ from textguard.faults.damage import FaultModel
 from textguard.faults.engines import Engine
 from textguard.faults.formats import Format
 from textguard.faults.inputs import batches
-from textguard.faults.plans import PLAN_COLUMNS, SHARED, bits_at, distinct, draw_images, uniform_numbers
+from textguard.faults.plans import PLAN_COLUMNS, SHARED, bits_at, distinct, draw_bits, draw_images, uniform_numbers
 from textguard.faults.prediction import Prediction, class_changes, loss_changes
 from textguard.faults.sites import Site
 from textguard.faults.task import CLASSES, Task, make_task
@@ -138,6 +138,11 @@ def check_predictable(fault_model: FaultModel) -> None:
             Setting("plan"),
             f" guided predicts faults in neurons, not in {fault_model.target}; take uniform, proportional or neyman",
         )
+    if fault_model.shaped:
+        plans = "uniform, proportional or neyman" if fault_model.bits == 1 else "uniform"
+        raise InvalidParameter(
+            Setting("plan"), f" guided predicts faults in single values, not in a {fault_model.pattern}; take {plans}"
+        )
 
 
 class _Draws:
@@ -168,7 +173,7 @@ class _Draws:
         # Of one bit in one value, all are tried. Others are drawn: int64 [injections, candidates, values, bits].
         self.drawn_bits = None
         if (values, bits) != (1, 1):
-            damaged = distinct(rest[:, values:].reshape(-1, bits), self.bits, "bits")
+            damaged = draw_bits(rest[:, values:].reshape(-1, bits), self.bits, fault_model)
             self.drawn_bits = damaged.reshape(-1, CANDIDATES, values, bits)
         self.neuron = np.zeros((len(self.index), values), dtype=np.int64)
         self.bit = np.zeros((len(self.index), values, bits), dtype=np.int64)

@@ -11,10 +11,12 @@ from textguard.errors import CampaignMismatch, InvalidParameter, Setting
 from textguard.faults.checks import whole_number
 from textguard.faults.damage import SINGLE_FLIP, FaultModel
 from textguard.faults.formats import FP32, Format, stored_as
+from textguard.faults.patterns import regions_of
 from textguard.faults.sites import Site
 
 PLAN_COLUMNS = ["layer", "index", "image", "neuron", "bit", "weight"]
 DRAWN_COLUMNS = ["layer", "index", "image"]  # of these, what predictions have no part in: it is the same on all machines
+FAULT_COLUMNS = ["layer", "index", "neuron", "mask"]  # what says which values a region's injection damages
 SHARED = "all layers"  # the stream of images that all layers are hit on
 TRIES = 32  # candidate images that each injection draws at once
 Count = int | np.ndarray  # a layer's injections; or those of each bit, int [bits]
@@ -31,8 +33,8 @@ def draw_plan(
 ) -> pd.DataFrame:
     """Draw independent injections for each layer.
 
-    The neuron is uniform over the layer. The bit is uniform as well, unless `counts` says how many injections each bit gets.
-    The image is drawn by its chance.
+    The neuron is uniform over the layer, or over its regions where the fault model has a shape. The bit is uniform as well,
+    unless `counts` says how many injections each bit gets. The image is drawn by its chance.
 
     A fault depends only on the seed, its layer's position, its index within the layer and, where `counts` sets the bit, on its
     bit; its image also depends on the chances. So a larger count extends a plan, and two models whose layers correspond get
@@ -62,13 +64,14 @@ def draw_plan(
     DataFrame
         One row per damaged bit, with PLAN_COLUMNS. The rows of one injection share `layer` and `index`. `neuron` is an index
         into what faults of this target hit: one image's flattened output, the flattened weights, or the blocks that share
-        metadata. `weight` is what an injection counts for: averages with these weights are over all eligible images alike.
+        metadata. Of a region it is the first value; see `damaged_values` for the others. `weight` is what an injection counts
+        for: averages with these weights are over all eligible images alike.
 
     Raises
     ------
     InvalidParameter
-        A count is below 1; no image is eligible; an injection damages more values or bits than there are; or the plan is by
-        bit, and an injection damages several bits or values.
+        A count is below 1; no image is eligible; an injection damages more values or bits than there are; a layer has no such
+        regions; or the plan is by bit, and an injection damages several bits or values.
 
     Examples
     --------
@@ -117,10 +120,14 @@ def _draw(
     of_bit = "" if bit is None else f" bit {bit}"
     stream = f"{site.position}{of_bit}"
     uniform = uniform_numbers(seed, stream, count, values * (1 + bits))
-    neurons = distinct(uniform[:, :values], count_targets(site, fault_model, number_format), "values")
+    if fault_model.shaped:
+        regions = regions_of(site, fault_model)
+        neurons = regions.first(distinct(uniform[:, :1], regions.count, "values")[:, 0])
+    else:
+        neurons = distinct(uniform[:, :values], count_targets(site, fault_model, number_format), "values")
     index = np.arange(count, dtype=np.int64)
     if bit is None:
-        damaged = distinct(uniform[:, values:].reshape(-1, bits), all_bits, "bits").reshape(-1)
+        damaged = draw_bits(uniform[:, values:].reshape(-1, bits), all_bits, fault_model).reshape(-1)
     else:
         damaged, index = np.full(count, bit, dtype=np.int64), index * all_bits + bit
     image = draw_images(chances, seed, f"{SHARED}{of_bit}" if share_images else stream, count)
@@ -173,7 +180,10 @@ def check_plan(plan: pd.DataFrame, sites: Sequence[Site], images: int, fault_mod
     Raises
     ------
     CampaignMismatch
-        The plan names a layer, neuron, image or bit that does not exist, or has a weight that is not above 0.
+        The plan names a layer, neuron, image or bit that does not exist, has a weight that is not above 0, or names several
+        values of one region.
+    InvalidParameter
+        A layer has no regions of the fault model's pattern.
     """
     targets = plan["layer"].map({site.layer: count_targets(site, fault_model, number_format) for site in sites})
     if targets.isna().any():
@@ -184,8 +194,85 @@ def check_plan(plan: pd.DataFrame, sites: Sequence[Site], images: int, fault_mod
         inside = plan[column].between(0, end - 1)
         if not inside.all():
             raise CampaignMismatch(f"fault {plan[~inside].iloc[0].to_dict()} of the plan has a {column} that does not exist")
+    if fault_model.shaped:
+        for site in sites:
+            regions_of(site, fault_model)
+        several = plan.groupby(["layer", "index"], sort=False)["neuron"].nunique() > 1
+        if several.any():
+            layer, index = several.index[several][0]
+            raise CampaignMismatch(
+                f"the plan has several neurons in injection {index} into layer {layer!r}; of pattern {fault_model.pattern}, "
+                "a plan names one value of the region"
+            )
     if not (np.isfinite(plan["weight"]) & (plan["weight"] > 0)).all():
         raise CampaignMismatch("the plan has weights that are not above 0")
+
+
+def damaged_values(
+    faults: pd.DataFrame, sites: Mapping[str, Site], fault_model: FaultModel, number_format: Format
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All values that injections into regions damage.
+
+    Parameters
+    ----------
+    faults : DataFrame
+        One row per injection: layer, index, neuron (any value of the region) and mask (the bits that the plan names).
+    sites : mapping of str to Site
+        Layer -> its site.
+    fault_model : FaultModel
+        What one injection is; it has a shape.
+    number_format : Format
+        How values are stored.
+
+    Returns
+    -------
+    row, neuron, mask : ndarray
+        int64 [M], ascending by row: which injection damages which value, and its damaged bits. With damage `random`, only the
+        plan's value has the plan's bits. Those of the others depend on the layer's position and the injection's index, neuron
+        and bits, which in turn depend on the seed.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from textguard.faults import FaultModel, parse_format
+    >>> from textguard.faults.plans import FAULT_COLUMNS, damaged_values
+    >>> from textguard.faults.sites import Site
+    >>> site, faults = Site("conv", "Conv2d", 0, (2, 2, 3), 18), pd.DataFrame([("conv", 0, 3, 4)], columns=FAULT_COLUMNS)
+    >>> [part.tolist() for part in damaged_values(faults, {"conv": site}, FaultModel(pattern="row"), parse_format("fp32"))]
+    [[0, 0, 0], [3, 4, 5], [4, 4, 4]]
+    """
+    rows, neurons, masks = [], [], []
+    for layer, part in faults.reset_index(drop=True).groupby("layer", sort=False):
+        anchor, site = part["neuron"].to_numpy(), sites[layer]
+        row, neuron = regions_of(site, fault_model).values_of(anchor)
+        mask = part["mask"].to_numpy(np.int64)[row]
+        if fault_model.damage == "random":
+            bits = bits_at(site, fault_model, number_format)
+            mask = np.where(neuron == anchor[row], mask, _random_masks(part, row, site, fault_model, bits))
+        rows, neurons, masks = [*rows, part.index.to_numpy()[row]], [*neurons, neuron], [*masks, mask]
+    row, neuron, mask = (np.concatenate(parts) for parts in (rows, neurons, masks))
+    order = np.argsort(row, kind="stable")
+    return row[order], neuron[order], mask[order]
+
+
+def _random_masks(faults: pd.DataFrame, row: np.ndarray, site: Site, fault_model: FaultModel, bits: int) -> np.ndarray:
+    """Each value's own damaged bits, of `bits`, int64 [M]. row: int64 [M], ascending: its injection."""
+    named = faults[["index", "neuron", "mask"]].itertuples(index=False, name=None)
+    uniform = [
+        uniform_numbers(0, f"{site.position} region {index} {neuron} {mask}", count, fault_model.bits)
+        for (index, neuron, mask), count in zip(named, np.bincount(row, minlength=len(faults)), strict=True)
+    ]
+    return np.left_shift(np.int64(1), draw_bits(np.concatenate(uniform), bits, fault_model)).sum(axis=1)
+
+
+def draw_bits(uniform: np.ndarray, bits: int, fault_model: FaultModel) -> np.ndarray:
+    """The damaged bits of N values, int64 [N, k], out of `bits`, from uniform numbers in [0, 1), float [N, k]."""
+    if fault_model.pattern != "adjacent":
+        return distinct(uniform, bits, "bits")
+    count = uniform.shape[1]
+    if count > bits:
+        raise InvalidParameter(Setting("fault_model.bits"), f" is {count}; there are {bits} to choose from")
+    return (uniform[:, :1] * (bits - count + 1)).astype(np.int64) + np.arange(count)
 
 
 def count_targets(site: Site, fault_model: FaultModel, number_format: Format) -> int:

@@ -19,6 +19,7 @@ from textguard.faults.damage import SINGLE_FLIP, FaultModel
 from textguard.faults.engines import Engine
 from textguard.faults.execution import measure_pace, run_campaign
 from textguard.faults.guided import check_predictable, draw_guided
+from textguard.faults.patterns import regions_of
 from textguard.faults.plans import DRAWN_COLUMNS, PLAN_COLUMNS, Count, bits_at, draw_plan
 from textguard.faults.sites import Site
 from textguard.faults.task import CLASSES, Task, make_task
@@ -291,8 +292,8 @@ def rerun_changed(
     limit = records["layer"].map(limits).to_numpy(np.float32)
     with np.errstate(invalid="ignore"):  # some are NaN
         beyond = np.isfinite(limit) & ~(np.abs(records["faulty_value"].to_numpy(np.float32)) <= limit)
-    # Of damaged metadata the records hold the codes, not the values that the detector sees.
-    differs = records["detected"].to_numpy(bool) | beyond | (fault_model.target == "metadata")
+    # Of damaged metadata the records hold the codes, not the values that the detector sees; of a region, one value of many.
+    differs = records["detected"].to_numpy(bool) | beyond | (fault_model.target == "metadata") | fault_model.shaped
     differs = records.assign(differs=differs).groupby(["layer", "index"])["differs"].transform("any").to_numpy(bool)
     plan = records.loc[differs, PLAN_COLUMNS].reset_index(drop=True)
     if not len(plan):
@@ -385,7 +386,10 @@ def _announce(
     """Say what is planned, what it is worth, and how long it may take."""
     pace = measure_pace(engine, loader, plan, limits, fault_model=fault_model, task=task)
     most, confidence = design.injections_per_layer, f"{design.confidence:.0%}"
-    population = min(site.neurons * bits_at(site, fault_model, engine.number_format) for site in sites) * images
+    regions = [regions_of(site, fault_model).count if fault_model.shaped else site.neurons for site in sites]
+    population = images * min(
+        count * bits_at(site, fault_model, engine.number_format) for count, site in zip(regions, sites, strict=True)
+    )
     half = planned_half_width(population, most, design.confidence)
     duration = timedelta(seconds=round(most * len(sites) / pace))
     # The formula is of draws that are alike; what guided ones are worth, only their results tell.

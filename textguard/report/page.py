@@ -214,6 +214,7 @@ def _remarks(cells: Sequence[Cell], runs: Mapping[str, RunResult]) -> list[str]:
 
 def _facts(params: Params, runs: Mapping[str, RunResult], grid: str, revision: Revision) -> list[tuple[str, str]]:
     inject, faults = params.inject, params.inject.faults
+    shape = "" if faults.pattern == "value" else f", pattern {faults.pattern}"
     sampled = sum(run.plan.injections for run in runs.values())
     enumerated = sum(run.plan.enumerated for run in runs.values())
     plans = ", ".join(dict.fromkeys(run.plan.plan for run in runs.values()))
@@ -222,7 +223,7 @@ def _facts(params: Params, runs: Mapping[str, RunResult], grid: str, revision: R
         ("Data", ", ".join(dict.fromkeys(run.dataset for run in runs.values()))),
         ("Code", str(revision)),
         ("Device", "; ".join(dict.fromkeys(run.settings["device"] for run in runs.values()))),
-        ("Faults", f"{faults.operation}, {faults.bits} bit(s) in {faults.values} {faults.target}(s), {inject.format}"),
+        ("Faults", f"{faults.operation}, {faults.bits} bit(s) in {faults.values} {faults.target}(s){shape}, {inject.format}"),
         ("Campaigns", f"plan {plans}, seed {inject.seed}: {sampled:,} injections, and {enumerated:,} faults enumerated"),
         ("Detectors", ", ".join(dict.fromkeys([inject.detector, *inject.compare_detectors]))),
         ("Text encoder", params.encoder),

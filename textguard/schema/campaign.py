@@ -33,7 +33,16 @@ def _complete(settings: dict[str, Any]) -> dict[str, Any]:
     missing = [name for name in (*PLAN_KEYS, "detector", "inputs", "device") if name not in settings]
     if missing:
         raise ValueError(f"{missing[0]} is missing")
-    return settings
+    return settings | {"faults": fault_fields(settings["faults"])}
+
+
+def fault_fields(faults: Any) -> Any:
+    """Section `inject.faults` without what its pattern does not read: of pattern `value`, as before there were patterns."""
+    unread = {"value": ("pattern", "block", "damage"), "adjacent": ("block", "damage"), "block": ()}
+    if not isinstance(faults, dict):  # of a file that somebody else wrote
+        return faults
+    left_out = unread.get(str(faults.get("pattern", "value")), ("block",))
+    return {name: value for name, value in faults.items() if name not in left_out}
 
 
 Settings = Annotated[dict[str, Any], AfterValidator(_complete)]
