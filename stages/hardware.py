@@ -1,23 +1,29 @@
 """Set one classifier against the faults of section `hardware`: with a shape, in weights, for good, at a bit error rate."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from torch.utils.data import DataLoader
 
 from stages.loading import LoadedRun, load_run
 from stages.settings import campaign_settings
 from textguard.artifacts import fingerprint, work_dir, write_parquet
-from textguard.estimates.statistics import mean_interval, rate_interval
+from textguard.estimates.statistics import Estimate, mean_interval, rate_interval
 from textguard.estimates.summary import LayerResult, mean_over_layers, summarise
 from textguard.faults import Campaign, FaultModel, protect
 from textguard.faults.execution import no_records, run_campaign
 from textguard.faults.plans import count_targets, draw_plan
 from textguard.faults.profiling import largest_outputs
-from textguard.hardware.protection import parse_protection
+from textguard.hardware.crossed import summarise_persistent
+from textguard.hardware.persistent import run_persistent
 from textguard.hardware.rates import RateCurve, error_rates
+from textguard.hardware.stored import PERSISTENT_COLUMNS, draw_persistent, stored_tensors
 from textguard.params import FaultParams, Params
 from textguard.schema.base import write
 from textguard.schema.hardware import Hardware
@@ -26,6 +32,7 @@ from textguard.vision.folding import fold_scale
 from textguard.vision.transforms import image_loader
 
 FOREVER = "forever"
+BATCH = 64  # images, of those that faults which stay are seen on
 LOSING = (1.0, 5.0, 10.0)  # points of top-1
 
 
@@ -39,7 +46,12 @@ def main(params: Params, key: str) -> None:
         curves = [found.curve(protection) for protection in hardware.protections if hardware.rates]
         records = [no_records().assign(faults=""), *found.records]
         write_parquet(run.records / "hardware.parquet", pd.concat(records, ignore_index=True))
-    content = {"confidence": params.statistics.confidence, "images": len(run.view), "models": models, "curves": curves}
+    content = {
+        "confidence": params.statistics.confidence,
+        "images": min(hardware.images or len(run.view), len(run.view)),
+        "models": models,
+        "curves": curves,
+    }
     write(Path("metrics") / "hardware" / f"{key}.json", Hardware, content)
 
 
@@ -98,12 +110,55 @@ class Injected:
             found[measure] = interval(mean_over_layers(layers, measure, weights), self._params.statistics.confidence).as_json()
         return found
 
+    def _lasting(self, name: str, faults: FaultParams) -> dict[str, Any]:
+        """Faults that stay: in any stored parameter, or at a neuron."""
+        hardware, inject = self._params.hardware, self._params.inject
+        options: dict[str, Any] = {"target": "stored"}
+        if faults.target == "weight":
+            tensors = stored_tensors(self._model, self._run.image)
+            plan = draw_persistent(tensors, hardware.faults_per_place, hardware.seed, inject.format, faults.bits)
+        else:
+            engine, model = self._campaign("neuron").engine, FaultModel(**asdict(faults))
+            options = {"target": "neuron", "profiled": largest_outputs(self._run.ranges), "kinds": inject.kinds}
+            chances = np.ones(len(self._run.view))
+            plan = draw_plan(engine.sites, chances, hardware.faults_per_place, hardware.seed, model, engine.number_format)
+        result = run_persistent(
+            self._model,
+            self._few,
+            plan[PERSISTENT_COLUMNS],
+            operation=faults.operation,
+            number_format=inject.format,
+            engine="whole" if inject.engine == "whole" else "replay",
+            batch_size=inject.batch_size,
+            image_batch=inject.image_batch,
+            shard_dir=self._work / name,
+            label=self._label(name),
+            **options,
+        )
+        found = summarise_persistent(result, self._params.statistics.confidence)
+        lost = {"accuracy": "accuracy_lost", "critical": "critical", "harmless": "masked"}
+        return {
+            "injections": found.faults,
+            "places": len(found.tensors),
+            **{name: _headline_of(means) for name, means in (("overall", found.mean), ("by_values", found.weighted))},
+            "lost": {name: found.mean[quantity].as_json() for name, quantity in lost.items()},
+        }
+
+    @cached_property
+    def _few(self) -> DataLoader:
+        """The images that faults which stay are seen on: evenly spread over the test set."""
+        count, most = len(self._run.view), self._params.hardware.images
+        if not 0 < most < count:
+            return self._loader  # all of them
+        batches = np.array_split(np.arange(most) * count // most, range(BATCH, most, BATCH))
+        return image_loader(self._run.view, batches=[part.tolist() for part in batches])
+
     def curve(self, protection: str) -> dict[str, Any]:
         """Accuracy against the bit error rate of the parameters' memory, as metrics/hardware has it."""
         hardware, inject = self._params.hardware, self._params.inject
         found = error_rates(
             self._model,
-            self._loader,
+            self._few,
             hardware.rates,
             memories=hardware.memories,
             number_format=inject.format,
@@ -125,6 +180,13 @@ class Injected:
 
     def _label(self, what: str) -> str:
         return f"hardware {self._run.key}, {what}"
+
+
+def _headline_of(means: Mapping[str, Estimate]) -> dict[str, Any]:
+    """Of images that are predicted right without faults, as in campaigns; mismatches are not counted apart from SDCs."""
+    nothing = Estimate(math.nan, math.nan, math.nan, 0)
+    found = {"delta_loss": means.get("eligible_delta_loss", nothing), "sdc": means.get("sdc", nothing), "mismatch": nothing}
+    return {measure: estimate.as_json() for measure, estimate in found.items()}
 
 
 def _point(curve: RateCurve, rate: float) -> dict[str, Any]:

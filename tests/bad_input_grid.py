@@ -128,12 +128,14 @@ def finished_grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "backbones.resnet18.batch_size": 20,
         "inject.injections_per_layer": 4,
         "inject.image_batch": 2,
+        "hardware.injections_per_layer": 2,
+        "hardware.images": 2,
         "variants": ["baseline"],
     }
     for place, value in small.items():
         grid.change(place, value)
     stages = ["data digits", "heads digits", "recipes", f"prompts {TEXT}", f"responses {TEXT}"]
-    stages += [f"{stage} {BASELINE}" for stage in ("train", "evaluate", "ranges", "inject", "closeup")]
+    stages += [f"{stage} {BASELINE}" for stage in ("train", "evaluate", "ranges", "inject", "hardware", "closeup")]
     for stage in [*stages, "results"]:
         code, lines = grid.run(*stage.split())
         assert code == 0, lines

@@ -45,7 +45,7 @@ from textguard.text.cache import StoredAnswer, answer_key, to_line
 RUN, GUIDED, OWN = "digits-net-baseline-0", "digits-net-descriptions-0", "own-net-baseline-0"
 TEXT = "digits-descriptions"
 GATE = "gate base metrics/results"
-PER_RUN = ("train", "evaluate", "ranges", "inject", "closeup")
+PER_RUN = ("train", "evaluate", "ranges", "inject", "hardware", "closeup")
 # Everything that a finished grid of two data sets, two variants and one seed needs, in order.
 BUILD = [
     *("check", "data digits", "data own", "heads digits", "heads own", "recipes"),
@@ -234,6 +234,7 @@ SECTIONS = {
     "texts": (f"prompts {TEXT}", f"responses {TEXT}", f"embeddings {TEXT}", "responses digits-published"),
     "network": ("responses digits-asked",),
     "inject": (f"inject {RUN}", f"ranges {RUN}", f"closeup {RUN}"),
+    "hardware": (f"hardware {RUN}", "tables"),
     "closeup": (f"closeup {RUN}",),
     "statistics": ("results", f"closeup {RUN}"),
     "figures": (f"text_quality {TEXT}",),
@@ -426,6 +427,7 @@ def parameters(url: str) -> dict[str, Any]:
     }
     params["inject"] |= {"injections_per_layer": 16, "image_batch": 4, "compare_detectors": ["off"]}
     params["closeup"] |= {"images": 4, "weight_flips": 100}
+    params["hardware"] |= {"injections_per_layer": 4, "images": 4}
     return params
 
 

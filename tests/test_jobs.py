@@ -57,6 +57,7 @@ def grid(tmp_path, monkeypatch) -> Path:
         "evaluate": of_runs("evaluate", "train-${key}"),
         "ranges": of_runs("ranges", "train-${key}"),
         "inject": of_runs("inject", "ranges-${key}"),
+        "hardware": of_runs("hardware", "ranges-${key}"),
         "closeup": of_runs("closeup", "inject-${key}", seeds=["${seeds[0]}"]),
     }
     (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False), encoding="utf-8")

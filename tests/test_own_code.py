@@ -263,7 +263,7 @@ def test_the_template_runs_whole_and_reruns_what_a_change_concerns(tmp_path):
     assert (folder / "metrics/results/shapes-net-baseline-0.json").is_file()
     assert "shapes-net-baseline-0" in (folder / "plots/report.html").read_text(encoding="utf-8")
     assert run(["dvc", "status", "--json"], folder).stdout.strip() == "{}"
-    for name, watching in (("net", {"train", "evaluate", "ranges", "inject", "closeup"}), ("data", {"data"})):
+    for name, watching in (("net", {"train", "evaluate", "ranges", "inject", "hardware", "closeup"}), ("data", {"data"})):
         file = folder / "own" / f"{name}.py"
         content = file.read_text(encoding="utf-8")
         file.write_text(f"{content}\n# another\n", encoding="utf-8")

@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from textguard.errors import CampaignMismatch, InvalidParameter, TextguardError
 from textguard.hardware.persistent import PersistentResult, run_persistent
 from textguard.hardware.stored import draw_persistent, stored_tensors
 

@@ -226,6 +226,7 @@ class FaultParams:
     pattern: Literal["value", "adjacent", "channel", "row", "column", "block"]
     block: Annotated[list[Annotated[int, Field(gt=0, le=10**6)]], Field(min_length=2, max_length=2)]
     damage: Literal["equal", "random"]
+    lasts: Literal["inference", "forever"]
 
 
 @dataclass(frozen=True, config=_strict)
@@ -270,12 +271,14 @@ class HardwareParams:
     """Other faults that all runs are compared under, see docs/faults.md.
 
     models: name -> what one fault is; what a file leaves out is that of inject.faults. injections_per_layer: of each of them.
-    faults_per_place: of those that stay, in each stored tensor or layer. rates: bit errors per stored bit. memories: draws
-    of all bit errors, for each rate. protections: of the words that hold the parameters.
+    images: of the test set, that faults which stay are seen on; 0 for all. faults_per_place: of those, in each stored tensor or
+    layer. rates: bit errors per stored bit. memories: draws of all bit errors, for each rate. protections: of the words that
+    hold the parameters.
     """
 
     models: dict[Key, FaultParams]
     injections_per_layer: Count
+    images: Limit
     faults_per_place: Count
     rates: Annotated[list[Annotated[float, Field(gt=0, le=0.5)]], Distinct]
     memories: Annotated[int, Field(ge=2, le=10**6)]
@@ -522,6 +525,14 @@ def _check_references(params: Params, path: Path) -> None:
         if text.provider == FEATURES and text.templates:
             raise InvalidParameter(
                 f"{path} texts.{name}.templates must be []: {FEATURES!r} has vectors, which no text can join"
+            )
+    if params.inject.faults.lasts != "inference":
+        raise InvalidParameter(f"{path} inject.faults.lasts must be inference: faults that stay go into hardware.models")
+    for name, faults in params.hardware.models.items():
+        if faults.lasts == "forever" and (faults.target == "metadata" or faults.pattern != "value" or faults.values > 1):
+            raise InvalidParameter(
+                f"{path} hardware.models.{name}: faults that stay are in one neuron or weight each: set target to neuron or "
+                "weight, pattern to value and values to 1"
             )
     known = dict.fromkeys([BASELINE, RANDOM, *params.texts])
     for number, variant in enumerate(params.variants):

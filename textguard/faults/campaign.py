@@ -125,6 +125,12 @@ class CampaignSettings:
             texts(Setting(name), getattr(self, name))
         if not isinstance(self.fault_model, FaultModel):
             raise InvalidParameter(Setting("fault_model"), f" is {self.fault_model!r:.60}; it must be a FaultModel")
+        if self.fault_model.lasts != "inference":
+            raise InvalidParameter(
+                Setting("fault_model.lasts"),
+                f" is {self.fault_model.lasts!r}, and a campaign's faults last for one inference; "
+                "give those that stay to textguard.hardware.run_persistent",
+            )
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

@@ -19,6 +19,7 @@ from textguard.faults.weights import computed_weights, matrices, stored_weights
 
 Target = Literal["neuron", "weight", "metadata"]
 Operation = Literal["flip", "stuck_at_0", "stuck_at_1"]
+Lasts = Literal["inference", "forever"]
 Pattern = Literal["value", "adjacent", "channel", "row", "column", "block"]
 AnyDamage = Literal["equal", "random"]
 UNSHAPED = ("value", "adjacent")  # patterns whose every damaged value is drawn, and stands in the plan
@@ -27,7 +28,7 @@ USUAL_BLOCK = (8, 8)
 
 @dataclass(frozen=True)
 class FaultModel:
-    """What one injection is. It lasts for one inference on one image.
+    """What one injection is.
 
     Parameters
     ----------
@@ -49,11 +50,14 @@ class FaultModel:
         How many channels and places the tile of pattern `block` has. Other patterns leave it as it is.
     damage : {"equal", "random"}
         Whether the values of a region get the same bits damaged, or each its own.
+    lasts : {"inference", "forever"}
+        Whether it is gone after an inference on one image, or stays for all images. Campaigns are of the former;
+        `textguard.hardware.run_persistent` carries out the latter.
 
     Raises
     ------
     UnknownName
-        There is no such target, operation, pattern or damage.
+        There is no such target, operation, pattern, damage or duration.
     InvalidParameter
         bits, values or block is no whole number, or below 1; or the pattern does not go with the rest.
 
@@ -74,9 +78,10 @@ class FaultModel:
     pattern: Pattern = "value"
     block: tuple[int, int] = USUAL_BLOCK
     damage: AnyDamage = "equal"
+    lasts: Lasts = "inference"
 
     def __post_init__(self) -> None:
-        names = {"target": Target, "operation": Operation, "pattern": Pattern, "damage": AnyDamage}
+        names = {"target": Target, "operation": Operation, "pattern": Pattern, "damage": AnyDamage, "lasts": Lasts}
         for name, allowed in names.items():
             checked_name(name, getattr(self, name), get_args(allowed), Setting(f"fault_model.{name}"))
         for name in ("bits", "values"):

@@ -18,7 +18,7 @@ class Lost(Stored):
 
 
 class UnderFaults(Stored):
-    """What faults of one kind do. Of faults that stay, SDC and mismatches are shares of (fault, image) pairs."""
+    """What faults of one kind do. Of faults that stay, SDC is the share of (fault, image) pairs; mismatches are not counted."""
 
     name: Name = field("as params.yaml calls them")
     faults: dict[str, str | int | list[int]] = field("what one of them is, see `inject.faults`")
@@ -63,7 +63,7 @@ class Hardware(Stored):
     """One run under all faults of section `hardware`."""
 
     confidence: float = field("of every interval", "share")
-    images: Whole = field("that faults which stay are seen on, all of the test set", "count")
+    images: Whole = field("of the test set, that faults which stay are seen on", "count")
     models: list[UnderFaults] = field("in the order of params.yaml")
     curves: list[Curve] = field("one per protection, in the order of params.yaml")
 
