@@ -166,6 +166,15 @@ class _Engine:
             self.unrounded = round_others(self._model, self.sites, self.number_format, self._readers)
         return storages
 
+    @property
+    def model(self) -> nn.Module:
+        """The engine's own copy of the model, its weights as they are stored."""
+        return self._model
+
+    def storage(self, position: int) -> Storage:
+        """How what the faults hit at a site is stored."""
+        return self._storages[position]
+
     def _check_size(self, images: Tensor) -> None:
         """Sites have neurons of one image's size. Raises UnsupportedModel for images of another."""
         if images.shape[1:] != self._shape:
@@ -382,10 +391,6 @@ class ReplayEngine(_Engine):
 
         return self._traced.run_step(index, values, visit), found[0]
 
-    def storage(self, position: int) -> Storage:
-        """How what the faults hit at a site is stored."""
-        return self._storages[position]
-
     def factor_behind_last(self) -> float:
         """The number that turns the last site's output into the logits. Raises UnsupportedModel where more lies between
         them.
@@ -474,7 +479,10 @@ class WholeEngine(_Engine):
 
     @torch.inference_mode()
     def observe(self, images: Tensor, see: See = lambda position, output: None) -> Tensor:
-        """Run images [B, ...] without faults; `see` gets each site's position and output. Returns the logits [B, C]."""
+        """Run images [B, ...] without faults; `see` gets each site's position and output. Returns the logits [B, C].
+
+        What `see` writes into an output, the operations behind it read.
+        """
         self._check_size(images)
         return self._infer(images.clone(), see=see).float()
 

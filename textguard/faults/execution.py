@@ -130,7 +130,7 @@ def run_campaign(
     if processes > 1 and not shard_dir:
         raise InvalidParameter("several processes need a shard_dir to share their results")
     if shard_dir:
-        _check_settings(shard_dir, _settings(engine, loader, plan[list(same)], limits, image_batch, fault_model, task), rank)
+        check_settings(shard_dir, _settings(engine, loader, plan[list(same)], limits, image_batch, fault_model, task), rank)
     mine = {number: part for number, part in enumerate(parts) if number % processes == rank}
     records = {number: _load_shard(_shard(shard_dir, number)) for number in mine}
     missing = {number: part for number, part in mine.items() if records[number] is None}
@@ -222,7 +222,7 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _check_settings(shard_dir: Path, settings: dict[str, str | int], rank: int) -> None:
+def check_settings(shard_dir: Path, settings: dict[str, str | int], rank: int) -> None:
     """Note the settings beside the shards. Raises CampaignMismatch when shards with other settings lie there."""
     file = shard_dir / "campaign.json"
     if file.exists():
