@@ -16,8 +16,8 @@ works in the first kind, of depthwise convolutions only row 0, or column 0 in th
 
 References
 ----------
-Chen, Emer and Sze, Eyeriss: A Spatial Architecture for Energy-Efficient Dataflow for Convolutional Neural Networks, ISCA 2016: the
-names of the dataflows.
+Chen, Emer and Sze, Eyeriss: A Spatial Architecture for Energy-Efficient Dataflow for Convolutional Neural Networks, ISCA 2016:
+the names of the dataflows.
 
 Zhang, Gu, Basu and Garg, Analyzing and Mitigating the Impact of Permanent Faults on a Systolic Array Based Neural Network
 Accelerator, VTS 2018: accuracy drops although few elements are faulty.
@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader
 
 from textguard.artifacts import read_parquet, weights_mark, write_parquet
 from textguard.errors import CampaignMismatch, InvalidArtifact, InvalidParameter, Setting
-from textguard.estimates.statistics import CONFIDENCE, Estimate, mean_estimate, rate_estimate
+from textguard.estimates.statistics import CONFIDENCE, Estimate, mean_estimate, rate_estimate, rate_interval, sample_mean
 from textguard.faults.checks import checked_name, folder_path, whole_number
 from textguard.faults.damage import FaultModel, Faults, Operation, damage_output
 from textguard.faults.engines import WholeEngine
@@ -539,14 +539,18 @@ def summarise_stuck(outcomes: pd.DataFrame, confidence: float = CONFIDENCE) -> d
     >>> {name: found.value for name, found in summarise_stuck(outcomes).items()}
     {'accuracy_lost': 20.0, 'changed': 0.25, 'delta_loss': 1.0, 'critical': 0.5, 'masked': 0.5}
     """
-    each, images, count = (1 + confidence) / 2, outcomes["images"].to_numpy(), len(outcomes)
-    lost, gained = (mean_estimate(outcomes[name].to_numpy() / images, each, 1.0) for name in ("lost", "gained"))
+    images, count = outcomes["images"].to_numpy(), len(outcomes)
+
+    def share(name: str, confidence: float) -> Estimate:
+        return rate_interval(sample_mean([outcomes[name].to_numpy() / images], [1.0], [1.0]), confidence)
+
+    lost, gained = (share(name, (1 + confidence) / 2) for name in ("lost", "gained"))
     accuracy = Estimate(
         100 * (lost.value - gained.value), 100 * (lost.low - gained.high), 100 * (lost.high - gained.low), count
     )
     return {
         "accuracy_lost": accuracy,
-        "changed": mean_estimate(outcomes["changed"].to_numpy() / images, confidence, 1.0),
+        "changed": share("changed", confidence),
         "delta_loss": mean_estimate(outcomes["delta_loss"].dropna().to_numpy(), confidence),
         "critical": rate_estimate(int((outcomes["changed"] > 0).sum()), count, confidence),
         "masked": rate_estimate(int((outcomes["masked"] == images).sum()), count, confidence),
