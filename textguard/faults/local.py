@@ -4,6 +4,8 @@ A flipped neuron is one channel of one pixel. Elementwise steps change no other 
 or linear layer adds the neuron's change times one slice of its weights to the golden output. From there on, the changed window
 grows with every kernel.
 
+A region of values, such as a channel or a row of it, starts as a window of its own.
+
 This is incremental inference as in Nakandala et al. (Krypton), SIGMOD 2019, started from a single value.
 """
 
@@ -15,8 +17,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from textguard.faults.damage import Faults
 from textguard.faults.detectors import Bound
 from textguard.faults.graph import ACTIVATIONS, TracedModel, Values
+from textguard.faults.patterns import Window
 
 # The largest share of a map that is still recomputed as a window. A window costs more per value than a whole map, because it
 # has to be gathered and because its convolutions are small.
@@ -96,6 +100,39 @@ def neuron_patch(shape: tuple[int, ...], neuron: Tensor, values: Tensor) -> Patc
     """
     channel, top, left = torch.unravel_index(neuron, (*shape, 1, 1)[:3])
     return Patch(values.reshape(len(neuron), 1, 1, -1), top, left, channel)
+
+
+def region_patch(golden: Tensor, faults: Faults, window: Window, written: Tensor) -> Patch:
+    """The patch of N regions of a map, each with the golden values round it.
+
+    Parameters
+    ----------
+    golden : Tensor
+        float32 [B, C, H, W], or [B, F].
+    faults : Faults
+        N faults in M values.
+    window : Window
+        Of their regions.
+    written : Tensor
+        float32 [M], the faulty values.
+
+    Returns
+    -------
+    Patch
+        Of one channel where the regions are; else of all.
+    """
+    golden, row, count = as_map(golden), faults.row, len(faults.position)
+    _, channels, height, width = golden.shape
+    place = torch.unravel_index(faults.neuron, (channels, height, width))
+    channel, top, left = (
+        faults.row.new_zeros(count).scatter_reduce(0, row, part, "amin", include_self=False) for part in place
+    )
+    top, left = top.clamp(max=height - window.height), left.clamp(max=width - window.width)
+    shape = (1, window.height, window.width, 1 if window.one_channel else channels)
+    patch = Patch(golden.new_empty(shape), top, left, channel if window.one_channel else None)
+    values = read(golden, faults.image, patch)
+    values[row, place[1] - top[row], place[2] - left[row], 0 if window.one_channel else place[0]] = written
+    return replace(patch, values=values)
 
 
 def read(golden: Tensor, image: Tensor, patch: Patch, outside: float | None = None) -> Tensor:
