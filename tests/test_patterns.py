@@ -8,10 +8,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from textguard.assessment import Assessment, assess
+from textguard.closeup import _all_of_region, one_fault
 from textguard.errors import CampaignMismatch, InvalidParameter
-from textguard.faults import FaultModel, draw_plan, execution, make_engine, parse_format, run_campaign
+from textguard.faults import FaultModel, draw_plan, engines, execution, make_engine, parse_format, run_campaign
 from textguard.faults.campaign import Campaign, CampaignSettings
-from textguard.faults.patterns import regions_of
+from textguard.faults.local import region_patch
+from textguard.faults.patterns import regions_of, window_of
 from textguard.faults.plans import FAULT_COLUMNS, damaged_values
 from textguard.faults.sampling import rerun_changed
 from textguard.faults.sites import Site
@@ -243,6 +245,53 @@ def test_every_engine_does_what_a_plain_hook_does(net, pattern):
     assert wrong <= len(first) // 30
 
 
+class Residual(nn.Module):
+    """Sums, strides, pooling, a depthwise and a grouped convolution behind regions that are windows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.pool = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.MaxPool2d(3, 2, 1)
+        self.deep, self.wide = nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.Conv2d(6, 6, 3, padding=1)
+        self.down, self.head = nn.Conv2d(6, 8, 3, stride=2), nn.Linear(8, 5)
+
+    def forward(self, images):
+        x = torch.relu(self.pool(self.norm(self.first(images))))
+        x = torch.relu(x + self.wide(torch.relu(self.deep(x))))
+        return self.head(torch.relu(self.down(x)).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("pattern", ["channel", "row", "column", "block"])
+def test_windows_do_what_whole_maps_do(monkeypatch, pattern):
+    torch.manual_seed(0)
+    model, images = Residual().eval(), torch.randn(4, 3, 24, 24)
+    loader = DataLoader(TensorDataset(images, model(images).argmax(dim=1)))
+    fault_model = FaultModel(pattern=pattern, block=(2, 7), damage="random")
+    engine = make_engine("replay", model, images[0], 16)
+    started = []
+    monkeypatch.setattr(engines, "region_patch", lambda *part: started.append(region_patch(*part)) or started[-1])
+    plan, limits = draw_plan(engine.sites, np.ones(4), 60, 0, fault_model), {site.layer: 20.0 for site in engine.sites}
+    options = {"limits": limits, "image_batch": 4, "fault_model": fault_model}
+    windows = run_campaign(engine, loader, plan, **options)
+    assert len(started) >= 3
+    assert windows["masked"].any() == (pattern != "block")
+    monkeypatch.setattr(engines, "window_of", lambda *part: None)
+    whole = run_campaign(engine, loader, plan, **options)
+    assert np.isclose(windows["faulty_loss"], whole["faulty_loss"], rtol=1e-4, atol=1e-5).mean() > 0.99
+    same = ["golden_value", "faulty_value", "detected"]
+    assert windows[same].equals(whole[same])
+
+
+@pytest.mark.parametrize("block", [(1, 5), (2, 4), (3, 9), (2, 13), (8, 100)])
+def test_a_window_is_as_large_as_the_largest_region_needs(block):
+    site, model = Site("a", "Conv2d", 0, (3, 4, 9), 54), FaultModel(pattern="block", block=block)
+    regions, window = regions_of(site, model), window_of(site, model)
+    row, value = regions.values_of(regions.first(range(regions.count)))
+    places = np.unravel_index(value, site.shape)
+    spans = [max(int(np.ptp(axis[row == number])) + 1 for number in range(regions.count)) for axis in places]
+    assert (window.height, window.width) == tuple(spans[1:])
+    assert window.one_channel == (spans[0] == 1)
+
+
 def test_results_are_the_same_in_any_batches_and_groups(monkeypatch):
     model, loader = net_and_images("maps")
     fault_model = FaultModel(pattern="block", block=(3, 5), damage="random")
@@ -306,3 +355,14 @@ def test_an_assessment_of_regions_is_saved_and_loaded_and_replayed(tmp_path, pla
     assert np.allclose(again.records["faulty_loss"], found.records["faulty_loss"], equal_nan=True)
     with pytest.raises(InvalidParameter, match="only faults in one neuron"):
         found.by("channel")
+
+
+def test_a_close_look_damages_all_of_a_region():
+    site, model = SHAPES["map"], FaultModel(bits=2, pattern="row", damage="random")
+    rows = pd.DataFrame({"layer": "a", "index": 4, "neuron": 5, "bit": [3, 31]})
+    fault = one_fault(_all_of_region(rows, site, model, parse_format("fp32")), model, 0, 9.0, torch.device("cpu"))
+    head = pd.DataFrame([("a", 4, 5, 1 << 3 | 1 << 31)], columns=FAULT_COLUMNS)
+    _, neurons, masks = damaged_values(head, {"a": site}, model, parse_format("fp32"))
+    assert dict(zip(neurons.tolist(), masks.tolist(), strict=True)) == dict(
+        zip(fault.neurons.tolist(), fault.masks.tolist(), strict=True)
+    )
