@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from array_drawing import FILE, drawing
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -208,3 +209,7 @@ def test_what_does_not_run_on_the_array_is_refused_in_a_line():
         Array(0, 2)
     with pytest.raises(CampaignMismatch, match="lacks the columns bit"):
         run_stuck(net, loader, Array(2, 2), plan.drop(columns="bit"))
+
+
+def test_the_drawing_shows_what_an_element_touches():
+    assert FILE.read_text(encoding="utf-8") == drawing(), "run 'python tests/array_drawing.py'"
