@@ -1,5 +1,7 @@
 """Faults with a shape: their regions, plans and records, in every engine, beside a plain hook."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from textguard.assessment import Assessment, assess
-from textguard.closeup import _all_of_region, one_fault
+from textguard.closeup import damaged_states
 from textguard.errors import CampaignMismatch, InvalidParameter
 from textguard.faults import FaultModel, draw_plan, engines, execution, make_engine, parse_format, run_campaign
 from textguard.faults.campaign import Campaign, CampaignSettings
@@ -360,7 +362,8 @@ def test_an_assessment_of_regions_is_saved_and_loaded_and_replayed(tmp_path, pla
 def test_a_close_look_damages_all_of_a_region():
     site, model = SHAPES["map"], FaultModel(bits=2, pattern="row", damage="random")
     rows = pd.DataFrame({"layer": "a", "index": 4, "neuron": 5, "bit": [3, 31]})
-    fault = one_fault(_all_of_region(rows, site, model, parse_format("fp32")), model, 0, 9.0, torch.device("cpu"))
+    cam = SimpleNamespace(sites=[site], number_format=parse_format("fp32"), device=torch.device("cpu"))
+    fault = damaged_states(cam, pd.DataFrame(), rows, model, "off", {"a": 9.0})["worst"][1]
     head = pd.DataFrame([("a", 4, 5, 1 << 3 | 1 << 31)], columns=FAULT_COLUMNS)
     _, neurons, masks = damaged_values(head, {"a": site}, model, parse_format("fp32"))
     assert dict(zip(neurons.tolist(), masks.tolist(), strict=True)) == dict(
