@@ -55,9 +55,7 @@ def drawing() -> str:
         f'<rect x="440" y="258" width="14" height="14" fill="{REACHED}"/><text x="460" y="270">outputs that are computed with '
         "these weights</text>",
     ]
-    title = (
-        "Which values of a layer a stuck processing element touches; thick lines part tiles, computed in turn"
-    )
+    title = "Which values of a layer a stuck processing element touches; thick lines part tiles, computed in turn"
     head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1020 284" font-family="sans-serif" font-size="12">'
     body = "\n".join([f"<title>{title}</title>", '<rect width="1020" height="284" fill="#ffffff"/>', *shapes, *legend])
     return f"{head}\n{body}\n</svg>\n"

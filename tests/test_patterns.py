@@ -247,6 +247,31 @@ def test_every_engine_does_what_a_plain_hook_does(net, pattern):
     assert wrong <= len(first) // 30
 
 
+@pytest.mark.parametrize("pattern", ["channel, each its own", "row, two bits stuck", "block"])
+def test_pytorchfi_damages_the_same_regions(pattern):
+    model, loader = net_and_images("maps")
+    engines = [make_engine(name, model, loader.dataset[0][0], 8) for name in ("pytorchfi", "whole")]
+    plan = draw_plan(engines[0].sites, np.ones(5), 20, 1, PATTERNS[pattern])
+    options = {"limits": {site.layer: 30.0 for site in engines[0].sites}, "image_batch": 3, "fault_model": PATTERNS[pattern]}
+    theirs, ours = (run_campaign(engine, loader, plan, **options) for engine in engines)
+    assert (theirs["detected"] == ours["detected"]).mean() > 0.97
+    assert np.isclose(theirs["faulty_loss"], ours["faulty_loss"], rtol=1e-3, atol=1e-4).mean() > 0.97
+
+
+@pytest.mark.parametrize("number_format", ["fp16", "int(8)", "bfp(5,7,16)"])
+def test_regions_of_other_formats_are_damaged_in_their_bits(number_format):
+    model, loader = net_and_images("maps")
+    form, fault_model = parse_format(number_format), FaultModel(pattern="channel", damage="random")
+    options = {"number_format": form, "profiled": dict.fromkeys(("0", "4", "6", "9", "11"), 4.0)}
+    engines = [make_engine(name, model, loader.dataset[0][0], 8, **options) for name in ("replay", "whole")]
+    plan = draw_plan(engines[0].sites, np.ones(5), 16, 1, fault_model, form)
+    options = {"limits": {site.layer: 30.0 for site in engines[0].sites}, "image_batch": 3, "fault_model": fault_model}
+    fast, slow = (run_campaign(engine, loader, plan, **options) for engine in engines)
+    assert plan["bit"].max() < form.bits
+    assert (fast["faulty_loss"] != fast["golden_loss"]).mean() > 0.5
+    assert np.isclose(fast["faulty_loss"], slow["faulty_loss"], rtol=1e-2, atol=1e-3).mean() > 0.95
+
+
 class Residual(nn.Module):
     """Sums, strides, pooling, a depthwise and a grouped convolution behind regions that are windows."""
 
