@@ -324,7 +324,7 @@ class ReplayEngine(_Engine):
             )
             results.damaged(values, damage)
             if window:
-                patch = region_patch(output, part, window, damage.written)
+                patch = region_patch(output, part.image, part.row, part.neuron, damage.faulty, window)
             else:
                 patch = neuron_patch(site.shape, part.neuron, damage.faulty)
             return [LocalFaults(rows, part.image, {step: patch})]

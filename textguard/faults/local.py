@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from textguard.faults.damage import Faults
 from textguard.faults.detectors import Bound
 from textguard.faults.graph import ACTIVATIONS, TracedModel, Values
 from textguard.faults.patterns import Window
@@ -102,37 +101,37 @@ def neuron_patch(shape: tuple[int, ...], neuron: Tensor, values: Tensor) -> Patc
     return Patch(values.reshape(len(neuron), 1, 1, -1), top, left, channel)
 
 
-def region_patch(golden: Tensor, faults: Faults, window: Window, written: Tensor) -> Patch:
+def region_patch(golden: Tensor, image: Tensor, row: Tensor, neuron: Tensor, values: Tensor, window: Window) -> Patch:
     """The patch of N regions of a map, each with the golden values round it.
 
     Parameters
     ----------
     golden : Tensor
         float32 [B, C, H, W], or [B, F].
-    faults : Faults
-        N faults in M values.
-    window : Window
-        Of their regions.
-    written : Tensor
+    image : Tensor
+        int64 [N], the index of each fault's image in the batch.
+    row, neuron : Tensor
+        int64 [M]: which of the N faults damages a value, and its index in one image's flattened output.
+    values : Tensor
         float32 [M], the faulty values.
+    window : Window
+        Of the regions.
 
     Returns
     -------
     Patch
         Of one channel where the regions are; else of all.
     """
-    golden, row, count = as_map(golden), faults.row, len(faults.position)
+    golden = as_map(golden)
     _, channels, height, width = golden.shape
-    place = torch.unravel_index(faults.neuron, (channels, height, width))
-    channel, top, left = (
-        faults.row.new_zeros(count).scatter_reduce(0, row, part, "amin", include_self=False) for part in place
-    )
+    place = torch.unravel_index(neuron, (channels, height, width))
+    channel, top, left = (torch.zeros_like(image).scatter_reduce(0, row, part, "amin", include_self=False) for part in place)
     top, left = top.clamp(max=height - window.height), left.clamp(max=width - window.width)
     shape = (1, window.height, window.width, 1 if window.one_channel else channels)
     patch = Patch(golden.new_empty(shape), top, left, channel if window.one_channel else None)
-    values = read(golden, faults.image, patch)
-    values[row, place[1] - top[row], place[2] - left[row], 0 if window.one_channel else place[0]] = written
-    return replace(patch, values=values)
+    found = read(golden, image, patch)
+    found[row, place[1] - top[row], place[2] - left[row], 0 if window.one_channel else place[0]] = values
+    return replace(patch, values=found)
 
 
 def read(golden: Tensor, image: Tensor, patch: Patch, outside: float | None = None) -> Tensor:
