@@ -121,6 +121,17 @@ def region_patch(golden: Tensor, image: Tensor, row: Tensor, neuron: Tensor, val
     -------
     Patch
         Of one channel where the regions are; else of all.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from textguard.faults.local import region_patch
+    >>> from textguard.faults.patterns import Window
+    >>> golden, one = torch.zeros(1, 2, 3, 3), torch.zeros(1, dtype=torch.int64)
+    >>> row, neuron = torch.zeros(2, dtype=torch.int64), torch.tensor([12, 13])  # of channel 1
+    >>> patch = region_patch(golden, one, row, neuron, torch.tensor([5.0, 6.0]), Window(True, 1, 3))
+    >>> patch.values.flatten().tolist(), patch.channel.item(), patch.top.item()
+    ([5.0, 6.0, 0.0], 1, 1)
     """
     golden = as_map(golden)
     _, channels, height, width = golden.shape
