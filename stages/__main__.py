@@ -34,7 +34,8 @@ from textguard.errors import InvalidParameter, Setting, TextguardError, printabl
 from textguard.params import Params, load_params, lookup  # noqa: E402
 
 TIMELESS = ("plan", "estimate")  # they foretell and leave nothing
-COMPUTING = ("embeddings", "train", "evaluate", "ranges", "inject", "closeup")  # on the device that TEXTGUARD_DEVICE names
+# On the device that TEXTGUARD_DEVICE names.
+COMPUTING = ("embeddings", "train", "evaluate", "ranges", "inject", "hardware", "closeup")
 SHARED = ("train", "evaluate", "inject")  # stages that several processes can work on
 WORD = "_TEXTGUARD_WORD"  # in their environment: the file that the first of them makes which has something to say
 # Stage -> what of the parameters its KEY names; None where it takes no key.
@@ -53,6 +54,7 @@ STAGES = {
     "evaluate": "runs",
     "ranges": "runs",
     "inject": "runs",
+    "hardware": "runs",
     "closeup": "runs",
     "results": None,
     "tables": None,

@@ -33,12 +33,12 @@ def stages(*names: str) -> set[str]:
     """Stage names as dvc prints them; `inject` stands for the inject stage of every run."""
     expanded = set()
     for name in names:
-        per_run = name in ("train", "evaluate", "ranges", "inject", "closeup")
+        per_run = name in ("train", "evaluate", "ranges", "inject", "hardware", "closeup")
         expanded |= {f"{name}@{key}" for key in RUNS} if per_run else {name}
     return expanded
 
 
-BEHIND_TRAINING = stages("evaluate", "ranges", "inject", "closeup", "results", "tables", "figures", "report")
+BEHIND_TRAINING = stages("evaluate", "ranges", "inject", "hardware", "closeup", "results", "tables", "figures", "report")
 TEXTS = stages(f"prompts@{TEXT}", f"responses@{TEXT}", f"embeddings@{TEXT}", f"text_quality@{TEXT}")
 ALL = stages("check", "data@digits", "heads@digits", "recipes", "train") | TEXTS | BEHIND_TRAINING
 

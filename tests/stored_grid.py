@@ -112,6 +112,34 @@ def store(key: str, run: Run, layers: dict[str, tuple[int, float]], correct: int
     curve = pd.DataFrame({"threshold_percent": range(41), "accuracy_percent": [100 - i for i in range(41)]})
     curve.to_csv(out / "thresholds.csv", index=False)
     store_closeup(key)
+    store_hardware(key, float(guided))
+
+
+def store_hardware(key: str, guided: float = 0.0) -> None:
+    """What stage hardware leaves: one kind of faults, which does half as much to a text-guided classifier, and two curves."""
+
+    def near(value: float) -> dict[str, float]:
+        return {"value": value, "low": 0.9 * value, "high": 1.1 * value, "n": 64}
+
+    def headline(value: float) -> dict[str, dict[str, float]]:
+        return {"delta_loss": near(value), "sdc": near(value / 4), "mismatch": near(value / 5)}
+
+    means = headline(0.2 / (1 + guided))
+    lost = {"accuracy": near(1.5), "critical": near(0.2), "harmless": near(0.5)}
+    faults = {**asdict(INJECT.faults)}
+    models = [
+        {"name": name, "faults": faults, "injections": 64, "places": 4, "overall": means, "by_values": means, **rest}
+        for name, rest in (("two_bits", {}), ("weight_for_good", {"lost": lost}))
+    ]
+    point = {"rate": 1e-5, "memories": 8, "flips": 90.0, "accuracy": near(2.0), "delta_loss": near(0.1), "changed": near(0.03)}
+    point |= {"corrected": 0.0, "detected": 0.0, "silent": 90.0}
+    losing = [{"points": points, "rate": near(1e-6 * points * (1 + guided))} for points in (1.0, 5.0)]
+    curves = [
+        {"protection": name, "bits": bits, "points": [point, point | {"rate": 1e-4}], "losing": losing}
+        for name, bits in (("none", 1.0), ("secded(64)", 1.125))
+    ]
+    content = {"confidence": 0.99, "images": 100, "models": models, "curves": curves}
+    write_json(Path(f"metrics/hardware/{key}.json"), content)
 
 
 def store_closeup(key: str) -> None:

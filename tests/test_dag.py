@@ -72,7 +72,7 @@ def test_dvc_draws_every_plot_for_every_run_of_the_grid(finished):
 
 def test_another_confidence_reruns_no_campaign(checkout):
     change(checkout, "statistics.confidence", 0.95)
-    assert repro(checkout)[0] == stages("check", "closeup", "results", "tables", "figures", "report")
+    assert repro(checkout)[0] == stages("check", "hardware", "closeup", "results", "tables", "figures", "report")
 
 
 def test_a_question_retrains_all_but_the_baseline(checkout):
@@ -85,8 +85,9 @@ def test_a_question_retrains_all_but_the_baseline(checkout):
 @pytest.mark.parametrize(
     ("key", "value", "behind"),
     [
-        ("inject.seed", 1, stages("inject", "report")),
-        ("head.fold_scale", True, stages("ranges", "inject", "closeup")),
+        ("inject.seed", 1, stages("inject", "hardware", "report")),
+        ("hardware.memories", 3, stages("hardware", "figures", "report")),
+        ("head.fold_scale", True, stages("ranges", "inject", "hardware", "closeup")),
         ("closeup.weight_flips", 20, stages("closeup")),
         ("datasets.digits.context", "a digit", RENDERED | {"results", f"prompts@{TEXT}", f"responses@{TEXT}"}),
         ("texts.descriptions.embedding", {"vectors": "random"}, {"figures", "report"} | TEXTS - {f"text_quality@{TEXT}"}),
@@ -106,7 +107,7 @@ def test_a_new_backbone_and_a_new_seed_run_and_nothing_else(checkout):
     runs = {
         f"digits-{name}-{v}-{seed}" for name in ("resnet18", "small") for v in ("baseline", "descriptions") for seed in (0, 1)
     }
-    new = {f"{stage}@{key}" for stage in ("train", "evaluate", "ranges", "inject") for key in runs - set(RUNS)}
+    new = {f"{stage}@{key}" for stage in ("train", "evaluate", "ranges", "inject", "hardware") for key in runs - set(RUNS)}
     new |= {f"closeup@digits-small-{v}-0" for v in ("baseline", "descriptions")}  # of the first seed alone
     assert watching(checkout) == new | RENDERED | {"results"}
 

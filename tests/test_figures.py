@@ -32,7 +32,7 @@ def test_figures_come_with_their_numbers_and_the_same_bytes_each_time(runs, para
     for folder in ("a", "b"):
         write_figures(results, load_cells(runs), params, tmp_path / folder)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert len(files) == 4 * (2 * (len(PER_BACKBONE) + 1) + 2) + len(DRAWN_BY_DVC) + 1
+    assert len(files) == 4 * (2 * (len(PER_BACKBONE) + 2) + 3) + len(DRAWN_BY_DVC) + 1  # other faults: where there is a baseline
     assert files == sorted(path.name for path in (tmp_path / "b").iterdir())
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
@@ -67,7 +67,7 @@ def test_no_text_leaves_its_figure(runs, params, tmp_path, monkeypatch):
 
     monkeypatch.setattr("textguard.report.figures.save_figure", look)
     write_figures(trained_twice, load_cells(runs), params, tmp_path)
-    assert len(drawn) == 2 * (len(PER_BACKBONE) + 1) + 2
+    assert len(drawn) == 2 * (len(PER_BACKBONE) + 2) + 3
 
 
 def test_the_crossing_is_the_last_one_up_or_down():

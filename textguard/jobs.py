@@ -19,7 +19,7 @@ from textguard.errors import InvalidParameter, TextguardError
 from textguard.params import load_params
 
 MOST, DEFAULT = 64, 8  # jobs; of small networks, more want memory that they may not have
-EACH = ("train", "evaluate", "ranges", "inject")  # of a run, in this order
+EACH = ("train", "evaluate", "ranges", "inject", "hardware")  # of a run, in this order
 DVC = (sys.executable, "-m", "dvc", "repro")
 LOCKED, ATTEMPTS, WAIT_S = "Unable to acquire lock", 20, 3
 HINTS = ("To track the changes", "\tgit add", "To enable auto staging", "\tdvc config", "Use `dvc push`", "Stage '")

@@ -266,6 +266,24 @@ class InjectParams:
 
 
 @dataclass(frozen=True, config=_strict)
+class HardwareParams:
+    """Other faults that all runs are compared under, see docs/faults.md.
+
+    models: name -> what one fault is; what a file leaves out is that of inject.faults. injections_per_layer: of each of them.
+    faults_per_place: of those that stay, in each stored tensor or layer. rates: bit errors per stored bit. memories: draws
+    of all bit errors, for each rate. protections: of the words that hold the parameters.
+    """
+
+    models: dict[Key, FaultParams]
+    injections_per_layer: Count
+    faults_per_place: Count
+    rates: Annotated[list[Annotated[float, Field(gt=0, le=0.5)]], Distinct]
+    memories: Annotated[int, Field(ge=2, le=10**6)]
+    protections: Annotated[list[Line], Distinct]
+    seed: Seed
+
+
+@dataclass(frozen=True, config=_strict)
 class HeadParams:
     """How a text-guided head is deployed. fold_scale: whether faults hit it with its scale in its weights, see
     textguard.vision.folding.
@@ -342,6 +360,7 @@ class Params:
     texts: dict[Key, TextParams]
     head: HeadParams
     inject: InjectParams
+    hardware: HardwareParams
     closeup: CloseupParams
     statistics: StatisticsParams
     figures: FiguresParams
@@ -432,7 +451,20 @@ def _with_defaults(content: Any, path: Path) -> Any:
             name: with_defaults(fields, f"{path} texts.{name}.provider") if isinstance(fields, dict) else fields
             for name, fields in texts.items()
         }
-    return content | {key: value for key, value in (("backbones", backbones), ("texts", texts)) if key in content}
+    whole = {"backbones": backbones, "texts": texts, "hardware": _with_usual_faults(content)}
+    return content | {key: value for key, value in whole.items() if key in content}
+
+
+def _with_usual_faults(content: dict[str, Any]) -> Any:
+    """Section hardware, whose models have what they leave out from inject.faults."""
+    hardware, inject = content.get("hardware"), content.get("inject")
+    models = hardware.get("models") if isinstance(hardware, dict) else None
+    usual = inject.get("faults") if isinstance(inject, dict) else None
+    if not isinstance(models, dict) or not isinstance(usual, dict):
+        return hardware
+    return hardware | {
+        "models": {name: usual | fields if isinstance(fields, dict) else fields for name, fields in models.items()}
+    }
 
 
 def _with_recipe(name: str, fields: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from textguard.errors import InvalidArtifact
 from textguard.params import Run
 from textguard.schema.base import read
 from textguard.schema.closeup import Cam, CloseUp
+from textguard.schema.hardware import Hardware, HardwareCell
 from textguard.schema.records import read_columns
 from textguard.schema.results import BASELINE, Cell, RunResult
 from textguard.schema.texts import TextQuality
@@ -24,6 +25,8 @@ LOOKS_DIR = METRICS_DIR / "looks"  # what git does not keep, apart from what it 
 TEXTS_DIR = METRICS_DIR / "texts"
 RESULTS_DIR = METRICS_DIR / "results"
 CELLS_FILE = METRICS_DIR / "cells.json"
+HARDWARE_DIR = METRICS_DIR / "hardware"
+HARDWARE_FILE = METRICS_DIR / "hardware.json"
 CONTRASTS_FILE = METRICS_DIR / "contrasts.json"
 SUMMARY_FILE = METRICS_DIR / "summary.json"
 
@@ -80,6 +83,25 @@ def load_cells(runs: Mapping[str, Run], contrasts: bool = False) -> list[Cell]:
                     f"does not have the cell {'-'.join(name)} with the seeds {seeds} that params.yaml asks for"
                 )
     return [cells[name] for name in wanted]
+
+
+def load_hardware(key: str) -> Hardware:
+    """What stage hardware says of one run."""
+    return read(HARDWARE_DIR / f"{key}.json", "hardware", Hardware)
+
+
+def load_hardware_cells(runs: Mapping[str, Run]) -> list[HardwareCell]:
+    """How these runs compare under the faults of section hardware."""
+    compared = {name: pairs for name, pairs in compared_runs(runs).items() if name[2] == BASELINE}
+    wanted = {(*name[:2], name[3]): [runs[key].seed for _, key in pairs] for name, pairs in compared.items()}
+    found = {(cell.dataset, cell.backbone, cell.variant): cell for cell in read(HARDWARE_FILE, "results", list[HardwareCell])}
+    with reading(HARDWARE_FILE, "results"):
+        for name, seeds in wanted.items():
+            if name not in found or found[name].seeds != seeds:
+                raise InvalidArtifact(
+                    f"does not have the cell {'-'.join(name)} with the seeds {seeds} that params.yaml asks for"
+                )
+    return [found[name] for name in wanted]
 
 
 def short_names(layers: Sequence[str]) -> list[str]:

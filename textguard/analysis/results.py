@@ -4,7 +4,16 @@ from collections.abc import Mapping
 
 from textguard.analysis.campaigns import load_campaign
 from textguard.analysis.comparison import Comparison, Side, compare, describe_cell, side_of, with_improvement
-from textguard.analysis.files import CELLS_FILE, CONTRASTS_FILE, RECORDS_DIR, RESULTS_DIR, SUMMARY_FILE, compared_runs
+from textguard.analysis.files import (
+    CELLS_FILE,
+    CONTRASTS_FILE,
+    HARDWARE_FILE,
+    RECORDS_DIR,
+    RESULTS_DIR,
+    SUMMARY_FILE,
+    compared_runs,
+)
+from textguard.analysis.hardware import compare_hardware
 from textguard.analysis.runs import describe_run
 from textguard.analysis.summary import summarise_grid
 from textguard.artifacts import reading, write_json
@@ -14,7 +23,7 @@ from textguard.schema.results import BASELINE, RunResult
 
 
 def write_results(runs: Mapping[str, Run], statistics: StatisticsParams, inject: InjectParams) -> None:
-    """Write metrics/results/RUN.json for every run, metrics/cells.json, metrics/contrasts.json, and metrics/summary.json.
+    """Write metrics/results/RUN.json for every run, and metrics/cells.json, contrasts.json, hardware.json and summary.json.
 
     inject: what the runs' campaigns must have been made with. Raises InvalidArtifact, InvalidParameter.
     """
@@ -45,6 +54,7 @@ def write_results(runs: Mapping[str, Run], statistics: StatisticsParams, inject:
         write_json(RESULTS_DIR / f"{key}.json", result.as_json())
     write_json(CELLS_FILE, [cell.as_json() for cell in against_baseline])
     write_json(CONTRASTS_FILE, [cell.as_json() for cell in described if cell.against != BASELINE])
+    write_json(HARDWARE_FILE, [cell.as_json() for cell in compare_hardware(runs, statistics.confidence)])
     write_json(
         SUMMARY_FILE,
         {

@@ -7,7 +7,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from textguard.analysis.files import RUNS_DIR, load_training
+from textguard.analysis.files import RUNS_DIR, load_hardware, load_hardware_cells, load_training
 from textguard.artifacts import write_csv
 from textguard.errors import InvalidArtifact
 from textguard.params import Params
@@ -15,6 +15,7 @@ from textguard.report.architecture import draw_architecture
 from textguard.report.closeup_figures import draw_attention, draw_last_layer
 from textguard.report.drawing import STYLE, save_figure
 from textguard.report.grid_figures import draw_improvement, draw_tradeoff
+from textguard.report.hardware_figures import draw_error_rates, draw_fault_models
 from textguard.report.layer_figures import (
     draw_bits,
     draw_delta_loss,
@@ -56,6 +57,7 @@ def write_figures(results: Sequence[RunResult], cells: Sequence[Cell], params: P
                 save_figure(figure, numbers, folder / f"{name}-{stem}", dpi)
                 if name in together:
                     together[name].append(numbers.assign(dataset=dataset, backbone=backbone))
+            _draw_hardware(variants, cells, params, folder, (dataset, backbone))
         everything = [variant for variants in places.values() for variant in variants]
         save_figure(*draw_tradeoff(everything), folder / "tradeoff", dpi)
         if cells:
@@ -63,6 +65,21 @@ def write_figures(results: Sequence[RunResult], cells: Sequence[Cell], params: P
     together["training"] = [training_curve(result, params) for result in results]
     for name, tables in together.items():
         write_csv(folder / f"{name}.csv", pd.concat(tables, ignore_index=True))
+
+
+def _draw_hardware(
+    variants: Sequence[Variant], cells: Sequence[Cell], params: Params, folder: Path, place: tuple[str, str]
+) -> None:
+    """Figures of the faults of section hardware, where it names some."""
+    stem, title = "-".join(place), place_name(*place)
+    usual = [cell for cell in cells if (cell.dataset, cell.backbone) == place]
+    hardware = [cell for cell in load_hardware_cells(params.runs) if (cell.dataset, cell.backbone) == place]
+    if params.hardware.models and usual:
+        looks = styles(params.variants, params.figures.colours)
+        save_figure(*draw_fault_models(hardware, usual, looks, title), folder / f"fault_models-{stem}", params.figures.dpi)
+    if params.hardware.rates and params.hardware.protections:
+        runs = {result.run: load_hardware(result.run) for variant in variants for result in variant.results}
+        save_figure(*draw_error_rates(variants, runs, title), folder / f"error_rates-{stem}", params.figures.dpi)
 
 
 def group(results: Sequence[RunResult], params: Params) -> dict[tuple[str, str], list[Variant]]:

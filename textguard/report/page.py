@@ -34,6 +34,8 @@ TABLES = {
     "measures": "SDC, mismatches and DeltaLoss, side by side",
     "layers": "Layers before the last one",
     "detectors": "Range detectors",
+    "fault_models": "Other faults, and where the ranking holds",
+    "error_rates": "Bit errors that stay in the parameters' memory",
     "resilience": "Resilience of every run",
     "attention": "Where the classifiers look, with faults",
     "audit": "What is published, against itself",
@@ -45,6 +47,8 @@ FIGURES = {
     "delta_loss": "DeltaLoss per layer",
     "outcomes": "What became of the faults",
     "bits": "DeltaLoss by layer and bit",
+    "fault_models": "Other faults than those",
+    "error_rates": "Bit errors that stay in the parameters' memory",
     "value_ranges": "Neuron values per layer",
     "range_effect": "Value range and damage",
     "accuracy_by_top2diff": "Accuracy against Top2Diff",
@@ -139,7 +143,7 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
         compared={"label": compared[0], "table": as_shown(compared[1], f"{compared[0]} and now")} if compared else None,
         facts=_facts(params, runs, grid, revision),
         tables=[as_shown(table, TABLES.get(table.name, table.name)) for table in tables_of(params)],
-        figures=_figures(runs),
+        figures=_figures(runs, _not_drawn(params)),
         runs=[_run(key, run, params) for key, run in runs.items()],
         texts=[_text(texts) for texts in params.class_texts.values()],
         commands=_commands(grid, revision),
@@ -226,13 +230,21 @@ def _facts(params: Params, runs: Mapping[str, RunResult], grid: str, revision: R
     ]
 
 
-def _figures(runs: Mapping[str, RunResult]) -> list[dict[str, Any]]:
+def _not_drawn(params: Params) -> set[str]:
+    """Figures of faults that the grid does not look at."""
+    hardware = params.hardware
+    models = hardware.models and BASELINE in params.variants and len(params.variants) > 1
+    return {*([] if models else ["fault_models"]), *([] if hardware.rates and hardware.protections else ["error_rates"])}
+
+
+def _figures(runs: Mapping[str, RunResult], without: set[str]) -> list[dict[str, Any]]:
     groups = []
     for dataset, backbone in dict.fromkeys((run.dataset, run.backbone) for run in runs.values()):
         stem, place = f"{dataset}-{backbone}", place_name(dataset, backbone)
         pictures = [
             _picture("figures", FIGURES_DIR / f"{name}-{stem}", f"{title}, {place}", f"picture-{name}-{stem}")
             for name, title in FIGURES.items()
+            if name not in without
         ]
         groups.append({"id": element_id(f"figures-{stem}"), "title": place, "pictures": pictures})
     return groups

@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from textguard.analysis.files import load_cells, load_closeup, load_results
+from textguard.analysis.files import load_cells, load_closeup, load_hardware, load_hardware_cells, load_results
 from textguard.estimates.statistics import Estimate, few_injections
 from textguard.params import Params, library_recipes
+from textguard.report.hardware_tables import error_rate_table, fault_model_table
 from textguard.report.published import Finding, Published, audit, differences, load_published
 from textguard.report.recipe_table import Fields, recipe_table
 from textguard.report.rendering import Judged, Table, show_number
@@ -47,7 +48,13 @@ def tables_of(params: Params) -> list[Table]:
     sources = {key: dataset.source for key, dataset in params.datasets.items()}
     recipes = {name: {"recipe": trained.recipe, **asdict(trained)} for name, trained in params.backbones.items()}
     closeups = {key: load_closeup(key) for key in params.looked_at}
-    return make_tables(cells, contrasts, runs, params.main_dataset, sources, recipes, library_recipes(params), closeups)
+    tables = make_tables(cells, contrasts, runs, params.main_dataset, sources, recipes, library_recipes(params), closeups)
+    hardware, note = load_hardware_cells(params.runs), _note(runs.values())
+    others = [
+        fault_model_table(hardware, cells, note),
+        error_rate_table(hardware, {key: load_hardware(key) for key in params.runs}, note),
+    ]
+    return [*tables, *(table for table in others if table.rows)]  # a grid need not look at other faults
 
 
 def make_tables(
@@ -66,12 +73,7 @@ def make_tables(
     published tables call it. recipes, library: see `recipe_table`.
     """
     proposed = [cell for cell in cells if cell.variant == PROPOSED]
-    interval = " and ".join(dict.fromkeys(f"{run.confidence:.4g}" for run in runs.values()))
-    note = (
-        f"Brackets: intervals of confidence {interval}, over test images (accuracy, Top2Diff) or injections, over trainings "
-        f"where there are several. A verdict is given where there are: {ONE_TRAINING}. Exact: every fault was tried."
-        f"{_few(runs.values())}"
-    )
+    interval, note = _confidence(runs.values()), f"{_note(runs.values())} Exact: every fault was tried.{_few(runs.values())}"
     ratios = (
         "(x): the baseline's / ours, above 1 is better. SDC: faults that change the class or leave a loss that is not finite; "
         "mismatches: changed classes among faults with a finite loss. All layers: the plain mean over layers, as in the paper; "
@@ -127,6 +129,18 @@ def make_tables(
         _audit_table(audit(published)),
         recipe_table(recipes, library),
     ]
+
+
+def _confidence(runs: Iterable[RunResult]) -> str:
+    return " and ".join(dict.fromkeys(f"{run.confidence:.4g}" for run in runs))
+
+
+def _note(runs: Iterable[RunResult]) -> str:
+    """What brackets and verdicts are."""
+    return (
+        f"Brackets: intervals of confidence {_confidence(runs)}, over test images (accuracy, Top2Diff) or injections, over "
+        f"trainings where there are several. A verdict is given where there are: {ONE_TRAINING}."
+    )
 
 
 def _few(runs: Iterable[RunResult]) -> str:

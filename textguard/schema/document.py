@@ -13,6 +13,7 @@ from textguard.schema.base import Measured, Stored
 from textguard.schema.campaign import StoredCampaign
 from textguard.schema.closeup import CloseUp
 from textguard.schema.evaluation import Evaluation
+from textguard.schema.hardware import Hardware, HardwareCell
 from textguard.schema.results import Cell, RunResult, SummaryLine
 from textguard.schema.texts import TextQuality
 from textguard.schema.times import RunTimes
@@ -28,9 +29,11 @@ FILES: dict[str, tuple[str, str, type[Stored]]] = {
     "metrics/runs/RUN/evaluation.json": ("evaluate", "", Evaluation),
     "metrics/runs/RUN/campaign.json": ("inject", "", StoredCampaign),
     "metrics/closeup/RUN.json": ("closeup", "", CloseUp),
+    "metrics/hardware/RUN.json": ("hardware", "", Hardware),
     "metrics/results/RUN.json": ("results", "", RunResult),
     "metrics/cells.json": ("results", "A list with one such object per cell that has a baseline.", Cell),
     "metrics/contrasts.json": ("results", "A list with one such object per pair of text-guided variants.", Cell),
+    "metrics/hardware.json": ("results", "A list with one such object per cell that has a baseline.", HardwareCell),
     "metrics/summary.json": ("results", "Data set -> backbone -> variant -> such an object.", SummaryLine),
     "FOLDER/assessment.json": (
         "*",

@@ -1,0 +1,806 @@
+"""Many faults at once: a classifier's accuracy against the bit error rate of the memory that holds its weights.
+
+At a bit error rate p every stored bit is at fault with probability p, independently of the others. A memory is one draw, and
+all images see it. Which data bits are at fault depends on (seed, memory, number of data bits) alone: one that is at fault at
+some rate is so at every higher one, under every protection, and in every model with as many data bits. So curves can be compared
+memory by memory.
+"""
+
+import hashlib
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.special import stdtrit
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from textguard.artifacts import read_json, weights_mark, write_json
+from textguard.errors import CampaignMismatch, InvalidArtifact, InvalidParameter, Setting, UnsupportedModel
+from textguard.estimates.statistics import CONFIDENCE, Estimate, sample_mean, studentised
+from textguard.faults.checks import checked_name, confidence_level, folder_path, some_text, whole_number
+from textguard.faults.copying import copy_model
+from textguard.faults.damage import Operation
+from textguard.faults.formats import NATIVE, Format, parse_format, stored_as
+from textguard.faults.graph import unwrapped
+from textguard.faults.inputs import batches, check_labels, check_logits, positions, prepare
+from textguard.faults.plans import uniform_numbers
+from textguard.faults.sites import uncompiled
+from textguard.faults.task import CLASSES, Task, make_task
+from textguard.faults.weights import matrices, weight_readers
+from textguard.hardware.protection import Code, Protection, parse_protection
+from textguard.runtime import join_processes, progress, wait_for_all
+
+HIGHEST_RATE = 0.5  # beyond it, a memory is a worse one of the other bits
+KEPT_BYTES = 2**31  # of images that are kept for all memories; more are read again for each
+RESAMPLES = 2000
+PROBED = 256  # images that suggested rates are tried on
+COUNTS = ("flips", "corrected", "detected", "silent", "wrong")
+OUTCOMES = ("top1", "lost", "changed", "delta_loss", "nonfinite")
+MEMORY_COLUMNS = ["rate", "memory", *COUNTS, *OUTCOMES]
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor of a model, in memory: its values, how they are stored, and how their words are protected."""
+
+    name: str
+    values: Tensor  # [n], a view of the model's own
+    format: Format
+    limit: Tensor
+    code: Code
+
+    def codes(self, index: Tensor) -> Tensor:
+        """The codes of some values, int64 [V]."""
+        return self._encode(self.values[index])
+
+    def _encode(self, values: Tensor) -> Tensor:
+        return self.format.encode(values, self.limit, torch.zeros_like(values, dtype=torch.int64))
+
+    def round(self) -> None:
+        """Store the values, in place."""
+        codes = self._encode(self.values)
+        self.values.copy_(self.format.decode(codes, self.limit, torch.zeros_like(codes)))
+
+    def damage(self, index: Tensor, mask: Tensor, zeroed: Tensor) -> Tensor:
+        """Let some values be read wrong. Returns what they were, [V]."""
+        before, codes = self.values[index], self.codes(index) ^ mask
+        faulty = self.format.decode(codes, self.limit, torch.zeros_like(codes)).to(before.dtype)
+        self.values[index] = torch.where(zeroed, torch.zeros_like(faulty), faulty)
+        return before
+
+
+@torch.no_grad()
+def _stored(model: nn.Module, image: Tensor, number_format: Format, protection: Protection) -> list[_Tensor]:
+    """The float parameters and buffers that an inference reads, tied ones once, rounded to their format in place.
+
+    What products read, such as the weights of convolutions, is stored in the number format. Biases, norms with their statistics
+    and other vectors keep their own type, as in campaigns.
+    """
+    readers = weight_readers(model, image)
+    products = set(matrices(readers))
+    tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    found: list[_Tensor] = []
+    seen: set[tuple[int, int]] = set()
+    for name, tensor in sorted(tensors.items()):
+        if name not in readers or not tensor.is_floating_point() or not tensor.numel():
+            continue
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if kind not in NATIVE:
+            raise UnsupportedModel(f"{name!r} is {kind}, whose bits are not known; convert it to {', '.join(NATIVE)}")
+        tensor.data = tensor.data.contiguous()
+        if (place := (tensor.data_ptr(), tensor.numel())) in seen:
+            continue
+        seen.add(place)
+        in_format = name in products and tensor.ndim > 1
+        own, native = stored_as(number_format, kind, repr(name)) if in_format else (NATIVE[kind], True)
+        limit = tensor.abs().max().float()
+        one = _Tensor(name, tensor.data.view(-1), own, limit, protection.code(own))
+        if not native:
+            one.round()
+        found.append(one)
+    if not found:
+        raise UnsupportedModel(f"{type(model).__name__} reads no parameters: there is no memory that faults could hit")
+    return found
+
+
+class _Memory:
+    """The memory that holds a model's weights, with all cells numbered: data bits, and check bits.
+
+    Parameters
+    ----------
+    tensors : sequence of _Tensor
+        What it holds.
+    seed : int
+        The seed of all draws.
+    protection : str
+        The name of the protection, which decides on the check bits that are at fault.
+    operation : {"flip", "stuck_at_0", "stuck_at_1"}
+        What happens to a bit that is at fault.
+    """
+
+    def __init__(self, tensors: Sequence[_Tensor], seed: int, protection: str, operation: Operation) -> None:
+        self.tensors, self._seed, self._protection, self._operation = tensors, seed, protection, operation
+        self._data = np.cumsum([0, *(len(one.values) * one.code.bits for one in tensors)])
+        self._checks = np.cumsum([0, *(one.code.check_bits(len(one.values)) for one in tensors)])
+
+    @property
+    def data_bits(self) -> int:
+        """Bits of the values."""
+        return int(self._data[-1])
+
+    @property
+    def stored_bits(self) -> int:
+        """These, and check bits."""
+        return self.data_bits + int(self._checks[-1])
+
+    def draw(self, number: int, rate: float) -> tuple["_Cells", "_Cells"]:
+        """The data and the check cells that are at fault in a memory at a rate, and at which lower rates they are."""
+        stream = f"memory {number}"
+        data = _draw_cells(self._seed, stream, self.data_bits, rate)
+        return data, _draw_cells(self._seed, f"{stream} {self._protection} checks", int(self._checks[-1]), rate)
+
+    def read(self, data: np.ndarray, checks: np.ndarray) -> tuple[dict[str, int], list[tuple[_Tensor, Any]]]:
+        """What is read where these cells are at fault: counts, and per tensor that is read wrong a `Read`."""
+        counts, wrong = dict.fromkeys(COUNTS, 0), []
+        data, checks = np.sort(data), np.sort(checks)
+        at, at_check = np.searchsorted(data, self._data), np.searchsorted(checks, self._checks)
+        for number, one in enumerate(self.tensors):
+            own, own_checks = data[at[number] : at[number + 1]], checks[at_check[number] : at_check[number + 1]]
+            if not len(own) + len(own_checks):
+                continue
+            size = len(one.values)
+            errors = np.concatenate([own - self._data[number], own_checks - self._checks[number] + size * one.code.bits])
+            if self._operation != "flip":
+                errors = one.code.stuck(size, errors, int(self._operation[-1]), lambda index, one=one: self._codes(one, index))
+            found = one.code.correct(size, errors)
+            for name, count in zip(
+                COUNTS, (len(errors), found.corrected, found.detected, found.silent, len(found.value)), strict=True
+            ):
+                counts[name] += count
+            if len(found.value):
+                wrong.append((one, found))
+        return counts, wrong
+
+    @staticmethod
+    def _codes(one: _Tensor, index: np.ndarray) -> np.ndarray:
+        return one.codes(torch.from_numpy(index).to(one.values.device)).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Cells at fault, in the order in which a rising rate adds them. exposure: -log(1 - the rate from which on they are)."""
+
+    position: np.ndarray
+    exposure: np.ndarray
+
+    def at(self, rate: float) -> np.ndarray:
+        """Those at a rate no higher than that they were drawn for, int64 [F]."""
+        return self.position[: np.searchsorted(self.exposure, -math.log1p(-rate))]
+
+
+def _draw_cells(seed: int, stream: str, cells: int, rate: float) -> _Cells:
+    """The cells of a memory that are at fault at a rate, which follow from (seed, stream, cells) alone.
+
+    Each cell has a uniform number, and is at fault at all rates above it. Only the smallest ones are drawn, in their order: by
+    Rényi's representation the exposure of the k-th is the sum of exponential numbers over how many cells were left. So their
+    count at a rate is binomial. Positions are uniform ones; one that was there before is passed over.
+
+    References
+    ----------
+    Rényi, "On the theory of order statistics", Acta Mathematica Academiae Scientiarum Hungaricae 4, 1953.
+    """
+    most, expected = -math.log1p(-rate), cells * rate
+    count = min(cells, math.ceil(expected + 8 * math.sqrt(expected) + 16))  # enough but once in many lives
+    while True:
+        steps = -np.log1p(-uniform_numbers(seed, f"{stream} when", count, 1)[:, 0])
+        exposure = np.cumsum(steps / (cells - np.arange(count)))
+        if count == cells or exposure[-1] > most:
+            break
+        count = min(cells, 2 * count)
+    exposure = exposure[: np.searchsorted(exposure, most)]
+    count = draws = len(exposure)
+    position = np.empty(0, dtype=np.int64)
+    while len(position) < count:
+        drawn = (uniform_numbers(seed, f"{stream} where", draws, 1)[:, 0] * cells).astype(np.int64)
+        position = drawn[np.sort(np.unique(drawn, return_index=True)[1])]
+        draws = 2 * draws
+    return _Cells(position[:count], exposure)
+
+
+class _Images:
+    """The images of a loader with their golden outcome, kept for all memories where they are few enough."""
+
+    def __init__(
+        self, model: nn.Module, loader: DataLoader, device: torch.device, batch_size: int, task: Task, most: int | None = None
+    ) -> None:
+        self._model, self._loader, self._device, self._task = model, loader, device, task
+        read = positions(loader)[:most]
+        self._parts = [read[start : start + batch_size] for start in range(0, len(read), batch_size)]
+        self._kept: list[tuple[Tensor, Tensor]] | None = []
+        self._golden: list[tuple[Tensor, Tensor, Tensor]] = []
+        correct = eligible = size = 0
+        for images, labels in self._read():
+            logits = check_logits(self._infer(images), len(images), "the model", task)
+            check_labels(logits, labels, task)
+            right = task.correct(logits, labels)
+            certain = right & (task.certainty(logits) > 0)
+            self._golden.append((logits, task.loss(logits, labels).double(), certain))
+            correct, eligible = correct + int(right.sum()), eligible + int(certain.sum())
+            size += images.numel() * images.element_size()
+            if self._kept is not None:
+                self._kept.append((images, labels))
+                self._kept = self._kept if size <= KEPT_BYTES else None
+        self.count, self.eligible, self.top1 = len(read), eligible, correct / len(read)
+        if not eligible:
+            raise InvalidParameter(f"no image is eligible: the fault-free model has top-1 {self.top1:.1%}; train it longer")
+
+    @property
+    def chance(self) -> float:
+        """The share of the commonest label, or 0 where labels are no single numbers."""
+        labels = torch.cat([labels for _, labels in self._kept or self._read()])
+        return float(labels.unique(return_counts=True)[1].max()) / self.count if labels.ndim == 1 else 0.0
+
+    @property
+    def mark(self) -> str:
+        """A fingerprint of the first batch and of which images there are."""
+        images, labels = next(iter(self._kept or self._read()))
+        digest = hashlib.sha256(repr(self._parts).encode())
+        for tensor in (images, labels):
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _read(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for _, images, labels in batches(self._loader, self._device, self._parts, self._task):
+            yield images, labels
+
+    def _infer(self, images: Tensor) -> Tensor:
+        logits = self._model(images.clone())
+        return logits.float() if isinstance(logits, Tensor) else logits
+
+    @property
+    def unharmed(self) -> dict[str, float]:
+        """The outcome of a memory that is read as it was written."""
+        return {"top1": self.top1, "lost": 0.0, "changed": 0.0, "delta_loss": 0.0, "nonfinite": 0.0}
+
+    def outcome(self) -> dict[str, float]:
+        """What the model, as it is now, makes of all images: OUTCOMES."""
+        correct = changed = nonfinite = finite = 0
+        total = 0.0
+        for (images, labels), (golden, loss, eligible) in zip(self._kept or self._read(), self._golden, strict=True):
+            logits = self._infer(images)
+            faulty = self._task.loss(logits, labels).double()
+            known = faulty.isfinite()
+            correct += int((self._task.correct(logits, labels) & known).sum())
+            changed += int((self._task.differs(logits, golden) | (~known & loss.isfinite())).sum())
+            total += float((faulty - loss).abs()[eligible & known].sum())
+            finite += int((eligible & known).sum())
+            nonfinite += int((eligible & ~known).sum())
+        return {
+            "top1": correct / self.count,
+            "lost": 100 * (self.top1 - correct / self.count),
+            "changed": changed / self.count,
+            "delta_loss": total / finite if finite else math.nan,
+            "nonfinite": nonfinite / self.eligible,
+        }
+
+
+@dataclass(frozen=True)
+class RateCurve:
+    """What a classifier loses against the bit error rate of its memory.
+
+    Intervals are over memories, with the images as they are. See `points` and `losing` for how they are made.
+
+    Attributes
+    ----------
+    settings : dict
+        `number_format`, `protection`, `operation`, `seed`, `images` and `eligible` (their numbers), `golden_top1`, `data_bits`
+        and `stored_bits` (with check bits).
+    memories : pandas.DataFrame
+        One row per rate and memory: `rate`, `memory`; `flips` (stored bits that differ from what was written); words
+        `corrected`, `detected` and `silent` (see `Read`); `wrong` (values that are read wrong, or as zero); `top1`; `lost`
+        (points of accuracy); `changed` (share of images whose prediction changes, or whose loss becomes NaN or infinite);
+        `delta_loss` (nats, mean over eligible images with a finite loss; NaN where there is none); and `nonfinite` (share of
+        eligible images whose loss is NaN or infinite, which count as wrong).
+    confidence : float
+        Of intervals.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from textguard.hardware.rates import MEMORY_COLUMNS, RateCurve
+    >>> rows = [(rate, memory, 1, 0, 0, 1, 1, 0.9 - lost / 100, lost, 0.1, 0.5, 0.0)
+    ...         for rate, losses in ((1e-6, (0, 0, 0, 2)), (1e-5, (0, 4, 30, 6))) for memory, lost in enumerate(losses)]
+    >>> curve = RateCurve({"golden_top1": 0.9}, pd.DataFrame(rows, columns=MEMORY_COLUMNS))
+    >>> [curve.points[rate]["lost"].value for rate in curve.rates]
+    [0.5, 10.0]
+    >>> f"{curve.losing(1).value:.2g}"
+    '1.1e-06'
+    """
+
+    settings: Mapping[str, Any]
+    memories: pd.DataFrame = field(repr=False)
+    confidence: float = CONFIDENCE
+
+    @property
+    def rates(self) -> list[float]:
+        """The bit error rates, ascending."""
+        return sorted(self.memories["rate"].unique().tolist())
+
+    @property
+    def _most(self) -> float:
+        """The points of accuracy that there are to lose."""
+        return 100 * self.settings["golden_top1"]
+
+    def _lost(self) -> np.ndarray:
+        """Points lost, float [memories, rates], in the order of their numbers."""
+        return self.memories.pivot(index="memory", columns="rate", values="lost").sort_index(axis=1).to_numpy()
+
+    @cached_property
+    def points(self) -> dict[float, dict[str, Estimate]]:
+        """Rate -> `top1`, `lost`, `changed`, `delta_loss` and `nonfinite`: means over memories with their intervals.
+
+        Intervals are Student's, corrected for skewness as in Hall (1992). Mostly a few memories lose much, and these may not be
+        among those drawn. So the end that is worse is that of the same sample with one more memory, as bad as can be: it loses
+        all accuracy, changes all predictions, or has twice the largest DeltaLoss at that rate, or the largest at any.
+        """
+        found = {}
+        highest = self.memories["delta_loss"].max()
+        for rate, rows in self.memories.groupby("rate"):
+            own = rows["delta_loss"].dropna().to_numpy()
+            worst = float(np.fmax(highest, 2 * own.max() if len(own) else 0.0))
+            lost = _mean(rows["lost"].to_numpy(), self._most, self.confidence, self._most - 100, self._most)
+            top1 = (self._most - np.array([lost.value, lost.high, lost.low])) / 100
+            found[float(rate)] = {
+                "top1": Estimate(*(float(one) for one in top1), lost.n, lost.error / 100),
+                "lost": lost,
+                "changed": _mean(rows["changed"].to_numpy(), 1.0, self.confidence, 0.0, 1.0),
+                "delta_loss": _mean(own, worst, self.confidence, 0.0, math.inf),
+                "nonfinite": _mean(rows["nonfinite"].to_numpy(), 1.0, self.confidence, 0.0, 1.0),
+            }
+        return found
+
+    def losing(self, points: float) -> Estimate:
+        """The bit error rate at which the model loses so many points of accuracy, in the mean over memories.
+
+        Between rates, the mean is a line over the logarithm of the rate, made monotone. The interval holds the rates at which
+        the interval of the mean holds `points`. Its lower end also uses that more flips do not help. The faults of m memories at
+        rate p make one at rate r = 1 - (1 - p)^m, so a loss that has probability P at rate r has at most 1 - (1 - P)^(1/m) at
+        rate p. This bounds the mean below the lowest rate, too.
+
+        Parameters
+        ----------
+        points : float
+            Above 0, below the fault-free accuracy in percent.
+
+        Returns
+        -------
+        Estimate
+            Its value is infinite where no rate was high enough, and NaN where the lowest one was too high; its upper end is
+            infinite where the rates do not show one.
+
+        Raises
+        ------
+        InvalidParameter
+            There are not so many points to lose.
+        """
+        if not 0 < points < self._most:
+            raise InvalidParameter(Setting("points"), f" is {points!r:.60}; it must be above 0 and below {self._most:.4g}")
+        rates, lost = np.array(self.rates), self._lost()
+        value = _crossing(rates, lost.mean(axis=0), points)
+        bands = [self.points[rate]["lost"] for rate in self.rates]
+        above = np.array([band.high for band in bands])
+        exposure = -np.log1p(-rates)
+        with np.errstate(divide="ignore"):
+            reach = exposure * math.log1p(-points / self._most) / np.log1p(-np.minimum(above / self._most, 1.0))
+        low = float(-np.expm1(-np.where(above <= points, exposure, np.minimum(exposure, reach)).max()))
+        high = _crossing(rates, np.maximum.accumulate([band.low for band in bands]), points)
+        if math.isnan(high):  # lost at the lowest rate already
+            high = float(rates[0])
+        if not math.isnan(value):
+            low, high = min(low, value), max(high, value)
+        return Estimate(value, low, high, len(lost))
+
+    def compare(self, other: "RateCurve", points: float) -> Estimate:
+        """By how many times this model's memory may err more often than another's, until it has lost so many points.
+
+        Memories are paired by their numbers: they have the same bits at fault where both models store as many. The interval is
+        that of the bootstrap over memories, of percentiles.
+
+        Parameters
+        ----------
+        other : RateCurve
+            Of the other model or protection.
+        points : float
+            As for `losing`.
+
+        Returns
+        -------
+        Estimate
+            The ratio of both `losing` rates; an end is 0 or infinite where rates do not show one.
+
+        Raises
+        ------
+        InvalidParameter
+            The curves have no two memories in common, or one has not so many points to lose.
+        """
+        common = sorted(set(self.memories["memory"]) & set(other.memories["memory"]))
+        if len(common) < 2:
+            raise InvalidParameter("the curves have fewer than two memories in common; give both the same memories")
+        value = self.losing(points).value / other.losing(points).value
+        mine, theirs = (curve.memories["memory"].isin(common) for curve in (self, other))
+        mine, theirs = (
+            type(curve)(curve.settings, curve.memories[rows])._lost() for curve, rows in ((self, mine), (other, theirs))
+        )
+        rng = np.random.default_rng(0)
+        logs = []
+        for _ in range(RESAMPLES):
+            chosen = rng.integers(len(common), size=len(common))
+            found = [
+                _crossing(np.array(curve.rates), lost[chosen].mean(axis=0), points)
+                for curve, lost in ((self, mine), (other, theirs))
+            ]
+            logs.append([_log(one) for one in found])
+        low, high = _percentiles(np.array(logs), self.confidence)
+        return Estimate(value, low, high, len(common))
+
+    def as_json(self) -> dict[str, Any]:
+        """The curve as a metrics file holds it: settings, memories by column, and the estimates of `points`.
+
+        Returns
+        -------
+        dict
+            Keys `settings`, `confidence`, `memories` and `points`; NaN are None. `from_json` reads it.
+        """
+        columns = {name: [_plain(one) for one in self.memories[name].tolist()] for name in MEMORY_COLUMNS}
+        points = [
+            {"rate": rate} | {name: estimate.as_json() for name, estimate in found.items()}
+            for rate, found in self.points.items()
+        ]
+        return {"settings": dict(self.settings), "confidence": self.confidence, "memories": columns, "points": points}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "RateCurve":
+        """The curve that `as_json` made this of."""
+        memories = pd.DataFrame({name: found["memories"][name] for name in MEMORY_COLUMNS})
+        memories = memories.astype(dict.fromkeys(("rate", *OUTCOMES), "float64"))
+        return cls(found["settings"], memories, found["confidence"])
+
+
+def _plain(number: float) -> float | None:
+    return None if isinstance(number, float) and not math.isfinite(number) else number
+
+
+def _mean(values: np.ndarray, worst: float, confidence: float, least: float, most: float) -> Estimate:
+    """The mean over memories, with the interval that `RateCurve.points` describes, cut where values end."""
+    if not len(values):
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    sample = sample_mean([values], [1.0], [worst])
+    t = float(stdtrit(len(values) - 1, 0.5 + confidence / 2)) if len(values) > 1 else math.nan
+    low = sample.value - studentised(sample, t)
+    high = sample.value + sample.unseen[0] - studentised(sample.with_unseen, -t)
+    low, high = (float(np.clip(end, least, most)) for end in (low, high))
+    return Estimate(sample.value, low, high, sample.n, sample.error)
+
+
+def _crossing(rates: np.ndarray, means: np.ndarray, points: float) -> float:
+    """Where a mean over rates, made monotone, reaches `points`: infinite where it does not, NaN where it begins above."""
+    means = _monotone(np.asarray(means, dtype=float))
+    reached = np.flatnonzero(means >= points)
+    if not len(reached):
+        return math.inf
+    if (at := int(reached[0])) == 0:
+        return float(rates[0]) if means[0] == points else math.nan
+    share = (points - means[at - 1]) / (means[at] - means[at - 1])
+    return float(np.exp((1 - share) * np.log(rates[at - 1]) + share * np.log(rates[at])))
+
+
+def _monotone(means: np.ndarray) -> np.ndarray:
+    """The nearest numbers that do not fall, by pooling neighbours that do."""
+    pools: list[list[float]] = []  # mean and size
+    for mean in means:
+        pools.append([mean, 1])
+        while len(pools) > 1 and pools[-2][0] >= pools[-1][0]:
+            (a, n), (b, m) = pools[-2:]
+            pools[-2:] = [[(a * n + b * m) / (n + m), n + m]]
+    return np.repeat([mean for mean, _ in pools], [int(size) for _, size in pools])
+
+
+def _log(rate: float) -> float:
+    """The logarithm of a crossing, -inf where it lies below all rates."""
+    return -math.inf if math.isnan(rate) else math.log(rate) if math.isfinite(rate) else math.inf
+
+
+def _percentiles(logs: np.ndarray, confidence: float) -> tuple[float, float]:
+    """The ends of the interval of a ratio. logs: of both rates, [N, 2]; where neither is known, nor is the ratio."""
+    with np.errstate(invalid="ignore"):
+        ratios = logs[:, 0] - logs[:, 1]
+    ends = []
+    for level, unknown in (((1 - confidence) / 2, -math.inf), ((1 + confidence) / 2, math.inf)):
+        ordered = np.sort(np.where(np.isnan(ratios), unknown, ratios))
+        ends.append(float(np.exp(ordered[round(level * (len(ordered) - 1))])))
+    return ends[0], ends[1]
+
+
+@torch.inference_mode()
+def error_rates(
+    model: nn.Module,
+    loader: DataLoader,
+    rates: Sequence[float],
+    *,
+    memories: int = 32,
+    number_format: str = "fp32",
+    protection: str = "none",
+    operation: Operation = "flip",
+    seed: int = 0,
+    batch_size: int = 256,
+    confidence: float = CONFIDENCE,
+    task: Task | str = CLASSES,
+    shard_dir: str | os.PathLike[str] | None = None,
+    label: str = "rates",
+) -> RateCurve:
+    """Let the bits of a classifier's stored weights err at some rates, and measure what it loses.
+
+    All float parameters and buffers that an inference reads are stored: weights, biases, norms and running statistics, tied
+    ones once. What products read, such as the weights of convolutions, is stored in the number format; the rest keeps its own
+    type. Check bits err as data bits do.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        From images [B, ...] to logits [B, C], on the device to use. It is copied, and stays as it is.
+    loader : DataLoader
+        Gives images and labels, from a map-style data set. All that it reads are used.
+    rates : sequence of float
+        Bit error rates, above 0 and at most 0.5; see `suggest_rates`.
+    memories : int, default 32
+        How many memories are drawn; at least 2. More of them extend a curve.
+    number_format : str, default "fp32"
+        How weights are stored; see `parse_format`. Formats whose values share metadata are not taken.
+    protection : str, default "none"
+        See `parse_protection`.
+    operation : {"flip", "stuck_at_0", "stuck_at_1"}, default "flip"
+        What happens to a bit that is at fault.
+    seed : int, default 0
+        Of all draws.
+    batch_size : int, default 256
+        Images per inference. It changes no result but for rounding.
+    confidence : float, default 0.99
+        Of intervals, 0.5 to 0.9999.
+    task : Task or its name, default that of an ordinary classifier
+        What batches and logits mean.
+    shard_dir : str or path-like, optional
+        Where the outcome of each memory is kept. An interrupted call goes on behind them, also with other rates or more
+        memories. The processes that `torchrun` starts share the work through this folder.
+    label : str, default "rates"
+        Names the work in progress lines.
+
+    Returns
+    -------
+    RateCurve
+        What was lost.
+
+    Raises
+    ------
+    TextguardError
+        A setting is unknown, out of range, or does not fit the model or the data; or shard_dir holds other memories.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> from textguard.hardware.rates import error_rates
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    >>> images = torch.randn(16, 4)
+    >>> loader = DataLoader(TensorDataset(images, model(images).argmax(dim=1)), batch_size=8)
+    >>> curve = error_rates(model, loader, [1e-4, 1e-2], memories=8)
+    >>> curve.settings["data_bits"], curve.settings["golden_top1"]
+    (2144, 1.0)
+    >>> safe = error_rates(model, loader, [1e-4, 1e-2], memories=8, protection="secded(32)")
+    >>> bool(safe.points[1e-2]["lost"].value < curve.points[1e-2]["lost"].value)
+    True
+    """
+    rates, shards = _checked_rates(rates), folder_path(Setting("shard_dir"), shard_dir)
+    memories, batch_size = (
+        whole_number(Setting(name), value, least)
+        for name, value, least in (("memories", memories, 2), ("batch_size", batch_size, 1))
+    )
+    seed, confidence = whole_number(Setting("seed"), seed, 0), confidence_level(Setting("confidence"), confidence)
+    checked_name("operation", operation, get_args(Operation), Setting("operation"))
+    settings = {"number_format": number_format, "protection": protection, "operation": operation, "seed": seed}
+    task = make_task(task)
+    memory, images = _set_up(model, loader, settings, batch_size, task)
+    rank, processes = join_processes()
+    if processes > 1 and not shards:
+        raise InvalidParameter("several processes need a shard_dir to share their results")
+    if shards:
+        _check_settings(shards, {"weights": weights_mark(model), "images": images.mark, **settings, **task.as_json()}, rank)
+    found: dict[tuple[int, float], dict[str, float]] = {}
+    for number in range(memories):
+        for rate in rates:
+            if (row := _load(shards, number, rate)) is not None:
+                found[number, rate] = row
+    if found:
+        print(f"{label}: going on after {len(found)} of {memories * len(rates)} memories", file=sys.stderr, flush=True)
+    mine = range(rank, memories, processes)
+    with progress(total=len(mine) * len(rates), label=label, unit="memory") as bar:
+        bar.update(sum((number, rate) in found for number in mine for rate in rates))
+        for number in mine:
+            missing = [rate for rate in rates if (number, rate) not in found]
+            for rate, row in _outcomes(memory, images, number, missing):
+                found[number, rate] = row
+                if shards:
+                    write_json(_shard(shards, number, rate), {name: _plain(value) for name, value in row.items()})
+                bar.update(1)
+    if processes > 1:
+        wait_for_all()
+        found = {(number, rate): _load(shards, number, rate) for number in range(memories) for rate in rates}
+    rows = [{"rate": rate, "memory": number, **found[number, rate]} for rate in rates for number in range(memories)]
+    settings |= {"images": images.count, "eligible": images.eligible, "golden_top1": images.top1}
+    settings |= {"data_bits": memory.data_bits, "stored_bits": memory.stored_bits}
+    return RateCurve(settings, pd.DataFrame(rows)[MEMORY_COLUMNS], confidence)
+
+
+def _set_up(
+    model: nn.Module, loader: DataLoader, settings: Mapping[str, Any], batch_size: int, task: Task, most: int | None = None
+) -> tuple[_Memory, "_Images"]:
+    """A copy of the model in memory, and its golden run on the first `most` images."""
+    number_format, protection = _format(settings["number_format"]), parse_protection(settings["protection"])
+    model, image = prepare(model, loader, task)
+    with torch.inference_mode(False):
+        model = uncompiled(copy_model(unwrapped(model)).eval())
+        tensors = _stored(model, image, number_format, protection)
+    images = _Images(model, loader, image.device, batch_size, task, most)
+    return _Memory(tensors, settings["seed"], protection.name, settings["operation"]), images
+
+
+def _outcomes(
+    memory: _Memory, images: _Images, number: int, rates: Sequence[float]
+) -> Iterator[tuple[float, dict[str, float]]]:
+    """Rate -> what one memory does at it, ascending."""
+    if not rates:
+        return
+    data, checks = memory.draw(number, rates[-1])
+    before, outcome = (0, 0), images.unharmed
+    for rate in rates:
+        own, own_checks = data.at(rate), checks.at(rate)
+        counts, wrong = memory.read(own, own_checks)
+        if not wrong:
+            outcome = images.unharmed
+        elif before != (len(own), len(own_checks)):  # else the same bits are at fault as at the rate before
+            outcome = _run(images, wrong)
+        before = (len(own), len(own_checks))
+        yield rate, counts | outcome
+
+
+def _run(images: _Images, wrong: Sequence[tuple[_Tensor, Any]]) -> dict[str, float]:
+    """The outcome of a memory that is read wrong; its values are restored bit for bit."""
+    kept: list[tuple[_Tensor, Tensor, Tensor]] = []
+    try:
+        for one, read in wrong:
+            index, mask, zeroed = (
+                torch.from_numpy(part).to(one.values.device) for part in (read.value, read.mask, read.zeroed)
+            )
+            kept.append((one, index, one.damage(index, mask, zeroed)))
+        return images.outcome()
+    finally:
+        for one, index, before in kept:
+            one.values[index] = before
+
+
+def _checked_rates(rates: object) -> list[float]:
+    """Bit error rates, ascending and each once. Raises InvalidParameter."""
+    try:
+        found = sorted({float(rate) for rate in rates})  # type: ignore[attr-defined]
+    except (TypeError, ValueError) as error:
+        raise InvalidParameter(Setting("rates"), f" is {rates!r:.60}; it must be a list of numbers") from error
+    if not found or not all(0 < rate <= HIGHEST_RATE for rate in found):
+        raise InvalidParameter(
+            Setting("rates"), f" is {rates!r:.60}; one or more numbers above 0, and at most {HIGHEST_RATE}, are needed"
+        )
+    return found
+
+
+def _format(number_format: str) -> Format:
+    """The format of stored weights. Raises UnknownName, InvalidParameter."""
+    found = parse_format(some_text(Setting("number_format"), number_format))
+    if found.shared_bits:
+        raise InvalidParameter(
+            Setting("number_format"),
+            f" is {number_format!r}, whose values share metadata, and where a memory holds that is not known; take one without",
+        )
+    return found
+
+
+def _shard(shards: Path, number: int, rate: float) -> Path:
+    return shards / f"memory-{number:05d}-rate-{rate!r}.json"
+
+
+def _load(shards: Path | None, number: int, rate: float) -> dict[str, Any] | None:
+    """A finished memory's row, or None where it has to be run."""
+    if not shards or not (file := _shard(shards, number, rate)).exists():
+        return None
+    try:
+        row = read_json(file, "rates", (*COUNTS, *OUTCOMES))
+    except InvalidArtifact:
+        return None
+    return {name: math.nan if row[name] is None else row[name] for name in (*COUNTS, *OUTCOMES)}
+
+
+def _check_settings(shards: Path, settings: dict[str, Any], rank: int) -> None:
+    """Note the settings beside the shards. Raises CampaignMismatch when shards with other settings lie there."""
+    file = shards / "rates.json"
+    if not file.exists():
+        if rank == 0:
+            write_json(file, settings)
+        return
+    before = read_json(file, "rates")
+    if names := [name for name in {**before, **settings} if before.get(name) != settings.get(name)]:
+        differences = "; ".join(f"{name} was {before.get(name)}, now {settings.get(name)}" for name in names)
+        raise CampaignMismatch(f"{shards} holds memories of another curve: {differences}; delete it or name another")
+
+
+@torch.inference_mode()
+def suggest_rates(
+    model: nn.Module,
+    loader: DataLoader,
+    *,
+    number_format: str = "fp32",
+    protection: str = "none",
+    seed: int = 0,
+    task: Task | str = CLASSES,
+) -> list[float]:
+    """Bit error rates in half decades, from about one fault per memory to where accuracy is that of chance, at most 10^-2.
+
+    Four memories and the first 256 images tell where that is; chance is the share of the commonest label.
+
+    Parameters
+    ----------
+    model, loader, number_format, protection, seed, task
+        As for `error_rates`.
+
+    Returns
+    -------
+    list of float
+        The rates, ascending.
+
+    Raises
+    ------
+    TextguardError
+        As `error_rates`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> from textguard.hardware.rates import suggest_rates
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    >>> images = torch.randn(16, 4)
+    >>> loader = DataLoader(TensorDataset(images, model(images).argmax(dim=1)), batch_size=8)
+    >>> suggest_rates(model, loader)
+    [0.0003, 0.001, 0.003]
+    """
+    settings = {"number_format": number_format, "protection": protection, "operation": "flip", "seed": seed}
+    memory, images = _set_up(model, loader, settings, PROBED, make_task(task), PROBED)
+    found: list[float] = []
+    exponent = math.floor(math.log10(1 / memory.stored_bits))
+    for rate in (float(f"{digit}e{power}") for power in range(exponent, -1) for digit in (1, 3)):
+        if 3.2 * rate < 1 / memory.stored_bits or rate > 1e-2:
+            continue
+        found.append(rate)
+        right = [row["top1"] for number in range(4) for _, row in _outcomes(memory, images, number, [rate])]
+        if sum(right) / len(right) <= 1.2 * images.chance:
+            break
+    return found
