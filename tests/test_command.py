@@ -15,7 +15,7 @@ from conftest import REPOSITORY
 from textguard.assessment import load
 from textguard.assessment.command import run
 from textguard.assessment.folders import ImageFolders
-from textguard.faults import execution
+from textguard.faults import FaultModel, execution
 from textguard.vision.transforms import evaluation_view
 
 NETWORK = """
@@ -204,6 +204,9 @@ def test_options_reach_the_assessment(package):
     weights = ["--target", "weight", "--operation", "stuck_at_1", "--injections", "2", "--batch-size", "3"]
     assert run([*ASSESS, "--out", "weights", *weights, "--enumerate-up-to", "1"]) == 0
     assert load("weights").settings["fault_model"] == {"target": "weight", "operation": "stuck_at_1", "bits": 1, "values": 1}
+    shape = ["--pattern", "block", "--block", "2x4", "--damage", "random", "--bits", "2", "--injections", "2"]
+    assert run([*ASSESS, "--out", "blocks", *shape]) == 0
+    assert load("blocks").fault_model == FaultModel(bits=2, pattern="block", block=(2, 4), damage="random")
     assert run(["assess", "own_package.net:ready", *ASSESS[2:], "--out", "ready", "--injections", "2"]) == 0
 
 

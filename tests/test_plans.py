@@ -18,6 +18,8 @@ MODELS = [
     FaultModel(values=4),
     FaultModel(bits=2, values=2),
     FaultModel("weight", "stuck_at_1", bits=2),
+    FaultModel(bits=2, values=2, pattern="adjacent"),
+    FaultModel(bits=2, pattern="block", block=(2, 3)),
 ]
 SEVEN = np.ones(7)
 

@@ -5,6 +5,7 @@ import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from textguard.faults.checks import whole_number
 from textguard.faults.copying import copy_model
 from textguard.faults.damage import (
     Damage,
+    FaultModel,
     Faults,
     Storage,
     Target,
@@ -28,7 +30,19 @@ from textguard.faults.damage import (
 )
 from textguard.faults.formats import FP32, Format
 from textguard.faults.graph import TracedModel, Values, unwrapped
-from textguard.faults.local import PRODUCTS, LocalFaults, LocalSteps, covers, in_batches, neuron_patch, paste_whole, whole
+from textguard.faults.local import (
+    LARGEST_SHARE,
+    PRODUCTS,
+    LocalFaults,
+    LocalSteps,
+    covers,
+    in_batches,
+    neuron_patch,
+    paste_whole,
+    region_patch,
+    whole,
+)
+from textguard.faults.patterns import Window, window_of
 from textguard.faults.prediction import Margin, Prediction, chains_of, foresee, straight_through
 from textguard.faults.sites import DEFAULT_KINDS, Call, Calls, Site, SiteList, changed_rows, survey_batches, uncompiled
 from textguard.faults.suffix import shortcuts
@@ -166,6 +180,15 @@ class _Engine:
             self.unrounded = round_others(self._model, self.sites, self.number_format, self._readers)
         return storages
 
+    @property
+    def model(self) -> nn.Module:
+        """The engine's own copy of the model, its weights as they are stored."""
+        return self._model
+
+    def storage(self, position: int) -> Storage:
+        """How what the faults hit at a site is stored."""
+        return self._storages[position]
+
     def _check_size(self, images: Tensor) -> None:
         """Sites have neurons of one image's size. Raises UnsupportedModel for images of another."""
         if images.shape[1:] != self._shape:
@@ -193,7 +216,7 @@ class ReplayEngine(_Engine):
     network still reads are copied, one row per fault, and the rest runs on up to `batch_size` faults at a time. Drop: a
     fault that is bit-identical to the golden run behind an activation or pooling ends there, with the golden logits.
     Other formats than fp32 round every site's output, faults in several values or in weights change much at once: they are
-    replayed without the shortcuts.
+    replayed without the shortcuts. Of regions, those that are windows of a map are no exception.
     """
 
     name = "replay"
@@ -292,15 +315,19 @@ class ReplayEngine(_Engine):
         part, values = faults.select(rows)
         in_output = faults.model.target != "weight" and traced.is_whole(position)
         in_order = site.in_order and traced.batch_first(step) and not self._exact
-        local = in_output and in_order and part.one_value_each and golden[step].ndim in (2, 4)
+        window = self._window(site, faults.model)
+        local = in_output and in_order and (part.one_value_each or window) and golden[step].ndim in (2, 4)
         if local and golden[step].ndim == len(site.shape) + 1:
             output = golden[step]
             damage = storage.damage(
                 part, lambda row, neuron: output[(part.image[row], *torch.unravel_index(neuron, output.shape[1:]))]
             )
             results.damaged(values, damage)
-            patches = {step: neuron_patch(site.shape, part.neuron, damage.faulty)}
-            return [LocalFaults(rows, part.image, patches)]
+            if window:
+                patch = region_patch(output, part.image, part.row, part.neuron, damage.faulty, window)
+            else:
+                patch = neuron_patch(site.shape, part.neuron, damage.faulty)
+            return [LocalFaults(rows, part.image, {step: patch})]
         for chunk in torch.arange(len(rows), device=rows.device).split(self._batch_size):
             few, few_values = part.select(chunk)
             if in_output:
@@ -312,6 +339,16 @@ class ReplayEngine(_Engine):
             results.damaged(values[few_values], damage)
             results.reached(rows[chunk], self._finish(copies, index + 1))
         return []
+
+    @staticmethod
+    def _window(site: Site, model: FaultModel) -> Window | None:
+        """The window that faults in regions of a site start from; None where it does not pay, or there is none."""
+        if not model.shaped or model.target == "weight":
+            return None
+        window = window_of(site, model)
+        if window is None or window.one_channel:
+            return window
+        return window if window.height * window.width <= LARGEST_SHARE * prod(site.shape[1:]) else None
 
     def _first_reader(self, weight: Tensor) -> int:
         """The index of the first step that reads some weights, itself or in its module."""
@@ -381,10 +418,6 @@ class ReplayEngine(_Engine):
             return output
 
         return self._traced.run_step(index, values, visit), found[0]
-
-    def storage(self, position: int) -> Storage:
-        """How what the faults hit at a site is stored."""
-        return self._storages[position]
 
     def factor_behind_last(self) -> float:
         """The number that turns the last site's output into the logits. Raises UnsupportedModel where more lies between
@@ -474,7 +507,10 @@ class WholeEngine(_Engine):
 
     @torch.inference_mode()
     def observe(self, images: Tensor, see: See = lambda position, output: None) -> Tensor:
-        """Run images [B, ...] without faults; `see` gets each site's position and output. Returns the logits [B, C]."""
+        """Run images [B, ...] without faults; `see` gets each site's position and output. Returns the logits [B, C].
+
+        What `see` writes into an output, the operations behind it read.
+        """
         self._check_size(images)
         return self._infer(images.clone(), see=see).float()
 

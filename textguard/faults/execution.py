@@ -20,7 +20,7 @@ from textguard.faults.checks import folder_path, whole_number
 from textguard.faults.damage import SINGLE_FLIP, FaultModel, Faults
 from textguard.faults.engines import Engine
 from textguard.faults.inputs import batches, count_images, positions
-from textguard.faults.patterns import regions_of
+from textguard.faults.patterns import values_held
 from textguard.faults.plans import FAULT_COLUMNS, PLAN_COLUMNS, check_plan, damaged_values
 from textguard.faults.task import CLASSES, Task, make_task
 from textguard.runtime import join_processes, progress, wait_for_all
@@ -251,7 +251,7 @@ def _run_shard(
     fault = faults.groupby(["layer", "index"], sort=False).ngroup().to_numpy()
     if not fault_model.shaped:
         return _run_faults(engine, part, images, labels, faults, fault, limits, fault_model, task)
-    sizes = {site.layer: regions_of(site, fault_model).largest for site in engine.sites}
+    sizes = {site.layer: values_held(site, fault_model) for site in engine.sites}
     before = np.cumsum(faults["layer"].iloc[np.unique(fault, return_index=True)[1]].map(sizes).to_numpy())
     group = (before // VALUES_AT_ONCE)[fault]
     found = []

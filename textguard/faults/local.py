@@ -4,6 +4,8 @@ A flipped neuron is one channel of one pixel. Elementwise steps change no other 
 or linear layer adds the neuron's change times one slice of its weights to the golden output. From there on, the changed window
 grows with every kernel.
 
+A region of values, such as a channel or a row of it, starts as a window of its own.
+
 This is incremental inference as in Nakandala et al. (Krypton), SIGMOD 2019, started from a single value.
 """
 
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 
 from textguard.faults.detectors import Bound
 from textguard.faults.graph import ACTIVATIONS, TracedModel, Values
+from textguard.faults.patterns import Window
 
 # The largest share of a map that is still recomputed as a window. A window costs more per value than a whole map, because it
 # has to be gathered and because its convolutions are small.
@@ -96,6 +99,50 @@ def neuron_patch(shape: tuple[int, ...], neuron: Tensor, values: Tensor) -> Patc
     """
     channel, top, left = torch.unravel_index(neuron, (*shape, 1, 1)[:3])
     return Patch(values.reshape(len(neuron), 1, 1, -1), top, left, channel)
+
+
+def region_patch(golden: Tensor, image: Tensor, row: Tensor, neuron: Tensor, values: Tensor, window: Window) -> Patch:
+    """The patch of N regions of a map, each with the golden values round it.
+
+    Parameters
+    ----------
+    golden : Tensor
+        float32 [B, C, H, W], or [B, F].
+    image : Tensor
+        int64 [N], the index of each fault's image in the batch.
+    row, neuron : Tensor
+        int64 [M]: which of the N faults damages a value, and its index in one image's flattened output.
+    values : Tensor
+        float32 [M], the faulty values.
+    window : Window
+        Of the regions.
+
+    Returns
+    -------
+    Patch
+        Of one channel where the regions are; else of all.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from textguard.faults.local import region_patch
+    >>> from textguard.faults.patterns import Window
+    >>> golden, one = torch.zeros(1, 2, 3, 3), torch.zeros(1, dtype=torch.int64)
+    >>> row, neuron = torch.zeros(2, dtype=torch.int64), torch.tensor([12, 13])  # of channel 1
+    >>> patch = region_patch(golden, one, row, neuron, torch.tensor([5.0, 6.0]), Window(True, 1, 3))
+    >>> patch.values.flatten().tolist(), patch.channel.item(), patch.top.item()
+    ([5.0, 6.0, 0.0], 1, 1)
+    """
+    golden = as_map(golden)
+    _, channels, height, width = golden.shape
+    place = torch.unravel_index(neuron, (channels, height, width))
+    channel, top, left = (torch.zeros_like(image).scatter_reduce(0, row, part, "amin", include_self=False) for part in place)
+    top, left = top.clamp(max=height - window.height), left.clamp(max=width - window.width)
+    shape = (1, window.height, window.width, 1 if window.one_channel else channels)
+    patch = Patch(golden.new_empty(shape), top, left, channel if window.one_channel else None)
+    found = read(golden, image, patch)
+    found[row, place[1] - top[row], place[2] - left[row], 0 if window.one_channel else place[0]] = values
+    return replace(patch, values=found)
 
 
 def read(golden: Tensor, image: Tensor, patch: Patch, outside: float | None = None) -> Tensor:

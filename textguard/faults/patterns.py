@@ -167,6 +167,52 @@ def regions_of(site: Site, model: FaultModel) -> Regions:
     return Regions((channels, 1, 1, tokens), (1, channels * tokens, channels * tokens, channels), tile)
 
 
+@dataclass(frozen=True)
+class Window:
+    """The smallest window that holds any region of a map [C, H, W], put in the right place. A vector is a map of 1 x 1 places.
+
+    one_channel: whether each region lies in a single channel. height, width: of the window.
+    """
+
+    one_channel: bool
+    height: int
+    width: int
+
+
+def window_of(site: Site, model: FaultModel) -> Window | None:
+    """The window of a layer's regions; None where its output is neither a map with the channel first nor a vector.
+
+    Examples
+    --------
+    >>> from textguard.faults import FaultModel
+    >>> from textguard.faults.patterns import window_of
+    >>> from textguard.faults.sites import Site
+    >>> window_of(Site("conv", "Conv2d", 0, (16, 8, 8), 432), FaultModel(pattern="block", block=(8, 12)))
+    Window(one_channel=False, height=2, width=8)
+    """
+    regions = regions_of(site, model)
+    channels, _, *size = (min(part) for part in zip(regions.tile, regions.size, strict=True))
+    if len(site.shape) == 1:
+        return Window(channels == 1, 1, 1)
+    if len(site.shape) != 3 or regions.strides[0] == 1:
+        return None
+    _, height, width = site.shape
+    if model.pattern != "block":
+        return Window(channels == 1, *size)
+    first = np.arange(0, height * width, model.block[1])
+    last = np.minimum(first + model.block[1], height * width) - 1
+    rows = int((last // width - first // width).max()) + 1
+    return Window(channels == 1, rows, width if rows > 1 else min(model.block[1], width))
+
+
+def values_held(site: Site, model: FaultModel) -> int:
+    """How many values an injection into a region needs in memory, at most: its own, or those of its window."""
+    largest, window = regions_of(site, model).largest, window_of(site, model) if model.target == "neuron" else None
+    if window is None or window.one_channel:
+        return largest
+    return max(largest, site.shape[0] * window.height * window.width)
+
+
 def _of_weights(site: Site, model: FaultModel) -> Regions:
     """The regions of weights [output channels, ...]."""
     linear = site.kind == "Linear"
