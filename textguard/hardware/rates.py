@@ -2,8 +2,8 @@
 
 At a bit error rate p every stored bit is at fault with probability p, independently of the others. A memory is one draw, and
 all images see it. Which data bits are at fault depends on (seed, memory, number of data bits) alone: one that is at fault at
-some rate is so at every higher one, under every protection, and in every model with as many data bits. So curves can be compared
-memory by memory.
+some rate is so at every higher one, under every protection, and in every model with as many data bits. So curves can be
+compared memory by memory.
 """
 
 import hashlib
@@ -340,17 +340,19 @@ class RateCurve:
         """The points of accuracy that there are to lose."""
         return 100 * self.settings["golden_top1"]
 
-    def _lost(self) -> np.ndarray:
-        """Points lost, float [memories, rates], in the order of their numbers."""
-        return self.memories.pivot(index="memory", columns="rate", values="lost").sort_index(axis=1).to_numpy()
+    def _lost(self, memories: Sequence[int] | None = None) -> np.ndarray:
+        """Points lost by all memories or some, float [memories, rates], in the order of their numbers."""
+        table = self.memories.pivot(index="memory", columns="rate", values="lost").sort_index(axis=1)
+        return (table if memories is None else table.loc[memories]).to_numpy()
 
     @cached_property
     def points(self) -> dict[float, dict[str, Estimate]]:
         """Rate -> `top1`, `lost`, `changed`, `delta_loss` and `nonfinite`: means over memories with their intervals.
 
-        Intervals are Student's, corrected for skewness as in Hall (1992). Mostly a few memories lose much, and these may not be
-        among those drawn. So the end that is worse is that of the same sample with one more memory, as bad as can be: it loses
-        all accuracy, changes all predictions, or has twice the largest DeltaLoss at that rate, or the largest at any.
+        Intervals are Student's, corrected for skewness as in Hall (1992). At low rates few memories lose much, and at high ones
+        few lose little, and these may not be among those drawn. So each end is that of the same sample with one more memory:
+        one that loses nothing, and one that is as bad as can be. It loses all accuracy, changes all predictions, or has twice
+        the largest DeltaLoss at that rate, or the largest at any.
         """
         found = {}
         highest = self.memories["delta_loss"].max()
@@ -371,10 +373,12 @@ class RateCurve:
     def losing(self, points: float) -> Estimate:
         """The bit error rate at which the model loses so many points of accuracy, in the mean over memories.
 
-        Between rates, the mean is a line over the logarithm of the rate, made monotone. The interval holds the rates at which
-        the interval of the mean holds `points`. Its lower end also uses that more flips do not help. The faults of m memories at
-        rate p make one at rate r = 1 - (1 - p)^m, so a loss that has probability P at rate r has at most 1 - (1 - P)^(1/m) at
-        rate p. This bounds the mean below the lowest rate, too.
+        Between rates, the mean is a line that begins with nothing lost at rate 0, made monotone. The upper end of the interval
+        is where the lower limit of the mean, as in `points`, reaches `points`. The lower end uses that more flips do not help.
+        The faults of m memories at rate p make one memory at rate r = 1 - (1 - p)^m, so a loss that has probability P at rate r
+        has at most 1 - (1 - P)^(1/m) at rate p [1]_. So a rate where many memories lose much limits the mean at lower ones,
+        where few do. It is the first whose mean is a sixth of the accuracy, and at least `points`. The limit is a percentile of
+        the bootstrap over memories, to which two are added: one that loses all, and one that loses nothing.
 
         Parameters
         ----------
@@ -384,36 +388,34 @@ class RateCurve:
         Returns
         -------
         Estimate
-            Its value is infinite where no rate was high enough, and NaN where the lowest one was too high; its upper end is
-            infinite where the rates do not show one.
+            Its value and its upper end are infinite where no rate was high enough.
 
         Raises
         ------
         InvalidParameter
             There are not so many points to lose.
+
+        References
+        ----------
+        .. [1] Bollobás and Thomason, "Threshold functions", Combinatorica 7, 1987.
         """
         if not 0 < points < self._most:
             raise InvalidParameter(Setting("points"), f" is {points!r:.60}; it must be above 0 and below {self._most:.4g}")
         rates, lost = np.array(self.rates), self._lost()
         value = _crossing(rates, lost.mean(axis=0), points)
-        bands = [self.points[rate]["lost"] for rate in self.rates]
-        above = np.array([band.high for band in bands])
-        exposure = -np.log1p(-rates)
-        with np.errstate(divide="ignore"):
-            reach = exposure * math.log1p(-points / self._most) / np.log1p(-np.minimum(above / self._most, 1.0))
-        low = float(-np.expm1(-np.where(above <= points, exposure, np.minimum(exposure, reach)).max()))
-        high = _crossing(rates, np.maximum.accumulate([band.low for band in bands]), points)
-        if math.isnan(high):  # lost at the lowest rate already
-            high = float(rates[0])
-        if not math.isnan(value):
-            low, high = min(low, value), max(high, value)
-        return Estimate(value, low, high, len(lost))
+        high = _crossing(rates, np.maximum.accumulate([self.points[rate]["lost"].low for rate in self.rates]), points)
+        enough = np.flatnonzero(_monotone(lost.mean(axis=0)) >= max(points, self._most / 6))
+        at = int(enough[0]) if len(enough) else len(rates) - 1
+        shares = _shares_of_exposure(lost[:, at], self._most, points)
+        exposure = -math.log1p(-rates[at]) * np.quantile(shares, (1 - self.confidence) / 2)
+        return Estimate(value, min(float(-np.expm1(-exposure)), value), max(high, value), len(lost))
 
     def compare(self, other: "RateCurve", points: float) -> Estimate:
         """By how many times this model's memory may err more often than another's, until it has lost so many points.
 
-        Memories are paired by their numbers: they have the same bits at fault where both models store as many. The interval is
-        that of the bootstrap over memories, of percentiles.
+        Memories are paired by their numbers: they have the same bits at fault where both models store as many. The ends of the
+        interval are percentiles of the bootstrap over memories. Each end has one more memory, which speaks against it: at every
+        rate one model loses the most of all memories there, and the other one the least.
 
         Parameters
         ----------
@@ -425,7 +427,8 @@ class RateCurve:
         Returns
         -------
         Estimate
-            The ratio of both `losing` rates; an end is 0 or infinite where rates do not show one.
+            The ratio of both `losing` rates; an end is 0 or infinite where rates do not show one, and NaN stands for a ratio of
+            two rates that none was high enough for.
 
         Raises
         ------
@@ -435,22 +438,19 @@ class RateCurve:
         common = sorted(set(self.memories["memory"]) & set(other.memories["memory"]))
         if len(common) < 2:
             raise InvalidParameter("the curves have fewer than two memories in common; give both the same memories")
-        value = self.losing(points).value / other.losing(points).value
-        mine, theirs = (curve.memories["memory"].isin(common) for curve in (self, other))
-        mine, theirs = (
-            type(curve)(curve.settings, curve.memories[rows])._lost() for curve, rows in ((self, mine), (other, theirs))
-        )
-        rng = np.random.default_rng(0)
-        logs = []
-        for _ in range(RESAMPLES):
-            chosen = rng.integers(len(common), size=len(common))
-            found = [
-                _crossing(np.array(curve.rates), lost[chosen].mean(axis=0), points)
-                for curve, lost in ((self, mine), (other, theirs))
-            ]
-            logs.append([_log(one) for one in found])
-        low, high = _percentiles(np.array(logs), self.confidence)
-        return Estimate(value, low, high, len(common))
+        value = _ratio(self.losing(points).value, other.losing(points).value)
+        draws = np.random.default_rng(0).multinomial(len(common), np.full(len(common), 1 / len(common)), size=RESAMPLES)
+        draws = np.concatenate([draws, np.ones((RESAMPLES, 1), dtype=int)], axis=1) / (len(common) + 1)
+        tail, ends = (1 - self.confidence) / 2, []
+        for level, method, unknown, kinds in ((tail, "lower", 0.0, "max min"), (1 - tail, "higher", math.inf, "min max")):
+            crossings = []
+            for curve, kind in zip((self, other), kinds.split(), strict=True):
+                lost = curve._lost(common)
+                means = draws @ np.vstack([lost, getattr(lost, kind)(axis=0)])
+                crossings.append([_crossing(np.array(curve.rates), mean, points) for mean in means])
+            ratios = [_ratio(mine, theirs, unknown) for mine, theirs in zip(*crossings, strict=True)]
+            ends.append(float(np.quantile(ratios, level, method=method)))
+        return Estimate(value, min(ends[0], value), max(ends[1], value), len(common))
 
     def as_json(self) -> dict[str, Any]:
         """The curve as a metrics file holds it: settings, memories by column, and the estimates of `points`.
@@ -483,24 +483,48 @@ def _mean(values: np.ndarray, worst: float, confidence: float, least: float, mos
     """The mean over memories, with the interval that `RateCurve.points` describes, cut where values end."""
     if not len(values):
         return Estimate(math.nan, math.nan, math.nan, 0)
-    sample = sample_mean([values], [1.0], [worst])
     t = float(stdtrit(len(values) - 1, 0.5 + confidence / 2)) if len(values) > 1 else math.nan
-    low = sample.value - studentised(sample, t)
-    high = sample.value + sample.unseen[0] - studentised(sample.with_unseen, -t)
-    low, high = (float(np.clip(end, least, most)) for end in (low, high))
+    ends = []
+    for unseen, quantile in ((min(0.0, values.min()), t), (worst, -t)):
+        sample = sample_mean([values], [1.0], [unseen])
+        changed = (values != unseen).any()  # else the one more memory is like all others
+        ends.append(sample.value + (sample.unseen[0] - studentised(sample.with_unseen, quantile) if changed else 0.0))
+    low, high = (float(np.clip(end, least, most)) for end in ends)
     return Estimate(sample.value, low, high, sample.n, sample.error)
 
 
 def _crossing(rates: np.ndarray, means: np.ndarray, points: float) -> float:
-    """Where a mean over rates, made monotone, reaches `points`: infinite where it does not, NaN where it begins above."""
-    means = _monotone(np.asarray(means, dtype=float))
+    """Where a mean over rates, made monotone, reaches `points`; infinite where it does not. At rate 0 nothing is lost."""
+    means, rates = np.append(0.0, np.maximum(_monotone(np.asarray(means, dtype=float)), 0)), np.append(0.0, rates)
     reached = np.flatnonzero(means >= points)
     if not len(reached):
         return math.inf
-    if (at := int(reached[0])) == 0:
-        return float(rates[0]) if means[0] == points else math.nan
-    share = (points - means[at - 1]) / (means[at] - means[at - 1])
-    return float(np.exp((1 - share) * np.log(rates[at - 1]) + share * np.log(rates[at])))
+    at = int(reached[0])
+    return float(rates[at - 1] + (rates[at] - rates[at - 1]) * (points - means[at - 1]) / (means[at] - means[at - 1]))
+
+
+def _ratio(mine: float, theirs: float, unknown: float = math.nan) -> float:
+    """The ratio of two crossings; `unknown` where both are infinite."""
+    return unknown if math.isinf(mine) and math.isinf(theirs) else mine / theirs
+
+
+def _shares_of_exposure(lost: np.ndarray, most: float, points: float) -> np.ndarray:
+    """Down to which share of the exposure the mean loss may still be `points`: float [RESAMPLES], of the bootstrap.
+
+    lost: of the memories at one rate. most: what there is to lose. At a share a of the exposure, a loss that has probability P
+    has at most 1 - (1 - P)^a.
+    """
+    extremes, count = np.array([0.0, most]), len(lost) + 2
+    chosen = lost[np.random.default_rng(0).integers(len(lost), size=(RESAMPLES, len(lost)))]
+    ordered = np.sort(np.concatenate([chosen.clip(min=0), np.tile(extremes, (RESAMPLES, 1))], axis=1), axis=1)
+    steps = np.diff(ordered, axis=1, prepend=0.0)  # of the loss, each reached by the memories from it on
+    fewer = np.arange(count) / count  # 1 - P
+    low, high = np.zeros(RESAMPLES), np.ones(RESAMPLES)
+    for _ in range(40):
+        middle = (low + high) / 2
+        enough = (steps * (1 - fewer ** middle[:, None])).sum(axis=1) >= points
+        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+    return high
 
 
 def _monotone(means: np.ndarray) -> np.ndarray:
@@ -512,22 +536,6 @@ def _monotone(means: np.ndarray) -> np.ndarray:
             (a, n), (b, m) = pools[-2:]
             pools[-2:] = [[(a * n + b * m) / (n + m), n + m]]
     return np.repeat([mean for mean, _ in pools], [int(size) for _, size in pools])
-
-
-def _log(rate: float) -> float:
-    """The logarithm of a crossing, -inf where it lies below all rates."""
-    return -math.inf if math.isnan(rate) else math.log(rate) if math.isfinite(rate) else math.inf
-
-
-def _percentiles(logs: np.ndarray, confidence: float) -> tuple[float, float]:
-    """The ends of the interval of a ratio. logs: of both rates, [N, 2]; where neither is known, nor is the ratio."""
-    with np.errstate(invalid="ignore"):
-        ratios = logs[:, 0] - logs[:, 1]
-    ends = []
-    for level, unknown in (((1 - confidence) / 2, -math.inf), ((1 + confidence) / 2, math.inf)):
-        ordered = np.sort(np.where(np.isnan(ratios), unknown, ratios))
-        ends.append(float(np.exp(ordered[round(level * (len(ordered) - 1))])))
-    return ends[0], ends[1]
 
 
 @torch.inference_mode()
