@@ -323,7 +323,7 @@ class RateCurve:
     >>> [curve.points[rate]["lost"].value for rate in curve.rates]
     [0.5, 10.0]
     >>> f"{curve.losing(1).value:.2g}"
-    '1.1e-06'
+    '1.5e-06'
     """
 
     settings: Mapping[str, Any]
