@@ -286,7 +286,7 @@ def learn_thresholds(
     loader: DataLoader,
     *,
     steps: int = 48,
-    weight: float = 0.1,
+    weight: float = 0.03,
     seed: int = 0,
     task: Task | str = CLASSES,
 ) -> dict[str, tuple[float, Tensor]]:
@@ -304,7 +304,7 @@ def learn_thresholds(
         Gives images and labels, from a map-style data set; mostly the training images.
     steps : int, default 48
         How many batches are learned from.
-    weight : float, default 0.1
+    weight : float, default 0.03
         What thresholds count for beside the loss.
     seed : int, default 0
         Of the order of the images.
