@@ -142,6 +142,11 @@ class _Memory:
         """These, and check bits."""
         return self.data_bits + int(self._checks[-1])
 
+    @property
+    def gates(self) -> float:
+        """Two-input gates to read all values once; see `Code.operations`."""
+        return sum(len(one.values) * one.code.operations for one in self.tensors)
+
     def draw(self, number: int, rate: float) -> tuple["_Cells", "_Cells"]:
         """The data and the check cells that are at fault in a memory at a rate, and at which lower rates they are."""
         stream = f"memory {number}"
@@ -302,8 +307,8 @@ class RateCurve:
     Attributes
     ----------
     settings : dict
-        `number_format`, `protection`, `operation`, `seed`, `images` and `eligible` (their numbers), `golden_top1`, `data_bits`
-        and `stored_bits` (with check bits).
+        `number_format`, `protection`, `operation`, `seed`, `images` and `eligible` (their numbers), `golden_top1`, `data_bits`,
+        `stored_bits` (with check bits) and `gates` (of two inputs, to read all values once).
     memories : pandas.DataFrame
         One row per rate and memory: `rate`, `memory`; `flips` (stored bits that differ from what was written); words
         `corrected`, `detected` and `silent` (see `Read`); `wrong` (values that are read wrong, or as zero); `top1`; `lost`
@@ -655,7 +660,7 @@ def error_rates(
         found = {(number, rate): _load(shards, number, rate) for number in range(memories) for rate in rates}
     rows = [{"rate": rate, "memory": number, **found[number, rate]} for rate in rates for number in range(memories)]
     settings |= {"images": images.count, "eligible": images.eligible, "golden_top1": images.top1}
-    settings |= {"data_bits": memory.data_bits, "stored_bits": memory.stored_bits}
+    settings |= {"data_bits": memory.data_bits, "stored_bits": memory.stored_bits, "gates": memory.gates}
     return RateCurve(settings, pd.DataFrame(rows)[MEMORY_COLUMNS], confidence)
 
 
