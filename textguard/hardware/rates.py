@@ -407,8 +407,9 @@ class RateCurve:
         if not 0 < points < self._most:
             raise InvalidParameter(Setting("points"), f" is {points!r:.60}; it must be above 0 and below {self._most:.4g}")
         rates, lost = np.array(self.rates), self._lost()
-        value = _crossing(rates, lost.mean(axis=0), points)
-        high = _crossing(rates, np.maximum.accumulate([self.points[rate]["lost"].low for rate in self.rates]), points)
+        value = float(_crossings(rates, lost.mean(axis=0), points))
+        lows = [self.points[rate]["lost"].low for rate in self.rates]
+        high = float(_crossings(rates, np.maximum.accumulate(lows), points))
         enough = np.flatnonzero(_monotone(lost.mean(axis=0)) >= max(points, self._most / 6))
         at = int(enough[0]) if len(enough) else len(rates) - 1
         shares = _shares_of_exposure(lost[:, at], self._most, points)
@@ -443,7 +444,7 @@ class RateCurve:
         common = sorted(set(self.memories["memory"]) & set(other.memories["memory"]))
         if len(common) < 2:
             raise InvalidParameter("the curves have fewer than two memories in common; give both the same memories")
-        value = _ratio(self.losing(points).value, other.losing(points).value)
+        value = float(_ratios(*(np.array(curve.losing(points).value) for curve in (self, other))))
         draws = np.random.default_rng(0).multinomial(len(common), np.full(len(common), 1 / len(common)), size=RESAMPLES)
         draws = np.concatenate([draws, np.ones((RESAMPLES, 1), dtype=int)], axis=1) / (len(common) + 1)
         tail, ends = (1 - self.confidence) / 2, []
@@ -452,8 +453,8 @@ class RateCurve:
             for curve, kind in zip((self, other), kinds.split(), strict=True):
                 lost = curve._lost(common)
                 means = draws @ np.vstack([lost, getattr(lost, kind)(axis=0)])
-                crossings.append([_crossing(np.array(curve.rates), mean, points) for mean in means])
-            ratios = [_ratio(mine, theirs, unknown) for mine, theirs in zip(*crossings, strict=True)]
+                crossings.append(_crossings(curve.rates, means, points))
+            ratios = _ratios(*crossings, unknown)
             ends.append(float(np.quantile(ratios, level, method=method)))
         return Estimate(value, min(ends[0], value), max(ends[1], value), len(common))
 
@@ -498,19 +499,38 @@ def _mean(values: np.ndarray, worst: float, confidence: float, least: float, mos
     return Estimate(sample.value, low, high, sample.n, sample.error)
 
 
-def _crossing(rates: np.ndarray, means: np.ndarray, points: float) -> float:
-    """Where a mean over rates, made monotone, reaches `points`; infinite where it does not. At rate 0 nothing is lost."""
-    means, rates = np.append(0.0, np.maximum(_monotone(np.asarray(means, dtype=float)), 0)), np.append(0.0, rates)
-    reached = np.flatnonzero(means >= points)
-    if not len(reached):
-        return math.inf
-    at = int(reached[0])
-    return float(rates[at - 1] + (rates[at] - rates[at - 1]) * (points - means[at - 1]) / (means[at] - means[at - 1]))
+def _crossings(rates: Sequence[float], means: np.ndarray, points: float) -> np.ndarray:
+    """Where means over rates, [..., rates], reach `points`: [...]; infinite where they do not.
+
+    Each is made monotone, begins with 0 at rate 0, and is a line between rates.
+    """
+    means = np.maximum(_monotone(np.asarray(means, dtype=float)), 0)
+    means, known = np.concatenate([np.zeros((*means.shape[:-1], 1)), means], axis=-1), np.append(0.0, rates)
+    at = np.maximum((means >= points).argmax(axis=-1), 1)
+    before, after = (np.take_along_axis(means, index[..., None], axis=-1)[..., 0] for index in (at - 1, at))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = known[at - 1] + (known[at] - known[at - 1]) * (points - before) / (after - before)
+    return np.where(after >= points, found, math.inf)
 
 
-def _ratio(mine: float, theirs: float, unknown: float = math.nan) -> float:
-    """The ratio of two crossings; `unknown` where both are infinite."""
-    return unknown if math.isinf(mine) and math.isinf(theirs) else mine / theirs
+def _monotone(means: np.ndarray) -> np.ndarray:
+    """The nearest numbers, in the sum of squares, that do not fall along the last axis, [..., R].
+
+    At i it is the largest, over all starts up to i, of the smallest mean from there to an end from i on.
+    """
+    sums = np.concatenate([np.zeros((*means.shape[:-1], 1)), means.cumsum(axis=-1)], axis=-1)
+    fitted = np.full_like(means, -math.inf)
+    for start in range(means.shape[-1]):
+        averages = (sums[..., start + 1 :] - sums[..., start : start + 1]) / np.arange(1, means.shape[-1] - start + 1)
+        smallest = np.minimum.accumulate(averages[..., ::-1], axis=-1)[..., ::-1]
+        fitted[..., start:] = np.maximum(fitted[..., start:], smallest)
+    return fitted
+
+
+def _ratios(mine: np.ndarray, theirs: np.ndarray, unknown: float = math.nan) -> np.ndarray:
+    """The ratios of crossings; `unknown` where both are infinite."""
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isinf(mine) & np.isinf(theirs), unknown, mine / theirs)
 
 
 def _shares_of_exposure(lost: np.ndarray, most: float, points: float) -> np.ndarray:
@@ -530,17 +550,6 @@ def _shares_of_exposure(lost: np.ndarray, most: float, points: float) -> np.ndar
         enough = (steps * (1 - fewer ** middle[:, None])).sum(axis=1) >= points
         low, high = np.where(enough, low, middle), np.where(enough, middle, high)
     return high
-
-
-def _monotone(means: np.ndarray) -> np.ndarray:
-    """The nearest numbers that do not fall, by pooling neighbours that do."""
-    pools: list[list[float]] = []  # mean and size
-    for mean in means:
-        pools.append([mean, 1])
-        while len(pools) > 1 and pools[-2][0] >= pools[-1][0]:
-            (a, n), (b, m) = pools[-2:]
-            pools[-2:] = [[(a * n + b * m) / (n + m), n + m]]
-    return np.repeat([mean for mean, _ in pools], [int(size) for _, size in pools])
 
 
 @torch.inference_mode()
