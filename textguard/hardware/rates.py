@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from textguard.artifacts import read_json, weights_mark, write_json
 from textguard.errors import CampaignMismatch, InvalidArtifact, InvalidParameter, Setting, UnsupportedModel
-from textguard.estimates.statistics import CONFIDENCE, Estimate, sample_mean, studentised
+from textguard.estimates.statistics import CONFIDENCE, Estimate, rate_estimate, sample_mean, studentised
 from textguard.faults.checks import checked_name, confidence_level, folder_path, some_text, whole_number
 from textguard.faults.copying import copy_model
 from textguard.faults.damage import Operation
@@ -496,6 +496,9 @@ def _mean(values: np.ndarray, worst: float, confidence: float, least: float, mos
         changed = (values != unseen).any()  # else the one more memory is like all others
         ends.append(sample.value + (sample.unseen[0] - studentised(sample.with_unseen, quantile) if changed else 0.0))
     low, high = (float(np.clip(end, least, most)) for end in ends)
+    if math.isfinite(most):  # nothing between 0 and `most` varies more than hits and misses do
+        score = rate_estimate(max(sample.value, 0.0) / most * len(values), len(values), confidence)
+        high = min(high, most * score.high)
     return Estimate(sample.value, low, high, sample.n, sample.error)
 
 
