@@ -56,7 +56,8 @@ def lines(found: dict[str, dict] | None) -> list[str]:
         "",
         "Mitigations on ResNet-18 at 32 x 32: the time of an inference as a multiple of the bare model's, in one run; "
         "comparisons per image; bounds stored; and points of accuracy lost where stored weights err at a rate, mean over "
-        f"{MEMORIES} memories with its 99 % interval. A memory takes {found['none']['memory_over_forward']:.2f} times as long as the images' forward pass.",
+        f"{MEMORIES} memories with its 99 % interval. "
+        f"A memory takes {found['none']['memory_over_forward']:.2f} times as long as the images' forward pass.",
         "",
         "| Mitigation | Time | Comparisons | Bounds | Top-1 | " + " | ".join(f"Lost at {rate}" for rate in rates) + " |",
         "| --- | --- | --- | --- | --- |" + " --- |" * len(rates),

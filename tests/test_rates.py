@@ -318,6 +318,25 @@ def test_suggested_rates_go_from_one_fault_to_chance(classifier):
     assert suggest_rates(*classifier, protection="secded(32)")[-1] >= found[-1]
 
 
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x)
+
+
+def test_batches_may_be_of_any_kind(classifier):
+    class Named(TensorDataset):
+        def __getitem__(self, index):
+            return dict(zip(("x", "y"), super().__getitem__(index), strict=True))
+
+    task = make_task(forward=lambda model, batch: model(batch["x"]), labels=lambda batch: batch["y"])
+    loader = DataLoader(Named(*classifier[1].dataset.tensors), batch_size=9)
+    plain, found = (
+        error_rates(*classifier, RATES[1:], memories=3),
+        error_rates(classifier[0], loader, RATES[1:], memories=3, task=task),
+    )
+    assert found.memories["top1"].tolist() == plain.memories["top1"].tolist()
+
+
 def test_what_cannot_be_is_refused_in_one_line(classifier):
     for given, error, message in [
         ({"rates": [0.0]}, InvalidParameter, "above 0, and at most 0.5"),
@@ -332,6 +351,9 @@ def test_what_cannot_be_is_refused_in_one_line(classifier):
         with pytest.raises(error, match=message) as raised:
             error_rates(*classifier, **({"rates": RATES} | given))
         assert "\n" not in str(raised.value)
+    noisy = nn.Sequential(classifier[0], Noise())
+    with pytest.raises(UnsupportedModel, match="it is random or keeps a state"):
+        error_rates(noisy, classifier[1], RATES)
     flat = nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(4))
     loader = DataLoader(TensorDataset(torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)))
     with pytest.raises(UnsupportedModel, match="reads no parameters"):
