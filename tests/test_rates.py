@@ -129,6 +129,7 @@ def test_cells_are_nested_distinct_and_as_many_as_they_should_be():
     assert high.var() == pytest.approx(47.5, rel=4 * math.sqrt(2 / 400))
     everything = module._draw_cells(0, "all", 7, 0.5).position
     assert set(everything.tolist()) <= set(range(7))
+    assert len(module._draw_cells(0, "half", 10_000, 0.5).position) == pytest.approx(5000, abs=4 * 50)
     assert len(module._draw_cells(0, "none", 0, 0.5).position) == 0
     where = np.concatenate([module._draw_cells(1, f"memory {n}", 10, 0.3).position for n in range(400)])
     assert np.bincount(where, minlength=10).std() < 4 * math.sqrt(120)
@@ -259,6 +260,8 @@ def test_points_are_honest_where_little_or_all_is_lost():
     assert points[1e-5]["lost"].low < 80 * 0.9
     assert points[1e-5]["lost"].high <= 90
     assert points[1e-5]["delta_loss"].value == 0
+    everything = curve_of(np.full((7, 1), 100 * 0.9), np.array([1e-3])).points[1e-3]["top1"]
+    assert (everything.value, everything.low) == (pytest.approx(0), pytest.approx(0))
 
 
 def test_losing_rates_and_ratios_hold(monkeypatch):

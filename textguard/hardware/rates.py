@@ -368,7 +368,7 @@ class RateCurve:
         highest = self.memories["delta_loss"].max()
         for rate, rows in self.memories.groupby("rate"):
             own = rows["delta_loss"].dropna().to_numpy()
-            worst = float(np.fmax(highest, 2 * own.max() if len(own) else 0.0))
+            worst = 2 * float(own.max()) if own.any() else float(highest)
             lost = _mean(rows["lost"].to_numpy(), self._most, self.confidence, self._most - 100, self._most)
             top1 = (self._most - np.array([lost.value, lost.high, lost.low])) / 100
             found[float(rate)] = {
@@ -501,9 +501,10 @@ def _mean(values: np.ndarray, worst: float, confidence: float, least: float, mos
         changed = (values != unseen).any()  # else the one more memory is like all others
         ends.append(sample.value + (sample.unseen[0] - studentised(sample.with_unseen, quantile) if changed else 0.0))
     low, high = (float(np.clip(end, least, most)) for end in ends)
-    if math.isfinite(most):  # nothing between 0 and `most` varies more than hits and misses do
-        score = rate_estimate(max(sample.value, 0.0) / most * len(values), len(values), confidence)
-        high = min(high, most * score.high)
+    if math.isfinite(most):
+        # No values between 0 and `most` vary more than hits and misses do.
+        score = rate_estimate(len(values) * min(max(sample.value / most, 0.0), 1.0), len(values), confidence)
+        low, high = (max(low, most * score.low) if values.min() >= 0 else low), min(high, most * score.high)
     return Estimate(sample.value, low, high, sample.n, sample.error)
 
 
