@@ -504,7 +504,10 @@ def _mean(values: np.ndarray, worst: float, confidence: float, least: float, mos
     if math.isfinite(most):
         # No values between 0 and `most` vary more than hits and misses do.
         score = rate_estimate(len(values) * min(max(sample.value / most, 0.0), 1.0), len(values), confidence)
-        low, high = (max(low, most * score.low) if values.min() >= 0 else low), min(high, most * score.high)
+        if sample.value < most / 2:
+            high = min(high, most * score.high)
+        elif values.min() >= 0:
+            low = max(low, most * score.low)
     return Estimate(sample.value, low, high, sample.n, sample.error)
 
 
