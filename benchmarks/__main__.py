@@ -9,7 +9,19 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import coverage, efficiency, gate, guided, injections, last_layer, memory, networks, overhead, training
+from benchmarks import (
+    coverage,
+    efficiency,
+    gate,
+    guided,
+    injections,
+    last_layer,
+    memory,
+    networks,
+    overhead,
+    protection,
+    training,
+)
 from textguard import __version__
 from textguard.artifacts import write_json, write_text
 from textguard.runtime import describe_device, pick_device
@@ -17,7 +29,7 @@ from textguard.runtime import describe_device, pick_device
 HERE = Path(__file__).parent
 MEASURES = {
     module.__name__.rpartition(".")[2]: module.measure
-    for module in (last_layer, overhead, memory, networks, guided, gate, coverage, efficiency)
+    for module in (last_layer, overhead, memory, networks, protection, guided, gate, coverage, efficiency)
 }
 MEASURES |= {
     "simulated": coverage.simulate,
@@ -140,6 +152,7 @@ def table(results: dict) -> str:
             )
     lines += _simulated(results["simulated"])
     lines += ["", "Drawing takes, per image and for " + _preparation(results["guided"]) + ".", *_gate(results["gate"])]
+    lines += protection.lines(results.get("protection"))
     return "\n".join(lines) + "\n"
 
 

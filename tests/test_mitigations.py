@@ -216,7 +216,7 @@ def test_protecting_keeps_the_names_of_products_and_sums(images):
 def test_mitigations_that_cannot_be_are_refused(spellings, images):
     bounds = bounds_of(spellings, images)
     assert protect(spellings, images[0], {}, "none") is spellings
-    with pytest.raises(UnknownName, match=r"mitigation 'clip'.*clip_to_zero, none, ranger"):
+    with pytest.raises(UnknownName, match=r"mitigation 'clip'.*clip_to_zero, learned, none, ranger"):
         protect(spellings, images[0], bounds, "clip")
     del bounds["relu_1"]
     with pytest.raises(InvalidParameter, match="activation 'relu_1' has no profiled range"):

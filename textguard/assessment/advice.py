@@ -31,7 +31,7 @@ from textguard.estimates.summary import LayerResult
 from textguard.faults.copying import copy_model
 from textguard.faults.inputs import batches, prepare
 from textguard.faults.mitigations import protect
-from textguard.faults.profiling import profile_activations
+from textguard.faults.profiling import activation_bounds
 from textguard.faults.sites import Site
 from textguard.faults.task import CLASSES, Task, make_task
 
@@ -265,10 +265,9 @@ def removed_share(before: Assessment, after: Assessment, exposures: np.ndarray) 
 
 def _slower(model: nn.Module, loader: DataLoader, mitigation: str, profile: DataLoader, task: Task) -> float:
     """How many times as long an inference of one batch takes with a mitigation."""
-    bounds = profile_activations(model, profile, task)
-    named = {row.activation: (row.low, row.high) for row in bounds.itertuples(index=False)}
+    bounds = activation_bounds(model, profile, mitigation, task)
     plain, image = prepare(model, loader, task)
-    plain, protected = copy_model(plain).eval(), protect(plain, image, named, mitigation)
+    plain, protected = copy_model(plain).eval(), protect(plain, image, bounds, mitigation)
     _, images, _ = next(batches(loader, image.device, task=task))
     with torch.inference_mode():
         fastest = [math.inf, math.inf]

@@ -24,7 +24,7 @@ from textguard.faults.execution import run_campaign
 from textguard.faults.inputs import batches, prepare
 from textguard.faults.mitigations import protect
 from textguard.faults.plans import PLAN_COLUMNS, bits_at
-from textguard.faults.profiling import largest_outputs, profile_activations, profile_ranges
+from textguard.faults.profiling import activation_bounds, largest_outputs, profile_ranges
 from textguard.faults.task import CLASSES, Task, make_task
 from textguard.runtime import announce
 
@@ -87,10 +87,10 @@ def assess(
     injections_per_layer, seed, images, pilot, stop_at, confidence, enumerate_up_to, detector, number_format, fault_model, \
 kinds, engine, batch_size, image_batch, noise
         See `CampaignSettings`, which has the same defaults.
-    mitigation : {"none", "ranger", "clip_to_zero"}, default "none"
+    mitigation : {"none", "ranger", "clip_to_zero", "learned"}, default "none"
         What keeps activations in their fault-free ranges; see `protect`.
     profile : DataLoader, optional
-        Gives the images from which the layers' ranges are taken; by default those of `loader`.
+        Gives the images from which the layers' ranges are taken, and thresholds are learned; by default those of `loader`.
     classes : sequence of str, optional
         The names of the classes, by label; by default those that the data set has as `classes`, else their numbers.
     fit_per_megabit : float, optional
@@ -184,8 +184,7 @@ kinds, engine, batch_size, image_batch, noise
     profiled = largest_outputs(profile_ranges(model, profile or loader, settings.kinds, task))
     injected = model
     if mitigation != "none":
-        bounds = profile_activations(model, profile or loader, task) if mitigation in ("ranger", "clip_to_zero") else None
-        bounds = {} if bounds is None else {row.activation: (row.low, row.high) for row in bounds.itertuples(index=False)}
+        bounds = activation_bounds(model, profile or loader, mitigation, task)
         injected = protect(*prepare(model, loader, task), bounds, mitigation)
     campaign = Campaign(injected, loader, settings, profiled, task)
     predictions, count = _predict(campaign)

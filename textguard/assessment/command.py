@@ -193,7 +193,7 @@ def _add_assess(commands: Any) -> None:
     faults.add_argument("--format", metavar="FORMAT", help="how values are stored: fp32, fp16, bf16, int(8), ... [fp32]")
     faults.add_argument("--kinds", type=_names, metavar="A,B", help="operations to inject into [Conv1d,Conv2d,Conv3d,Linear]")
     faults.add_argument("--detector", metavar="WHAT", help="the range detector: profiled, fixed:X, off [profiled]")
-    faults.add_argument("--mitigation", default="none", metavar="WHAT", help="none, ranger, clip_to_zero [none]")
+    faults.add_argument("--mitigation", default="none", metavar="WHAT", help="none, ranger, clip_to_zero, learned [none]")
     faults.add_argument("--engine", metavar="NAME", help="replay, whole, pytorchfi [replay]")
     faults.add_argument("--noise", metavar="WHAT", help="of a network whose answers vary: refuse, or report how much [refuse]")
     shown = parser.add_argument_group("results")

@@ -13,7 +13,7 @@ from textguard.faults.execution import run_campaign
 from textguard.faults.formats import parse_format
 from textguard.faults.guided import draw_guided
 from textguard.faults.inputs import prepare
-from textguard.faults.mitigations import protect, unprotected
+from textguard.faults.mitigations import learn_thresholds, protect, unprotected
 from textguard.faults.plans import draw_plan
 from textguard.faults.profiling import eligible_images, image_chances, profile_activations, profile_ranges
 from textguard.faults.sampling import Design, run_design
@@ -31,6 +31,7 @@ __all__ = [
     "eligible_images",
     "enumerate_layer",
     "image_chances",
+    "learn_thresholds",
     "make_engine",
     "make_task",
     "parse_format",

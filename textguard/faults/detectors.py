@@ -128,3 +128,42 @@ class Bound(nn.Module):
         if self.to_zero:
             return torch.where((values >= self.low) & (values <= self.high), values, 0.0)
         return torch.nan_to_num(values, nan=self.low, posinf=self.high, neginf=self.low).clamp(self.low, self.high)
+
+
+class ChannelBound(Bound):
+    """A module that lets only values up to their channel's threshold pass, and replaces all others, and NaN, by zero.
+
+    Parameters
+    ----------
+    low : float
+        The smallest value that passes.
+    high : Tensor
+        float32 [C], the largest value that passes in each channel. It is no buffer: faults in stored weights do not hit it.
+    dimension : {1, -1}
+        Which dimension of the values is the channel's.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from textguard.faults.detectors import ChannelBound
+    >>> ChannelBound(0.0, torch.tensor([1.0, 4.0]), dimension=-1)(torch.tensor([[2.0, 2.0], [0.5, float("nan")]]))
+    tensor([[0.0000, 2.0000],
+            [0.5000, 0.0000]])
+    """
+
+    def __init__(self, low: float, high: Tensor, dimension: int) -> None:
+        nn.Module.__init__(self)
+        self.low, self.high, self.dimension = low, high, dimension
+
+    def forward(self, values: Tensor) -> Tensor:
+        """The values, float32 of any shape, as the thresholds leave them."""
+        return self.passed(values, along(self.high, self.dimension, values.ndim))
+
+    def passed(self, values: Tensor, high: Tensor) -> Tensor:
+        """The values as thresholds leave them that broadcast to their shape."""
+        return torch.where((values >= self.low) & (values <= high), values, 0.0)
+
+
+def along(vector: Tensor, dimension: int, rank: int) -> Tensor:
+    """A vector [C] shaped to broadcast along dimension 1 or -1 of values with so many dimensions."""
+    return vector.view(-1, *[1] * (rank - 2)) if dimension == 1 else vector

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from textguard.faults.detectors import Bound
+from textguard.faults.detectors import Bound, ChannelBound
 from textguard.faults.graph import ACTIVATIONS, TracedModel, Values
 from textguard.faults.patterns import Window
 
@@ -27,7 +27,7 @@ LARGEST_SHARE = 0.4
 
 ELEMENTWISE = (*ACTIVATIONS, nn.Dropout, nn.Dropout2d, nn.Identity, Bound)
 # Behind these a fault may have left no trace, because they send different inputs to the same output.
-MASKING = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.MaxPool2d, Bound)
+MASKING = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.MaxPool2d, Bound, ChannelBound)
 MASKING += (torch.relu, "relu", F.relu, F.relu6, F.hardtanh, F.hardswish, F.max_pool2d)
 ADDITIONS = (operator.add, torch.add)
 PRODUCTS = (operator.mul, torch.mul)
@@ -341,6 +341,7 @@ class LocalSteps:
             return replace(patch, values=self._traced.call(step, (patch.values, *step.args[1:]), step.kwargs))
         rules: dict[object, Callable[..., Patch | None]] = {
             nn.BatchNorm2d: self._normalise,
+            ChannelBound: self._bound,
             nn.Conv2d: self._convolve,
             nn.Linear: self._multiply,
             nn.MaxPool2d: self._pool,
@@ -403,6 +404,14 @@ class LocalSteps:
         if patch.one_channel:
             factor, shift = (vector[patch.channel][:, None, None, None] for vector in (factor, shift))
         return replace(patch, values=patch.values * factor + shift)
+
+    def _bound(self, step: fx.Node, patch: Patch, source: Tensor, target: Tensor, image: Tensor) -> Patch | None:
+        """Learned thresholds, one per channel."""
+        bound = self._traced.modules[step.target]
+        if source.shape[1] != len(bound.high):  # tokens: each of their numbers is a channel of its own here
+            return None
+        high = bound.high[patch.channel][:, None, None, None] if patch.one_channel else bound.high
+        return replace(patch, values=bound.passed(patch.values, high))
 
     def _multiply(self, step: fx.Node, patch: Patch, source: Tensor, target: Tensor, image: Tensor) -> Patch | None:
         """Linear: one changed input adds its change times one column of the weights."""

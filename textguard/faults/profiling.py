@@ -14,7 +14,7 @@ from textguard.errors import InvalidParameter, Setting, UnknownName, Unsupported
 from textguard.faults.engines import Engine, ReplayEngine, WholeEngine
 from textguard.faults.graph import TracedModel
 from textguard.faults.inputs import batches, check_labels, check_logits, count_images, prepare
-from textguard.faults.mitigations import activations
+from textguard.faults.mitigations import Bounds, activations, learn_thresholds
 from textguard.faults.sites import DEFAULT_KINDS
 from textguard.faults.task import CLASSES, Task, make_task
 
@@ -350,3 +350,12 @@ def profile_activations(model: nn.Module, loader: DataLoader, task: Task | str =
                     raise UnsupportedModel(f"without any fault, activation {name!r} gives NaN or infinity")
                 low[name], high[name] = min(low[name], least), max(high[name], most)
     return pd.DataFrame({"activation": list(low), "low": list(low.values()), "high": list(high.values())})
+
+
+def activation_bounds(model: nn.Module, loader: DataLoader, mitigation: str, task: Task | str = CLASSES) -> Bounds:
+    """What `protect` needs for a mitigation: measured ranges, or learned thresholds. Raises TextguardError."""
+    if mitigation == "learned":
+        return learn_thresholds(model, loader, task=task)
+    if mitigation not in ("ranger", "clip_to_zero"):  # `protect` says what is wrong with others
+        return {}
+    return {row.activation: (row.low, row.high) for row in profile_activations(model, loader, task).itertuples(index=False)}

@@ -170,7 +170,7 @@ class Code:
         word, place = np.append(word, touched[flips_back]), np.append(place, mended[flips_back])
         kept = (place < self.word_bits) & ~np.isin(word, touched[detected])
         value, mask = _xor_by_value(word[kept] * self.per_word + place[kept] // self.bits, place[kept] % self.bits)
-        silent = len(np.unique(value // self.per_word))
+        silent = int(np.count_nonzero(np.diff(value // self.per_word, prepend=-1)))
         zeroed = (touched[detected][:, None] * self.per_word + np.arange(self.per_word)).reshape(-1)
         zeroed = zeroed[zeroed < values]
         everything = np.concatenate([value, zeroed])

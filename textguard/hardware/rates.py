@@ -2,8 +2,8 @@
 
 At a bit error rate p every stored bit is at fault with probability p, independently of the others. A memory is one draw, and
 all images see it. Which data bits are at fault depends on (seed, memory, number of data bits) alone: one that is at fault at
-some rate is so at every higher one, under every protection, and in every model with as many data bits. So curves can be compared
-memory by memory.
+some rate is so at every higher one, under every protection, and in every model with as many data bits. So curves can be
+compared memory by memory.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from textguard.artifacts import read_json, weights_mark, write_json
 from textguard.errors import CampaignMismatch, InvalidArtifact, InvalidParameter, Setting, UnsupportedModel
-from textguard.estimates.statistics import CONFIDENCE, Estimate, sample_mean, studentised
+from textguard.estimates.statistics import CONFIDENCE, Estimate, rate_estimate, sample_mean, studentised
 from textguard.faults.checks import checked_name, confidence_level, folder_path, some_text, whole_number
 from textguard.faults.copying import copy_model
 from textguard.faults.damage import Operation
@@ -142,6 +142,11 @@ class _Memory:
         """These, and check bits."""
         return self.data_bits + int(self._checks[-1])
 
+    @property
+    def gates(self) -> float:
+        """Two-input gates to read all values once; see `Code.operations`."""
+        return sum(len(one.values) * one.code.operations for one in self.tensors)
+
     def draw(self, number: int, rate: float) -> tuple["_Cells", "_Cells"]:
         """The data and the check cells that are at fault in a memory at a rate, and at which lower rates they are."""
         stream = f"memory {number}"
@@ -231,6 +236,11 @@ class _Images:
         for images, labels in self._read():
             logits = check_logits(self._infer(images), len(images), "the model", task)
             check_labels(logits, labels, task)
+            if not self._golden and not torch.allclose(self._infer(images), logits, rtol=1e-3, atol=1e-4, equal_nan=True):
+                raise UnsupportedModel(
+                    f"the model gives other logits for the same {len(images)} images when it is run again: it is random or "
+                    "keeps a state; write F.dropout(x, p, self.training), and take noise out of forward"
+                )
             right = task.correct(logits, labels)
             certain = right & (task.certainty(logits) > 0)
             self._golden.append((logits, task.loss(logits, labels).double(), certain))
@@ -302,8 +312,8 @@ class RateCurve:
     Attributes
     ----------
     settings : dict
-        `number_format`, `protection`, `operation`, `seed`, `images` and `eligible` (their numbers), `golden_top1`, `data_bits`
-        and `stored_bits` (with check bits).
+        `number_format`, `protection`, `operation`, `seed`, `images` and `eligible` (their numbers), `golden_top1`, `data_bits`,
+        `stored_bits` (with check bits) and `gates` (of two inputs, to read all values once).
     memories : pandas.DataFrame
         One row per rate and memory: `rate`, `memory`; `flips` (stored bits that differ from what was written); words
         `corrected`, `detected` and `silent` (see `Read`); `wrong` (values that are read wrong, or as zero); `top1`; `lost`
@@ -323,7 +333,7 @@ class RateCurve:
     >>> [curve.points[rate]["lost"].value for rate in curve.rates]
     [0.5, 10.0]
     >>> f"{curve.losing(1).value:.2g}"
-    '1.1e-06'
+    '1.5e-06'
     """
 
     settings: Mapping[str, Any]
@@ -340,23 +350,25 @@ class RateCurve:
         """The points of accuracy that there are to lose."""
         return 100 * self.settings["golden_top1"]
 
-    def _lost(self) -> np.ndarray:
-        """Points lost, float [memories, rates], in the order of their numbers."""
-        return self.memories.pivot(index="memory", columns="rate", values="lost").sort_index(axis=1).to_numpy()
+    def _lost(self, memories: Sequence[int] | None = None) -> np.ndarray:
+        """Points lost by all memories or some, float [memories, rates], in the order of their numbers."""
+        table = self.memories.pivot(index="memory", columns="rate", values="lost").sort_index(axis=1)
+        return (table if memories is None else table.loc[memories]).to_numpy()
 
     @cached_property
     def points(self) -> dict[float, dict[str, Estimate]]:
         """Rate -> `top1`, `lost`, `changed`, `delta_loss` and `nonfinite`: means over memories with their intervals.
 
-        Intervals are Student's, corrected for skewness as in Hall (1992). Mostly a few memories lose much, and these may not be
-        among those drawn. So the end that is worse is that of the same sample with one more memory, as bad as can be: it loses
-        all accuracy, changes all predictions, or has twice the largest DeltaLoss at that rate, or the largest at any.
+        Intervals are Student's, corrected for skewness as in Hall (1992). At low rates few memories lose much, and at high ones
+        few lose little, and these may not be among those drawn. So each end is that of the same sample with one more memory:
+        one that loses nothing, and one that is as bad as can be. It loses all accuracy, changes all predictions, or has twice
+        the largest DeltaLoss at that rate, or the largest at any.
         """
         found = {}
         highest = self.memories["delta_loss"].max()
         for rate, rows in self.memories.groupby("rate"):
             own = rows["delta_loss"].dropna().to_numpy()
-            worst = float(np.fmax(highest, 2 * own.max() if len(own) else 0.0))
+            worst = 2 * float(own.max()) if own.any() else float(highest)
             lost = _mean(rows["lost"].to_numpy(), self._most, self.confidence, self._most - 100, self._most)
             top1 = (self._most - np.array([lost.value, lost.high, lost.low])) / 100
             found[float(rate)] = {
@@ -371,10 +383,12 @@ class RateCurve:
     def losing(self, points: float) -> Estimate:
         """The bit error rate at which the model loses so many points of accuracy, in the mean over memories.
 
-        Between rates, the mean is a line over the logarithm of the rate, made monotone. The interval holds the rates at which
-        the interval of the mean holds `points`. Its lower end also uses that more flips do not help. The faults of m memories at
-        rate p make one at rate r = 1 - (1 - p)^m, so a loss that has probability P at rate r has at most 1 - (1 - P)^(1/m) at
-        rate p. This bounds the mean below the lowest rate, too.
+        Between rates, the mean is a line that begins with nothing lost at rate 0, made monotone. The upper end of the interval
+        is where the lower limit of the mean, as in `points`, reaches `points`. The lower end uses that more flips do not help.
+        The faults of m memories at rate p make one memory at rate r = 1 - (1 - p)^m, so a loss that has probability P at rate r
+        has at most 1 - (1 - P)^(1/m) at rate p [1]_. So a rate where many memories lose much limits the mean at lower ones,
+        where few do. It is the first whose mean is a sixth of the accuracy, and at least `points`. The limit is a percentile of
+        the bootstrap over memories, to which two are added: one that loses all, and one that loses nothing.
 
         Parameters
         ----------
@@ -384,36 +398,35 @@ class RateCurve:
         Returns
         -------
         Estimate
-            Its value is infinite where no rate was high enough, and NaN where the lowest one was too high; its upper end is
-            infinite where the rates do not show one.
+            Its value and its upper end are infinite where no rate was high enough.
 
         Raises
         ------
         InvalidParameter
             There are not so many points to lose.
+
+        References
+        ----------
+        .. [1] Bollobás and Thomason, "Threshold functions", Combinatorica 7, 1987.
         """
         if not 0 < points < self._most:
             raise InvalidParameter(Setting("points"), f" is {points!r:.60}; it must be above 0 and below {self._most:.4g}")
         rates, lost = np.array(self.rates), self._lost()
-        value = _crossing(rates, lost.mean(axis=0), points)
-        bands = [self.points[rate]["lost"] for rate in self.rates]
-        above = np.array([band.high for band in bands])
-        exposure = -np.log1p(-rates)
-        with np.errstate(divide="ignore"):
-            reach = exposure * math.log1p(-points / self._most) / np.log1p(-np.minimum(above / self._most, 1.0))
-        low = float(-np.expm1(-np.where(above <= points, exposure, np.minimum(exposure, reach)).max()))
-        high = _crossing(rates, np.maximum.accumulate([band.low for band in bands]), points)
-        if math.isnan(high):  # lost at the lowest rate already
-            high = float(rates[0])
-        if not math.isnan(value):
-            low, high = min(low, value), max(high, value)
-        return Estimate(value, low, high, len(lost))
+        value = float(_crossings(rates, lost.mean(axis=0), points))
+        lows = [self.points[rate]["lost"].low for rate in self.rates]
+        high = float(_crossings(rates, np.maximum.accumulate(lows), points))
+        enough = np.flatnonzero(_monotone(lost.mean(axis=0)) >= max(points, self._most / 6))
+        at = int(enough[0]) if len(enough) else len(rates) - 1
+        shares = _shares_of_exposure(lost[:, at], self._most, points)
+        exposure = -math.log1p(-rates[at]) * np.quantile(shares, (1 - self.confidence) / 2)
+        return Estimate(value, min(float(-np.expm1(-exposure)), value), max(high, value), len(lost))
 
     def compare(self, other: "RateCurve", points: float) -> Estimate:
         """By how many times this model's memory may err more often than another's, until it has lost so many points.
 
-        Memories are paired by their numbers: they have the same bits at fault where both models store as many. The interval is
-        that of the bootstrap over memories, of percentiles.
+        Memories are paired by their numbers: they have the same bits at fault where both models store as many. The ends of the
+        interval are percentiles of the bootstrap over memories. Each end has one more memory, which speaks against it: at every
+        rate one model loses the most of all memories there, and the other one the least.
 
         Parameters
         ----------
@@ -425,7 +438,8 @@ class RateCurve:
         Returns
         -------
         Estimate
-            The ratio of both `losing` rates; an end is 0 or infinite where rates do not show one.
+            The ratio of both `losing` rates; an end is 0 or infinite where rates do not show one, and NaN stands for a ratio of
+            two rates that none was high enough for.
 
         Raises
         ------
@@ -435,22 +449,19 @@ class RateCurve:
         common = sorted(set(self.memories["memory"]) & set(other.memories["memory"]))
         if len(common) < 2:
             raise InvalidParameter("the curves have fewer than two memories in common; give both the same memories")
-        value = self.losing(points).value / other.losing(points).value
-        mine, theirs = (curve.memories["memory"].isin(common) for curve in (self, other))
-        mine, theirs = (
-            type(curve)(curve.settings, curve.memories[rows])._lost() for curve, rows in ((self, mine), (other, theirs))
-        )
-        rng = np.random.default_rng(0)
-        logs = []
-        for _ in range(RESAMPLES):
-            chosen = rng.integers(len(common), size=len(common))
-            found = [
-                _crossing(np.array(curve.rates), lost[chosen].mean(axis=0), points)
-                for curve, lost in ((self, mine), (other, theirs))
-            ]
-            logs.append([_log(one) for one in found])
-        low, high = _percentiles(np.array(logs), self.confidence)
-        return Estimate(value, low, high, len(common))
+        value = float(_ratios(*(np.array(curve.losing(points).value) for curve in (self, other))))
+        draws = np.random.default_rng(0).multinomial(len(common), np.full(len(common), 1 / len(common)), size=RESAMPLES)
+        draws = np.concatenate([draws, np.ones((RESAMPLES, 1), dtype=int)], axis=1) / (len(common) + 1)
+        tail, ends = (1 - self.confidence) / 2, []
+        for level, method, unknown, kinds in ((tail, "lower", 0.0, "max min"), (1 - tail, "higher", math.inf, "min max")):
+            crossings = []
+            for curve, kind in zip((self, other), kinds.split(), strict=True):
+                lost = curve._lost(common)
+                means = draws @ np.vstack([lost, getattr(lost, kind)(axis=0)])
+                crossings.append(_crossings(curve.rates, means, points))
+            ratios = _ratios(*crossings, unknown)
+            ends.append(float(np.quantile(ratios, level, method=method)))
+        return Estimate(value, min(ends[0], value), max(ends[1], value), len(common))
 
     def as_json(self) -> dict[str, Any]:
         """The curve as a metrics file holds it: settings, memories by column, and the estimates of `points`.
@@ -483,51 +494,74 @@ def _mean(values: np.ndarray, worst: float, confidence: float, least: float, mos
     """The mean over memories, with the interval that `RateCurve.points` describes, cut where values end."""
     if not len(values):
         return Estimate(math.nan, math.nan, math.nan, 0)
-    sample = sample_mean([values], [1.0], [worst])
     t = float(stdtrit(len(values) - 1, 0.5 + confidence / 2)) if len(values) > 1 else math.nan
-    low = sample.value - studentised(sample, t)
-    high = sample.value + sample.unseen[0] - studentised(sample.with_unseen, -t)
-    low, high = (float(np.clip(end, least, most)) for end in (low, high))
+    ends = []
+    for unseen, quantile in ((min(0.0, values.min()), t), (worst, -t)):
+        sample = sample_mean([values], [1.0], [unseen])
+        changed = (values != unseen).any()  # else the one more memory is like all others
+        ends.append(sample.value + (sample.unseen[0] - studentised(sample.with_unseen, quantile) if changed else 0.0))
+    low, high = (float(np.clip(end, least, most)) for end in ends)
+    if math.isfinite(most):
+        # No values between 0 and `most` vary more than hits and misses do.
+        score = rate_estimate(len(values) * min(max(sample.value / most, 0.0), 1.0), len(values), confidence)
+        if sample.value < most / 2:
+            high = min(high, most * score.high)
+        elif values.min() >= 0:
+            low = max(low, most * score.low)
     return Estimate(sample.value, low, high, sample.n, sample.error)
 
 
-def _crossing(rates: np.ndarray, means: np.ndarray, points: float) -> float:
-    """Where a mean over rates, made monotone, reaches `points`: infinite where it does not, NaN where it begins above."""
-    means = _monotone(np.asarray(means, dtype=float))
-    reached = np.flatnonzero(means >= points)
-    if not len(reached):
-        return math.inf
-    if (at := int(reached[0])) == 0:
-        return float(rates[0]) if means[0] == points else math.nan
-    share = (points - means[at - 1]) / (means[at] - means[at - 1])
-    return float(np.exp((1 - share) * np.log(rates[at - 1]) + share * np.log(rates[at])))
+def _crossings(rates: Sequence[float], means: np.ndarray, points: float) -> np.ndarray:
+    """Where means over rates, [..., rates], reach `points`: [...]; infinite where they do not.
+
+    Each is made monotone, begins with 0 at rate 0, and is a line between rates.
+    """
+    means = np.maximum(_monotone(np.asarray(means, dtype=float)), 0)
+    means, known = np.concatenate([np.zeros((*means.shape[:-1], 1)), means], axis=-1), np.append(0.0, rates)
+    at = np.maximum((means >= points).argmax(axis=-1), 1)
+    before, after = (np.take_along_axis(means, index[..., None], axis=-1)[..., 0] for index in (at - 1, at))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = known[at - 1] + (known[at] - known[at - 1]) * (points - before) / (after - before)
+    return np.where(after >= points, found, math.inf)
 
 
 def _monotone(means: np.ndarray) -> np.ndarray:
-    """The nearest numbers that do not fall, by pooling neighbours that do."""
-    pools: list[list[float]] = []  # mean and size
-    for mean in means:
-        pools.append([mean, 1])
-        while len(pools) > 1 and pools[-2][0] >= pools[-1][0]:
-            (a, n), (b, m) = pools[-2:]
-            pools[-2:] = [[(a * n + b * m) / (n + m), n + m]]
-    return np.repeat([mean for mean, _ in pools], [int(size) for _, size in pools])
+    """The nearest numbers, in the sum of squares, that do not fall along the last axis, [..., R].
+
+    At i it is the largest, over all starts up to i, of the smallest mean from there to an end from i on.
+    """
+    sums = np.concatenate([np.zeros((*means.shape[:-1], 1)), means.cumsum(axis=-1)], axis=-1)
+    fitted = np.full_like(means, -math.inf)
+    for start in range(means.shape[-1]):
+        averages = (sums[..., start + 1 :] - sums[..., start : start + 1]) / np.arange(1, means.shape[-1] - start + 1)
+        smallest = np.minimum.accumulate(averages[..., ::-1], axis=-1)[..., ::-1]
+        fitted[..., start:] = np.maximum(fitted[..., start:], smallest)
+    return fitted
 
 
-def _log(rate: float) -> float:
-    """The logarithm of a crossing, -inf where it lies below all rates."""
-    return -math.inf if math.isnan(rate) else math.log(rate) if math.isfinite(rate) else math.inf
-
-
-def _percentiles(logs: np.ndarray, confidence: float) -> tuple[float, float]:
-    """The ends of the interval of a ratio. logs: of both rates, [N, 2]; where neither is known, nor is the ratio."""
+def _ratios(mine: np.ndarray, theirs: np.ndarray, unknown: float = math.nan) -> np.ndarray:
+    """The ratios of crossings; `unknown` where both are infinite."""
     with np.errstate(invalid="ignore"):
-        ratios = logs[:, 0] - logs[:, 1]
-    ends = []
-    for level, unknown in (((1 - confidence) / 2, -math.inf), ((1 + confidence) / 2, math.inf)):
-        ordered = np.sort(np.where(np.isnan(ratios), unknown, ratios))
-        ends.append(float(np.exp(ordered[round(level * (len(ordered) - 1))])))
-    return ends[0], ends[1]
+        return np.where(np.isinf(mine) & np.isinf(theirs), unknown, mine / theirs)
+
+
+def _shares_of_exposure(lost: np.ndarray, most: float, points: float) -> np.ndarray:
+    """Down to which share of the exposure the mean loss may still be `points`: float [RESAMPLES], of the bootstrap.
+
+    lost: of the memories at one rate. most: what there is to lose. At a share a of the exposure, a loss that has probability P
+    has at most 1 - (1 - P)^a.
+    """
+    extremes, count = np.array([0.0, most]), len(lost) + 2
+    chosen = lost[np.random.default_rng(0).integers(len(lost), size=(RESAMPLES, len(lost)))]
+    ordered = np.sort(np.concatenate([chosen.clip(min=0), np.tile(extremes, (RESAMPLES, 1))], axis=1), axis=1)
+    steps = np.diff(ordered, axis=1, prepend=0.0)  # of the loss, each reached by the memories from it on
+    fewer = np.arange(count) / count  # 1 - P
+    low, high = np.zeros(RESAMPLES), np.ones(RESAMPLES)
+    for _ in range(40):
+        middle = (low + high) / 2
+        enough = (steps * (1 - fewer ** middle[:, None])).sum(axis=1) >= points
+        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+    return high
 
 
 @torch.inference_mode()
@@ -647,7 +681,7 @@ def error_rates(
         found = {(number, rate): _load(shards, number, rate) for number in range(memories) for rate in rates}
     rows = [{"rate": rate, "memory": number, **found[number, rate]} for rate in rates for number in range(memories)]
     settings |= {"images": images.count, "eligible": images.eligible, "golden_top1": images.top1}
-    settings |= {"data_bits": memory.data_bits, "stored_bits": memory.stored_bits}
+    settings |= {"data_bits": memory.data_bits, "stored_bits": memory.stored_bits, "gates": memory.gates}
     return RateCurve(settings, pd.DataFrame(rows)[MEMORY_COLUMNS], confidence)
 
 
