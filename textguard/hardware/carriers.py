@@ -16,11 +16,18 @@ from torch.nn import functional as F
 from textguard.faults.damage import FaultModel, Faults
 from textguard.faults.engines import Engine
 from textguard.faults.graph import TracedModel, Values
-from textguard.faults.local import ADDITIONS, ELEMENTWISE, MASKING
+from textguard.faults.local import ADDITIONS, ELEMENTWISE
 from textguard.faults.suffix import shortcuts
 from textguard.hardware.stored import tensors_of
 
 MOST_VALUES = 1 << 24  # of changed channels that are held at a time
+# Of the largest golden logit of an image: what adding up in another order changes in fp32. Logits that move less are masked.
+ROUNDING = 2.0**-17
+SPARE = 4.0  # how far below that a move has to be foreseen, since random sums may tell too little of it
+SMALL = 2.0**-10  # of a value's largest number: smaller changes have second-order terms below ROUNDING
+PROBES = 8  # classes, or random sums of classes, whose gradients tell what moves the logits
+MOST_PROBED = 1 << 27  # numbers that are kept of them: half a gigabyte
+WORTH = 128  # faults from which on the gradients cost less than they save
 
 _CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -58,7 +65,7 @@ class Carrier(Protocol):
         """Carry the faults out on all images of the batch.
 
         Yields, piece by piece and in any order, pairs that may differ from the golden run: which fault and which image, int64
-        [n], and the logits [n, C]. Pairs that are never yielded are bit-identical to it.
+        [n], and the logits [n, C]. Pairs that are never yielded are masked.
         """
         ...
 
@@ -135,7 +142,8 @@ class Replay:
 
     A fault in a convolution, a linear layer or a norm changes one channel of its output: by its change times one shifted
     channel of the input, by a constant, or by another factor and shift. Steps that look at each channel alone are followed for
-    this channel only. Pairs of fault and image that are then bit-identical to the golden run end there. For the others the
+    this channel only. Pairs of fault and image that are then bit-identical to the golden run end there, and so do those which
+    will not move the logits beyond rounding, as gradients foresee. For the others the
     golden values that the rest of the network reads are copied, `batch_size` pairs at a time, and the rest runs with the
     replay engine's shortcuts. A tensor with another reader, or several, is damaged in place, and all runs from its first
     reader on; one that the trace does not hold runs whole.
@@ -143,12 +151,15 @@ class Replay:
     Raises UnsupportedModel where the model cannot be traced.
     """
 
-    def __init__(self, model: nn.Module, image: Tensor, names: Sequence[str], batch_size: int) -> None:
+    def __init__(self, model: nn.Module, image: Tensor, names: Sequence[str], batch_size: int, faults: int = 1 << 30) -> None:
+        self._faults = faults
         with torch.inference_mode(False):
             for weight in model.parameters():
                 if weight.ndim == 4:  # faster on CPUs and GPUs alike
                     weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         self._traced, self._batch_size = TracedModel(model, image), batch_size
+        for weight in self._traced.model.parameters():
+            weight.requires_grad_(False)  # gradients are of activations
         floats = [tensor for tensor in tensors_of(self._traced.model).values() if tensor.is_floating_point()]
         # Shortcuts add up in another order, which shows where values have few digits.
         self._shortcuts = shortcuts(self._traced) if all(one.dtype == torch.float32 for one in floats) else {}
@@ -191,9 +202,10 @@ class Replay:
     def start(self, images: Tensor) -> Tensor:
         """See `Carrier.start`."""
         self._whole.start(images)
-        self._count = len(images)
+        self._count, self._probed = len(images), None
         if images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
+        self._images = images
         self._golden = self._traced.inputs(images)
         for index, step in enumerate(self._traced.steps):
             if step not in self._golden:
@@ -281,37 +293,104 @@ class Replay:
         self, index: int, changed: Tensor, channel: Tensor, dim: int, rows: Tensor
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """From the faulty channels behind step `index` to the logits. dim: of channels. rows: int64 [N], the faults."""
+        patches, start = self._chain(index, changed, channel, dim)
+        differs = self._differ(patches, channel, dim)
+        if differs.any():
+            differs &= ~self._foreseen(patches, channel, dim)
+        for some in differs.nonzero().split(self._batch_size) if differs.any() else ():
+            image, fault = some.unbind(1)
+            logits = self._finish(self._copies(patches, channel, dim, image, fault, start), start)
+            yield rows[fault], image, logits
+
+    def _chain(self, index: int, changed: Tensor, channel: Tensor, dim: int) -> tuple[Values, int]:
+        """Follow faulty channels as far as each is looked at alone.
+
+        Returns those that later steps read, and the index of the first step that looks at other channels too.
+        """
         traced = self._traced
-        first = traced.steps[index]
-        patches = {first: changed}
-        pairs = self._differ(patches, channel, dim, index + 1)
-        start = index + 1
-        while len(pairs) and start < len(traced.steps):
+        patches, start = {traced.steps[index]: changed}, index + 1
+        for start in range(index + 1, len(traced.steps)):
             step = traced.steps[start]
             if any(source in patches for source in step.all_input_nodes):
                 value = self._step(step, patches, channel, dim)
                 if value is None:
                     break
                 patches[step] = value
-                if traced.operation(step) in MASKING:
-                    pairs = self._differ(patches, channel, dim, start + 1)
-            start += 1
-        for some in pairs.split(self._batch_size) if len(pairs) else ():
-            image, fault = some.unbind(1)
-            logits = self._finish(self._copies(patches, channel, dim, image, fault, start), start)
-            yield rows[fault], image, logits
+        return {step: value for step, value in patches.items() if traced.last_reader.get(step, -1) >= start}, start
 
-    def _differ(self, patches: Values, channel: Tensor, dim: int, start: int) -> Tensor:
-        """The pairs of image and fault, int64 [n, 2], in which something that is still read differs in any bit."""
-        found = None
+    def _foreseen(self, patches: Values, channel: Tensor, dim: int) -> Tensor:
+        """The pairs of image and fault, bool [B, N], whose logits will be masked with much to spare, as gradients tell.
+
+        Small changes of a step's value move the logits in proportion to them, so that no inference is needed for those which
+        move them by less than rounding. Where several changed values are read later, gradients do not tell.
+        """
+        found = torch.zeros(self._count, len(channel), dtype=torch.bool, device=channel.device)
+        if self._probed is None:
+            self._probed = self._probe()
+        if len(patches) > 1 or not self._probed.gradients.keys() >= patches.keys():
+            return found
+        ((step, value),) = patches.items()
+        golden, gradients = self._golden[step], self._probed.gradients[step]
+        change = _by_fault(value - golden.index_select(dim, channel), dim)
+        small = change.abs().amax(dim=2) <= SMALL * golden.flatten(1).abs().amax(dim=1, keepdim=True)  # not where NaN
+        for fault in torch.where(small.any(dim=0))[0].tolist():
+            moves = torch.bmm(gradients[channel[fault]], change[:, fault, :, None]).flatten(1).norm(dim=1)
+            found[:, fault] = small[:, fault] & (SPARE * moves <= self._probed.bound)
+        return found
+
+    @torch.inference_mode(False)
+    def _probe(self) -> "_Probed":
+        """Gradients at the ends of all chains, where that is worth it."""
+        traced, logits = self._traced, self._golden[self._traced.steps[-1]]
+        bound = ROUNDING * logits.reshape(len(logits), -1).abs().amax(dim=1).clone()
+        if self._faults < WORTH or not self._shortcuts or logits.ndim != 2 or not self._images.is_floating_point():
+            return _Probed({}, bound)
+        classes = logits.shape[1]
+        draw = torch.Generator().manual_seed(0)
+        probes = torch.randn(PROBES, classes, generator=draw) / PROBES**0.5 if classes > PROBES else torch.eye(classes)
+        ends: dict[fx.Node, int] = {}
+        room = MOST_PROBED
+        for index in sorted({readers[0] for readers, place in zip(self._readers, self._place, strict=True) if place}):
+            value = self._golden[traced.steps[index]]
+            dim, first = self._channels(traced.steps[index]), torch.zeros(1, dtype=torch.int64, device=logits.device)
+            patches, _ = self._chain(index, value.index_select(dim, first), first, dim)
+            for step in patches if len(patches) == 1 else ():
+                numbers = self._golden[step].numel() * len(probes)
+                if step not in ends and numbers <= room:
+                    room -= numbers
+                    ends[step] = dim
+        # By channel, so that those of one are in one place: [channels, B, probes, -1].
+        found = {
+            step: torch.empty(
+                value.shape[dim], len(value), len(probes), value[0].numel() // value.shape[dim], device=value.device
+            )
+            for step, dim in ends.items()
+            for value in [self._golden[step]]
+        }
+        with torch.enable_grad():
+            values = traced.inputs(self._images.clone().requires_grad_())
+            for index, step in enumerate(traced.steps):
+                if step not in values:
+                    values[step] = traced.run_step(index, values)
+            wanted, result = [values[step] for step in ends], values[traced.steps[-1]]
+            for number, probe in enumerate(probes.to(logits.device)):
+                towards = probe.expand_as(logits)
+                gradients = torch.autograd.grad(result, wanted, towards, retain_graph=True, allow_unused=True)
+                for (step, dim), gradient in zip(ends.items(), gradients, strict=True):
+                    if gradient is None:
+                        found.pop(step, None)
+                    else:
+                        found[step][:, :, number] = _by_fault(gradient, dim).transpose(0, 1)
+        return _Probed(found, bound)
+
+    def _differ(self, patches: Values, channel: Tensor, dim: int) -> Tensor:
+        """The pairs of image and fault, bool [B, N], in which something that is still read differs in any bit."""
+        found = torch.zeros(self._count, len(channel), dtype=torch.bool, device=channel.device)
         for step, value in patches.items():
-            if self._traced.last_reader.get(step, -1) < start:
-                continue
             twin = self._golden[step].index_select(dim, channel)
             same = _bits(value.contiguous()) == _bits(twin.contiguous())
-            differs = ~same.movedim(dim, 1).flatten(2).all(dim=2) if value.ndim > 2 else ~same
-            found = differs if found is None else found | differs
-        return found.nonzero() if found is not None else torch.zeros(0, 2, dtype=torch.int64, device=channel.device)
+            found |= ~_by_fault(same, dim).all(dim=2)
+        return found
 
     def _step(self, step: fx.Node, patches: Values, channel: Tensor, dim: int) -> Tensor | None:
         """What a step makes of the faulty channels alone; None where it looks at others too."""
@@ -366,6 +445,23 @@ class Replay:
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class _Probed:
+    """What moves the logits of a batch of images.
+
+    gradients: step -> float32 [channels, B, K, -1], of each class's logit, or of K random sums of many, scaled so that the
+    length of what moves them is that of what moves the logits. bound: float32 [B], the largest move that is masked.
+    """
+
+    gradients: dict[fx.Node, Tensor]
+    bound: Tensor
+
+
+def _by_fault(value: Tensor, dim: int) -> Tensor:
+    """Faulty channels, which lie in dimension `dim`, as [B, N, -1]."""
+    return value.movedim(dim, 1).reshape(len(value), value.shape[dim], -1)
 
 
 def _bits(value: Tensor) -> Tensor:

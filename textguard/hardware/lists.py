@@ -1,7 +1,7 @@
 """Lists of faults from files: those of dnn-benchmarks, and our own.
 
 dnn-benchmarks (github.com/cad-polito-it/dnn-benchmarks, Apache-2.0) publishes networks, lists of faults in their weights, and
-what each fault did to all test images. Its lists have the columns Injection, Layer (a module), TensorIndex (a place in the module's
+what each fault did to all test images. Its lists have the columns Injection, Layer (a module), TensorIndex (a place in its
 weight, such as "(3, 0, 2, 1)") and Bit; with outcomes, also n_injections, masked, non_critical and critical.
 """
 

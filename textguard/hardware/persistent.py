@@ -28,7 +28,7 @@ from textguard.faults.execution import check_settings
 from textguard.faults.inputs import batches, positions, prepare
 from textguard.faults.plans import bits_at
 from textguard.faults.task import CLASSES, Task, make_task
-from textguard.hardware.carriers import Block, Carrier, Neurons, Replay, WholeModel
+from textguard.hardware.carriers import ROUNDING, Block, Carrier, Neurons, Replay, WholeModel
 from textguard.hardware.stored import (
     as_format,
     damaged_values,
@@ -43,8 +43,6 @@ from textguard.runtime import join_processes, progress, wait_for_all
 StaysIn = Literal["stored", "neuron"]
 ENGINES = ("replay", "whole")
 FAULTS = 256  # per shard
-# Of the largest golden logit of an image: what adding up in another order changes in fp32. Logits that move less are masked.
-ROUNDING = 2.0**-17
 
 _SUMS = ("images", "masked", "changed", "nonfinite", "correct", "lost", "gained", "finite", "delta", "square")
 _ELIGIBLE = ("eligible", "eligible_changed", "eligible_finite", "eligible_delta", "eligible_square")
@@ -244,13 +242,15 @@ def _stored_faults(
         golden[rows], faulty[rows] = (values.float().cpu() for values in found)
     tensor = torch.tensor(faults["tensor"].to_numpy(), device=image.device)
     block = Block(tensor, neuron, mask, golden.to(image.device), faulty.to(image.device))
-    carrier: Carrier = WholeModel(model, names, batch_size) if engine == "whole" else _replay(model, image, names, batch_size)
+    carrier: Carrier = (
+        WholeModel(model, names, batch_size) if engine == "whole" else _replay(model, image, names, batch_size, len(faults))
+    )
     return carrier, faults, block, {name: tensors[name].values * bits[name] for name in names}
 
 
-def _replay(model: nn.Module, image: Tensor, names: Sequence[str], batch_size: int) -> Carrier:
+def _replay(model: nn.Module, image: Tensor, names: Sequence[str], batch_size: int, faults: int) -> Carrier:
     try:
-        return Replay(model, image, names, batch_size)
+        return Replay(model, image, names, batch_size, faults)
     except UnsupportedModel as reason:
         print(f"engine 'replay' cannot be used, going on with 'whole', which is slower: {reason}", file=sys.stderr, flush=True)
         return WholeModel(model, names, batch_size)
