@@ -1,9 +1,9 @@
 """Persistent faults: how much faster than the loop that users write, and than PyTorchFI's weight injection.
 
 The loop flips the value in place, runs all images under inference_mode, and puts it back, in the memory format and with the
-batch size that a short trial finds fastest. PyTorchFI 0.6.0 copies the model for each fault (`declare_weight_fi`), and then runs
-all images the same way. Neither's pace depends on the fault, so both run a few, and ours all. Rounds alternate, so that whatever
-else the machine does hits all three.
+batch size that a short trial finds fastest. PyTorchFI 0.6.0 copies the model for each fault (`declare_weight_fi`), and then
+runs all images the same way. Neither's pace depends on the fault, so both run a few, and ours all. Rounds alternate, so that
+whatever else the machine does hits all three.
 """
 
 import copy
