@@ -40,14 +40,14 @@ class Mixed(nn.Module):
         self.layer_norm, self.features = nn.LayerNorm(8), nn.Linear(8, 8)
         self.tied = nn.Linear(8, 8, bias=False)
         self.tied.weight = self.features.weight
-        self.head = nn.Linear(8, 5)
+        self.head, self.scale = nn.Linear(8, 5), nn.Parameter(torch.tensor(2.0))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = F.relu(self.norm1(self.stem(images)))
         x = F.relu(x + self.norm2(self.grouped(x)))
         x = self.pool(F.relu6(self.depthwise(x))).flatten(2).transpose(1, 2) + self.places
         x = x + self.tied(F.gelu(self.features(self.layer_norm(x))))
-        return self.head(x.mean(dim=1))
+        return self.head(x.mean(dim=1)) * self.scale
 
 
 class Untraceable(nn.Module):
@@ -324,7 +324,7 @@ def test_intervals_over_faults_and_images_hold_as_often_as_they_say_and_those_ov
         alone = mean_interval(sample_mean([one.by_fault for one in crossed], [1 / tensors] * tensors, [0.0] * tensors), 0.95)
         faults_alone += alone.low <= 1.5 <= alone.high
     assert 0.93 <= hold / repetitions <= 0.99
-    assert faults_alone / repetitions < 0.6
+    assert faults_alone / repetitions < 0.75
 
 
 def test_a_summary_has_each_tensor_and_their_means_plain_and_by_bits(mixed):

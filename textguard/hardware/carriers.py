@@ -196,7 +196,9 @@ class Replay:
         plain = type(module) in (*_CONVOLUTIONS, nn.Linear, nn.LayerNorm, *_NORMS)
         if not plain or len(names) != 1 or "." in names[0]:
             return ""
-        if type(module) is nn.LayerNorm and len(module.normalized_shape) > 1:
+        if (type(module) is nn.LayerNorm and len(module.normalized_shape) > 1) or (
+            type(module) in _NORMS and module.running_mean is None
+        ):
             return ""
         dimensions = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}.get(type(module))
         return names[0] if dimensions in (None, len(traced.shapes[step]) + 1) else ""
@@ -284,7 +286,7 @@ class Replay:
         # Each fault is a group of its own, with one input channel and a kernel that holds its change alone.
         inputs = x.index_select(1, channel // (module.out_channels // module.groups) * tensor.shape[1] + places[1])
         kernel = torch.zeros(len(channel), 1, *tensor.shape[2:], dtype=tensor.dtype, device=tensor.device)
-        kernel[(torch.arange(len(channel)), 0, *places[2:])] = change
+        kernel[(torch.arange(len(channel), device=tensor.device), 0, *places[2:])] = change
         padding = module.padding
         if module.padding_mode != "zeros":
             inputs = F.pad(inputs, module._reversed_padding_repeated_twice, mode=module.padding_mode)
