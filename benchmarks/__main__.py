@@ -176,10 +176,10 @@ def _persistent(found: dict | None) -> list[str]:
         return []
     lines = [
         "",
-        f"Persistent faults, each on the same images; the goal on ResNet-20 is {persistent.GOAL:g} times the loop. This flips a "
-        "weight, runs all images and flips it back, in its fastest memory format and batch size. PyTorchFI's weight injection "
-        "copies the model for each fault. Faults are uniform over tensors or over stored bits. Foreseen: with gradients in the "
-        f"place of inferences where changes are small. Medians of {persistent.ROUNDS} alternating runs.",
+        f"Persistent faults, each on the same images; the goal on ResNet-20 is {persistent.GOAL:g} times the loop. This flips "
+        "a weight, runs all images and flips it back, in its fastest memory format and batch size. PyTorchFI's weight "
+        "injection copies the model for each fault. Faults are uniform over tensors or over stored bits. Foreseen: with "
+        f"gradients in the place of inferences where changes are small. Medians of {persistent.ROUNDS} alternating runs.",
         "",
         "| Model | Loop (inferences/s) | Faults uniform over | Foreseen | Inferences/s | x loop | x PyTorchFI |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -200,10 +200,10 @@ def _lists(found: dict | None) -> list[str]:
         return []
     lines = [
         "",
-        "Published weight faults (dnn-benchmarks, 10,000 test images of CIFAR-10 each), and the same on some of these images, as "
-        "the folder has them: correlations of the shares of critical images; the share of faults in the same class (never "
-        f"critical; for less than {lists.MOST:.0%} of images; for more); that of faults which are critical for them as often as "
-        "one of our images, or more; and mean shares of critical images.",
+        "Published weight faults (dnn-benchmarks, 10,000 test images of CIFAR-10 each), and the same on some of these images, "
+        "as the folder has them: correlations of the shares of critical images; the share of faults in the same class (never "
+        f"critical; for less than {lists.MOST:.0%} of images; for more); that of faults which are critical for them as often "
+        "as one of our images, or more; and mean shares of critical images.",
         "",
         "| Model | Top-1 | Faults | Images | Pearson | Spearman | Same class | ... where shown | Mean, ours | Mean, theirs |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -137,6 +137,18 @@ def test_the_replay_does_what_the_loop_of_all_images_does(mixed):
     assert whole.top1 == 0.8
 
 
+class Windows(nn.Module):
+    """Four windows of each image, one behind the other in dimension 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each, self.norm, self.head = nn.Linear(12, 6), nn.LayerNorm(6), nn.Linear(24, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        windows = images.reshape(-1, 12)
+        return self.head(F.relu(self.norm(self.each(windows))).reshape(-1, 24))
+
+
 def test_replays_take_other_dimensions_than_maps():
     torch.manual_seed(0)
     model = trained_norms(
@@ -145,9 +157,10 @@ def test_replays_take_other_dimensions_than_maps():
         ),
         (3, 8),
     )
-    loader = loader_for(model, (3, 8))
-    plan = draw_persistent(stored_tensors(model, loader.dataset[0][0]), 12, seed=1)
-    assert_alike(run_persistent(model, loader, plan), run_persistent(model, loader, plan, engine="whole"))
+    for one, shape in ((model, (3, 8)), (Windows().eval(), (3, 4, 4))):
+        loader = loader_for(one, shape)
+        plan = draw_persistent(stored_tensors(one, loader.dataset[0][0]), 32, seed=1)
+        assert_alike(run_persistent(one, loader, plan), run_persistent(one, loader, plan, engine="whole"))
 
 
 def test_what_gradients_foresee_is_what_inferences_find(mixed, monkeypatch):

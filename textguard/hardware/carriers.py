@@ -145,11 +145,10 @@ class Replay:
 
     A fault in a convolution, a linear layer or a norm changes one channel of its output: by its change times one shifted
     channel of the input, by a constant, or by another factor and shift. Steps that look at each channel alone are followed for
-    this channel only. Pairs of fault and image that are then bit-identical to the golden run end there, and so do those which
-    will not move the logits beyond rounding, as gradients foresee. For the others the
-    golden values that the rest of the network reads are copied, `batch_size` pairs at a time, and the rest runs with the
-    replay engine's shortcuts. A tensor with another reader, or several, is damaged in place, and all runs from its first
-    reader on; one that the trace does not hold runs whole.
+    this channel only. Pairs of fault and image that are then bit-identical to the golden run end there, and so do those with a
+    change so small that gradients tell what it does. For the others the golden values that the rest of the network reads are
+    copied, `batch_size` pairs at a time, and the rest runs with the replay engine's shortcuts. A tensor with another reader, or
+    several, is damaged in place, and all runs from its first reader on; one that the trace does not hold runs whole.
 
     Raises UnsupportedModel where the model cannot be traced.
     """
@@ -222,13 +221,17 @@ class Replay:
         """See `Carrier.run`."""
         for number in block.tensor.unique().tolist():
             rows = torch.where(block.tensor == number)[0]
-            if self._place[number]:
+            if self._place[number] and self._by_image(self._traced.steps[self._readers[number][0]]):
                 yield from self._by_channel(number, block, rows)
             elif self._readers[number]:
                 yield from self._from_reader(number, block, rows)
             else:
                 for fault, image, logits in self._whole.run(block.of(rows)):
                     yield rows[fault], image, logits
+
+    def _by_image(self, step: fx.Node) -> bool:
+        """Whether a step's value has a row for each image, and no windows of images."""
+        return self._traced.batch_first(step) and len(self._golden[step]) == self._count
 
     def _from_reader(self, number: int, block: Block, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """One fault after another, with the tensor damaged in place, from its first reader on."""
@@ -408,14 +411,14 @@ class Replay:
     def _step(self, step: fx.Node, patches: Values, channel: Tensor, dim: int) -> Tensor | None:
         """What a step makes of the faulty channels alone; None where it looks at others too."""
         traced, golden = self._traced, self._golden[step]
-        if not isinstance(golden, Tensor) or not traced.batch_first(step):
+        if not isinstance(golden, Tensor) or golden.ndim < 2 or not self._by_image(step):
             return None
         operation = traced.operation(step)
         if operation in ADDITIONS:
             parts = [arg for arg in step.args if isinstance(arg, fx.Node) and traced.depends_on_images(arg)]
             if step.kwargs or len(step.args) != 2 or len(parts) != 2:
                 return None
-            if any(self._golden[arg].shape != golden.shape or not traced.batch_first(arg) for arg in parts):
+            if any(self._golden[arg].shape != golden.shape or not self._by_image(arg) for arg in parts):
                 return None
             sides = (patches[arg] if arg in patches else self._golden[arg].index_select(dim, channel) for arg in parts)
             return operator.add(*sides)
