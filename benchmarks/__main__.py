@@ -16,9 +16,11 @@ from benchmarks import (
     guided,
     injections,
     last_layer,
+    lists,
     memory,
     networks,
     overhead,
+    persistent,
     protection,
     training,
 )
@@ -34,6 +36,8 @@ MEASURES = {
 MEASURES |= {
     "simulated": coverage.simulate,
     "training": training.measure,
+    "persistent": persistent.measure,
+    "lists": lists.measure,
     "injections": lambda: injections.measure(list(injections.CASES)),
 }
 
@@ -153,6 +157,7 @@ def table(results: dict) -> str:
     lines += _simulated(results["simulated"])
     lines += ["", "Drawing takes, per image and for " + _preparation(results["guided"]) + ".", *_gate(results["gate"])]
     lines += protection.lines(results.get("protection"))
+    lines += [*_persistent(results.get("persistent")), *_lists(results.get("lists"))]
     return "\n".join(lines) + "\n"
 
 
@@ -165,6 +170,54 @@ def _families(found: dict | None) -> list[str]:
         f"One network of each of timm's families: {found['replay']} of {found['replay'] + len(found['whole'])} are replayed. "
         f"Others: {others}. {len(found['not_run'])} more do not run on plain images."
     ]
+
+
+def _persistent(found: dict | None) -> list[str]:
+    """Persistent faults beside the plain loop and PyTorchFI; nothing where that was not measured."""
+    if not found:
+        return []
+    lines = [
+        "",
+        f"Persistent faults, each on the same images; the goal on ResNet-20 is {persistent.GOAL:g} times the loop. This flips "
+        "a weight, runs all images and flips it back, in its fastest memory format and batch size. PyTorchFI's weight "
+        "injection copies the model for each fault. Faults are uniform over tensors or over stored bits. Foreseen: with "
+        f"gradients in the place of inferences where changes are small. Medians of {persistent.ROUNDS} alternating runs.",
+        "",
+        "| Model | Loop (inferences/s) | Faults uniform over | Foreseen | Inferences/s | x loop | x PyTorchFI |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, case in found.items():
+        for plan, foreseen in (("tensors", "yes"), ("bits", "yes"), ("tensors, run", "no")):
+            own = case[plan]
+            lines.append(
+                f"| {name} | {_number(case['loop_per_s'])} | {plan.partition(',')[0]} | {foreseen} | {_number(own['per_s'])} "
+                f"| {_number(own['times_loop'])} | {_number(own.get('times_pytorchfi'))} |"
+            )
+    return lines
+
+
+def _lists(found: dict | None) -> list[str]:
+    """dnn-benchmarks' lists of weight faults, replayed; nothing where they were not at hand."""
+    if not found:
+        return []
+    lines = [
+        "",
+        "Published weight faults (dnn-benchmarks, 10,000 test images of CIFAR-10 each), and the same on some of these images, "
+        "as the folder has them: correlations of the shares of critical images; the share of faults in the same class (never "
+        f"critical; for less than {lists.MOST:.0%} of images; for more); that of faults which are critical for them as often "
+        "as one of our images, or more; and mean shares of critical images.",
+        "",
+        "| Model | Top-1 | Faults | Images | Pearson | Spearman | Same class | ... where shown | Mean, ours | Mean, theirs |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, case in found.items():
+        for own in case.values():
+            lines.append(
+                f"| {name} | {own['top1']:.1%} | {own['faults']:,} | {own['images']:,} | {own['pearson']:.3f} "
+                f"| {own['spearman']:.2f} | {own['same_class']:.1%} | {own['same_class_where_shown']:.1%} "
+                f"| {own['mean_changed'][0]:.2%} | {own['mean_changed'][1]:.2%} |"
+            )
+    return lines
 
 
 def _gate(found: dict) -> list[str]:

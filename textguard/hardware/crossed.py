@@ -51,11 +51,13 @@ class Crossed:
         return max(0.0, float(squares) * n * m / ((n - 1) * (m - 1)))
 
 
-def crossed_mean(tensors: Sequence[Crossed], weights: Sequence[float], most: float = math.inf) -> Sample:
+def crossed_mean(
+    tensors: Sequence[Crossed], weights: Sequence[float], most: float = math.inf, confidence: float = CONFIDENCE
+) -> Sample:
     """The weighted mean over tensors of outcomes, and the moments of its error over faults and images.
 
     Few faults tell little of their spread. So each variance is larger than the sample's by the square of Student's quantile
-    over the normal one, at 99 %.
+    over the normal one.
 
     Parameters
     ----------
@@ -66,6 +68,8 @@ def crossed_mean(tensors: Sequence[Crossed], weights: Sequence[float], most: flo
     most : float
         What no outcome can be above, such as 1 for shares: then the worst unseen fault does that on all images. Otherwise it
         does twice what the worst seen one does.
+    confidence : float, default 0.99
+        Of the interval that will be made of it.
 
     Returns
     -------
@@ -91,16 +95,16 @@ def crossed_mean(tensors: Sequence[Crossed], weights: Sequence[float], most: flo
     m = len(together)
     rest = sum(share**2 * one.rest / len(one.by_fault) / m for share, one in zip(shares, tensors, strict=True))
     fewest = min(len(one.by_fault) for one in tensors)
-    variance = images.variance * _student(m) + faults.variance * _student(fewest) - rest
+    variance = images.variance * _student(m, confidence) + faults.variance * _student(fewest, confidence) - rest
     variance = np.maximum(variance, np.maximum(faults.variance, images.variance))  # NaN stays
     value = float(sum(share * one.by_fault.mean() for share, one in zip(shares, tensors, strict=True)))
     count = sum(len(one.by_fault) for one in tensors)
     return Sample(value, float(variance), faults.third + images.third, count, faults.unseen)
 
 
-def _student(count: int) -> float:
+def _student(count: int, confidence: float) -> float:
     """By what a variance that `count` observations tell is to be multiplied, for normal quantiles to become Student's."""
-    return float(stdtrit(count - 1, 0.5 + CONFIDENCE / 2) / quantile(CONFIDENCE)) ** 2 if count > 1 else math.nan
+    return float(stdtrit(count - 1, 0.5 + confidence / 2) / quantile(confidence)) ** 2 if count > 1 else math.nan
 
 
 def interval(sample: Sample, confidence: float = CONFIDENCE, within: tuple[float, float] = (0.0, math.inf)) -> Estimate:
@@ -263,7 +267,7 @@ def _mean(quantity: str, tensors: Sequence[Crossed | None], weights: Sequence[fl
     known = [(one, weight) for one, weight in zip(tensors, weights, strict=True) if one is not None]
     if not known:
         return Estimate(math.nan, math.nan, math.nan, 0)
-    sample = crossed_mean([one for one, _ in known], [weight for _, weight in known], most)
+    sample = crossed_mean([one for one, _ in known], [weight for _, weight in known], most, confidence)
     return interval(sample, confidence, (least, most)).times(factor)
 
 

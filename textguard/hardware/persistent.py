@@ -7,7 +7,7 @@ the memory is written again, so its outcome is a share of images: of changed pre
 import hashlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,7 +28,7 @@ from textguard.faults.execution import check_settings
 from textguard.faults.inputs import batches, positions, prepare
 from textguard.faults.plans import bits_at
 from textguard.faults.task import CLASSES, Task, make_task
-from textguard.hardware.carriers import Block, Carrier, Neurons, Replay, WholeModel
+from textguard.hardware.carriers import ROUNDING, Block, Carrier, Neurons, Replay, WholeModel
 from textguard.hardware.stored import (
     as_format,
     damaged_values,
@@ -43,8 +43,6 @@ from textguard.runtime import join_processes, progress, wait_for_all
 StaysIn = Literal["stored", "neuron"]
 ENGINES = ("replay", "whole")
 FAULTS = 256  # per shard
-# Of the largest golden logit of an image: what adding up in another order changes in fp32. Logits that move less are masked.
-ROUNDING = 2.0**-17
 
 _SUMS = ("images", "masked", "changed", "nonfinite", "correct", "lost", "gained", "finite", "delta", "square")
 _ELIGIBLE = ("eligible", "eligible_changed", "eligible_finite", "eligible_delta", "eligible_square")
@@ -108,6 +106,7 @@ def run_persistent(
     engine: str = "replay",
     batch_size: int = 256,
     image_batch: int = 64,
+    foresee: bool = True,
     stop: float | None = None,
     task: Task | str = CLASSES,
     shard_dir: str | os.PathLike[str] | None = None,
@@ -140,6 +139,10 @@ def run_persistent(
         Inferences per forward pass.
     image_batch : int, default 64
         Images per golden run, whose values are all kept.
+    foresee : bool, default True
+        Whether `replay` takes gradients for inferences where a fault changes a layer's values by less than a 256th: of up to 16
+        classes the logits, of more only whether these are masked. A fault's DeltaLoss then errs by some 1e-4 nats; its counts
+        of images stay the same, but where two classes are as likely. Without it, all that is not bit-identical is run.
     stop : float, optional
         A fault ends after the batch of images behind which the 99 % interval of its share of changed predictions reaches no
         further than this to either side: harmless and hopeless faults soon, others later or never. Its outcome is then that
@@ -192,8 +195,10 @@ def run_persistent(
     read = positions(loader)
     mark = weights_mark(model)
     model, image = prepare(model, loader, task)
-    make = _stored_faults if target == "stored" else _neuron_faults
-    options = {} if target == "stored" else {"profiled": profiled, **({"kinds": kinds} if kinds is not None else {})}
+    make: Callable[..., tuple[Carrier, pd.DataFrame, Block, dict[str, int]]] = _stored_faults
+    options: dict[str, Any] = {"foresee": foresee}
+    if target == "neuron":
+        make, options = _neuron_faults, {"profiled": profiled, **({"kinds": kinds} if kinds is not None else {})}
     carrier, faults, block, stored_bits = make(model, image, plan, fault_model, number_format, engine, batch_size, **options)
     # Stopping needs images in random order; loaders often give them class by class.
     order = np.asarray(read) if stop is None else np.random.Generator(np.random.Philox(0)).permutation(np.asarray(read))
@@ -204,7 +209,7 @@ def run_persistent(
     if shard_dir:
         settings = {
             **{"engine": f"{type(carrier).__name__}, torch {torch.__version__}", "model": mark, "target": target},
-            **{"operation": operation, "number format": as_format(number_format).name, "stop": stop},
+            **{"operation": operation, "number format": as_format(number_format).name, "stop": stop, "foresee": foresee},
             **{"plan": _digest(pd.util.hash_pandas_object(plan[list(faults.columns[:4])]).to_numpy())},
             **{"images": f"{len(read)}, {_digest(np.asarray(read))}, {_first_images(loader, read, task)}"},
             **{"images per shard": image_batch, **task.as_json()},
@@ -228,6 +233,7 @@ def _stored_faults(
     number_format: str,
     engine: str,
     batch_size: int,
+    foresee: bool,
 ) -> tuple[Carrier, pd.DataFrame, Block, dict[str, int]]:
     """The carrier of faults in stored values, one row per fault, the same as tensors, and each tensor's stored bits."""
     tensors = {tensor.name: tensor for tensor in stored_tensors(model, image)}
@@ -244,13 +250,17 @@ def _stored_faults(
         golden[rows], faulty[rows] = (values.float().cpu() for values in found)
     tensor = torch.tensor(faults["tensor"].to_numpy(), device=image.device)
     block = Block(tensor, neuron, mask, golden.to(image.device), faulty.to(image.device))
-    carrier: Carrier = WholeModel(model, names, batch_size) if engine == "whole" else _replay(model, image, names, batch_size)
+    carrier: Carrier = (
+        WholeModel(model, names, batch_size)
+        if engine == "whole"
+        else _replay(model, image, names, batch_size, foresee * len(faults))
+    )
     return carrier, faults, block, {name: tensors[name].values * bits[name] for name in names}
 
 
-def _replay(model: nn.Module, image: Tensor, names: Sequence[str], batch_size: int) -> Carrier:
+def _replay(model: nn.Module, image: Tensor, names: Sequence[str], batch_size: int, faults: int) -> Carrier:
     try:
-        return Replay(model, image, names, batch_size)
+        return Replay(model, image, names, batch_size, faults)
     except UnsupportedModel as reason:
         print(f"engine 'replay' cannot be used, going on with 'whole', which is slower: {reason}", file=sys.stderr, flush=True)
         return WholeModel(model, names, batch_size)
