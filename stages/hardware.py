@@ -128,6 +128,7 @@ class Injected:
             plan[PERSISTENT_COLUMNS],
             operation=faults.operation,
             number_format=inject.format,
+            detector=inject.detector,
             engine="whole" if inject.engine == "whole" else "replay",
             batch_size=inject.batch_size,
             image_batch=inject.image_batch,

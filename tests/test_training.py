@@ -449,7 +449,7 @@ FOUND = {
     "detector": ({"detector": "magic"}, {}, "detector 'magic'"),
     "kinds": ({"kinds": ["Conv3d"]}, {}, "the model has no Conv3d output"),
     "weights of additions": (
-        {"kinds": ["Add"], "faults": FaultParams("weight", "flip", 1, 1, "value", [8, 8], "equal")},
+        {"kinds": ["Add"], "faults": FaultParams("weight", "flip", 1, 1, "value", [8, 8], "equal", "inference")},
         {},
         "weight",
     ),

@@ -3,7 +3,6 @@
 All of them look at one batch of images at a time, first without faults, and then with each of a block of faults.
 """
 
-import math
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -117,8 +116,9 @@ class Damaged:
 class Neurons:
     """Faults that stay at a neuron: an engine carries each of them out on every image."""
 
-    def __init__(self, engine: Engine, fault_model: FaultModel) -> None:
-        self._engine, self._model = engine, fault_model
+    def __init__(self, engine: Engine, fault_model: FaultModel, limits: Tensor) -> None:
+        """limits: float32 [sites], the largest magnitude that the range detector lets pass."""
+        self._engine, self._model, self._limits = engine, fault_model, limits
 
     def start(self, images: Tensor) -> Tensor:
         """See `Carrier.start`."""
@@ -131,9 +131,9 @@ class Neurons:
         images, faults = len(self._images), len(block.neuron)
         fault = torch.arange(faults, device=block.neuron.device).repeat_interleave(images)
         image = torch.arange(images, device=fault.device).repeat(faults)
-        off = torch.full(fault.shape, math.inf, device=fault.device)
+        position = block.tensor[fault]
         row = torch.arange(len(fault), device=fault.device)
-        pairs = Faults(self._model, block.tensor[fault], image, off, row, block.neuron[fault], block.mask[fault])
+        pairs = Faults(self._model, position, image, self._limits[position], row, block.neuron[fault], block.mask[fault])
         outcomes = self._engine.run(self._images, pairs)
         left = torch.where(~outcomes.masked)[0]
         if len(left):

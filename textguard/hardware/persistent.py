@@ -23,6 +23,7 @@ from textguard.errors import InvalidArtifact, InvalidParameter, Setting, Unsuppo
 from textguard.estimates.statistics import CONFIDENCE, rate_estimate
 from textguard.faults.checks import checked_name, folder_path, whole_number
 from textguard.faults.damage import FaultModel, Operation
+from textguard.faults.detectors import detector_limits
 from textguard.faults.engines import make_engine
 from textguard.faults.execution import check_settings
 from textguard.faults.inputs import batches, positions, prepare
@@ -101,6 +102,7 @@ def run_persistent(
     target: StaysIn = "stored",
     operation: Operation = "flip",
     number_format: str = "fp32",
+    detector: str = "off",
     profiled: Mapping[str, float] | None = None,
     kinds: Sequence[str] | None = None,
     engine: str = "replay",
@@ -128,8 +130,11 @@ def run_persistent(
         What happens to the bits.
     number_format : str, default "fp32"
         How weights are stored; at neurons, also the outputs of layers. fp32 stands for what torch stores.
+    detector : str, default "off"
+        The range detector that damaged values pass: `off`, `fixed:X`, or `profiled`. For stored values the last is each
+        tensor's largest magnitude.
     profiled : mapping of str to float, optional
-        At neurons: layer -> the largest magnitude of its output, which some formats need.
+        At neurons: layer -> the largest magnitude of its output, which some formats and detectors need.
     kinds : sequence of str, optional
         At neurons: the operations whose outputs are sites; by default convolutions and linear layers.
     engine : {"replay", "whole"}, default "replay"
@@ -199,7 +204,9 @@ def run_persistent(
     options: dict[str, Any] = {"foresee": foresee}
     if target == "neuron":
         make, options = _neuron_faults, {"profiled": profiled, **({"kinds": kinds} if kinds is not None else {})}
-    carrier, faults, block, stored_bits = make(model, image, plan, fault_model, number_format, engine, batch_size, **options)
+    carrier, faults, block, stored_bits = make(
+        model, image, plan, fault_model, number_format, detector, engine, batch_size, **options
+    )
     # Stopping needs images in random order; loaders often give them class by class.
     order = np.asarray(read) if stop is None else np.random.Generator(np.random.Philox(0)).permutation(np.asarray(read))
     parts = [part.tolist() for part in np.array_split(order, range(image_batch, len(order), image_batch))]
@@ -209,7 +216,8 @@ def run_persistent(
     if shard_dir:
         settings = {
             **{"engine": f"{type(carrier).__name__}, torch {torch.__version__}", "model": mark, "target": target},
-            **{"operation": operation, "number format": as_format(number_format).name, "stop": stop, "foresee": foresee},
+            **{"operation": operation, "number format": as_format(number_format).name, "detector": detector},
+            **{"stop": stop, "foresee": foresee},
             **{"plan": _digest(pd.util.hash_pandas_object(plan[list(faults.columns[:4])]).to_numpy())},
             **{"images": f"{len(read)}, {_digest(np.asarray(read))}, {_first_images(loader, read, task)}"},
             **{"images per shard": image_batch, **task.as_json()},
@@ -231,6 +239,7 @@ def _stored_faults(
     plan: pd.DataFrame,
     fault_model: FaultModel,
     number_format: str,
+    detector: str,
     engine: str,
     batch_size: int,
     foresee: bool,
@@ -245,8 +254,10 @@ def _stored_faults(
     faults["tensor"] = faults["layer"].map({name: place for place, name in enumerate(names)})
     neuron, mask = (torch.tensor(faults[column].to_numpy(), device=image.device) for column in ("neuron", "mask"))
     golden, faulty = torch.empty(len(faults)), torch.empty(len(faults))
+    largest = {name: float(known[name].detach().abs().max()) for name in names} if detector == "profiled" else {}
+    limits = detector_limits(detector, names, largest)
     for name, rows in faults.groupby("layer").indices.items():
-        found = damaged_values(storages[name], known[name], neuron[rows], mask[rows], fault_model.operation)
+        found = damaged_values(storages[name], known[name], neuron[rows], mask[rows], fault_model.operation, limits[name])
         golden[rows], faulty[rows] = (values.float().cpu() for values in found)
     tensor = torch.tensor(faults["tensor"].to_numpy(), device=image.device)
     block = Block(tensor, neuron, mask, golden.to(image.device), faulty.to(image.device))
@@ -272,6 +283,7 @@ def _neuron_faults(
     plan: pd.DataFrame,
     fault_model: FaultModel,
     number_format: str,
+    detector: str,
     engine: str,
     batch_size: int,
     **options: Any,
@@ -285,7 +297,9 @@ def _neuron_faults(
     tensor, neuron, mask = (torch.tensor(faults[name].to_numpy(), device=image.device) for name in ("tensor", "neuron", "mask"))
     unknown = torch.full(neuron.shape, torch.nan, device=image.device)
     stored_bits = {name: values * bits for name, (values, bits) in sizes.items()}
-    return Neurons(made, fault_model), faults, Block(tensor, neuron, mask, unknown, unknown), stored_bits
+    limits = list(detector_limits(detector, list(sizes), options.get("profiled") or {}).values())
+    limit = torch.tensor(limits, dtype=torch.float32, device=image.device)
+    return Neurons(made, fault_model, limit), faults, Block(tensor, neuron, mask, unknown, unknown), stored_bits
 
 
 class _Run:

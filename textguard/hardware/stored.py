@@ -1,5 +1,6 @@
 """What a model keeps in memory: every float tensor that an inference reads, and faults in single values of them."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -266,7 +267,12 @@ def round_stored(model: nn.Module, tensors: Sequence[StoredTensor], number_forma
 
 
 def damaged_values(
-    storage: Storage, values: Tensor, neuron: Tensor, mask: Tensor, operation: Operation = "flip"
+    storage: Storage,
+    values: Tensor,
+    neuron: Tensor,
+    mask: Tensor,
+    operation: Operation = "flip",
+    limit: float = math.inf,
 ) -> tuple[Tensor, Tensor]:
     """What faults make of stored values, one value each. Nothing is written.
 
@@ -282,6 +288,8 @@ def damaged_values(
         int64 [N], the damaged bits.
     operation : {"flip", "stuck_at_0", "stuck_at_1"}
         What happens to the bits.
+    limit : float, optional
+        The largest magnitude that the range detector lets pass; by default there is none.
 
     Returns
     -------
@@ -301,9 +309,9 @@ def damaged_values(
     (tensor([1., 1.]), tensor([-1.0000,  0.5000]))
     """
     count, zero = len(neuron), torch.zeros_like(neuron)
-    limit = torch.full((count,), torch.inf, device=neuron.device)
+    limits = torch.full((count,), limit, device=neuron.device)
     row = torch.arange(count, device=neuron.device)
-    faults = Faults(FaultModel("weight", operation), zero, zero, limit, row, neuron, mask)
+    faults = Faults(FaultModel("weight", operation), zero, zero, limits, row, neuron, mask)
     flat = values.detach().reshape(-1)
     damage = storage.damage(faults, lambda _, place: flat[place])
     return damage.golden, damage.faulty
