@@ -50,6 +50,7 @@ from textguard.faults.plans import bits_at, distinct, uniform_numbers
 from textguard.faults.sites import DEFAULT_KINDS, Call, Calls, Site
 from textguard.faults.task import CLASSES, Task, make_task
 from textguard.faults.weights import stored_weights
+from textguard.hardware.persistent import ROUNDING
 from textguard.runtime import join_processes, progress, wait_for_all
 
 Dataflow = Literal["output_stationary", "weight_stationary"]
@@ -254,11 +255,12 @@ def run_stuck(
     -------
     DataFrame
         One row per fault, in the plan's order: `layer`, `index`, `neuron` (the element), `bit` (the highest one). `values`: the
-        outputs of one image, or the weights, that the element touches. Then counts of images: `images`, all of them; `masked`,
-        whose logits stay bit for bit; `changed`, whose prediction changes, or whose logits are not finite; `nonfinite`, these
-        alone; `correct`, still right; `lost` and `gained`, right before and wrong now, and the other way round; `finite`, whose
-        loss is finite. `delta_loss` is the mean |loss - golden loss| of these, in nats, and `square` the mean of its square.
-        The same of images that the golden run has right: `eligible`, `eligible_changed`, `eligible_finite`,
+        outputs of one image, or the weights, that the element touches. The others are those of `run_persistent`. Counts of
+        images: `images`, all of them; `masked`, whose logits move by no more than rounding (ROUNDING of
+        `textguard.hardware.persistent`); `changed`, whose prediction changes, or whose logits are not finite; `nonfinite`,
+        these alone; `correct`, still right; `lost` and `gained`, right before and wrong now, and the other way round; `finite`,
+        whose loss is finite. `delta_loss` is the mean |loss - golden loss| of these, in nats, and `square` the mean of its
+        square. The same of images that the golden run has right: `eligible`, `eligible_changed`, `eligible_finite`,
         `eligible_delta_loss`, `eligible_square`.
 
     Raises
@@ -334,14 +336,14 @@ def _run_shard(
         golden = stuck.infer(images, None)
         right = task.correct(golden, labels)
         eligible, loss = right & (task.certainty(golden) > 0), task.precise_loss(golden, labels)
+        bound = ROUNDING * golden.reshape(len(part), -1).abs().amax(dim=1)
         for number, fault in enumerate(faults.itertuples(index=False)):
             logits = stuck.infer(images, fault)
-            flat = logits.reshape(len(part), -1)
-            same = (flat.view(torch.int32) == golden.reshape(len(part), -1).view(torch.int32)).all(dim=1)
-            broken = ~flat.isfinite().all(dim=1)
+            broken = ~logits.reshape(len(part), -1).isfinite().all(dim=1)
+            same = (logits - golden).reshape(len(part), -1).abs().amax(dim=1) <= bound  # not where NaN
             changed = (task.differs(logits, golden) | broken) & ~same
-            correct = task.correct(logits, labels) & ~broken
-            delta = (task.precise_loss(logits, labels) - loss).abs()
+            correct = torch.where(same, right, task.correct(logits, labels) & ~broken)
+            delta = torch.where(same, 0.0, (task.precise_loss(logits, labels) - loss).abs())
             finite = delta.isfinite()
             delta = torch.where(finite, delta, 0.0)
             counts = [torch.ones_like(right), same, changed, broken, correct, right & ~correct, correct & ~right, finite]
@@ -527,7 +529,7 @@ def summarise_stuck(outcomes: pd.DataFrame, confidence: float = CONFIDENCE) -> d
     dict of str to Estimate
         `accuracy_lost`, in points: images lost minus images gained, of 100, whose interval holds at least as often as said;
         `changed`, the share of images whose prediction changes; `delta_loss`, in nats, of faults that leave some image a finite
-        loss; `critical` and `masked`, the shares of faults that change a prediction, or no logit of any image.
+        loss; `critical` and `masked`, the shares of faults that change some prediction, or leave no trace in any.
 
     Examples
     --------
