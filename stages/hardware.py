@@ -1,199 +1,23 @@
 """Set one classifier against the faults of section `hardware`: with a shape, in weights, for good, at a bit error rate."""
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
-from torch.utils.data import DataLoader
 
-from stages.loading import LoadedRun, load_run
-from stages.settings import campaign_settings
-from textguard.artifacts import fingerprint, work_dir, write_parquet
-from textguard.estimates.statistics import Estimate, mean_interval, rate_interval
-from textguard.estimates.summary import LayerResult, mean_over_layers, summarise
-from textguard.faults import Campaign, FaultModel, protect
-from textguard.faults.execution import no_records, run_campaign
-from textguard.faults.plans import count_targets, draw_plan
-from textguard.faults.profiling import largest_outputs
-from textguard.hardware.crossed import summarise_persistent
-from textguard.hardware.persistent import run_persistent
-from textguard.hardware.rates import RateCurve, error_rates
-from textguard.hardware.stored import PERSISTENT_COLUMNS, draw_persistent, stored_tensors
-from textguard.params import FaultParams, Params
+from textguard.artifacts import write_parquet
+from textguard.params import Params
 from textguard.schema.base import write
 from textguard.schema.hardware import Hardware
-from textguard.schema.results import MEASURES
-from textguard.vision.folding import fold_scale
-from textguard.vision.transforms import image_loader
 
-FOREVER = "forever"
-BATCH = 64  # images, of those that faults which stay are seen on
-LOSING = (1.0, 5.0, 10.0)  # points of top-1
+RECORDS, FOUND = Path("metrics") / "records", Path("metrics") / "hardware"
 
 
 def main(params: Params, key: str) -> None:
-    run, hardware = load_run(params, key), params.hardware
-    inputs = run.checksums(["model", "data", "ranges", "bounds"])
-    mark = fingerprint(hardware=hardware, inject=params.inject, head=params.head, statistics=params.statistics, **inputs)
-    with work_dir("hardware", key, mark) as work:
-        found = Injected(run, params, work)
-        models = [found.under(name, faults) for name, faults in hardware.models.items()]
-        curves = [found.curve(protection) for protection in hardware.protections if hardware.rates]
-        records = [no_records().assign(faults=""), *found.records]
-        write_parquet(run.records / "hardware.parquet", pd.concat(records, ignore_index=True))
-    content = {
-        "confidence": params.statistics.confidence,
-        "images": min(hardware.images or len(run.view), len(run.view)),
-        "models": models,
-        "curves": curves,
-    }
-    write(Path("metrics") / "hardware" / f"{key}.json", Hardware, content)
+    hardware = params.hardware
+    found, records = {"images": 0, "models": [], "curves": []}, pd.DataFrame({"faults": []})
+    if hardware.models or (hardware.rates and hardware.protections):
+        from stages.under_faults import look  # not before: most grids ask for nothing here, and torch takes seconds
 
-
-class Injected:
-    """One classifier, and what faults did to it so far. records: those of faults that last for one inference."""
-
-    def __init__(self, run: LoadedRun, params: Params, work: Path) -> None:
-        self._run, self._params, self._work = run, params, work
-        model = fold_scale(run.model) if params.head.fold_scale else run.model
-        self._model = protect(model, run.image, run.bounds, params.inject.mitigation)
-        self._loader = image_loader(run.view, params.inject.batch_size)
-        self._campaigns: dict[str, Campaign] = {}
-        self.records: list[pd.DataFrame] = []
-
-    def under(self, name: str, faults: FaultParams) -> dict[str, Any]:
-        """What faults of one kind do, as metrics/hardware has it."""
-        found = self._lasting(name, faults) if faults.lasts == FOREVER else self._passing(name, faults)
-        return {"name": name, "faults": asdict(faults), **found}
-
-    def _passing(self, name: str, faults: FaultParams) -> dict[str, Any]:
-        """Faults that last for one inference. All layers are hit on the same images, which saves golden runs."""
-        campaign, inject, count = self._campaign(faults.target), self._params.inject, self._params.hardware.injections_per_layer
-        model, engine, seed = FaultModel(**asdict(faults)), campaign.engine, self._params.hardware.seed
-        plan = draw_plan(engine.sites, campaign.chances, count, seed, model, engine.number_format, share_images=True)
-        records = run_campaign(
-            engine,
-            self._loader,
-            plan,
-            campaign.limits[inject.detector],
-            image_batch=inject.image_batch,
-            fault_model=model,
-            shard_dir=self._work / name,
-            label=self._label(name),
-        )
-        self.records.append(records.assign(faults=name))
-        neurons = {site.layer: site.neurons for site in engine.sites}
-        layers = list(summarise(records, neurons, nonfinite=self._params.statistics.nonfinite, shared=True).values())
-        values = [count_targets(site, model, engine.number_format) for site in engine.sites]
-        means = {"overall": self._headline(layers), "by_values": self._headline(layers, values)}
-        return {"injections": count * len(layers), "places": len(layers), **means}
-
-    def _campaign(self, target: str) -> Campaign:
-        """The campaign whose engine and eligible images serve all faults that hit the same."""
-        if target not in self._campaigns:
-            inject = self._params.inject
-            usual = replace(inject.faults, target=target, operation="flip", bits=1, values=1)
-            settings = campaign_settings(replace(inject, faults=usual, plan="uniform", images="shared", stop_at="never"))
-            self._campaigns[target] = Campaign(self._model, self._loader, settings, largest_outputs(self._run.ranges))
-        return self._campaigns[target]
-
-    def _headline(self, layers: Sequence[LayerResult], weights: Sequence[float] | None = None) -> dict[str, Any]:
-        """Means over layers."""
-        found = {}
-        for measure in MEASURES:
-            interval = mean_interval if measure == "delta_loss" else rate_interval
-            found[measure] = interval(mean_over_layers(layers, measure, weights), self._params.statistics.confidence).as_json()
-        return found
-
-    def _lasting(self, name: str, faults: FaultParams) -> dict[str, Any]:
-        """Faults that stay: in any stored parameter, or at a neuron."""
-        hardware, inject = self._params.hardware, self._params.inject
-        options: dict[str, Any] = {"target": "stored"}
-        if faults.target == "weight":
-            tensors = stored_tensors(self._model, self._run.image)
-            plan = draw_persistent(tensors, hardware.faults_per_place, hardware.seed, inject.format, faults.bits)
-        else:
-            engine, model = self._campaign("neuron").engine, FaultModel(**asdict(faults))
-            options = {"target": "neuron", "profiled": largest_outputs(self._run.ranges), "kinds": inject.kinds}
-            chances = np.ones(len(self._run.view))
-            plan = draw_plan(engine.sites, chances, hardware.faults_per_place, hardware.seed, model, engine.number_format)
-        result = run_persistent(
-            self._model,
-            self._few,
-            plan[PERSISTENT_COLUMNS],
-            operation=faults.operation,
-            number_format=inject.format,
-            detector=inject.detector,
-            engine="whole" if inject.engine == "whole" else "replay",
-            batch_size=inject.batch_size,
-            image_batch=inject.image_batch,
-            shard_dir=self._work / name,
-            label=self._label(name),
-            **options,
-        )
-        found = summarise_persistent(result, self._params.statistics.confidence)
-        lost = {"accuracy": "accuracy_lost", "critical": "critical", "harmless": "masked"}
-        return {
-            "injections": found.faults,
-            "places": len(found.tensors),
-            **{name: _headline_of(means) for name, means in (("overall", found.mean), ("by_values", found.weighted))},
-            "lost": {name: found.mean[quantity].as_json() for name, quantity in lost.items()},
-        }
-
-    @cached_property
-    def _few(self) -> DataLoader:
-        """The images that faults which stay are seen on: evenly spread over the test set."""
-        count, most = len(self._run.view), self._params.hardware.images
-        if not 0 < most < count:
-            return self._loader  # all of them
-        batches = np.array_split(np.arange(most) * count // most, range(BATCH, most, BATCH))
-        return image_loader(self._run.view, batches=[part.tolist() for part in batches])
-
-    def curve(self, protection: str) -> dict[str, Any]:
-        """Accuracy against the bit error rate of the parameters' memory, as metrics/hardware has it."""
-        hardware, inject = self._params.hardware, self._params.inject
-        found = error_rates(
-            self._model,
-            self._few,
-            hardware.rates,
-            memories=hardware.memories,
-            number_format=inject.format,
-            protection=protection,
-            seed=hardware.seed,
-            batch_size=inject.batch_size,
-            confidence=self._params.statistics.confidence,
-            shard_dir=self._work / f"rates-{protection}",
-            label=self._label(f"rates, {protection}"),
-        )
-        settings = found.settings
-        losing = [points for points in LOSING if points < 100 * settings["golden_top1"]]
-        return {
-            "protection": protection,
-            "bits": settings["stored_bits"] / settings["data_bits"],
-            "points": [_point(found, rate) for rate in found.rates],
-            "losing": [{"points": points, "rate": found.losing(points).as_json()} for points in losing],
-        }
-
-    def _label(self, what: str) -> str:
-        return f"hardware {self._run.key}, {what}"
-
-
-def _headline_of(means: Mapping[str, Estimate]) -> dict[str, Any]:
-    """Of images that are predicted right without faults, as in campaigns; mismatches are not counted apart from SDCs."""
-    nothing = Estimate(math.nan, math.nan, math.nan, 0)
-    found = {"delta_loss": means.get("eligible_delta_loss", nothing), "sdc": means.get("sdc", nothing), "mismatch": nothing}
-    return {measure: estimate.as_json() for measure, estimate in found.items()}
-
-
-def _point(curve: RateCurve, rate: float) -> dict[str, Any]:
-    memories = curve.memories[curve.memories["rate"] == rate]
-    counts = memories[["flips", "corrected", "detected", "silent"]].astype(float).mean().to_dict()
-    means = {
-        name: curve.points[rate][of].as_json() for name, of in (("accuracy", "lost"), ("delta_loss",) * 2, ("changed",) * 2)
-    }
-    return {"rate": rate, "memories": len(memories), **counts, **means}
+        found, records = look(params, key)
+    write_parquet(RECORDS / key / "hardware.parquet", records)
+    write(FOUND / f"{key}.json", Hardware, {"confidence": params.statistics.confidence, **found})
