@@ -14,12 +14,16 @@ from torch.utils.data import DataLoader
 from stages.loading import LoadedRun, load_run
 from stages.settings import campaign_settings
 from textguard.artifacts import fingerprint, work_dir
+from textguard.errors import InvalidParameter
 from textguard.estimates.statistics import Estimate, mean_interval, rate_interval
 from textguard.estimates.summary import LayerResult, mean_over_layers, summarise
 from textguard.faults import Campaign, FaultModel, protect
 from textguard.faults.execution import no_records, run_campaign
+from textguard.faults.formats import Format
+from textguard.faults.patterns import regions_of
 from textguard.faults.plans import count_targets, draw_plan
 from textguard.faults.profiling import largest_outputs
+from textguard.faults.sites import Site
 from textguard.hardware.crossed import summarise_persistent
 from textguard.hardware.persistent import run_persistent
 from textguard.hardware.rates import RateCurve, error_rates
@@ -61,14 +65,23 @@ class Injected:
 
     def under(self, name: str, faults: FaultParams) -> dict[str, Any]:
         """What faults of one kind do, as metrics/hardware has it."""
-        found = self._lasting(name, faults) if faults.lasts == FOREVER else self._passing(name, faults)
+        try:
+            found = self._lasting(name, faults) if faults.lasts == FOREVER else self._passing(name, faults)
+        except InvalidParameter as error:
+            raise InvalidParameter(f"params.yaml hardware.models.{name}: {error}") from error
         return {"name": name, "faults": asdict(faults), **found}
 
     def _passing(self, name: str, faults: FaultParams) -> dict[str, Any]:
-        """Faults that last for one inference. All layers are hit on the same images, which saves golden runs."""
+        """Faults that last for one inference. All layers are hit on the same images, which saves golden runs.
+
+        Layers that such faults do not fit in, as 16 neurons in 10, are left out: `places` is the number of the others.
+        """
         campaign, inject, count = self._campaign(faults.target), self._params.inject, self._params.hardware.injections_per_layer
         model, engine, seed = FaultModel(**asdict(faults)), campaign.engine, self._params.hardware.seed
-        plan = draw_plan(engine.sites, campaign.chances, count, seed, model, engine.number_format, share_images=True)
+        sites = [site for site in engine.sites if _fits(site, model, engine.number_format)]
+        if not sites:
+            raise InvalidParameter("no layer has such values or regions; take another pattern, or fewer values")
+        plan = draw_plan(sites, campaign.chances, count, seed, model, engine.number_format, share_images=True)
         records = run_campaign(
             engine,
             self._loader,
@@ -80,9 +93,9 @@ class Injected:
             label=self._label(name),
         )
         self.records.append(records.assign(faults=name))
-        neurons = {site.layer: site.neurons for site in engine.sites}
+        neurons = {site.layer: site.neurons for site in sites}
         layers = list(summarise(records, neurons, nonfinite=self._params.statistics.nonfinite, shared=True).values())
-        values = [count_targets(site, model, engine.number_format) for site in engine.sites]
+        values = [count_targets(site, model, engine.number_format) for site in sites]
         means = {"overall": self._headline(layers), "by_values": self._headline(layers, values)}
         return {"injections": count * len(layers), "places": len(layers), **means}
 
@@ -174,6 +187,16 @@ class Injected:
 
     def _label(self, what: str) -> str:
         return f"hardware {self._run.key}, {what}"
+
+
+def _fits(site: Site, model: FaultModel, number_format: Format) -> bool:
+    """Whether a layer has as many values, or a region of that shape."""
+    if model.shaped:
+        try:
+            regions_of(site, model)
+        except InvalidParameter:
+            return False
+    return count_targets(site, model, number_format) >= model.values
 
 
 def _headline_of(means: Mapping[str, Estimate]) -> dict[str, Any]:
