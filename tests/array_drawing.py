@@ -15,21 +15,27 @@ LAYER = Site("conv", "Conv2d", 0, (7, 2, 5), weights=7 * 8)
 
 
 def matrix(
-    left: int, title: str, size: tuple[int, int], tile: tuple[int, int], stuck: Collection[int], reached: Collection[int] = ()
+    left: int,
+    title: str,
+    size: tuple[int, int],
+    tile: tuple[int, int],
+    stuck: Collection[int],
+    reached: Collection[int] = (),
+    top: int = 78,
 ) -> list[str]:
-    """A matrix of cells by row, with thick lines between tiles. size, tile: rows and columns."""
+    """A matrix of cells by row, with thick lines between tiles, below its title. size, tile: rows and columns."""
     rows, columns = size
-    shapes = [f'<text x="{left}" y="68">{title}</text>']
+    shapes = [f'<text x="{left}" y="{top - 10}">{title}</text>'] if title else []
     for number in range(rows * columns):
-        x, y = left + number % columns * CELL, 78 + number // columns * CELL
+        x, y = left + number % columns * CELL, top + number // columns * CELL
         colour = STUCK if number in stuck else REACHED if number in reached else PLAIN
         shapes.append(
             f'<rect x="{x}" y="{y}" width="{CELL}" height="{CELL}" fill="{colour}" stroke="{LINE}" stroke-width="0.7"/>'
         )
     for across, (count, step) in enumerate(((columns, tile[1]), (rows, tile[0]))):
         for place in [*range(0, count, step), count]:
-            x, y, along = left + place * CELL, 78 + place * CELL, rows * CELL
-            ends = (left, y, left + columns * CELL, y) if across else (x, 78, x, 78 + along)
+            x, y, along = left + place * CELL, top + place * CELL, rows * CELL
+            ends = (left, y, left + columns * CELL, y) if across else (x, top, x, top + along)
             shapes.append('<line x1="{}" y1="{}" x2="{}" y2="{}" stroke="#000000" stroke-width="1.6"/>'.format(*ends))
     return shapes
 

@@ -263,6 +263,12 @@ def params(runs: dict[str, Run]) -> Params:
         datasets={"d": default.datasets["digits"], "e": default.datasets["digits"]},
         backbones=dict.fromkeys(("resnet18", "alexnet"), replace(default.backbones["resnet18"], epochs=2)),
         variants=["baseline", "template", "descriptions"],
+        hardware=replace(
+            default.hardware,
+            models=dict.fromkeys(("two_bits", "weight_for_good"), default.inject.faults),
+            rates=[1e-5, 1e-4],
+            protections=["none", "secded(64)"],
+        ),
         figures=FiguresParams(60),
     )
     vars(found)["runs"] = runs  # no rectangle, so that some cells are missing

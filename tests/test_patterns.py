@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from pattern_drawing import FILE, drawing
 from textguard.assessment import Assessment, assess
 from textguard.closeup import damaged_states
 from textguard.errors import CampaignMismatch, InvalidParameter
@@ -394,3 +395,7 @@ def test_a_close_look_damages_all_of_a_region():
     assert dict(zip(neurons.tolist(), masks.tolist(), strict=True)) == dict(
         zip(fault.neurons.tolist(), fault.masks.tolist(), strict=True)
     )
+
+
+def test_the_drawing_shows_what_a_pattern_damages():
+    assert FILE.read_text(encoding="utf-8") == drawing(), "run 'python tests/pattern_drawing.py'"
