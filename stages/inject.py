@@ -1,7 +1,6 @@
 """Run the injection campaign on one classifier."""
 
 import sys
-from dataclasses import asdict
 
 import pandas as pd
 
@@ -15,7 +14,7 @@ from textguard.faults.profiling import largest_outputs
 from textguard.params import Params
 from textguard.runtime import describe_device, join_processes
 from textguard.schema.base import write
-from textguard.schema.campaign import StoredCampaign
+from textguard.schema.campaign import StoredCampaign, campaign_fields
 from textguard.vision.folding import fold_scale
 from textguard.vision.transforms import image_loader
 
@@ -37,7 +36,7 @@ def main(params: Params, key: str) -> None:
             for result in campaign.summarise(records, totals[inject.detector]).values():
                 print(f"inject {key}: {result}", file=sys.stderr, flush=True)
         settings = {
-            **asdict(inject),
+            **campaign_fields(inject),
             "fold_scale": params.head.fold_scale,
             "inputs": mark,
             "device": describe_device(run.device),

@@ -6,6 +6,7 @@ from stages.loading import LoadedRun
 from textguard.artifacts import fingerprint
 from textguard.faults import CampaignSettings, FaultModel
 from textguard.params import InjectParams, Params
+from textguard.schema.campaign import campaign_fields
 
 
 def campaign_settings(inject: InjectParams) -> CampaignSettings:
@@ -18,4 +19,5 @@ def campaign_settings(inject: InjectParams) -> CampaignSettings:
 
 def campaign_inputs(run: LoadedRun, params: Params) -> str:
     """A fingerprint of all that goes into a run's campaign, which its files carry. Raises InvalidArtifact."""
-    return fingerprint(inject=params.inject, head=params.head, **run.checksums(["model", "data", "ranges", "bounds"]))
+    inputs = run.checksums(["model", "data", "ranges", "bounds"])
+    return fingerprint(inject=campaign_fields(params.inject), head=params.head, **inputs)

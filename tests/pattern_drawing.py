@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from array_drawing import CELL, matrix
+
 from textguard.faults import FaultModel
 from textguard.faults.patterns import regions_of
 from textguard.faults.sites import Site

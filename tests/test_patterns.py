@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pattern_drawing import FILE, drawing
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pattern_drawing import FILE, drawing
 from textguard.assessment import Assessment, assess
 from textguard.closeup import damaged_states
 from textguard.errors import CampaignMismatch, InvalidParameter

@@ -1,7 +1,7 @@
 """One run's campaign, from the records of stage `inject` to estimates of each layer."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from textguard.errors import InvalidArtifact
 from textguard.estimates.summary import LayerResult, Totals, replace_records, summarise, summarise_totals
 from textguard.params import InjectParams, Run, StatisticsParams
 from textguard.schema.base import read
-from textguard.schema.campaign import StoredCampaign, fault_fields
+from textguard.schema.campaign import StoredCampaign, campaign_fields
 from textguard.schema.records import check_injections, inputs_of, read_columns
 from textguard.schema.results import BASELINE
 
@@ -61,7 +61,7 @@ def load_campaign(key: str, run: Run, statistics: StatisticsParams, inject: Inje
 
 
 def _check_settings(stored: StoredCampaign, inject: InjectParams) -> None:
-    wanted = asdict(inject) | {"faults": fault_fields(asdict(inject.faults))}
+    wanted = campaign_fields(inject)
     for name, value in wanted.items():
         if stored.settings.get(name) != value:
             raise InvalidArtifact(f"is of a campaign with {name} {stored.settings.get(name)!r}; params.yaml has {value!r}")

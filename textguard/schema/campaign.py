@@ -4,6 +4,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -36,12 +37,20 @@ def _complete(settings: dict[str, Any]) -> dict[str, Any]:
     return settings | {"faults": fault_fields(settings["faults"])}
 
 
+def campaign_fields(inject: Any) -> dict[str, Any]:
+    """Section `inject`, a dataclass, as campaigns store it and as their fingerprints know it; see `fault_fields`."""
+    return asdict(inject) | {"faults": fault_fields(asdict(inject.faults))}
+
+
 def fault_fields(faults: Any) -> Any:
-    """Section `inject.faults` without what its pattern does not read: of pattern `value`, as before there were patterns."""
+    """Section `inject.faults` without what its pattern does not read: of pattern `value`, as before there were patterns.
+
+    Nor is it said that a campaign's faults last for one inference, as all do.
+    """
     unread = {"value": ("pattern", "block", "damage"), "adjacent": ("block", "damage"), "block": ()}
     if not isinstance(faults, dict):  # of a file that somebody else wrote
         return faults
-    left_out = unread.get(str(faults.get("pattern", "value")), ("block",))
+    left_out = {"lasts", *unread.get(str(faults.get("pattern", "value")), ("block",))}
     return {name: value for name, value in faults.items() if name not in left_out}
 
 
