@@ -831,7 +831,7 @@ def suggest_rates(
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     >>> images = torch.randn(16, 4)
     >>> loader = DataLoader(TensorDataset(images, model(images).argmax(dim=1)), batch_size=8)
-    >>> suggest_rates(model, loader)
+    >>> suggest_rates(model, loader)[:3]
     [0.0003, 0.001, 0.003]
     """
     settings = {"number_format": number_format, "protection": protection, "operation": "flip", "seed": seed}
