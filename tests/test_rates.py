@@ -304,6 +304,10 @@ def test_losing_rates_where_rates_do_not_reach_them():
     assert never.value == never.high == math.inf
     assert 0 < never.low < 1e-5
     assert never.as_json()["value"] is None
+    nothing = curve_of(np.zeros((32, 2)), rates)
+    assert nothing.losing(5).value == math.inf
+    assert 2e-6 < nothing.losing(5).low < 4e-6  # at the highest rate a share of 0.15 may lose everything
+    assert nothing.losing(20).low == pytest.approx(1e-5)
     early = curve_of(np.array([[40.0, 80.0], [20.0, 80.0]]), rates)
     assert early.losing(3).value == pytest.approx(1e-7)  # nothing is lost at rate 0
     assert math.isnan(curve.compare(curve, 10).value)

@@ -396,7 +396,9 @@ class RateCurve:
         The faults of m memories at rate p make one memory at rate r = 1 - (1 - p)^m, so a loss that has probability P at rate r
         has at most 1 - (1 - P)^(1/m) at rate p [1]_. So a rate where many memories lose much limits the mean at lower ones,
         where few do. It is the first whose mean is a sixth of the accuracy, and at least `points`. The limit is a percentile of
-        the bootstrap over memories, to which two are added: one that loses all, and one that loses nothing.
+        the bootstrap over memories, to which two are added: one that loses all, and one that loses nothing. Where no rate does
+        that, few memories or none have lost much; then the limit is no higher than with the upper end of the mean at the
+        highest rate, taken for that of memories that lose all or nothing.
 
         Parameters
         ----------
@@ -426,7 +428,12 @@ class RateCurve:
         enough = np.flatnonzero(_monotone(lost.mean(axis=0)) >= max(points, self._most / 6))
         at = int(enough[0]) if len(enough) else len(rates) - 1
         shares = _shares_of_exposure(lost[:, at], self._most, points)
-        exposure = -math.log1p(-rates[at]) * np.quantile(shares, (1 - self.confidence) / 2)
+        share = float(np.quantile(shares, (1 - self.confidence) / 2))
+        above = self.points[self.rates[at]]["lost"].high
+        if not len(enough) and above > points:
+            all_or_nothing = math.log1p(-points / self._most) / math.log1p(-above / self._most) if above < self._most else 0.0
+            share = min(share, all_or_nothing)
+        exposure = -math.log1p(-rates[at]) * share
         return Estimate(value, min(float(-np.expm1(-exposure)), value), max(high, value), len(lost))
 
     def compare(self, other: "RateCurve", points: float) -> Estimate:
