@@ -1,9 +1,10 @@
 """Many faults at once: a classifier's accuracy against the bit error rate of the memory that holds its weights.
 
 At a bit error rate p every stored bit is at fault with probability p, independently of the others. A memory is one draw, and
-all images see it. Which data bits are at fault depends on (seed, memory, number of data bits) alone: one that is at fault at
-some rate is so at every higher one, under every protection, and in every model with as many data bits. So curves can be
-compared memory by memory.
+all images see it. Which data bits of a tensor are at fault depends on the seed, the memory, the tensor's size and its number
+among those of that size, in the order in which an inference reads them. So a bit that is at fault at some rate is so at every
+higher one, under every protection, and in every model that begins with the same layers, and curves can be compared memory by
+memory.
 """
 
 import hashlib
@@ -36,7 +37,7 @@ from textguard.faults.plans import uniform_numbers
 from textguard.faults.sites import uncompiled
 from textguard.faults.task import CLASSES, Task, make_task
 from textguard.faults.weights import matrices, weight_readers
-from textguard.hardware.protection import Code, Protection, parse_protection
+from textguard.hardware.protection import Code, Protection, Read, parse_protection
 from textguard.runtime import join_processes, progress, wait_for_all
 
 HIGHEST_RATE = 0.5  # beyond it, a memory is a worse one of the other bits
@@ -90,8 +91,9 @@ def _stored(model: nn.Module, image: Tensor, number_format: Format, protection: 
     tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     found: list[_Tensor] = []
     seen: set[tuple[int, int]] = set()
-    for name, tensor in sorted(tensors.items()):
-        if name not in readers or not tensor.is_floating_point() or not tensor.numel():
+    for name in readers:
+        tensor = tensors.get(name)
+        if tensor is None or not tensor.is_floating_point() or not tensor.numel():
             continue
         kind = str(tensor.dtype).removeprefix("torch.")
         if kind not in NATIVE:
@@ -129,48 +131,54 @@ class _Memory:
 
     def __init__(self, tensors: Sequence[_Tensor], seed: int, protection: str, operation: Operation) -> None:
         self.tensors, self._seed, self._protection, self._operation = tensors, seed, protection, operation
-        self._data = np.cumsum([0, *(len(one.values) * one.code.bits for one in tensors)])
-        self._checks = np.cumsum([0, *(one.code.check_bits(len(one.values)) for one in tensors)])
+        count: dict[str, int] = {}
+        self._streams = []
+        for one in tensors:
+            size = f"{len(one.values)} values of {one.code.bits} bits"
+            count[size] = count.get(size, 0) + 1
+            self._streams.append(f"{size}, {count[size]}")
 
     @property
     def data_bits(self) -> int:
         """Bits of the values."""
-        return int(self._data[-1])
+        return sum(len(one.values) * one.code.bits for one in self.tensors)
 
     @property
     def stored_bits(self) -> int:
         """These, and check bits."""
-        return self.data_bits + int(self._checks[-1])
+        return self.data_bits + sum(one.code.check_bits(len(one.values)) for one in self.tensors)
 
     @property
     def gates(self) -> float:
         """Two-input gates to read all values once; see `Code.operations`."""
         return sum(len(one.values) * one.code.operations for one in self.tensors)
 
-    def draw(self, number: int, rate: float) -> tuple["_Cells", "_Cells"]:
-        """The data and the check cells that are at fault in a memory at a rate, and at which lower rates they are."""
-        stream = f"memory {number}"
-        data = _draw_cells(self._seed, stream, self.data_bits, rate)
-        return data, _draw_cells(self._seed, f"{stream} {self._protection} checks", int(self._checks[-1]), rate)
+    def draw(self, number: int, rate: float) -> list[tuple["_Cells", "_Cells"]]:
+        """For each tensor, the data and the check cells that are at fault in a memory at a rate."""
+        found = []
+        for one, size in zip(self.tensors, self._streams, strict=True):
+            values, stream = len(one.values), f"memory {number}, {size}"
+            data = _draw_cells(self._seed, stream, values * one.code.bits, rate)
+            found.append((data, _draw_cells(self._seed, f"{stream}, {self._protection}", one.code.check_bits(values), rate)))
+        return found
 
-    def read(self, data: np.ndarray, checks: np.ndarray) -> tuple[dict[str, int], list[tuple[_Tensor, Any]]]:
-        """What is read where these cells are at fault: counts, and per tensor that is read wrong a `Read`."""
+    def read(
+        self, cells: Sequence[tuple["_Cells", "_Cells"]], rate: float
+    ) -> tuple[dict[str, int], list[tuple[_Tensor, Read]]]:
+        """What is read at a rate no higher than that the cells were drawn for: counts, and the tensors that are read wrong."""
         counts, wrong = dict.fromkeys(COUNTS, 0), []
-        data, checks = np.sort(data), np.sort(checks)
-        at, at_check = np.searchsorted(data, self._data), np.searchsorted(checks, self._checks)
-        for number, one in enumerate(self.tensors):
-            own, own_checks = data[at[number] : at[number + 1]], checks[at_check[number] : at_check[number + 1]]
-            if not len(own) + len(own_checks):
-                continue
+        for one, (data, checks) in zip(self.tensors, cells, strict=True):
             size = len(one.values)
-            errors = np.concatenate([own - self._data[number], own_checks - self._checks[number] + size * one.code.bits])
+            errors = np.concatenate([data.at(rate), checks.at(rate) + size * one.code.bits])
+            if not len(errors):
+                continue
             if self._operation != "flip":
                 errors = one.code.stuck(size, errors, int(self._operation[-1]), lambda index, one=one: self._codes(one, index))
             found = one.code.correct(size, errors)
-            for name, count in zip(
+            for name, number in zip(
                 COUNTS, (len(errors), found.corrected, found.detected, found.silent, len(found.value)), strict=True
             ):
-                counts[name] += count
+                counts[name] += number
             if len(found.value):
                 wrong.append((one, found))
         return counts, wrong
@@ -388,7 +396,9 @@ class RateCurve:
         The faults of m memories at rate p make one memory at rate r = 1 - (1 - p)^m, so a loss that has probability P at rate r
         has at most 1 - (1 - P)^(1/m) at rate p [1]_. So a rate where many memories lose much limits the mean at lower ones,
         where few do. It is the first whose mean is a sixth of the accuracy, and at least `points`. The limit is a percentile of
-        the bootstrap over memories, to which two are added: one that loses all, and one that loses nothing.
+        the bootstrap over memories, to which two are added: one that loses all, and one that loses nothing. Where no rate does
+        that, few memories or none have lost much; then the limit is no higher than with the upper end of the mean at the
+        highest rate, taken for that of memories that lose all or nothing.
 
         Parameters
         ----------
@@ -418,7 +428,12 @@ class RateCurve:
         enough = np.flatnonzero(_monotone(lost.mean(axis=0)) >= max(points, self._most / 6))
         at = int(enough[0]) if len(enough) else len(rates) - 1
         shares = _shares_of_exposure(lost[:, at], self._most, points)
-        exposure = -math.log1p(-rates[at]) * np.quantile(shares, (1 - self.confidence) / 2)
+        share = float(np.quantile(shares, (1 - self.confidence) / 2))
+        above = self.points[self.rates[at]]["lost"].high
+        if not len(enough) and above > points:
+            all_or_nothing = math.log1p(-points / self._most) / math.log1p(-above / self._most) if above < self._most else 0.0
+            share = min(share, all_or_nothing)
+        exposure = -math.log1p(-rates[at]) * share
         return Estimate(value, min(float(-np.expm1(-exposure)), value), max(high, value), len(lost))
 
     def compare(self, other: "RateCurve", points: float) -> Estimate:
@@ -704,20 +719,20 @@ def _outcomes(
     """Rate -> what one memory does at it, ascending."""
     if not rates:
         return
-    data, checks = memory.draw(number, rates[-1])
-    before, outcome = (0, 0), images.unharmed
+    cells = memory.draw(number, rates[-1])
+    before, outcome = 0, images.unharmed
     for rate in rates:
-        own, own_checks = data.at(rate), checks.at(rate)
-        counts, wrong = memory.read(own, own_checks)
+        at_fault = sum(len(part.at(rate)) for pair in cells for part in pair)
+        counts, wrong = memory.read(cells, rate)
         if not wrong:
             outcome = images.unharmed
-        elif before != (len(own), len(own_checks)):  # else the same bits are at fault as at the rate before
+        elif before != at_fault:  # else the same bits are at fault as at the rate before
             outcome = _run(images, wrong)
-        before = (len(own), len(own_checks))
+        before = at_fault
         yield rate, counts | outcome
 
 
-def _run(images: _Images, wrong: Sequence[tuple[_Tensor, Any]]) -> dict[str, float]:
+def _run(images: _Images, wrong: Sequence[tuple[_Tensor, Read]]) -> dict[str, float]:
     """The outcome of a memory that is read wrong; its values are restored bit for bit."""
     kept: list[tuple[_Tensor, Tensor, Tensor]] = []
     try:
@@ -823,7 +838,7 @@ def suggest_rates(
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     >>> images = torch.randn(16, 4)
     >>> loader = DataLoader(TensorDataset(images, model(images).argmax(dim=1)), batch_size=8)
-    >>> suggest_rates(model, loader)
+    >>> suggest_rates(model, loader)[:3]
     [0.0003, 0.001, 0.003]
     """
     settings = {"number_format": number_format, "protection": protection, "operation": "flip", "seed": seed}
