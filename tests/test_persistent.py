@@ -243,11 +243,12 @@ def identity_of(count: int) -> tuple[nn.Module, DataLoader]:
 
 def test_harmless_and_hopeless_faults_stop_early_and_others_go_on():
     model, loader = identity_of(400)
-    # The sign of weight 0 takes class 0 from half of the images; the exponent of weight 1 makes both classes infinite or 0.
+    # The sign takes class 0 from half of the images. The highest exponent bit makes a logit infinite, or not a number.
     plan = pd.DataFrame({"layer": "weight", "index": [0, 1, 2], "neuron": [0, 0, 0], "bit": [31, 0, 30]})
     everything = run_persistent(model, loader, plan).outcomes
     assert everything["images"].tolist() == [400, 400, 400]
     assert everything["changed"].tolist() == [200, 0, 400]
+    assert everything["correct"].tolist() == [200, 400, 0]  # an infinite logit is no answer, though it may be the right one
     stopped = run_persistent(model, loader, plan, stop=0.1, image_batch=20)
     images = stopped.outcomes["images"].tolist()
     assert images[0] > 100
