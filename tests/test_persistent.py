@@ -249,6 +249,7 @@ def test_harmless_and_hopeless_faults_stop_early_and_others_go_on():
     assert everything["images"].tolist() == [400, 400, 400]
     assert everything["changed"].tolist() == [200, 0, 400]
     assert everything["correct"].tolist() == [200, 400, 0]  # an infinite logit is no answer, though it may be the right one
+    assert everything["square"][0] == pytest.approx(2 * everything["delta_loss"][0] ** 2)  # the same for half of the images
     stopped = run_persistent(model, loader, plan, stop=0.1, image_batch=20)
     images = stopped.outcomes["images"].tolist()
     assert images[0] > 100
@@ -339,6 +340,16 @@ def test_intervals_over_faults_and_images_hold_as_often_as_they_say_and_those_ov
         faults_alone += alone.low <= 1.5 <= alone.high
     assert 0.93 <= hold / repetitions <= 0.99
     assert faults_alone / repetitions < 0.75
+
+
+def test_what_neither_faults_nor_images_explain_counts_once():
+    rng = np.random.default_rng(0)
+    n, m, ratios = 60, 100, []
+    for _ in range(20):
+        y = rng.gamma(1.0, 1.0, (n, m))
+        sample = crossed_mean([Crossed(y.mean(axis=1), y.mean(axis=0), float((y**2).mean()))], [1.0])
+        ratios.append(sample.variance * n * m)
+    assert 0.9 < np.mean(ratios) < 1.4  # of the true variance, 1; both ways together would say 2
 
 
 def test_a_summary_has_each_tensor_and_their_means_plain_and_by_bits(mixed):
