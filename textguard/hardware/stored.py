@@ -69,7 +69,7 @@ def stored_tensors(model: nn.Module, image: Tensor) -> list[StoredTensor]:
     Parameters
     ----------
     model : torch.nn.Module
-        From images [B, ...] to logits [B, C]. It stays as it is.
+        From images [B, ...] to logits [B, C]; where the task has a `forward`, what `prepare` makes of it. It stays as it is.
     image : Tensor
         One image [...], on the model's device.
 
