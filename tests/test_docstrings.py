@@ -7,8 +7,9 @@ import pytest
 import public_names
 import textguard.assessment
 import textguard.faults
+import textguard.hardware
 
-PACKAGES = (textguard.assessment, textguard.faults)
+PACKAGES = (textguard.assessment, textguard.faults, textguard.hardware)
 
 
 @pytest.mark.parametrize(("package", "name"), [(package, name) for package in PACKAGES for name in package.__all__])

@@ -10,13 +10,14 @@ from textguard.hardware.lists import read_fault_list
 from textguard.hardware.persistent import PersistentResult, run_persistent
 from textguard.hardware.protection import parse_protection
 from textguard.hardware.rates import RateCurve, error_rates, suggest_rates
-from textguard.hardware.stored import draw_persistent, stored_tensors
+from textguard.hardware.stored import StoredTensor, draw_persistent, stored_tensors
 
 __all__ = [
     "Array",
     "PersistentResult",
     "PersistentSummary",
     "RateCurve",
+    "StoredTensor",
     "draw_persistent",
     "draw_stuck",
     "error_rates",
