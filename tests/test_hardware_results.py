@@ -1,6 +1,8 @@
 """Runs compared under the faults of section hardware, and what tables, figures and the page make of it."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,7 @@ from textguard.analysis.files import load_hardware
 from textguard.analysis.hardware import compare_hardware, quantities
 from textguard.estimates.statistics import Estimate, ratio_of
 from textguard.report.hardware_tables import ranking
+from textguard.report.rendering import show_estimate
 
 
 def estimate(value: float, low: float, high: float) -> Estimate:
@@ -62,3 +65,14 @@ def test_every_quantity_has_a_name_of_its_own(runs):
 )
 def test_a_ranking_is_reversed_only_where_both_verdicts_are_firm(usual, other, said):
     assert ranking(usual, other) == said
+
+
+def test_a_rate_that_was_not_reached_has_a_bound(runs):
+    for key in runs:
+        path = Path(f"metrics/hardware/{key}.json")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["curves"][0]["losing"][0]["rate"] |= {"value": None, "high": None, "low": 2e-7}
+        path.write_text(json.dumps(content), encoding="utf-8")
+    (rate,) = (ratio for ratio in compare_hardware(runs, 0.99)[-1].ratios if (ratio.faults, ratio.points) == ("none", 1.0))
+    assert show_estimate(rate.own) == "> 2.0e-07"
+    assert rate.verdict == "nothing to compare"

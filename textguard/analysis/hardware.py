@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from textguard.analysis.files import compared_runs, load_hardware
 from textguard.analysis.improvement import across, verdict
-from textguard.estimates.statistics import over_trainings, ratio_of
+from textguard.estimates.statistics import Estimate, over_trainings, ratio_of
 from textguard.params import Run
 from textguard.schema.base import Measured
 from textguard.schema.hardware import FaultRatio, Hardware, HardwareCell
@@ -54,9 +54,18 @@ def _compare(name: Compared, baselines: Sequence[Measured], own: Sequence[Measur
         faults=faults,
         measure=measure,
         place=place,
-        baseline=Measured.of(over_trainings(baselines, within, confidence)),
-        own=Measured.of(over_trainings(own, within, confidence)),
+        baseline=_mean(baselines, within, confidence),
+        own=_mean(own, within, confidence),
         ratio=Measured.of(together),
         verdict=verdict(together, confidence, len(ratios)),
         **({} if points is None else {"points": points}),
     )
+
+
+def _mean(trainings: Sequence[Measured], within: tuple[float, float], confidence: float) -> Measured:
+    """Over trainings; where a rate was not reached in one of them, what it is above in all."""
+    found = over_trainings(trainings, within, confidence)
+    lows = [training.low for training in trainings]
+    if math.isnan(found.value) and all(low > 0 for low in lows):
+        found = Estimate(math.nan, min(lows), math.nan, found.n)
+    return Measured.of(found)

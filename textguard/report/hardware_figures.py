@@ -70,7 +70,8 @@ def draw_fault_models(
     figure.suptitle(f"{title}: what faults do in the baseline / in the text-guided classifier", fontsize=9)
     spread = count_trainings(len(cell.seeds) for cell in cells)
     add_note(
-        figure, f"right of 1 the text-guided one is better; {spread} each; bars: interval; {USUAL}: those of section inject"
+        figure,
+        f"right of 1 the text-guided one is better; {spread} each; bars: interval, a thousandfold where it has no end\n{USUAL}: those of section inject",
     )
     return figure, table
 
@@ -100,7 +101,7 @@ def draw_error_rates(variants: Sequence[Variant], runs: Mapping[str, Hardware], 
                     for point in curve.points
                 ]
         bits = next(curve.bits for run in runs.values() for curve in run.curves if curve.protection == protection)
-        axes.set(xlabel="bit errors per stored bit", title=f"{protection}, {bits:.3g} bits per bit")
+        axes.set(xlabel="bit errors per stored bit", title=f"{protection}, {bits:.4g} stored per bit")
         logarithmic(axes, "x", [row["rate"] for row in rows])
     figure.axes[0].set_ylabel("top-1 lost (points)")
     figure.axes[0].legend()

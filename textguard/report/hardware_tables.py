@@ -76,8 +76,8 @@ def error_rate_table(cells: Sequence[HardwareCell], runs: Mapping[str, Hardware]
     ]
     caption = (
         "Bit errors that stay in the memory of the parameters: the rate per stored bit at which a classifier loses so many "
-        "points of top-1 on average. (x): ours / the baseline's, above 1 is better. A rate that was not reached has no "
-        f"value. Stored bits: per bit of data, check bits included, which are hit alike. {note}"
+        "points of top-1 on average. (x): ours / the baseline's, above 1 is better. A rate that "
+        f"was not reached is above its bound. Stored bits: per bit of data, check bits included, which are hit alike. {note}"
     )
     headers = [
         *("Data Set", "Backbone", "Variant", "Protection", "Stored Bits (x)", "Points Lost", "Rate Baseline", "Rate Ours"),

@@ -109,9 +109,11 @@ def show_cell(value: Any) -> str:
 
 
 def show_estimate(estimate: Estimate) -> str:
-    """An estimate with three digits and its interval in brackets, or `(exact)`."""
+    """An estimate with three digits and its interval in brackets, or `(exact)`; of one without a value, its bound."""
     if not math.isfinite(estimate.value):
-        return f"< {show_number(estimate.high)}" if math.isfinite(estimate.high) else "undefined"
+        if math.isfinite(estimate.high):
+            return f"< {show_number(estimate.high)}"
+        return f"> {show_number(estimate.low)}" if estimate.low > 0 else "undefined"
     if estimate.low == estimate.high:
         return f"{show_number(estimate.value)} (exact)"
     return f"{show_number(estimate.value)} [{show_number(estimate.low)}, {show_number(estimate.high)}]"
