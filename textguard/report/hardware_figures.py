@@ -69,10 +69,8 @@ def draw_fault_models(
     figure.legend(handles, labels, loc="outside right upper")
     figure.suptitle(f"{title}: what faults do in the baseline / in the text-guided classifier", fontsize=9)
     spread = count_trainings(len(cell.seeds) for cell in cells)
-    add_note(
-        figure,
-        f"right of 1 the text-guided one is better; {spread} each; bars: interval, a thousandfold where it has no end\n{USUAL}: those of section inject",
-    )
+    said = f"right of 1 the text-guided one is better; {spread} each; bars: interval, a thousandfold where it has no end"
+    add_note(figure, f"{said}\n{USUAL}: those of section inject")
     return figure, table
 
 
