@@ -98,6 +98,7 @@ numbers: setup  ## list the numbers on README.md and docs/ that no committed fil
 	python tests/readme_numbers.py
 
 fuzz: setup  ## try hostile inputs on every stage for SECONDS (3600), or one again: make fuzz REPLAY='...'
+	python -m pytest -m slow
 	python -W ignore tests/fuzz.py --seconds $(SECONDS) $(if $(REPLAY),--replay '$(REPLAY)')
 
 lint: setup  ## check style, format, import rules, the CI's workflow and the grids' copies of dvc.yaml

@@ -7,6 +7,7 @@ import pytest
 
 from fuzzing import RUN, TEXT, Campaign, Example, Workplace, judge, workplace
 
+pytestmark = pytest.mark.slow
 EXAMPLES = 6  # of every kind
 BUDGET_S = 60.0  # after which the second half of them is left out, on a machine that is slow
 
