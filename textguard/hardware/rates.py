@@ -809,7 +809,7 @@ def suggest_rates(
     seed: int = 0,
     task: Task | str = CLASSES,
 ) -> list[float]:
-    """Bit error rates in half decades, from about one fault per memory to where accuracy is that of chance, at most 10^-2.
+    """Bit error rates in half decades, from about one fault per memory to where accuracy is that of chance, at most one in 100.
 
     Four memories and the first 256 images tell where that is; chance is the share of the commonest label.
 
