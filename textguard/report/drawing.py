@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.text import Text
+from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import ArrayLike
 
 from textguard.artifacts import write_bytes, write_csv
@@ -73,6 +74,17 @@ def logarithmic(axes: Axes, side: str, values: ArrayLike) -> str:
     axes.set(**{f"{side}scale": "log"})
     zeros = int((finite <= 0).sum())
     return f"; {zeros} of {len(finite)} points are 0, which has no place on a logarithmic axis" if zeros else ""
+
+
+def ratio_axis(axes: Axes, label: str) -> None:
+    """Give ratios, which are drawn already, a logarithmic x axis with a line at 1, and ticks also where it is short."""
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel=label)
+    low, high = axes.get_xlim()
+    if high < 100 * low:  # too few powers of ten for ticks
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=5))
+        axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def save_figure(figure: Figure, numbers: pd.DataFrame, stem: Path, dpi: int) -> None:

@@ -6,9 +6,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter
 
-from textguard.report.drawing import AS_IS, add_note, logarithmic
+from textguard.report.drawing import AS_IS, add_note, logarithmic, ratio_axis
 from textguard.report.published import Published, load_published
 from textguard.report.theme import PLACE_MARKERS, PUBLISHED_MARKER, Style, place_name
 from textguard.report.variants import Variant, count_trainings
@@ -34,13 +33,7 @@ def draw_improvement(cells: Sequence[Cell], styles: Mapping[str, Style]) -> tupl
             beside = _published(cell, published, part)
             if beside is not None:
                 axes.plot(beside, row, marker=PUBLISHED_MARKER, color="black", markerfacecolor="none")
-        axes.axvline(1, color="black", linewidth=0.8)
-        axes.set(xscale="log", xlabel=f"{MEASURES[measure]}, {PLACES[place]} (x)")
-        low, high = axes.get_xlim()
-        if high < 100 * low:  # too few powers of ten for ticks
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=5))
-            axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        ratio_axis(axes, f"{MEASURES[measure]}, {PLACES[place]} (x)")
     panels[0].set_yticks(range(len(cells)), names, **AS_IS)
     panels[0].set_ylim(len(cells) - 0.5, -0.5)
     figure.suptitle("What faults do in the baseline / in the text-guided classifier", fontsize=9)

@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
-from textguard.report.drawing import AS_IS, add_note, logarithmic
+from textguard.report.drawing import AS_IS, add_note, logarithmic, ratio_axis
 from textguard.report.theme import Style
 from textguard.report.variants import Variant, count_trainings
 from textguard.schema.hardware import USUAL, Hardware, HardwareCell
@@ -54,13 +53,7 @@ def draw_fault_models(
             )
             look = {"marker": style.marker, "color": style.colour, "label": style.name, "capsize": 2, "elinewidth": 1}
             axes.errorbar(value, place, xerr=[value - low, high - value], linestyle="none", **look)
-        axes.axvline(1, color="black", linewidth=0.8)
-        axes.set(xscale="log", xlabel=f"{MEASURES[measure]}, all layers (x)")
-        below, above = axes.get_xlim()
-        if above < 100 * below:  # too few powers of ten for ticks
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=5))
-            axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        ratio_axis(axes, f"{MEASURES[measure]}, all layers (x)")
         for row in range(len(names) - 1):
             axes.axhline(row + 0.5, color="#dddddd", linewidth=0.6)
     figure.axes[0].set_yticks(range(len(names)), names, **AS_IS)
