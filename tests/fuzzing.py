@@ -427,7 +427,7 @@ def parameters(url: str) -> dict[str, Any]:
     }
     params["inject"] |= {"injections_per_layer": 16, "image_batch": 4, "compare_detectors": ["off"]}
     params["closeup"] |= {"images": 4, "weight_flips": 100}
-    params["hardware"] |= {"injections_per_layer": 4, "images": 4}
+    params["hardware"] |= {"injections_per_layer": 4}
     return params
 
 

@@ -149,6 +149,12 @@ class PersistentSummary:
         Of the golden run.
     confidence : float
         Of the intervals.
+
+    Examples
+    --------
+    >>> from textguard.hardware import PersistentSummary
+    >>> PersistentSummary({}, {}, {}, images=40, faults=64, top1=0.9, confidence=0.99).as_json()["faults"]
+    64
     """
 
     tensors: Mapping[str, Mapping[str, Estimate]]

@@ -75,6 +75,15 @@ class PersistentResult:
         Tensor, or layer, -> its stored bits, which is how likely a fault that strikes anywhere is in it.
     target : {"stored", "neuron"}
         Where the faults stayed.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from textguard.hardware import PersistentResult
+    >>> golden = pd.DataFrame({"image": [0, 1], "loss": 0.1, "correct": [True, False], "eligible": [True, False]})
+    >>> result = PersistentResult(pd.DataFrame(), pd.DataFrame(), golden, {"fc.weight": 10240})
+    >>> result.images, result.top1
+    (2, 0.5)
     """
 
     outcomes: pd.DataFrame

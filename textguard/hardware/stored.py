@@ -39,6 +39,13 @@ class StoredTensor:
     product : bool
         Whether a product reads it and it has two dimensions or more, as weights do. Only such a tensor is stored in the number
         format that is asked for. Others stay in torch's type, as in quantised networks.
+
+    Examples
+    --------
+    >>> from textguard.hardware import StoredTensor
+    >>> weight = StoredTensor("fc.weight", (10, 32), "float32", ("linear",), product=True)
+    >>> weight.values, weight.stored_as("int(8)").bits
+    (320, 8)
     """
 
     name: str
