@@ -138,12 +138,12 @@ class FaultModel:
         return f"{self.operation}, {self.bits} bit(s) in the {self.target}s of a {self.pattern}{size}, {each}"
 
     def _told(self) -> dict[str, Any]:
-        known = asdict(self)
         unread = {"value": ("pattern", "block", "damage"), "adjacent": ("block", "damage"), "block": ()}
-        return {name: value for name, value in known.items() if name not in unread.get(self.pattern, ("block",))}
+        left_out = {*unread.get(self.pattern, ("block",)), *(["lasts"] if self.lasts == "inference" else [])}
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
     def as_json(self) -> dict[str, Any]:
-        """The fields that the pattern reads; of pattern `value`, those that there were before patterns."""
+        """The fields that the pattern reads, and how long faults last where they stay. As before there were these, else."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in self._told().items()}
 
 
