@@ -14,7 +14,7 @@ from textguard.planning import Speeds, Workload, disk_size, duration
 from textguard.vision.backbones import BACKBONES
 from textguard.vision.datasets import expected_sizes
 
-GRIDS = {"smoke": 2, "table1": 28, "table2": 16, "table3": 4, "fashion": 24, "own": 1}  # runs
+GRIDS = {"smoke": 2, "table1": 28, "table2": 16, "table3": 4, "fashion": 24, "faults": 9, "own": 1}  # runs
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_networks_and_recipes_of_a_grid_fit(grid, runs):
         assert key == f"{item.dataset}-{item.backbone}-{item.variant}-{item.seed}"
         assert item.backbone.startswith(recipe.recipe)
         assert backbone.smallest <= recipe.image_size <= backbone.largest
-        assert recipe.image_size == (32 if grid in ("smoke", "fashion") else 256 if recipe.recipe == "swin" else 224)
+        assert recipe.image_size == (32 if grid in ("smoke", "fashion", "faults") else 256 if recipe.recipe == "swin" else 224)
 
 
 def test_table1_has_all_networks():
