@@ -34,7 +34,9 @@ RUN = "d-resnet18-descriptions-0"
 
 @pytest.mark.parametrize("pattern", KINDS)
 def test_files_in_git_are_read_and_written_as_they_are(pattern, tmp_path):
-    files = [file for grid in (".", "grids/smoke", "grids/fashion", "grids/faults") for file in (REPOSITORY / grid).glob(pattern)]
+    files = [
+        file for grid in (".", "grids/smoke", "grids/fashion", "grids/faults") for file in (REPOSITORY / grid).glob(pattern)
+    ]
     assert files
     for file in files:
         content = read(file, "", KINDS[pattern])

@@ -465,8 +465,12 @@ def _with_usual_faults(content: dict[str, Any]) -> Any:
     usual = inject.get("faults") if isinstance(inject, dict) else None
     if not isinstance(models, dict) or not isinstance(usual, dict):
         return hardware
+    single = {"values": 1, "pattern": "value", "damage": "equal"}  # as faults that stay are
     return hardware | {
-        "models": {name: usual | fields if isinstance(fields, dict) else fields for name, fields in models.items()}
+        "models": {
+            name: usual | (single if fields.get("lasts") == "forever" else {}) | fields if isinstance(fields, dict) else fields
+            for name, fields in models.items()
+        }
     }
 
 

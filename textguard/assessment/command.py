@@ -277,7 +277,9 @@ def _assess(options: argparse.Namespace) -> int:
     plan = options.plan
     if "/" in plan or is_saved(Path(plan)):
         plan = Assessment.load(plan)
-    fault = {name: getattr(options, name) for name in FaultModel.__dataclass_fields__ if getattr(options, name) is not None}
+    fault = {
+        name: getattr(options, name) for name in FaultModel.__dataclass_fields__ if getattr(options, name, None) is not None
+    }
     names = {
         **{name: name for name in ("seed", "images", "stop_at", "pilot", "enumerate_up_to", "kinds", "detector", "engine")},
         **{name: name for name in ("confidence", "batch_size", "image_batch", "noise")},
