@@ -27,7 +27,7 @@ from gate_runs import (
     row,
     scaled,
 )
-from stored_grid import INJECT, INPUTS
+from stored_grid import INJECT, INPUTS, store_hardware
 from textguard.analysis.files import RESULTS_DIR
 from textguard.analysis.regression import QUANTITIES, Comparison, compare_all, compare_over_trainings, holm, sign_flip_p
 from textguard.analysis.results import write_results
@@ -388,6 +388,7 @@ class Campaigns:
         settings = {**asdict(inject), "inputs": INPUTS, "device": "cpu"}
         known = {"exact": {"profiled": [totals.as_json()]}, "skipped": {}, "settings": settings}
         write_json(out / "campaign.json", campaign | known)
+        store_hardware(name)
         write_results({name: self.run}, StatisticsParams(0.99, 200, "goldeneye", "neurons", 2e-5, "neurons"), inject)
 
     def judge(self, base: str, new: str) -> tuple[int, str]:

@@ -84,9 +84,9 @@ def call(home: Path, command: list[str], folder: Path, code: int = 0, **more: st
 def test_the_library_is_whole_without_the_packages_of_the_pipeline(installed, tmp_path):
     script = """
         import importlib.util, pkgutil, sys
-        import textguard.assessment, textguard.estimates, textguard.faults, torch
+        import textguard.assessment, textguard.estimates, textguard.faults, textguard.hardware, torch
         assert not textguard.__file__.startswith(sys.argv[1]), textguard.__file__
-        for package in (textguard.assessment, textguard.estimates, textguard.faults):
+        for package in (textguard.assessment, textguard.estimates, textguard.faults, textguard.hardware):
             for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
                 importlib.import_module(module.name)
         for name in ("dvc", "openai", "open_clip", "sentence_transformers", "timm", "torchvision", "pytorchfi", "sklearn"):

@@ -54,7 +54,7 @@ def odd(grid: Grid, monkeypatch) -> Grid:
 
 
 def test_a_network_without_a_trace_goes_through_every_stage(odd):
-    for stage in ("train", "evaluate", "ranges", "inject", "closeup"):
+    for stage in ("train", "evaluate", "ranges", "inject", "hardware", "closeup"):
         code, lines = odd.run(stage, RUN)
         assert code == 0, lines
         if stage == "ranges":

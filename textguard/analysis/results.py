@@ -49,12 +49,13 @@ def write_results(runs: Mapping[str, Run], statistics: StatisticsParams, inject:
         )
         for found in cells.values()
     ]
+    other_faults = compare_hardware(runs, statistics.confidence)
     against_baseline = [cell for cell in described if cell.against == BASELINE]
     for key, result in results.items():
         write_json(RESULTS_DIR / f"{key}.json", result.as_json())
     write_json(CELLS_FILE, [cell.as_json() for cell in against_baseline])
     write_json(CONTRASTS_FILE, [cell.as_json() for cell in described if cell.against != BASELINE])
-    write_json(HARDWARE_FILE, [cell.as_json() for cell in compare_hardware(runs, statistics.confidence)])
+    write_json(HARDWARE_FILE, [cell.as_json() for cell in other_faults])
     write_json(
         SUMMARY_FILE,
         {
