@@ -19,8 +19,11 @@ from textguard.analysis.files import load_cells, load_closeup, load_looks, load_
 from textguard.analysis.results import write_results
 from textguard.artifacts import write_json, write_parquet
 from textguard.errors import InvalidArtifact
+from textguard.estimates.summary import mean_over_layers, summarise
 from textguard.schema.base import read
-from textguard.schema.results import RunResult
+from textguard.schema.campaign import StoredCampaign
+from textguard.schema.hardware import Hardware
+from textguard.schema.results import MEASURES, RunResult
 
 KEY = "d-resnet18-baseline-0"
 OTHER = "d-resnet18-descriptions-0"
@@ -355,3 +358,20 @@ def test_faults_that_do_nothing_have_no_improvement(runs):
     assert {point.value for point in results[KEY].convergence} == {0}
     improvement = results[OTHER].improvement
     assert math.isnan(improvement.delta_loss.overall.value)
+
+
+def test_other_faults_are_summed_up_from_their_records(finished_grid):
+    found = read(finished_grid / f"metrics/hardware/{BASELINE}.json", "hardware", Hardware)
+    channel, lasting = found.models
+    records = pd.read_parquet(finished_grid / f"metrics/records/{BASELINE}/hardware.parquet")
+    assert set(records["faults"]) == {"channel"}
+    assert (channel.injections, channel.places) == (len(records), records["layer"].nunique())
+    sites = read(finished_grid / f"metrics/runs/{BASELINE}/campaign.json", "inject", StoredCampaign).layers
+    neurons = {site.layer: site.neurons for site in sites}
+    layers = list(summarise(records, neurons, shared=True).values())
+    for means, weights in ((channel.overall, None), (channel.by_values, list(neurons.values()))):
+        for measure in MEASURES:
+            assert getattr(means, measure).value == pytest.approx(mean_over_layers(layers, measure, weights).value)
+    assert channel.overall.delta_loss.value != pytest.approx(channel.by_values.delta_loss.value)
+    assert lasting.lost
+    assert [curve.protection for curve in found.curves] == ["none", "secded(64)"]
