@@ -214,6 +214,11 @@ class ClassTexts:
         """The file of published text features that takes the place of encoded texts; None where texts are encoded."""
         return self.files[0] if self.params.provider == FEATURES else None
 
+    @property
+    def row_map(self) -> str | None:
+        """The file that says which of those features stand for each class; None where each class has its own row."""
+        return self.files[1] if self.params.provider == FEATURES and len(self.files) == 2 else None
+
 
 @dataclass(frozen=True, config=_strict)
 class FaultParams:
@@ -524,8 +529,13 @@ def _check_references(params: Params, path: Path) -> None:
         if text.limit_questions > len(text.questions):
             given = f"texts.{name}.limit_questions is {text.limit_questions}"
             raise InvalidParameter(f"{path} {given}, but there are {len(text.questions)} questions")
-        if text.provider == FEATURES and len(text.cache) != 1:
-            raise InvalidParameter(f"{path} texts.{name}.cache must name one .pth file: {FEATURES!r} reads its vectors there")
+        if text.provider == FEATURES and (
+            len(text.cache) not in (1, 2) or not all(n.endswith(".json") for n in text.cache[1:])
+        ):
+            raise InvalidParameter(
+                f"{path} texts.{name}.cache must name one .pth file, whose vectors {FEATURES!r} takes, and may name a .json "
+                "file behind it that maps classes to rows"
+            )
         if text.provider == FEATURES and text.templates:
             raise InvalidParameter(
                 f"{path} texts.{name}.templates must be []: {FEATURES!r} has vectors, which no text can join"

@@ -1,5 +1,6 @@
 """Class embeddings: the mean direction of what was said about each class, and the file that carries it to the classifier."""
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from textguard.artifacts import as_record, oddity, parse_json, read_pth, read_safetensors, reading, write_safetensors
 from textguard.errors import InvalidArtifact, InvalidEmbeddings, printable
+from textguard.text.row_map import read_row_map
 
 UNIT_TOLERANCE = 1e-4
 PROVENANCE = {"dataset": str, "encoder": str, "weights_sha256": str, "width": int, "texts": int, "shortened": int}
@@ -192,23 +194,33 @@ def load_class_embeddings(path: Path, dataset: str, classes: list[str]) -> Class
     return found
 
 
-def load_text_features(path: Path, classes: list[str]) -> Tensor:
+def load_text_features(path: Path, classes: list[str], row_map: Path | None = None) -> Tensor:
     """Published class embeddings: a .pth file that holds one float tensor [C, E], its rows in the order of `classes`.
 
     ImageNet's are in the order of its WNIDs, as the class list is. The file does not name its classes: only their number can be
-    checked. Returns float32 [C, E], rows normalised. Raises InvalidArtifact, InvalidEmbeddings.
+    checked. row_map: where the file has other classes, the rows whose mean stands for each of `classes`; see `read_row_map`.
+    Returns float32 [C, E], rows normalised. Raises InvalidArtifact, InvalidEmbeddings.
     """
     matrix = read_pth(path)
+    rows = read_row_map(row_map, classes) if row_map else None
     if isinstance(matrix, Tensor) and (odd := oddity(matrix)):
         raise InvalidEmbeddings(f"{path} holds {odd.rstrip(',')}; dense floats are needed; change params.yaml texts.*.cache")
-    if not isinstance(matrix, Tensor) or not matrix.is_floating_point() or matrix.ndim != 2 or len(matrix) != len(classes):
+    if (
+        not isinstance(matrix, Tensor)
+        or not matrix.is_floating_point()
+        or matrix.ndim != 2
+        or (len(matrix) != len(classes) and not rows)
+    ):
         found = f"{list(matrix.shape)} {matrix.dtype}" if isinstance(matrix, Tensor) else type(matrix).__name__
         raise InvalidEmbeddings(
             f"{path} holds {found}; one tensor [{len(classes)}, E] of floats is needed, a row per class in the order of "
-            "classes.json; change params.yaml texts.*.cache"
+            "classes.json, or beside it a .json file that maps classes to rows; change params.yaml texts.*.cache"
         )
+    if rows and (most := max(itertools.chain(*rows))) >= len(matrix):
+        raise InvalidEmbeddings(f"{row_map} names row {most}, and {path} has rows 0 to {len(matrix) - 1}")
     try:
-        return _unit(matrix.float(), "class")
+        matrix = _unit(matrix.float(), "class")
+        return _unit(torch.stack([matrix[own].mean(dim=0) for own in rows]), "class") if rows else matrix
     except InvalidEmbeddings as error:
         raise InvalidEmbeddings(f"{path}: {error}; change params.yaml texts.*.cache") from error
 
