@@ -177,7 +177,7 @@ def _headline(cell: Cell) -> dict[str, Any]:
 
 
 def _cell_name(cell: Cell) -> str:
-    return f"{place_name(cell.dataset, cell.backbone)} with {variant_name(cell.variant)}"
+    return f"{place_name(cell.dataset, cell.backbone)} with {variant_name(cell.variant, labels)}"
 
 
 def _remarks(cells: Sequence[Cell], runs: Mapping[str, RunResult]) -> list[str]:

@@ -43,7 +43,7 @@ class UnderDetector:
 
 def tables_of(params: Params) -> list[Table]:
     """All tables of the grid in the current folder, from its stored results. Raises InvalidArtifact."""
-    cells, contrasts = load_cells(params.runs), load_cells(params.runs, contrasts=True)
+    cells, contrasts = load_cells(params.runs), load_cells(params.runs, contrasts=True, treatments=params.treatments)
     runs = load_results(params.runs)
     sources = {key: dataset.source for key, dataset in params.datasets.items()}
     recipes = {name: {"recipe": trained.recipe, **asdict(trained)} for name, trained in params.backbones.items()}
