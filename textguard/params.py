@@ -609,6 +609,9 @@ def _check_treatments(params: Params, path: Path) -> None:
             raise UnknownName("start", treatment.start, known, f"{where}.start")
         for usual in params.backbones.values():
             _treated(usual, params, name, path)
+    known = [BASELINE, RANDOM, *params.texts, *params.labels.values()]
+    if (twice := _repeated(known)) is not None:
+        raise InvalidParameter(f"{path} treatments: two variants are called {twice!r}; change the label of one of them")
 
 
 def _treated(usual: BackboneParams, params: Params, treatment: str, path: Path) -> BackboneParams:
