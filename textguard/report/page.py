@@ -41,6 +41,7 @@ TABLES = {
     "attention": "Where the classifiers look, with faults",
     "audit": "What is published, against itself",
     "recipes": "Recipes",
+    "treatments": "Treatments: what variants have otherwise",
 }
 # Stem of a figure's file -> what it shows, in the order of the page.
 FIGURES = {
