@@ -19,7 +19,7 @@ def main(params: Params, dataset: str) -> None:
     sources = {
         treatment.text: Path("embeddings") / f"{dataset}-{treatment.text}.safetensors" for treatment in treatments.values()
     }
-    texts = {text: load_class_embeddings(file, dataset, classes) for text, file in sources.items() if text}
+    texts = {text: load_class_embeddings(file, dataset, classes) for text, file in sources.items()}
     starts = {
         variant: _start(treatment, classes, texts.get(treatment.text), params.encoder, f"params.yaml treatments.{variant}")
         for variant, treatment in treatments.items()
