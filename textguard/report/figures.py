@@ -51,7 +51,8 @@ def write_figures(results: Sequence[RunResult], cells: Sequence[Cell], params: P
     with matplotlib.rc_context(fname=STYLE):
         for (dataset, backbone), variants in places.items():
             stem, title = f"{dataset}-{backbone}", place_name(dataset, backbone)
-            save_figure(*draw_architecture(variants, title, params), folder / f"architecture-{stem}", dpi)
+            if untreated := [variant for variant in variants if variant.key not in params.treatments]:
+                save_figure(*draw_architecture(untreated, title, params), folder / f"architecture-{stem}", dpi)
             for name, draw in PER_BACKBONE.items():
                 figure, numbers = draw(variants, title)
                 save_figure(figure, numbers, folder / f"{name}-{stem}", dpi)
@@ -61,7 +62,8 @@ def write_figures(results: Sequence[RunResult], cells: Sequence[Cell], params: P
         everything = [variant for variants in places.values() for variant in variants]
         save_figure(*draw_tradeoff(everything), folder / "tradeoff", dpi)
         if cells:
-            save_figure(*draw_improvement(cells, styles(params.variants, params.figures.colours)), folder / "improvement", dpi)
+            looks = styles(params.variants, params.figures.colours, params.labels)
+            save_figure(*draw_improvement(cells, looks), folder / "improvement", dpi)
     together["training"] = [training_curve(result, params) for result in results]
     for name, tables in together.items():
         write_csv(folder / f"{name}.csv", pd.concat(tables, ignore_index=True))
@@ -75,7 +77,7 @@ def _draw_hardware(
     usual = [cell for cell in cells if (cell.dataset, cell.backbone) == place]
     hardware = [cell for cell in load_hardware_cells(params.runs) if (cell.dataset, cell.backbone) == place]
     if params.hardware.models and usual:
-        looks = styles(params.variants, params.figures.colours)
+        looks = styles(params.variants, params.figures.colours, params.labels)
         save_figure(*draw_fault_models(hardware, usual, looks, title), folder / f"fault_models-{stem}", params.figures.dpi)
     if params.hardware.rates and params.hardware.protections:
         runs = {result.run: load_hardware(result.run) for variant in variants for result in variant.results}
@@ -84,7 +86,7 @@ def _draw_hardware(
 
 def group(results: Sequence[RunResult], params: Params) -> dict[tuple[str, str], list[Variant]]:
     """(Data set, backbone) -> its variants, as figures take them."""
-    style, groups = styles(params.variants, params.figures.colours), {}
+    style, groups = styles(params.variants, params.figures.colours, params.labels), {}
     for result in results:
         groups.setdefault((result.dataset, result.backbone), {}).setdefault(result.variant, []).append(result)
     return {
@@ -96,7 +98,7 @@ def training_curve(result: RunResult, params: Params) -> pd.DataFrame:
     """One run's epochs, and whose they are. Raises InvalidArtifact."""
     curve = load_training(result.run)
     trained = f"{result.backbone}-{result.variant}" not in params.weights
-    epochs = params.backbones[result.backbone].epochs if trained else 0
+    epochs = params.recipe(params.runs[result.run]).epochs if trained else 0
     if curve["epoch"].to_list() != list(range(1, epochs + 1)):
         raise InvalidArtifact(
             f"{RUNS_DIR / result.run / 'training.csv'} does not hold the epochs 1 to {epochs}, as many as params.yaml "
