@@ -12,6 +12,7 @@ from textguard.errors import InvalidArtifact
 from textguard.params import Run
 from textguard.schema.base import read
 from textguard.schema.closeup import Cam, CloseUp
+from textguard.schema.effects import Effects
 from textguard.schema.hardware import Hardware, HardwareCell
 from textguard.schema.records import read_columns
 from textguard.schema.results import BASELINE, Cell, RunResult
@@ -29,6 +30,7 @@ HARDWARE_DIR = METRICS_DIR / "hardware"
 HARDWARE_FILE = METRICS_DIR / "hardware.json"
 CONTRASTS_FILE = METRICS_DIR / "contrasts.json"
 SUMMARY_FILE = METRICS_DIR / "summary.json"
+EFFECTS_FILE = METRICS_DIR / "effects.json"
 
 
 def load_result(key: str) -> RunResult:
@@ -83,6 +85,11 @@ def load_cells(runs: Mapping[str, Run], contrasts: bool = False) -> list[Cell]:
                     f"does not have the cell {'-'.join(name)} with the seeds {seeds} that params.yaml asks for"
                 )
     return [cells[name] for name in wanted]
+
+
+def load_effects() -> list[Effects]:
+    """What stage effects says of each backbone on each data set."""
+    return read(EFFECTS_FILE, "effects", list[Effects])
 
 
 def load_hardware(key: str) -> Hardware:
