@@ -74,10 +74,10 @@ def _times(theirs: Sequence[Estimate], ours: Sequence[Estimate], measure: str, g
         found = over_trainings(pairs, COUNT, wanted)
         return replace(found, n=len(pairs))
     within = COUNT if measure == "delta_loss" else SHARE
-    theirs, ours = (over_trainings(side, within, given) for side in (theirs, ours))
+    one, other = (over_trainings(side, within, given) for side in (theirs, ours))
     nothing = [any(not estimate.value > 0 for estimate in side) for side in (theirs, ours)]
-    low = math.nan if nothing[0] or not ours.high > 0 else theirs.low / ours.high
-    high = math.nan if nothing[1] or not ours.low > 0 else theirs.high / ours.low
+    low = math.nan if nothing[0] or not other.high > 0 else one.low / other.high
+    high = math.nan if nothing[1] or not other.low > 0 else one.high / other.low
     return Estimate(math.nan, low, high, len(pairs))
 
 

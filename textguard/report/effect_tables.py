@@ -81,33 +81,32 @@ def effects_table(effects: Sequence[Effects]) -> Table:
                     outcomes[0].effect.n,
                 ]
             )
-    said = [sentence for found in effects for sentence in sentences(found)]
+    said = [f"{place_name(found.dataset, found.backbone)}: {' '.join(sentences(found))}" for found in effects]
     confidence = " and ".join(dict.fromkeys(f"{found.confidence:.4g}" for found in effects))
-    caption = f"{CAPTION} Confidence of the first interval: {confidence}."
+    caption = f"{CAPTION} Confidence of the first interval: {confidence}; so often does one of no effect hold it."
     return Table("effects", " ".join([caption, *said]), [*headers, "Trainings"], rows)
 
 
 def sentences(found: Effects) -> list[str]:
     """What the effects in one backbone on one data set come to, in words: each contrast, each factor, and what interacts."""
-    place = place_name(found.dataset, found.backbone)
-    said = [_sentence(shown, place) for shown in shown_effects(found) if shown.kind != "interaction"]
+    said = [_sentence(shown) for shown in shown_effects(found) if shown.kind != "interaction"]
     if found.factorial:
-        said += list(_interactions(found, place))
+        said += list(_interactions(found))
         left = [
             f"{OUTCOMES[fit.measure, fit.place]} {100 * fit.explained:.0f} %"
             for fit in found.factorial.fits
             if (fit.measure, fit.place) in SPOKEN and math.isfinite(fit.explained)
         ]
         if left:
-            said.append(f"Main effects, two-way interactions and seeds explain of the variance in {place}: {', '.join(left)}.")
+            said.append(f"Main effects, two-way interactions and seeds explain of the variance: {', '.join(left)}.")
     return said
 
 
-def _sentence(shown: Shown, place: str) -> str:
+def _sentence(shown: Shown) -> str:
     parts = [_part(shown.at(*at)) for at in SPOKEN]
     count = shown.effects[0].effect.n
     trainings = f"{count} training{'s' if count > 1 else ''}"
-    return f"{shown.name} ({shown.of}; {place}): {'; '.join(parts)} ({trainings})."
+    return f"{shown.name} ({shown.of}): {'; '.join(parts)} ({trainings})."
 
 
 def _part(effect: Effect) -> str:
@@ -125,10 +124,7 @@ def _part(effect: Effect) -> str:
     else:
         words, interval, no_effect, unit = show_number(estimate.value), _interval(estimate), 1.0, " times less"
     told = estimate.low > no_effect or estimate.high < no_effect
-    unsure = "" if told else ", whose direction cannot be told" if interval else ", of one training"
-    if not told and math.isfinite(effect.largest):
-        unsure += f": at most {show_number(effect.largest)}{' points' if effect.measure == 'top1' else ' times'} either way"
-    return f"{name} {words}{interval}{unit}{unsure}"
+    return f"{name} {'' if told or not interval else 'cannot be told: '}{words}{interval}{unit}"
 
 
 def _interval(estimate: Estimate, form: str = "") -> str:
@@ -142,7 +138,7 @@ def _inverse(number: float) -> float:
     return 1 / number if number > 0 else math.inf
 
 
-def _interactions(found: Effects, place: str) -> Iterator[str]:
+def _interactions(found: Effects) -> Iterator[str]:
     """The interactions that can be told, or that none can."""
     pairs = [shown for shown in shown_effects(found) if shown.kind == "interaction"]
     for measure, where in SPOKEN:
@@ -150,6 +146,6 @@ def _interactions(found: Effects, place: str) -> Iterator[str]:
         words = "; ".join(f"{shown.name} {show_estimate(shown.at(measure, where).effect)}" for shown in told)
         unit = "points" if measure == "top1" else "x"
         if told:
-            yield f"Interactions in {OUTCOMES[measure, where]} that can be told in {place} ({unit}): {words}."
+            yield f"Interactions in {OUTCOMES[measure, where]} that can be told ({unit}): {words}."
         elif pairs and all(math.isfinite(shown.at(measure, where).effect.value) for shown in pairs):
-            yield f"No interaction of the {len(pairs)} in {OUTCOMES[measure, where]} can be told in {place}."
+            yield f"No interaction of the {len(pairs)} in {OUTCOMES[measure, where]} can be told."

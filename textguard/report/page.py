@@ -147,9 +147,8 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
             if name != "improvement" or cells  # without any, there is nothing to draw
         ],
         compared={"label": compared[0], "table": as_shown(compared[1], f"{compared[0]} and now")} if compared else None,
-        effects=[sentence for each in found for sentence in sentences(each)],
+        effects=[(place_name(each.dataset, each.backbone), sentences(each), _effects_picture(each)) for each in found],
         effects_table=as_shown(tables.pop("effects"), TABLES["effects"]) if found else None,
-        effects_figures=[_effects_picture(each) for each in found],
         facts=_facts(params, runs, grid, revision),
         tables=[as_shown(table, TABLES.get(table.name, table.name)) for table in tables.values()],
         figures=_figures(runs, _not_drawn(params)),

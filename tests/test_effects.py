@@ -1,0 +1,182 @@
+"""Effects of single changes and of a design's factors: known ones are found again, in pairs of trainings, and said in words."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from textguard.analysis.effects import contrast, estimate_effects, factorial
+from textguard.estimates.factorial import aliases_of
+from textguard.estimates.statistics import Estimate
+from textguard.params import EffectsParams
+from textguard.report.effect_figures import draw_effects
+from textguard.report.effect_tables import effects_table, sentences
+from textguard.report.rendering import as_markdown
+
+NAMES = list("abcdef")
+
+
+def run_with(loss, sdc=0.05, top1=0.9):
+    """As much of a run's result as effects look at; its own intervals are narrow."""
+
+    def near(value):
+        return Estimate(value, 0.999 * value, 1.001 * value, 1000)
+
+    means = SimpleNamespace(delta_loss=near(loss), sdc=near(sdc))
+    return SimpleNamespace(overall=means, by_neurons=means, head=means, confidence=0.99, top1=Estimate(top1, top1, top1, 360))
+
+
+def half_fraction(count):
+    """A design of 2^(count-1) variants, in which the last factor is the product of the others."""
+    free = np.array(list(itertools.product((-1, 1), repeat=count - 1)))
+    return np.column_stack([free, free.prod(axis=1)])
+
+
+def design_of(levels):
+    factors = {name: [False, True] for name in NAMES[: levels.shape[1]]}
+    return EffectsParams(contrasts={}, factors=factors, design=[f"v{number}" for number in range(len(levels))])
+
+
+def at(effects, measure="delta_loss", place="overall"):
+    return next(effect for effect in effects if (effect.measure, effect.place) == (measure, place))
+
+
+def test_contrasts_hold_as_often_as_they_say_and_pair_trainings_of_one_seed():
+    random, seeds, hits, widths = np.random.default_rng(0), range(5), {"effect": 0, "second": 0}, []
+    for _ in range(400):
+        of_seed = random.normal(0, 1.5, 5)  # cancels in pairs
+        own, other = random.normal(0, 0.1, (2, 5))
+        runs = {("base", seed): run_with(math.exp(of_seed[seed] + other[seed])) for seed in seeds}
+        runs |= {("less", seed): run_with(math.exp(of_seed[seed] + own[seed]) / 8) for seed in seeds}
+        found = at(contrast("less", runs, "less", "base", seeds).effects)
+        for name in hits:
+            hits[name] += getattr(found, name).low < 8 < getattr(found, name).high
+        widths.append(found.effect.high / found.effect.low)
+    assert 0.975 <= hits["effect"] / 400 <= 1
+    assert 0.92 <= hits["second"] / 400 <= 0.975
+    assert np.median(widths) < 2.2  # seeds that do not cancel make it 20 and more
+
+
+def test_points_of_top1_are_ours_minus_theirs_and_no_narrower_than_whole_images():
+    runs = {("base", seed): run_with(1.0, top1=0.9) for seed in range(3)} | {
+        ("more", seed): run_with(1.0, top1=0.9 + gain) for seed, gain in enumerate((0.01, 0.01, 0.01))
+    }
+    found = at(contrast("more", runs, "more", "base", range(3)).effects, "top1", "all")
+    assert found.effect.value == pytest.approx(1.0)
+    assert 0.1 < found.effect.high - found.effect.value < 0.3  # a third of an image in 360, or so
+    assert found.verdict == "better"
+
+
+def test_a_design_finds_main_effects_and_interactions_again():
+    levels, random, hits = half_fraction(6), np.random.default_rng(1), np.zeros((2, 3))
+    wanted = design_of(levels)
+    for _ in range(60):
+        of_seed = random.normal(0, 1, 2)
+        runs = {
+            # a: 4 times less damage. a and b together: a's effect is 9 times as large where b is high as where it is low.
+            (variant, seed): run_with(
+                math.exp(-math.log(4) / 2 * row[0] - math.log(9) / 4 * row[0] * row[1] + of_seed[seed] + random.normal(0, 0.2)),
+                top1=0.8 + 0.01 * row[2] + 0.0002 * random.normal(),
+            )
+            for variant, row in zip(wanted.design, levels, strict=True)
+            for seed in (0, 1)
+        }
+        found = {tuple(effect.factors): effect for effect in factorial(runs, wanted, (0, 1), levels).effects}
+        assert len(found) == 6 + 15
+        assert not any(effect.aliases for effect in found.values())
+        for number, (name, truth) in enumerate(((("a",), 4), (("a", "b"), 9), (("d",), 1))):
+            effect = at(found[name].effects)
+            hits[:, number] += [part.low < truth < part.high for part in (effect.effect, effect.second)]
+        points = at(found["c",].effects, "top1", "all").effect
+        assert points.low < points.value < points.high
+        assert points.value == pytest.approx(2, abs=0.05)
+    assert (hits[0] >= 56).all()
+    assert (hits[1] >= 52).all()
+    assert hits[1].sum() < 178  # of 180: intervals that always hold are too wide
+
+
+def test_effects_that_share_a_column_are_named():
+    levels = half_fraction(3)
+    assert aliases_of(levels) == {(0,): [(1, 2)], (1,): [(0, 2)], (2,): [(0, 1)]}
+    runs = {(f"v{number}", seed): run_with(1 + number + seed) for number in range(4) for seed in (0, 1)}
+    found = factorial(runs, design_of(levels), (0, 1), levels)
+    assert (found.effects[0].factors, found.effects[0].aliases) == (["a"], [["b", "c"]])
+    table = effects_table([estimate_effects(("d", "resnet18"), runs, design_of(levels), (0, 1), levels)])
+    assert "or of b x c" in table.rows[0][3]
+
+
+def test_trainings_without_any_sdc_leave_a_bound_and_are_counted():
+    runs = {("base", seed): run_with(1.0, sdc=0.1) for seed in (0, 1)} | {
+        ("safe", seed): run_with(0.5, sdc=sdc) for seed, sdc in enumerate((0.0, 0.01))
+    }
+    found = contrast("safe", runs, "safe", "base", (0, 1))
+    effect = at(found.effects, "sdc")
+    assert math.isnan(effect.effect.value)
+    assert math.isnan(effect.effect.high)
+    assert effect.zeros == 1
+    assert 0 < effect.effect.low < 20
+    levels = np.array([[-1], [1]])
+    fitted = factorial(
+        {
+            (f"v{number}", seed): run
+            for number, name in enumerate(("base", "safe"))
+            for seed in (0, 1)
+            for run in [runs[name, seed]]
+        },
+        design_of(levels),
+        (0, 1),
+        levels,
+    )
+    assert at(fitted.effects[0].effects, "sdc").zeros == 1
+    assert ("sdc", "overall") not in [(fit.measure, fit.place) for fit in fitted.fits]
+    assert at(fitted.effects[0].effects).effect.value == pytest.approx(2)
+
+
+def whole():
+    levels, random = half_fraction(4), np.random.default_rng(2)
+    wanted = EffectsParams(
+        contrasts={"smoother labels": ["v1", "v0"], "nothing": ["v2", "v0"]},
+        factors={
+            "frozen": [False, True],
+            "recipe.label_smoothing": [0.0, 0.1],
+            "start": ["torch", "unit"],
+            "normalise": [False, True],
+        },
+        design=[f"v{number}" for number in range(8)],
+    )
+    runs = {
+        (f"v{number}", seed): run_with(
+            math.exp(random.normal(0, 0.05) - 1.2 * (number == 1)), 0.05, 0.9 + 0.001 * (number + random.normal())
+        )
+        for number in range(8)
+        for seed in range(4)
+    }
+    return estimate_effects(("digits", "resnet18"), runs, wanted, range(4), levels)
+
+
+def test_sentences_and_table_say_what_was_found():
+    found = whole()
+    first, second, *rest = sentences(found)
+    assert first.startswith("smoother labels (v1 against v0): DeltaLoss 3.")
+    assert "times less; SDC 1.00" in first
+    assert first.endswith("(4 trainings).")
+    assert "DeltaLoss cannot be told: 1.0" in second
+    assert any(sentence.startswith("recipe.label_smoothing (0.1 instead of 0.0)") for sentence in rest)
+    table = effects_table([found])
+    assert [row[2] for row in table.rows[:3]] == ["smoother labels", "nothing", "frozen"]
+    assert len(table.rows) == 2 + 4 + 3  # of six interactions, three share the columns of the others
+    assert first in as_markdown(table)
+
+
+def test_the_figure_has_a_row_per_effect_and_marks_what_can_be_told():
+    figure, numbers = draw_effects(whole(), "ResNet-18 on digits")
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()][:2] == ["smoother labels", "nothing"]
+    marks = {line.get_ydata()[0]: line.get_markerfacecolor() for line in axes.lines if line.get_marker() == "o"}
+    assert marks[0] != "white"
+    assert marks[1] == "white"
+    assert axes.get_xscale() == "log"
+    assert figure.axes[2].get_xscale() == "linear"
+    assert len(numbers) == 9 * 7
