@@ -10,8 +10,8 @@ from textguard.vision.recipe import FAMILIES
 OUT = Path("metrics/checked.txt")
 # The same for all parameters: others rerun the stages that use them, and this file none.
 CONTENT = "params.yaml holds what textguard/params.py allows.\n"
-# Where the stages of texts write. Figures and the page depend on these folders, in a grid without texts as well.
-TEXTS = ("metrics/texts", "plots/texts", "prompts/texts")
+# Where the stages of texts write. Heads, figures and the page depend on these folders, in a grid without texts as well.
+TEXTS = ("embeddings", "metrics/texts", "plots/texts", "prompts/texts")
 
 
 def main(params: Params) -> None:

@@ -87,10 +87,11 @@ def load_run(params: Params, key: str, split: str = "test") -> LoadedRun:
     dataset, data, folder = params.datasets[run.dataset], Path("data") / run.dataset, Path("metrics") / "runs" / key
     model_file = Path("models") / f"{key}.safetensors"
     images = read_split(data, split, dataset, Path(params.root))
-    recipe = params.backbones[run.backbone]
+    recipe, treatment = params.recipe(run), params.treatment(run.variant)
     prepared = recipe.image_size, recipe.resize_size, recipe.interpolation
-    wanted = ClassifierSpec(run.dataset, recipe.network, run.variant, *prepared, width=0, classes=tuple(images.classes))
-    model, spec = load_classifier(model_file, wanted)
+    classes, plain = tuple(images.classes), treatment.latent and not treatment.normalise
+    wanted = ClassifierSpec(run.dataset, recipe.network, run.variant, *prepared, width=0, classes=classes, plain=plain)
+    model, spec = load_classifier(model_file, wanted, treatment.latent)
     return LoadedRun(
         key=key,
         device=device,

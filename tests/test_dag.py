@@ -28,9 +28,16 @@ PLUMBING = {
     "textguard.strict_yaml",
     "textguard.text.providers",
     "textguard.vision.recipe",
+    "textguard.vision.treatment",
 }
 # But they say which params.yaml passes.
-CHECKED = {"textguard.params", "textguard.strict_yaml", "textguard.text.providers", "textguard.vision.recipe"}
+CHECKED = {
+    "textguard.params",
+    "textguard.strict_yaml",
+    "textguard.text.providers",
+    "textguard.vision.recipe",
+    "textguard.vision.treatment",
+}
 
 RENDERED = {"tables", "figures", "report"}
 

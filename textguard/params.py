@@ -1,9 +1,9 @@
 """params.yaml as typed, frozen dataclasses: one per stage, every key required, unknown keys refused.
 
-Nothing that can change a result has a default in the code, because DVC would not see it. Two sections say only what differs,
-`backbones` from the recipe of their family (textguard/vision/recipes) and `texts` from the settings of their provider
-(textguard/text/providers.yaml): DVC watches these files as well. What changes no number (`network`, `gate`, colours) has
-defaults, and a grid may leave it out.
+Nothing that can change a result has a default in the code, because DVC would not see it. Three sections say only what differs,
+`backbones` from the recipe of their family (textguard/vision/recipes), `texts` from the settings of their provider
+(textguard/text/providers.yaml), and `treatments` from the baseline (textguard/vision/treatments.yaml): DVC watches these files
+as well. What changes no number (`network`, `gate`, colours) has defaults, and a grid may leave it out.
 """
 
 import itertools
@@ -26,6 +26,7 @@ from textguard.artifacts import absolute, expanded
 from textguard.errors import InvalidParameter, UnknownName, printable
 from textguard.text.providers import FEATURES, check_base_url, with_defaults
 from textguard.vision.recipe import FAMILIES, Recipe, library_fields
+from textguard.vision.treatment import STARTS, Treatment, library_treatment
 
 PARAMS_FILE = Path("params.yaml")
 LARGEST_FILE = 1 << 20  # bytes
@@ -134,6 +135,11 @@ class TextParams:
     templates: Annotated[list[str], Distinct]
     drop: Annotated[list[Flag], Distinct]
     embedding: EmbeddingParams
+
+
+@dataclass(frozen=True, config=_strict)
+class TreatmentParams(Treatment):
+    """A variant that differs from the baseline in its head or its training; see textguard.vision.treatment.Treatment."""
 
 
 @dataclass(frozen=True, config=_strict)
@@ -382,6 +388,7 @@ class Params:
     seeds: Annotated[list[Seed], Field(min_length=1)]
     weights: dict[str, WeightsParams]
     texts: dict[Key, TextParams]
+    treatments: dict[Key, TreatmentParams]
     head: HeadParams
     inject: InjectParams
     hardware: HardwareParams
@@ -423,6 +430,23 @@ class Params:
         pairs = itertools.product(self.datasets, self.texts)
         found = [ClassTexts(dataset, variant, self.texts[variant]) for dataset, variant in pairs]
         return {texts.key: texts for texts in found}
+
+    def treatment(self, variant: str) -> TreatmentParams:
+        """What distinguishes a variant of any kind from the baseline: of a text, the start of its normalised head."""
+        if variant in self.treatments:
+            return self.treatments[variant]
+        guided = {"start": variant if variant in self.texts else "torch", "width": None, "normalise": True}
+        return TreatmentParams(**library_treatment() | (guided if variant != BASELINE else {}))
+
+    def recipe(self, run: Run) -> BackboneParams:
+        """How a run's classifier is trained: as its backbone's is, but for what its treatment has otherwise."""
+        usual = self.backbones[run.backbone]
+        return _treated(usual, self, run.variant, PARAMS_FILE) if run.variant in self.treatments else usual
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Variant -> how tables and figures call it, for treatments."""
+        return {name: treatment.label or name for name, treatment in self.treatments.items()}
 
     def encoder_of(self, key: str) -> str:
         """What the class embeddings of a text variant say they were encoded with."""
@@ -468,10 +492,10 @@ def _read(path: Path) -> Any:
 
 
 def _with_defaults(content: Any, path: Path) -> Any:
-    """A file's content whose backbones and texts have all fields, in which the file's own replace the library's."""
+    """A file's content whose backbones, texts and treatments have all fields, where the file's own replace the library's."""
     if not isinstance(content, dict):
         return content  # refused by the checks that follow, as all that is passed through here
-    backbones, texts = content.get("backbones"), content.get("texts")
+    backbones, texts, treatments = (content.get(name) for name in ("backbones", "texts", "treatments"))
     if isinstance(backbones, dict):
         backbones = {
             name: _with_recipe(str(name), fields, path) if isinstance(fields, dict) else fields
@@ -482,7 +506,11 @@ def _with_defaults(content: Any, path: Path) -> Any:
             name: with_defaults(fields, f"{path} texts.{name}.provider") if isinstance(fields, dict) else fields
             for name, fields in texts.items()
         }
-    whole = {"backbones": backbones, "texts": texts, "hardware": _with_usual_faults(content)}
+    if isinstance(treatments, dict):
+        treatments = {
+            name: library_treatment() | fields if isinstance(fields, dict) else fields for name, fields in treatments.items()
+        }
+    whole = {"backbones": backbones, "texts": texts, "treatments": treatments, "hardware": _with_usual_faults(content)}
     return content | {key: value for key, value in whole.items() if key in content}
 
 
@@ -539,8 +567,8 @@ def lookup(entries: dict[str, Any], kind: str, name: str, where: str) -> Any:
 
 
 def head_file(run: Run) -> Path:
-    """The file that a run's last layer starts from: class embeddings, or the width of a head that no text tells anything."""
-    return Path("embeddings") / f"{run.dataset}-{run.variant}.safetensors"
+    """The file that a run's last layer starts from: its first rows, or only the width of a head that torch starts."""
+    return Path("models") / "heads" / run.dataset / f"{run.variant}.safetensors"
 
 
 def _check_references(params: Params, path: Path) -> None:
@@ -566,9 +594,11 @@ def _check_references(params: Params, path: Path) -> None:
                 f"{path} hardware.models.{name}: faults that stay are in one neuron or weight each: set target to neuron or "
                 "weight, pattern to value and values to 1"
             )
-    known = dict.fromkeys([BASELINE, RANDOM, *params.texts])
+    _check_treatments(params, path)
+    known = dict.fromkeys([BASELINE, RANDOM, *params.texts, *params.treatments])
     for number, variant in enumerate(params.variants):
-        lookup(known, "variant", variant, f"{path} variants.{number}; all but baseline and random are described in texts")
+        where = f"{path} variants.{number}; all but baseline and random are described in texts or treatments"
+        lookup(known, "variant", variant, where)
     for variant in params.figures.colours:
         lookup(known, "variant", variant, f"{path} figures.colours")
     for variant in params.figures.shown:
@@ -597,11 +627,36 @@ def _repeated(values: Iterable[Any]) -> Any:
     return next((value for value, count in Counter(values).items() if count > 1), None)
 
 
+def _check_treatments(params: Params, path: Path) -> None:
+    for name, treatment in params.treatments.items():
+        where = f"{path} treatments.{name}"
+        if name in (BASELINE, RANDOM) or name in params.texts:
+            other = "texts" if name in params.texts else "every grid"
+            raise InvalidParameter(f"{where}: a variant of this name is in {other} already; call it something else")
+        if treatment.start in STARTS and treatment.start in params.texts:
+            raise InvalidParameter(f"{where}.start is {treatment.start!r}, which is a key of texts as well; rename the text")
+        if (text := treatment.text) is not None and text not in params.texts:
+            known = [*STARTS, *params.texts, "shuffled:TEXT", "cosines:TEXT"]
+            raise UnknownName("start", treatment.start, known, f"{where}.start")
+        for usual in params.backbones.values():
+            _treated(usual, params, name, path)
+    known = [BASELINE, RANDOM, *params.texts, *params.labels.values()]
+    if (twice := _repeated(known)) is not None:
+        raise InvalidParameter(f"{path} treatments: two variants are called {twice!r}; change the label of one of them")
+
+
+def _treated(usual: BackboneParams, params: Params, treatment: str, path: Path) -> BackboneParams:
+    fields = asdict(usual) | params.treatments[treatment].recipe
+    return _check(fields, BackboneParams, path, "treatments", treatment, "recipe")
+
+
 def _check_weights(params: Params, path: Path) -> None:
     classifiers = {run.weights_key: run.variant for run in params.runs.values()}
     for name, weights in params.weights.items():
         where = f"{path} weights.{name}"
         variant = lookup(classifiers, "classifier BACKBONE-VARIANT", name, where)
+        if variant in params.treatments:
+            raise InvalidParameter(f"{where}: {variant!r} is a treatment, which is trained here; leave its weights out")
         if weights.source == TORCHVISION:
             if variant != BASELINE:
                 raise InvalidParameter(f"{where}.source is {TORCHVISION!r}, whose networks are baselines, not {variant!r}")

@@ -1,7 +1,7 @@
 """Where the stages leave what is analysed and shown, and readers of it. Each raises InvalidArtifact."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,9 +54,12 @@ def load_results(keys: Iterable[str]) -> dict[str, RunResult]:
     return results
 
 
-def compared_runs(runs: Mapping[str, Run]) -> dict[tuple[str, str, str, str], list[tuple[str, str]]]:
+def compared_runs(
+    runs: Mapping[str, Run], treatments: Collection[str] = ()
+) -> dict[tuple[str, str, str, str], list[tuple[str, str]]]:
     """(data set, backbone, variant, other variant) -> keys of the runs with one seed: each against the baseline where there is
-    one, and text-guided ones against each other, which shows what a text does beyond the rest of the recipe.
+    one, and text-guided ones against each other, which shows what a text does beyond the rest of the recipe. treatments: those
+    among the variants, which are many, and compared with the baseline alone.
     """
     places: dict[tuple[str, str, int], dict[str, str]] = {}
     for key, run in runs.items():
@@ -64,12 +67,14 @@ def compared_runs(runs: Mapping[str, Run]) -> dict[tuple[str, str, str, str], li
     found: dict[tuple[str, str, str, str], list[tuple[str, str]]] = {}
     for (dataset, backbone, _), variants in places.items():
         for first, second in itertools.combinations(sorted(variants, key=lambda variant: variant != BASELINE), 2):
+            if first != BASELINE and (first in treatments or second in treatments):
+                continue
             found.setdefault((dataset, backbone, first, second), []).append((variants[first], variants[second]))
     return found
 
 
-def load_cells(runs: Mapping[str, Run], contrasts: bool = False) -> list[Cell]:
-    """The cells of these runs beside their baselines; contrasts: beside other text-guided ones."""
+def load_cells(runs: Mapping[str, Run], contrasts: bool = False, treatments: Collection[str] = ()) -> list[Cell]:
+    """The cells of these runs beside their baselines; contrasts: beside other text-guided ones, see `compared_runs`."""
     file, cells = CONTRASTS_FILE if contrasts else CELLS_FILE, {}
     with reading(file, "results"):
         for cell in read(file, "results", list[Cell]):
@@ -77,7 +82,7 @@ def load_cells(runs: Mapping[str, Run], contrasts: bool = False) -> list[Cell]:
             if name in cells:
                 raise InvalidArtifact(f"has the cell {'-'.join(name)} twice")
             cells[name] = cell
-        wanted = {name: pairs for name, pairs in compared_runs(runs).items() if (name[2] != BASELINE) == contrasts}
+        wanted = {name: pairs for name, pairs in compared_runs(runs, treatments).items() if (name[2] != BASELINE) == contrasts}
         for name, pairs in wanted.items():
             seeds = [runs[key].seed for _, key in pairs]
             if name not in cells or cells[name].seeds != seeds:

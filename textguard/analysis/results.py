@@ -1,6 +1,7 @@
 """Stage `results`: estimates of every run, of every cell beside its baseline, and the grid's summary."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from textguard.analysis.campaigns import load_campaign
 from textguard.analysis.comparison import Comparison, Side, compare, describe_cell, side_of, with_improvement
@@ -18,23 +19,31 @@ from textguard.analysis.runs import describe_run
 from textguard.analysis.summary import summarise_grid
 from textguard.artifacts import reading, write_json
 from textguard.errors import InvalidArtifact
-from textguard.params import InjectParams, Run, StatisticsParams
+from textguard.params import InjectParams, Run, StatisticsParams, TreatmentParams
 from textguard.schema.results import BASELINE, RunResult
 
+NO_TREATMENTS: Mapping[str, TreatmentParams] = MappingProxyType({})
 
-def write_results(runs: Mapping[str, Run], statistics: StatisticsParams, inject: InjectParams) -> None:
+
+def write_results(
+    runs: Mapping[str, Run],
+    statistics: StatisticsParams,
+    inject: InjectParams,
+    treatments: Mapping[str, TreatmentParams] = NO_TREATMENTS,
+) -> None:
     """Write metrics/results/RUN.json for every run, and metrics/cells.json, contrasts.json, hardware.json and summary.json.
 
-    inject: what the runs' campaigns must have been made with. Raises InvalidArtifact, InvalidParameter.
+    inject: what the runs' campaigns must have been made with. treatments: those among the variants. Raises InvalidArtifact,
+    InvalidParameter.
     """
     sides = {}
     for key, run in runs.items():
-        campaign = load_campaign(key, run, statistics, inject)
-        sides[key] = side_of(run, campaign, describe_run(key, run, campaign, statistics), statistics)
+        campaign = load_campaign(key, run, statistics, inject, treatments)
+        sides[key] = side_of(campaign, describe_run(key, run, campaign, statistics), statistics)
     results = {key: side.result for key, side in sides.items()}
     _check_images(runs, results)
     cells: dict[tuple[str, ...], list[tuple[Side, Side, Comparison]]] = {}
-    for name, pairs in compared_runs(runs).items():
+    for name, pairs in compared_runs(runs, treatments).items():
         for first, second in pairs:
             baseline, own = sides[first], sides[second]
             compared = compare(baseline, own)

@@ -40,7 +40,7 @@ def draw_effects(found: Effects, title: str) -> tuple[Figure, pd.DataFrame]:
     there = ", ".join(words for kind, words in kinds.items() if any(shown.kind == kind for shown in effects))
     trainings = sorted({effect.effect.n for shown in effects for effect in shown.effects})
     note = (
-        f"right is better; filled: the interval leaves no effect out; thick bars: {SECOND:.0%}, thin: {found.confidence:.4g}\n"
+        f"right is better; filled: the interval leaves no effect out; bars: {100 * found.confidence:g}%, thick: {SECOND:.0%}\n"
         f"{there}; {' or '.join(map(str, trainings))} trainings each; no mark: a training saw no damage, or too little is known"
     )
     add_note(figure, note)

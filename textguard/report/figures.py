@@ -53,7 +53,8 @@ def write_figures(results: Sequence[RunResult], cells: Sequence[Cell], params: P
     with matplotlib.rc_context(fname=STYLE):
         for (dataset, backbone), variants in places.items():
             stem, title = f"{dataset}-{backbone}", place_name(dataset, backbone)
-            save_figure(*draw_architecture(variants, title, params), folder / f"architecture-{stem}", dpi)
+            if untreated := [variant for variant in variants if variant.key not in params.treatments]:
+                save_figure(*draw_architecture(untreated, title, params), folder / f"architecture-{stem}", dpi)
             for name, draw in PER_BACKBONE.items():
                 figure, numbers = draw(variants, title)
                 save_figure(figure, numbers, folder / f"{name}-{stem}", dpi)
@@ -74,7 +75,7 @@ def write_figures(results: Sequence[RunResult], cells: Sequence[Cell], params: P
 
 def _styles(params: Params) -> dict[str, Style]:
     """Of all variants; those that figures tell apart get theirs first."""
-    return styles(list(dict.fromkeys([*params.drawn, *params.variants])), params.figures.colours)
+    return styles(list(dict.fromkeys([*params.drawn, *params.variants])), params.figures.colours, params.labels)
 
 
 def _draw_hardware(
@@ -109,7 +110,7 @@ def training_curve(result: RunResult, params: Params) -> pd.DataFrame:
     """One run's epochs, and whose they are. Raises InvalidArtifact."""
     curve = load_training(result.run)
     trained = f"{result.backbone}-{result.variant}" not in params.weights
-    epochs = params.backbones[result.backbone].epochs if trained else 0
+    epochs = params.recipe(params.runs[result.run]).epochs if trained else 0
     if curve["epoch"].to_list() != list(range(1, epochs + 1)):
         raise InvalidArtifact(
             f"{RUNS_DIR / result.run / 'training.csv'} does not hold the epochs 1 to {epochs}, as many as params.yaml "

@@ -24,6 +24,7 @@ from textguard.report.published import load_published
 from textguard.report.rendering import Table, show_estimate
 from textguard.report.tables import in_unit, judged, tables_of
 from textguard.report.theme import place_name, variant_name
+from textguard.report.variants import labelled
 from textguard.schema.campaign import skip_reasons
 from textguard.schema.effects import Effects
 from textguard.schema.results import BASELINE, MEASURES, ONE_TRAINING, PLACES, PROPOSED, Cell, RunResult
@@ -131,7 +132,7 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
 
     compared: the name of another state of the grid, and the gate's table of both.
     """
-    cells, runs = load_cells(params.runs), load_results(params.runs)
+    cells, runs = labelled(load_cells(params.runs), params.labels), load_results(params.runs)
     grid = "default" if params.root == "." else Path.cwd().name
     found, tables = load_effects(), {table.name: table for table in tables_of(params)}
     parts = [part for part in PARTS if part[0] != "effects" or found]

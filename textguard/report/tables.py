@@ -12,6 +12,7 @@ from textguard.report.hardware_tables import error_rate_table, fault_model_table
 from textguard.report.published import Finding, Published, audit, differences, load_published
 from textguard.report.recipe_table import Fields, recipe_table
 from textguard.report.rendering import Judged, Table, show_number
+from textguard.report.variants import labelled
 from textguard.schema.closeup import Cam, CloseUp, NoCam, WorstShift
 from textguard.schema.results import (
     BASELINE,
@@ -44,13 +45,15 @@ class UnderDetector:
 
 def tables_of(params: Params) -> list[Table]:
     """All tables of the grid in the current folder, from its stored results. Raises InvalidArtifact."""
-    cells, contrasts = load_cells(params.runs), load_cells(params.runs, contrasts=True)
-    runs = load_results(params.runs)
+    cells = labelled(load_cells(params.runs), params.labels)
+    contrasts = load_cells(params.runs, contrasts=True, treatments=params.treatments)
+    found = load_results(params.runs)
+    runs = dict(zip(found, labelled(found.values(), params.labels), strict=True))
     sources = {key: dataset.source for key, dataset in params.datasets.items()}
     recipes = {name: {"recipe": trained.recipe, **asdict(trained)} for name, trained in params.backbones.items()}
     closeups = {key: load_closeup(key) for key in params.looked_at}
     tables = make_tables(cells, contrasts, runs, params.main_dataset, sources, recipes, library_recipes(params), closeups)
-    hardware, note = load_hardware_cells(params.runs), _note(runs.values())
+    hardware, note = labelled(load_hardware_cells(params.runs), params.labels), _note(runs.values())
     others = [
         effects_table(load_effects()),
         fault_model_table(hardware, cells, note),

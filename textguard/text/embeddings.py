@@ -158,13 +158,13 @@ def save_class_embeddings(path: Path, embeddings: ClassEmbeddings) -> None:
     write_safetensors(path, {"class_embeddings": embeddings.matrix}, {"provenance": provenance})
 
 
-def load_class_embeddings(path: Path, dataset: str, classes: list[str]) -> ClassEmbeddings:
-    """Read embeddings made for this data set and these classes, in this order.
+def load_class_embeddings(path: Path, dataset: str, classes: list[str], made_by: str = "embeddings") -> ClassEmbeddings:
+    """Read embeddings made for this data set and these classes, in this order, from a file that stage `made_by` writes.
 
     Raises InvalidArtifact for a damaged file, InvalidEmbeddings for one of another data set, another class order, a wrong
     shape, NaN, zero rows, or rows that are not of length 1 where they should be.
     """
-    tensors, metadata = read_safetensors(path, "embeddings")
+    tensors, metadata = read_safetensors(path, made_by)
     try:
         matrix = tensors["class_embeddings"]
         described = parse_json(metadata["provenance"])
@@ -173,7 +173,7 @@ def load_class_embeddings(path: Path, dataset: str, classes: list[str]) -> Class
         if any(type(getattr(found, name)) is not kind for name, kind in PROVENANCE.items()):
             raise TypeError("a value of another type")
     except (KeyError, TypeError, AttributeError, InvalidArtifact, ValueError, RecursionError) as error:
-        raise InvalidEmbeddings(f"{path} holds no class embeddings; stage 'embeddings' writes it") from error
+        raise InvalidEmbeddings(f"{path} holds no class embeddings; stage {made_by!r} writes it") from error
     remedy = "delete it and run 'dvc repro'"
     if found.dataset != dataset:
         raise InvalidEmbeddings(f"{path} was made for data set {found.dataset!r}, not {dataset!r}; {remedy}")
@@ -213,38 +213,49 @@ def load_text_features(path: Path, classes: list[str]) -> Tensor:
         raise InvalidEmbeddings(f"{path}: {error}; change params.yaml texts.*.cache") from error
 
 
-def save_width(path: Path, dataset: str, classes: list[str], width: int) -> None:
-    """Write what a head that no text tells anything starts from: its width E, 0 for none, and the classes."""
-    write_safetensors(path, {}, {"head": json.dumps({"dataset": dataset, "classes": classes, "width": width})})
+def save_width(path: Path, dataset: str, classes: list[str], width: int, rows: Tensor | None = None) -> None:
+    """Write what a head that is no text's starts from: its width E, 0 for none, its classes, and its rows where it has some.
 
-
-def load_head(path: Path, dataset: str, classes: list[str], encoder: str = "") -> tuple[int, Tensor | None]:
-    """Width E and first weights of a head for this data set and these classes, from a file of either kind.
-
-    Returns (0, None) for no text-guided head, (E, None) for one that starts at random, (E, float32 [C, E]) for one that starts
-    from class embeddings. encoder: which these must come from, where that is known. Raises InvalidArtifact, InvalidEmbeddings.
+    rows: float32 [C, E], the head's first weights; None for those that torch draws.
     """
-    # Which of two stages writes the file, the name says: it may be missing.
-    most = {f"{dataset}-baseline": 0, f"{dataset}-random": LARGEST_WIDTH}.get(path.stem)
-    made_by = "embeddings" if most is None else "heads"
-    _, metadata = read_safetensors(path, made_by)
-    if most is None and "head" not in metadata:
-        found = load_class_embeddings(path, dataset, classes)
+    tensors = {} if rows is None else {"class_embeddings": rows}
+    write_safetensors(path, tensors, {"head": json.dumps({"dataset": dataset, "classes": classes, "width": width})})
+
+
+def load_head(
+    path: Path, dataset: str, classes: list[str], start: str, *, latent: bool = True, encoder: str = ""
+) -> tuple[int, Tensor | None]:
+    """Width E and first weights of a head for this data set and these classes, as stage `heads` writes them.
+
+    start: what the file must hold: `text`, class embeddings; `rows`, others; `torch`, a width alone, which is 0 unless latent.
+    encoder: which class embeddings must come from, where that is known. Returns (0, None) for no head behind a latent layer,
+    (E, None) for one that torch starts, (E, float32 [C, E]) for one that starts from rows. Raises InvalidArtifact,
+    InvalidEmbeddings.
+    """
+    tensors, metadata = read_safetensors(path, "heads")
+    if start == "text" and "head" not in metadata:
+        found = load_class_embeddings(path, dataset, classes, "heads")
         if encoder and found.encoder != encoder:
             said = f"{path} comes from encoder {printable(found.encoder, 100)!r}, and params.yaml names {encoder!r}"
             raise InvalidEmbeddings(f"{said}; delete it and run 'dvc repro'")
         return found.width, found.matrix
-    with reading(path, made_by):
+    least, most = (1, LARGEST_WIDTH) if latent else (0, 0)
+    with reading(path, "heads"):
         if "head" not in metadata:
             raise InvalidArtifact("does not state the width of a head")
         stated = parse_json(metadata["head"])
         if (stated["dataset"], stated["classes"]) != (dataset, classes):
             raise InvalidArtifact(f"was made for other classes, of data set {stated['dataset']!r}")
-        if most is None:
+        if start == "text":
             raise InvalidArtifact("states the width of a head, and holds no class embeddings to start it from")
-        width, least = stated["width"], min(1, most)
+        width = stated["width"]
         if type(width) is not int or not least <= width <= most:
             raise InvalidArtifact(
                 f"states the width {printable(str(width), 60)}; it must be a whole number from {least} to {most}"
             )
-        return width, None
+        if start == "torch":
+            return width, None
+        rows = tensors.get("class_embeddings")
+        if rows is None or rows.dtype != torch.float32 or rows.shape != (len(classes), width) or not torch.isfinite(rows).all():
+            raise InvalidArtifact(f"holds no {len(classes)} finite float32 rows of {width} numbers to start a head from")
+        return width, rows
