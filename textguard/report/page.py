@@ -227,7 +227,7 @@ def _not_shown(params: Params) -> list[str]:
     if left:
         remarks.append(
             f"Figures that tell variants apart show {len(params.drawn)} of the {len(params.variants)}: "
-            f"{', '.join(map(variant_name, params.drawn))}. Tables hold all; figures.shown of params.yaml names those drawn."
+            f"{', '.join(variant_name(variant, params.labels) for variant in params.drawn)}. Tables hold all; figures.shown of params.yaml names those drawn."
         )
     if not params.closeup.images:
         remarks.append("Where the classifiers look is not shown: closeup.images of params.yaml is 0.")
