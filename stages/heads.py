@@ -7,47 +7,43 @@ from torch import Tensor
 
 from textguard.artifacts import read_classes
 from textguard.errors import InvalidEmbeddings
-from textguard.params import Params
-from textguard.text.embeddings import load_class_embeddings, save_width
+from textguard.params import Params, TreatmentParams
+from textguard.text.embeddings import ClassEmbeddings, load_class_embeddings, save_width
 from textguard.text.encoders import encoder_width
 from textguard.text.starts import start_rows
 
 
 def main(params: Params, dataset: str) -> None:
-    classes = read_classes(Path("data") / dataset / "classes.json")
-    folder = Path("models") / "heads" / dataset
+    classes, folder = read_classes(Path("data") / dataset / "classes.json"), Path("models") / "heads" / dataset
+    treatments = {variant: params.treatment(variant) for variant in params.variants}
+    sources = {
+        treatment.text: Path("embeddings") / f"{dataset}-{treatment.text}.safetensors" for treatment in treatments.values()
+    }
+    texts = {text: load_class_embeddings(file, dataset, classes) for text, file in sources.items()}
+    starts = {
+        variant: _start(treatment, classes, texts.get(treatment.text), params.encoder, f"params.yaml treatments.{variant}")
+        for variant, treatment in treatments.items()
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    for variant in params.variants:
+    for variant, (width, rows) in starts.items():
         file = folder / f"{variant}.safetensors"
         if variant in params.texts:
-            _copy(embedded(dataset, variant), file, dataset, classes)
+            shutil.copyfile(sources[variant], file)  # with where it comes from
         else:
-            _save(params, variant, file, dataset, classes)
+            save_width(file, dataset, classes, width, rows)
 
 
-def embedded(dataset: str, text: str) -> Path:
-    """The file of a text's class embeddings."""
-    return Path("embeddings") / f"{dataset}-{text}.safetensors"
-
-
-def _copy(source: Path, file: Path, dataset: str, classes: list[str]) -> None:
-    load_class_embeddings(source, dataset, classes)
-    shutil.copyfile(source, file)
-
-
-def _save(params: Params, variant: str, file: Path, dataset: str, classes: list[str]) -> None:
-    treatment, rows = params.treatment(variant), None
-    text = load_class_embeddings(embedded(dataset, treatment.text), dataset, classes) if treatment.text else None
+def _start(
+    treatment: TreatmentParams, classes: list[str], text: ClassEmbeddings | None, encoder: str, where: str
+) -> tuple[int, Tensor | None]:
+    """Width E of a head, 0 for none, and its first rows [C, E]; None for those that torch draws. Raises InvalidEmbeddings."""
     width = treatment.width
     if width is None:
-        width = text.width if text else encoder_width(params.encoder)
-    if treatment.start != "torch":
-        rows = _rows(treatment.start, classes, width, text.matrix if text else None, treatment.start_seed, variant)
-    save_width(file, dataset, classes, width, rows)
-
-
-def _rows(start: str, classes: list[str], width: int, text: Tensor | None, seed: int, variant: str) -> Tensor:
+        width = text.width if text else encoder_width(encoder)
+    if treatment.start == "torch":
+        return width, None
     try:
-        return start_rows(start, len(classes), width, text, seed)
+        rows = start_rows(treatment.start, len(classes), width, text.matrix if text else None, treatment.start_seed)
     except InvalidEmbeddings as error:
-        raise InvalidEmbeddings(f"params.yaml treatments.{variant}: {error}") from error
+        raise InvalidEmbeddings(f"{where}: {error}") from error
+    return width, rows

@@ -28,6 +28,7 @@ from textguard.artifacts import write_safetensors
 from textguard.text.embeddings import ClassEmbeddings, EmbeddingOptions, save_class_embeddings
 
 MODEL, RUN, RECORDS = f"models/{BASELINE}.safetensors", f"metrics/runs/{BASELINE}", f"metrics/records/{BASELINE}"
+HEAD, GUIDED_HEAD = (f"models/heads/digits/{variant}.safetensors" for variant in ("baseline", "descriptions"))
 EMBEDDINGS, QUESTIONS = f"embeddings/{TEXT}.safetensors", f"prompts/texts/{TEXT}/questions.jsonl"
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 WIDTH = 16  # of the class embeddings
@@ -139,7 +140,8 @@ def finished_grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
         code, lines = grid.run(*stage.split())
         assert code == 0, "\n".join(lines[-4:])
     grid.change("variants", ["baseline", "descriptions"])  # of which the second never ran
-    save_class_embeddings(grid.folder / EMBEDDINGS, embeddings())
+    for name in (EMBEDDINGS, GUIDED_HEAD):
+        save_class_embeddings(grid.folder / name, embeddings())
     texts = {"vectors": torch.ones(20, WIDTH), "rows": torch.arange(20)}
     write_safetensors(grid.folder / f"embeddings/{TEXT}.texts.safetensors", texts)
     return grid.folder

@@ -263,10 +263,10 @@ def test_the_file_of_weights_is_known_from_their_source(grid):
 
 def test_a_campaign_can_be_run_without_training(grid, tmp_path):
     """The stage writes what the others read: a model with the run's spec, and a curve without points."""
-    params = grid()
+    params = grid(variants=["baseline", "random"])
     for stage in (data, heads):
         stage.main(params, "digits")
-    shutil.copy("embeddings/digits-random.safetensors", "embeddings/digits-descriptions.safetensors")
+    shutil.copy("models/heads/digits/random.safetensors", "models/heads/digits/descriptions.safetensors")
     classes = tuple(read_classes(Path("data/digits/classes.json")))
     for name, spec, width in ((BASELINE_WEIGHTS, BASELINE, 0), (GUIDED_WEIGHTS, GUIDED, 12)):
         model, key = network(replace(spec, classes=classes), width), f"digits-{name}-0"
@@ -293,6 +293,7 @@ def test_training_starts_from_published_text_features(grid, tmp_path, monkeypatc
     data.main(params, "digits")
     for stage in (prompts, responses, embeddings):
         stage.main(params, "digits-descriptions")
+    heads.main(params, "digits")
     starts = []
     monkeypatch.setattr(train, "train", lambda model, *_, **__: starts.append(model.head.weight.detach().clone()) or [])
     train.main(params, f"digits-{GUIDED_WEIGHTS}-0")

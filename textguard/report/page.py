@@ -44,6 +44,7 @@ TABLES = {
     "attention": "Where the classifiers look, with faults",
     "audit": "What is published, against itself",
     "recipes": "Recipes",
+    "treatments": "Treatments: what variants have otherwise",
 }
 # Stem of a figure's file -> what it shows, in the order of the page.
 FIGURES = {
@@ -223,11 +224,11 @@ def _remarks(cells: Sequence[Cell], runs: Mapping[str, RunResult]) -> list[str]:
 
 def _not_shown(params: Params) -> list[str]:
     """What the figures leave out."""
-    remarks, left = [], [variant for variant in params.variants if variant not in params.drawn]
-    if left:
+    remarks, shown = [], ", ".join(params.labels.get(variant, variant_name(variant)) for variant in params.drawn)
+    if len(params.drawn) < len(params.variants):
         remarks.append(
-            f"Figures that tell variants apart show {len(params.drawn)} of the {len(params.variants)}: "
-            f"{', '.join(variant_name(variant, params.labels) for variant in params.drawn)}. Tables hold all; figures.shown of params.yaml names those drawn."
+            f"Figures that tell variants apart show {len(params.drawn)} of the {len(params.variants)}: {shown}. "
+            "Tables hold all; figures.shown of params.yaml names those that are drawn."
         )
     if not params.closeup.images:
         remarks.append("Where the classifiers look is not shown: closeup.images of params.yaml is 0.")

@@ -1,5 +1,6 @@
 """Tables 1, 2 and 3 beside the published numbers, each of ours with its interval; an audit of what is published; and more."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ from textguard.params import Params, library_recipes
 from textguard.report.effect_tables import effects_table
 from textguard.report.hardware_tables import error_rate_table, fault_model_table
 from textguard.report.published import Finding, Published, audit, differences, load_published
-from textguard.report.recipe_table import Fields, recipe_table
+from textguard.report.recipe_table import Fields, recipe_table, treatment_table
 from textguard.report.rendering import Judged, Table, show_number
 from textguard.report.variants import labelled
 from textguard.schema.closeup import Cam, CloseUp, NoCam, WorstShift
@@ -51,11 +52,17 @@ def tables_of(params: Params) -> list[Table]:
     runs = dict(zip(found, labelled(found.values(), params.labels), strict=True))
     sources = {key: dataset.source for key, dataset in params.datasets.items()}
     recipes = {name: {"recipe": trained.recipe, **asdict(trained)} for name, trained in params.backbones.items()}
+    library = library_recipes(params)
+    for name, (variant, treatment) in itertools.product(params.backbones, params.treatments.items()):
+        if treatment.recipe:
+            other = f"{name} ({params.labels[variant]})"
+            recipes[other], library[other] = recipes[name] | treatment.recipe, library[name]
     closeups = {key: load_closeup(key) for key in params.looked_at}
-    tables = make_tables(cells, contrasts, runs, params.main_dataset, sources, recipes, library_recipes(params), closeups)
+    tables = make_tables(cells, contrasts, runs, params.main_dataset, sources, recipes, library, closeups)
     hardware, note = labelled(load_hardware_cells(params.runs), params.labels), _note(runs.values())
     others = [
         effects_table(load_effects()),
+        treatment_table({params.labels[name]: treatment.differing for name, treatment in params.treatments.items()}),
         fault_model_table(hardware, cells, note),
         error_rate_table(hardware, {key: load_hardware(key) for key in params.runs}, note),
     ]

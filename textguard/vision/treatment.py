@@ -65,6 +65,13 @@ class Treatment:
         return text if text and kind in FROM_TEXT else self.start
 
     @property
+    def differing(self) -> dict[str, Any]:
+        """The fields that are not as a baseline has them; those of the recipe as recipe.FIELD."""
+        found = {name: value for name, value in asdict(self).items() if name not in ("label", "recipe")}
+        found = {name: value for name, value in found.items() if value != library_treatment()[name]}
+        return found | {f"recipe.{name}": value for name, value in self.recipe.items()}
+
+    @property
     def in_training(self) -> dict[str, Any]:
         """The fields that decide what a training comes to, beside the head's first weights and the recipe."""
         return {name: value for name, value in asdict(self).items() if name not in ELSEWHERE}
