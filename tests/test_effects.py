@@ -1,16 +1,23 @@
 """Effects of single changes and of a design's factors: known ones are found again, in pairs of trainings, and said in words."""
 
 import itertools
+import json
 import math
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from conftest import REPOSITORY
+from stages import effects as stage
+from textguard import strict_yaml
 from textguard.analysis.effects import contrast, estimate_effects, factorial
+from textguard.errors import InvalidArtifact, TextguardError
 from textguard.estimates.factorial import aliases_of
 from textguard.estimates.statistics import Estimate
-from textguard.params import EffectsParams
+from textguard.params import EffectsParams, load_params
 from textguard.report.effect_figures import draw_effects
 from textguard.report.effect_tables import effects_table, sentences
 from textguard.report.rendering import as_markdown
@@ -160,7 +167,7 @@ def test_sentences_and_table_say_what_was_found():
     found = whole()
     first, second, *rest = sentences(found)
     assert first.startswith("smoother labels (v1 against v0): DeltaLoss 3.")
-    assert "times less; SDC 1.00" in first
+    assert "times less; SDC cannot be told: 1.00" in first
     assert first.endswith("(4 trainings).")
     assert "DeltaLoss cannot be told: 1.0" in second
     assert any(sentence.startswith("recipe.label_smoothing (0.1 instead of 0.0)") for sentence in rest)
@@ -180,3 +187,83 @@ def test_the_figure_has_a_row_per_effect_and_marks_what_can_be_told():
     assert axes.get_xscale() == "log"
     assert figure.axes[2].get_xscale() == "linear"
     assert len(numbers) == 9 * 7
+
+
+def smoke(tmp_path, **changes):
+    """The smoke grid's params.yaml with other sections, in a folder of its own."""
+    content = strict_yaml.parse((REPOSITORY / "grids/smoke/params.yaml").read_text(encoding="utf-8"))
+    for name, changed in changes.items():
+        content[name] = content[name] | changed if isinstance(changed, dict) else changed
+    (tmp_path / "params.yaml").write_text(json.dumps(content), encoding="utf-8")
+    return tmp_path / "params.yaml"
+
+
+ARMS = {f"{n}{s}": {"width": 8, "normalise": bool(n), "recipe": {"label_smoothing": s / 10}} for n in (0, 1) for s in (0, 1)}
+FACTORS = {"normalise": [False, True], "recipe.label_smoothing": [0.0, 0.1]}
+
+
+@pytest.mark.parametrize(
+    ("effects", "said"),
+    [
+        ({"contrasts": {"x": ["descriptions", "smoothed"]}}, "variant 'smoothed' in"),
+        ({"contrasts": {"x": ["baseline", "baseline"]}}, "sets 'baseline' against itself"),
+        ({"factors": FACTORS}, "belong together"),
+        ({"factors": FACTORS, "design": ["00", "baseline"]}, "treatment 'baseline' in"),
+        ({"factors": {"normalise": [True, True]}, "design": ["00"]}, "has true as both levels"),
+        ({"factors": {"recipe.epochs": [1, 2]}, "design": ["00"]}, "has no field 'recipe.epochs'"),
+        (
+            {"factors": {"normalise": [False, 1]}, "design": ["00", "10"]},
+            "normalise is true, and effects.factors allows false or 1",
+        ),
+        ({"factors": {"normalise": [False, True]}, "design": ["00", "01", "10"]}, "'normalise' is not balanced: 2 variants"),
+        ({"factors": FACTORS, "design": ["00", "11"]}, "are not orthogonal"),
+        ({"factors": FACTORS, "design": list(ARMS)}, "its 4 trainings leave none to estimate the spread from"),
+    ],
+)
+def test_a_mistake_in_the_effects_is_one_line(tmp_path, effects, said):
+    variants = ["baseline", "descriptions", *ARMS]
+    with pytest.raises(TextguardError) as found:
+        load_params(smoke(tmp_path, variants=variants, treatments=ARMS, effects=effects))
+    assert said in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+def test_a_design_that_tells_its_factors_passes(tmp_path):
+    params = {"variants": ["baseline", *ARMS], "treatments": ARMS, "seeds": [0, 1]}
+    assert load_params(smoke(tmp_path, **params, effects={"factors": FACTORS, "design": list(ARMS)})).effects.factors == FACTORS
+
+
+def test_the_stage_writes_what_tables_figures_and_the_page_read(tmp_path, monkeypatch):
+    from textguard.report.page import read_revision, write_page
+    from textguard.report.tables import tables_of
+
+    for name in ("metrics", "plots"):
+        shutil.copytree(REPOSITORY / "grids/smoke" / name, tmp_path / name)
+    (tmp_path / "prompts/texts/digits-descriptions").mkdir(parents=True)
+    answer = {"class_name": "0", "text": "a ring", "provider": "replay", "model": None}
+    (tmp_path / "prompts/texts/digits-descriptions/responses.jsonl").write_text(json.dumps(answer) + "\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    asked = {"effects": {"contrasts": {"text <guided>": ["descriptions", "baseline"]}}, "closeup": {"images": 0}}
+    params = load_params(smoke(tmp_path, **asked, root=str(REPOSITORY)))
+    stage.main(params)
+    (table,) = (table for table in tables_of(params) if table.name == "effects")
+    assert "text <guided> (descriptions against baseline): DeltaLoss of this one training: " in table.caption
+    shutil.copy(next(Path("plots/figures").glob("delta_loss-*.png")), "plots/figures/effects-digits-resnet18.png")
+    write_page(Path("page.html"), params, read_revision())
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert "What makes it resilient?" in page
+    assert "<li>text &lt;guided&gt; (descriptions against baseline): DeltaLoss" in page
+    assert "closeup.images of params.yaml is 0" in page
+    with pytest.raises(InvalidArtifact, match="does not have the contrasts"):
+        tables_of(load_params(smoke(tmp_path, effects={"contrasts": {"other": ["descriptions", "baseline"]}})))
+    assert "effects" not in [found.name for found in tables_of(load_params(smoke(tmp_path)))]
+
+
+def test_a_grid_of_many_variants_draws_those_that_it_names(tmp_path):
+    params = {"variants": ["baseline", *(f"v{number}" for number in range(12))], "treatments": {}}
+    params["treatments"] = {name: {"logit_penalty": 0.01} for name in params["variants"][1:]}
+    assert load_params(smoke(tmp_path, **params)).drawn == params["variants"][:8]
+    shown = load_params(smoke(tmp_path, **params, figures={"shown": ["v9", "v3"]}))
+    assert shown.drawn == ["baseline", "v3", "v9"]
+    with pytest.raises(TextguardError, match=r"figures\.shown"):
+        load_params(smoke(tmp_path, **params, figures={"shown": ["v12"]}))

@@ -9,7 +9,7 @@ import pandas as pd
 
 from textguard.artifacts import read_csv, read_ranges, reading
 from textguard.errors import InvalidArtifact
-from textguard.params import Run
+from textguard.params import Params, Run
 from textguard.schema.base import read
 from textguard.schema.closeup import Cam, CloseUp
 from textguard.schema.effects import Effects
@@ -92,9 +92,21 @@ def load_cells(runs: Mapping[str, Run], contrasts: bool = False, treatments: Col
     return [cells[name] for name in wanted]
 
 
-def load_effects() -> list[Effects]:
-    """What stage effects says of each backbone on each data set."""
-    return read(EFFECTS_FILE, "effects", list[Effects])
+def load_effects(params: Params) -> list[Effects]:
+    """What stage effects says of each backbone on each data set; nothing where params.yaml asks for no effects."""
+    wanted = params.effects
+    if not (wanted.contrasts or wanted.design):
+        return []
+    found = read(EFFECTS_FILE, "effects", list[Effects])
+    with reading(EFFECTS_FILE, "effects"):
+        if [(each.dataset, each.backbone) for each in found] != list(itertools.product(params.datasets, params.backbones)):
+            raise InvalidArtifact("is not of the data sets and backbones that params.yaml asks for")
+        for each in found:
+            contrasts = {contrast.name: [contrast.variant, contrast.against] for contrast in each.contrasts}
+            design = (each.factorial.factors, each.factorial.variants) if each.factorial else ({}, [])
+            if contrasts != wanted.contrasts or design != (wanted.factors, wanted.design):
+                raise InvalidArtifact("does not have the contrasts and the design that params.yaml asks for")
+    return found
 
 
 def load_hardware(key: str) -> Hardware:

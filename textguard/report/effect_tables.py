@@ -10,6 +10,7 @@ from textguard.estimates.statistics import Estimate
 from textguard.report.rendering import Judged, Table, show_estimate, show_number
 from textguard.report.theme import place_name
 from textguard.schema.effects import OUTCOMES, SECOND, Effect, Effects, FactorEffect
+from textguard.schema.results import ONE_TRAINING
 
 SPOKEN = (("delta_loss", "overall"), ("sdc", "overall"), ("top1", "all"))  # what sentences tell, and the figure shows
 MEASURES = {"delta_loss": "DeltaLoss", "sdc": "SDC", "top1": "top-1"}
@@ -117,14 +118,14 @@ def _part(effect: Effect) -> str:
         bound = f", {show_estimate(estimate)} times less by the means" if bounded else ""
         return f"{name} cannot be told, for {effect.zeros} of the trainings saw none{bound}"
     if effect.measure == "top1":
-        words, interval, no_effect, unit = f"{estimate.value:+.2f}", _interval(estimate, "{:+.2f}"), 0.0, " points"
+        words, interval, unit = f"{estimate.value:+.2f}", _interval(estimate, "{:+.2f}"), " points"
     elif estimate.value < 1:
         more = Estimate(1 / estimate.value, _inverse(estimate.high), _inverse(estimate.low), estimate.n)
-        words, interval, no_effect, unit = show_number(more.value), _interval(more), 1.0, " times more"
+        words, interval, unit = show_number(more.value), _interval(more), " times more"
     else:
-        words, interval, no_effect, unit = show_number(estimate.value), _interval(estimate), 1.0, " times less"
-    told = estimate.low > no_effect or estimate.high < no_effect
-    return f"{name} {'' if told or not interval else 'cannot be told: '}{words}{interval}{unit}"
+        words, interval, unit = show_number(estimate.value), _interval(estimate), " times less"
+    said = {"better": "", "worse": "", ONE_TRAINING: " of this one training:"}.get(effect.verdict, " cannot be told:")
+    return f"{name}{said} {words}{interval}{unit}"
 
 
 def _interval(estimate: Estimate, form: str = "") -> str:

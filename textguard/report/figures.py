@@ -63,7 +63,7 @@ def write_figures(results: Sequence[RunResult], cells: Sequence[Cell], params: P
             _draw_hardware(variants, cells, params, folder, (dataset, backbone))
         everything = [variant for variants in places.values() for variant in variants]
         save_figure(*draw_tradeoff(everything), folder / "tradeoff", dpi)
-        for found in load_effects():
+        for found in load_effects(params):
             place = found.dataset, found.backbone
             save_figure(*draw_effects(found, place_name(*place)), folder / f"effects-{'-'.join(place)}", dpi)
         if cells:

@@ -135,7 +135,7 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
     """
     cells, runs = labelled(load_cells(params.runs), params.labels), load_results(params.runs)
     grid = "default" if params.root == "." else Path.cwd().name
-    found, tables = load_effects(), {table.name: table for table in tables_of(params)}
+    found, tables = load_effects(params), {table.name: table for table in tables_of(params)}
     parts = [part for part in PARTS if part[0] != "effects" or found]
     content = render(
         "page.html",
@@ -224,7 +224,7 @@ def _remarks(cells: Sequence[Cell], runs: Mapping[str, RunResult]) -> list[str]:
 
 def _not_shown(params: Params) -> list[str]:
     """What the figures leave out."""
-    remarks, shown = [], ", ".join(params.labels.get(variant, variant_name(variant)) for variant in params.drawn)
+    remarks, shown = [], ", ".join(variant_name(variant, params.labels) for variant in params.drawn)
     if len(params.drawn) < len(params.variants):
         remarks.append(
             f"Figures that tell variants apart show {len(params.drawn)} of the {len(params.variants)}: {shown}. "

@@ -61,7 +61,7 @@ def tables_of(params: Params) -> list[Table]:
     tables = make_tables(cells, contrasts, runs, params.main_dataset, sources, recipes, library, closeups)
     hardware, note = labelled(load_hardware_cells(params.runs), params.labels), _note(runs.values())
     others = [
-        effects_table(load_effects()),
+        effects_table(load_effects(params)),
         treatment_table({params.labels[name]: treatment.differing for name, treatment in params.treatments.items()}),
         fault_model_table(hardware, cells, note),
         error_rate_table(hardware, {key: load_hardware(key) for key in params.runs}, note),
