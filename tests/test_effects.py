@@ -104,6 +104,17 @@ def test_a_design_finds_main_effects_and_interactions_again():
     assert hits[1].sum() < 178  # of 180: intervals that always hold are too wide
 
 
+def test_a_factor_is_known_no_better_than_the_injections_behind_it():
+    levels = np.array([[-1], [1]])
+    runs = {(f"v{number}", seed): run_with(1.0 + number) for number in (0, 1) for seed in range(4)}
+    fitted = factorial(runs, design_of(levels), range(4), levels)
+    # Each of eight equal trainings is known to a thousandth of itself, at 99 %: effects are so too, and not exact.
+    effect = at(fitted.effects[0].effects).effect
+    assert effect.value == pytest.approx(0.5)
+    assert 1e-4 < effect.high / effect.value - 1 < 2e-3
+    assert [fit.explained for fit in fitted.fits if fit.measure == "sdc"] == [pytest.approx(math.nan, nan_ok=True)] * 3
+
+
 def test_effects_that_share_a_column_are_named():
     levels = half_fraction(3)
     assert aliases_of(levels) == {(0,): [(1, 2)], (1,): [(0, 2)], (2,): [(0, 1)]}

@@ -133,17 +133,23 @@ class Fitted:
     explained: float
 
 
-def fit_columns(columns: np.ndarray, blocks: np.ndarray, outcome: np.ndarray) -> Fitted:
-    """Ordinary least squares of an outcome [N] on columns [N, K], with a mean for each block; blocks: int [N]."""
+def fit_columns(columns: np.ndarray, blocks: np.ndarray, outcome: np.ndarray, known: np.ndarray) -> Fitted:
+    """Ordinary least squares of an outcome [N] on columns [N, K], with a mean for each block; blocks: int [N].
+
+    known: float [N], the standard error of each outcome by itself, as of the injections behind it. No coefficient's error is
+    smaller than these make it: trainings may agree by chance.
+    """
     # A second to import, which nobody needs who has no design.
     from statsmodels.regression.linear_model import OLS
 
     means = (blocks[:, None] == np.unique(blocks)).astype(float)
-    done = OLS(outcome, np.column_stack([means, columns])).fit()
-    own = slice(means.shape[1], None)
-    spread, total = math.sqrt(done.mse_resid), float(((outcome - outcome.mean()) ** 2).sum())
-    explained = 1 - float(done.ssr) / total if total > 0 else math.nan
-    return Fitted(np.asarray(done.params)[own], np.asarray(done.bse)[own], int(done.df_resid), spread, explained)
+    matrix, own = np.column_stack([means, columns]), slice(means.shape[1], None)
+    done = OLS(outcome, matrix).fit()
+    errors = np.maximum(done.bse, np.sqrt(np.linalg.pinv(matrix) ** 2 @ known**2))
+    varies = float(np.ptp(outcome)) > 1e-9 * float(np.abs(outcome).max())  # or all that is left is rounding
+    total = float(((outcome - outcome.mean()) ** 2).sum())
+    explained = min(1.0, max(0.0, 1 - float(done.ssr) / total)) if varies else math.nan
+    return Fitted(np.asarray(done.params)[own], errors[own], int(done.df_resid), math.sqrt(done.mse_resid), explained)
 
 
 def factorial(runs: Runs, wanted: EffectsParams, seeds: Sequence[int], levels: np.ndarray) -> Factorial:
@@ -157,14 +163,15 @@ def factorial(runs: Runs, wanted: EffectsParams, seeds: Sequence[int], levels: n
     effects: dict[Term, list[Effect]] = {term: [] for term in aliases}
     fits = []
     for measure, place in OUTCOMES:
-        values = np.array(
-            [100 * run.top1.value if measure == "top1" else _outcome(run, measure, place).value for run in members]
-        )
+        found = [run.top1.times(100) if measure == "top1" else _outcome(run, measure, place) for run in members]
+        values = np.array([estimate.value for estimate in found])
         usable = np.isfinite(values) & ((values > 0) | (measure == "top1"))
         zeros, fitted = int((~usable).sum()), None
         if not zeros:
             # Damage that shrinks is an effect above 0, that is, above one time.
-            fitted = fit_columns(columns, blocks, values if measure == "top1" else -np.log(values))
+            outcome = values if measure == "top1" else -np.log(values)
+            known = np.array([_known(estimate, measure, confidence) for estimate in found])
+            fitted = fit_columns(columns, blocks, outcome, known)
             fits.append(
                 Fit(
                     measure=measure,
@@ -182,7 +189,7 @@ def factorial(runs: Runs, wanted: EffectsParams, seeds: Sequence[int], levels: n
                 _of_coefficient(fitted, number, factor, show, level, len(members)) for level in (confidence, SECOND)
             )
             effects[term].append(_effect(measure, place, first, second, confidence, zeros, len(members)))
-    found = [
+    described = [
         FactorEffect(
             factors=[names[place] for place in term],
             aliases=[[names[place] for place in other] for other in aliases[term]],
@@ -190,7 +197,18 @@ def factorial(runs: Runs, wanted: EffectsParams, seeds: Sequence[int], levels: n
         )
         for term in aliases
     ]
-    return Factorial(factors=dict(wanted.factors), variants=list(wanted.design), seeds=list(seeds), effects=found, fits=fits)
+    return Factorial(
+        factors=dict(wanted.factors), variants=list(wanted.design), seeds=list(seeds), effects=described, fits=fits
+    )
+
+
+def _known(estimate: Estimate, measure: str, confidence: float) -> float:
+    """The standard error of a training's outcome by itself, as it is fitted; of top-1, that of counting whole images."""
+    if measure == "top1":
+        return 100 / estimate.n / math.sqrt(12)
+    # As the narrower side has it: the wider one also allows for what was not seen.
+    ends = [end for end in (estimate.low, estimate.high) if 0 < end < math.inf]
+    return min((abs(math.log(end / estimate.value)) for end in ends), default=0.0) / quantile(confidence)
 
 
 def _as_points(number: float) -> float:

@@ -267,6 +267,7 @@ def _not_drawn(params: Params) -> set[str]:
         *([] if models else ["fault_models"]),
         *([] if hardware.rates and hardware.protections else ["error_rates"]),
         *([] if params.closeup.images else ["attention"]),
+        *([] if set(params.drawn) - set(params.treatments) else ["architecture"]),
     }
 
 
