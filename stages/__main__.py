@@ -57,6 +57,7 @@ STAGES = {
     "hardware": "runs",
     "closeup": "runs",
     "results": None,
+    "effects": None,
     "tables": None,
     "figures": None,
     "report": None,

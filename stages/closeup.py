@@ -37,6 +37,8 @@ def main(params: Params, key: str) -> None:
     content = {"last_layer": {"layer": last, "profiled": profiled[last], "images": len(run.view), **values}}
     traced = {"kinds": settings.kinds, "number_format": settings.stored_as, "profiled": profiled}
     try:
+        if not params.closeup.images:
+            raise UnsupportedModel("closeup.images is 0")
         cam = CamModel(model, run.image, **traced, smallest=params.closeup.smallest_map)
     except UnsupportedModel as error:
         looks, content["cam"] = pd.DataFrame(columns=LOOKS), {"skipped": str(error)}

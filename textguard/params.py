@@ -31,6 +31,7 @@ from textguard.vision.treatment import STARTS, Treatment, library_treatment
 PARAMS_FILE = Path("params.yaml")
 LARGEST_FILE = 1 << 20  # bytes
 MOST_RUNS = 10_000  # of a grid: DVC takes minutes for a tenth of them
+MOST_DRAWN = 8  # variants of one figure, where params.yaml names none
 UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 BASELINE, RANDOM = "baseline", "random"  # the variants that no text tells anything
 TORCHVISION, PUBLISHED = "torchvision", "published:"
@@ -50,6 +51,10 @@ Batch = Annotated[int, Field(gt=0, le=2**20)]
 Confidence = Annotated[float, Field(ge=0.5, le=0.9999)]
 Percent = Annotated[float, Field(ge=0, le=10**6)]
 Flag = Literal["duplicate", "too_short", "unnamed", "not_english", "cut", "filtered", "refused"]
+Title = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", min_length=1, max_length=60)]  # as tables and figures show it
+Pair = Annotated[list[Key], Field(min_length=2, max_length=2)]
+Level = bool | int | float | str | None
+Levels = Annotated[list[Level], Field(min_length=2, max_length=2)]
 Colour = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")]
 Checked = TypeVar("Checked")
 
@@ -308,11 +313,11 @@ class HeadParams:
 
 @dataclass(frozen=True, config=_strict)
 class CloseupParams:
-    """What each classifier is looked at with. images: of the test set, the same for all runs. weight_flips: bits flipped at
-    once, in different weights. smallest_map: places in a row of a class activation map, at least.
+    """What each classifier is looked at with. images: of the test set, the same for all runs; 0 for no maps. weight_flips: bits
+    flipped at once, in different weights. smallest_map: places in a row of a class activation map, at least.
     """
 
-    images: Count
+    images: Limit
     weight_flips: Count
     smallest_map: Annotated[int, Field(ge=2, le=4096)]
     seed: Seed
@@ -336,11 +341,27 @@ class StatisticsParams:
 
 
 @dataclass(frozen=True, config=_strict)
+class EffectsParams:
+    """Which effects stage `effects` estimates. contrasts: name -> a variant, and the one that it is set against.
+
+    factors, design: of a factorial design. factors: field of a treatment, with dots where it lies deeper -> its low and its
+    high level. design: the treatments that make it.
+    """
+
+    contrasts: dict[Title, Pair]
+    factors: dict[Title, Levels]
+    design: Annotated[list[Key], Distinct]
+
+
+@dataclass(frozen=True, config=_strict)
 class FiguresParams:
-    """dpi: dots per inch of the PNG files. colours: variant -> #rrggbb, where it is not textguard.report.theme's."""
+    """dpi: dots per inch of the PNG files. colours: variant -> #rrggbb, where it is not textguard.report.theme's. shown: the
+    variants that figures with a mark or line for each variant show, beside the baseline; see `Params.drawn`.
+    """
 
     dpi: Annotated[int, Field(ge=50, le=600)]
     colours: dict[Key, Colour] = field(default_factory=dict)
+    shown: Annotated[list[Key], Distinct] = field(default_factory=list)
 
 
 @dataclass(frozen=True, config=_strict)
@@ -378,6 +399,7 @@ class Params:
     hardware: HardwareParams
     closeup: CloseupParams
     statistics: StatisticsParams
+    effects: EffectsParams
     figures: FiguresParams
     network: NetworkParams = field(default_factory=NetworkParams)
     gate: GateParams = field(default_factory=GateParams)
@@ -391,6 +413,12 @@ class Params:
     def runs(self) -> dict[str, Run]:
         """Key -> run, in DVC's order."""
         return {run.key: run for run in self.all_runs()}
+
+    @property
+    def drawn(self) -> list[str]:
+        """The variants that figures tell apart: the baseline and those of figures.shown, or else the first of all."""
+        shown = [BASELINE, *self.figures.shown] if self.figures.shown else self.variants[:MOST_DRAWN]
+        return [variant for variant in self.variants if variant in shown]
 
     @property
     def looked_at(self) -> list[str]:
@@ -583,6 +611,8 @@ def _check_references(params: Params, path: Path) -> None:
         lookup(known, "variant", variant, where)
     for variant in params.figures.colours:
         lookup(known, "variant", variant, f"{path} figures.colours")
+    for variant in params.figures.shown:
+        lookup(dict.fromkeys(params.variants), "variant", variant, f"{path} figures.shown")
     for name, values in (("variants", params.variants), ("seeds", params.seeds)):
         if (twice := _repeated(values)) is not None:
             raise InvalidParameter(f"{path} {name} holds {twice!r} twice; every run needs a name of its own")
@@ -599,6 +629,7 @@ def _check_references(params: Params, path: Path) -> None:
                 f"{path}: two {kind} have the name {twice!r}; rename a data set, backbone or variant with a hyphen in its name"
             )
     _check_weights(params, path)
+    _check_effects(params, path)
 
 
 def _repeated(values: Iterable[Any]) -> Any:
@@ -646,6 +677,83 @@ def _check_weights(params: Params, path: Path) -> None:
             raise InvalidParameter(f"{where}.source is {weights.source!r}; allowed: {allowed}")
         elif weights.sha256 is None:
             raise InvalidParameter(f"{where}.sha256 is null; give the SHA-256 of {weights.file}, as sha256sum prints it")
+
+
+def _check_effects(params: Params, path: Path) -> None:
+    effects, run_here = params.effects, dict.fromkeys(params.variants)
+    for name, pair in effects.contrasts.items():
+        for variant in pair:
+            lookup(run_here, "variant", variant, f"{path} effects.contrasts.{name}; name two of variants")
+        if pair[0] == pair[1]:
+            raise InvalidParameter(f"{path} effects.contrasts.{name} sets {pair[0]!r} against itself; name two variants")
+    if bool(effects.factors) != bool(effects.design):
+        raise InvalidParameter(f"{path} effects.factors and effects.design belong together: give both or neither")
+    if not effects.design:
+        return
+    for variant in effects.design:
+        lookup(run_here, "variant", variant, f"{path} effects.design; name some of variants")
+    for name, (low, high) in effects.factors.items():
+        if low == high:
+            raise InvalidParameter(f"{path} effects.factors.{name} has {json.dumps(low)} as both levels; give two")
+    if flaw := _flaw_of(design_levels(params, path), list(effects.factors), len(params.seeds)):
+        raise InvalidParameter(f"{path} effects.design: {flaw}")
+
+
+def _flaw_of(levels: list[list[int]], factors: list[str], blocks: int) -> str:
+    """Why a design does not tell its main effects and two-way interactions, where none shares a column; empty where it does.
+
+    levels: see `design_levels`. blocks: how often the whole design is run.
+    """
+    columns = list(zip(*levels, strict=True))
+    for name, column in zip(factors, columns, strict=True):
+        if sum(column):
+            low, high = (column.count(sign) for sign in (-1, 1))
+            return f"factor {name!r} is not balanced: {low} variants have its low level and {high} its high one"
+    products = []
+    for (first, one), (second, other) in itertools.combinations(zip(factors, columns, strict=True), 2):
+        products.append(tuple(a * b for a, b in zip(one, other, strict=True)))
+        if sum(products[-1]):
+            return f"factors {first!r} and {second!r} are not orthogonal; have each combination of their levels equally often"
+    # Of columns that are each other's negatives one is kept, and none that is constant.
+    kept = {tuple(sign * column[0] for sign in column) for column in [*columns, *products]} - {(1,) * len(levels)}
+    import numpy as np  # which grids without a design need not wait for here
+
+    if np.linalg.matrix_rank(np.array([(1,) * len(levels), *sorted(kept)])) <= len(kept):
+        return "it has too few variants to tell interactions from one another; add variants, or leave a factor out"
+    if len(levels) * blocks - blocks - len(kept) < 1:
+        return f"its {len(levels) * blocks} trainings leave none to estimate the spread from; add seeds or variants"
+    return ""
+
+
+def design_levels(params: Params, path: Path = PARAMS_FILE) -> list[list[int]]:
+    """Of each variant of the factorial design, -1 where a factor is low and 1 where it is high: V variants of F factors.
+
+    Raises InvalidParameter where a variant has neither level.
+    """
+    return [
+        [_level(params, variant, name, levels, path) for name, levels in params.effects.factors.items()]
+        for variant in params.effects.design
+    ]
+
+
+def _level(params: Params, variant: str, factor: str, levels: list[Level], path: Path) -> int:
+    treatment = lookup(params.treatments, "treatment", variant, f"{path} effects.design; a factor is a field of treatments")
+    value: Any = asdict(treatment)
+    for part in factor.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise InvalidParameter(
+                f"{path} treatments.{variant} has no field {factor!r}, which is one of effects.factors; say it there, as in "
+                "recipe.label_smoothing, or leave the factor out"
+            )
+        value = value[part]
+    for sign, level in zip((-1, 1), levels, strict=True):
+        if value == level and isinstance(value, bool) == isinstance(level, bool):
+            return sign
+    allowed = " or ".join(map(json.dumps, levels))
+    raise InvalidParameter(
+        f"{path} treatments.{variant}.{factor} is {json.dumps(value)}, and effects.factors allows {allowed}; change one of "
+        "them, or leave the variant out of effects.design"
+    )
 
 
 def _one_line(error: ValidationError, kind: type, path: Path, section: tuple[str, ...]) -> str:

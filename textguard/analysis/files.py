@@ -9,9 +9,10 @@ import pandas as pd
 
 from textguard.artifacts import read_csv, read_ranges, reading
 from textguard.errors import InvalidArtifact
-from textguard.params import Run
+from textguard.params import Params, Run
 from textguard.schema.base import read
 from textguard.schema.closeup import Cam, CloseUp
+from textguard.schema.effects import Effects
 from textguard.schema.hardware import Hardware, HardwareCell
 from textguard.schema.records import read_columns
 from textguard.schema.results import BASELINE, Cell, RunResult
@@ -29,6 +30,7 @@ HARDWARE_DIR = METRICS_DIR / "hardware"
 HARDWARE_FILE = METRICS_DIR / "hardware.json"
 CONTRASTS_FILE = METRICS_DIR / "contrasts.json"
 SUMMARY_FILE = METRICS_DIR / "summary.json"
+EFFECTS_FILE = METRICS_DIR / "effects.json"
 
 
 def load_result(key: str) -> RunResult:
@@ -88,6 +90,23 @@ def load_cells(runs: Mapping[str, Run], contrasts: bool = False, treatments: Col
                     f"does not have the cell {'-'.join(name)} with the seeds {seeds} that params.yaml asks for"
                 )
     return [cells[name] for name in wanted]
+
+
+def load_effects(params: Params) -> list[Effects]:
+    """What stage effects says of each backbone on each data set; nothing where params.yaml asks for no effects."""
+    wanted = params.effects
+    if not (wanted.contrasts or wanted.design):
+        return []
+    found = read(EFFECTS_FILE, "effects", list[Effects])
+    with reading(EFFECTS_FILE, "effects"):
+        if [(each.dataset, each.backbone) for each in found] != list(itertools.product(params.datasets, params.backbones)):
+            raise InvalidArtifact("is not of the data sets and backbones that params.yaml asks for")
+        for each in found:
+            contrasts = {contrast.name: [contrast.variant, contrast.against] for contrast in each.contrasts}
+            design = (each.factorial.factors, each.factorial.variants) if each.factorial else ({}, [])
+            if contrasts != wanted.contrasts or design != (wanted.factors, wanted.design):
+                raise InvalidArtifact("does not have the contrasts and the design that params.yaml asks for")
+    return found
 
 
 def load_hardware(key: str) -> Hardware:

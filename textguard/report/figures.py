@@ -7,13 +7,14 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from textguard.analysis.files import RUNS_DIR, load_hardware, load_hardware_cells, load_training
+from textguard.analysis.files import RUNS_DIR, load_effects, load_hardware, load_hardware_cells, load_training
 from textguard.artifacts import write_csv
 from textguard.errors import InvalidArtifact
 from textguard.params import Params
 from textguard.report.architecture import draw_architecture
 from textguard.report.closeup_figures import draw_attention, draw_last_layer
 from textguard.report.drawing import STYLE, save_figure
+from textguard.report.effect_figures import draw_effects
 from textguard.report.grid_figures import draw_improvement, draw_tradeoff
 from textguard.report.hardware_figures import draw_error_rates, draw_fault_models
 from textguard.report.layer_figures import (
@@ -24,7 +25,7 @@ from textguard.report.layer_figures import (
     draw_value_ranges,
 )
 from textguard.report.run_figures import draw_accuracy, draw_convergence
-from textguard.report.theme import place_name, styles
+from textguard.report.theme import Style, place_name, styles
 from textguard.report.variants import Variant
 from textguard.schema.results import Cell, RunResult
 
@@ -46,6 +47,7 @@ DRAWN_BY_DVC = ("accuracy_by_top2diff", "delta_loss", "value_ranges")
 
 def write_figures(results: Sequence[RunResult], cells: Sequence[Cell], params: Params, folder: Path) -> None:
     """Draw every figure and write it to `folder`. Raises InvalidArtifact."""
+    results = [result for result in results if result.variant in params.drawn]
     dpi, places = params.figures.dpi, group(results, params)
     together: dict[str, list[pd.DataFrame]] = {name: [] for name in DRAWN_BY_DVC}
     with matplotlib.rc_context(fname=STYLE):
@@ -61,12 +63,19 @@ def write_figures(results: Sequence[RunResult], cells: Sequence[Cell], params: P
             _draw_hardware(variants, cells, params, folder, (dataset, backbone))
         everything = [variant for variants in places.values() for variant in variants]
         save_figure(*draw_tradeoff(everything), folder / "tradeoff", dpi)
+        for found in load_effects(params):
+            place = found.dataset, found.backbone
+            save_figure(*draw_effects(found, place_name(*place)), folder / f"effects-{'-'.join(place)}", dpi)
         if cells:
-            looks = styles(params.variants, params.figures.colours, params.labels)
-            save_figure(*draw_improvement(cells, looks), folder / "improvement", dpi)
+            save_figure(*draw_improvement(cells, _styles(params)), folder / "improvement", dpi)
     together["training"] = [training_curve(result, params) for result in results]
     for name, tables in together.items():
         write_csv(folder / f"{name}.csv", pd.concat(tables, ignore_index=True))
+
+
+def _styles(params: Params) -> dict[str, Style]:
+    """Of all variants; those that figures tell apart get theirs first."""
+    return styles(list(dict.fromkeys([*params.drawn, *params.variants])), params.figures.colours, params.labels)
 
 
 def _draw_hardware(
@@ -74,11 +83,14 @@ def _draw_hardware(
 ) -> None:
     """Figures of the faults of section hardware, where it names some."""
     stem, title = "-".join(place), place_name(*place)
-    usual = [cell for cell in cells if (cell.dataset, cell.backbone) == place]
-    hardware = [cell for cell in load_hardware_cells(params.runs) if (cell.dataset, cell.backbone) == place]
+    usual, hardware = (
+        [cell for cell in every if (cell.dataset, cell.backbone) == place and cell.variant in params.drawn]
+        for every in (cells, load_hardware_cells(params.runs))
+    )
     if params.hardware.models and usual:
-        looks = styles(params.variants, params.figures.colours, params.labels)
-        save_figure(*draw_fault_models(hardware, usual, looks, title), folder / f"fault_models-{stem}", params.figures.dpi)
+        save_figure(
+            *draw_fault_models(hardware, usual, _styles(params), title), folder / f"fault_models-{stem}", params.figures.dpi
+        )
     if params.hardware.rates and params.hardware.protections:
         runs = {result.run: load_hardware(result.run) for variant in variants for result in variant.results}
         save_figure(*draw_error_rates(variants, runs, title), folder / f"error_rates-{stem}", params.figures.dpi)
@@ -86,7 +98,7 @@ def _draw_hardware(
 
 def group(results: Sequence[RunResult], params: Params) -> dict[tuple[str, str], list[Variant]]:
     """(Data set, backbone) -> its variants, as figures take them."""
-    style, groups = styles(params.variants, params.figures.colours, params.labels), {}
+    style, groups = _styles(params), {}
     for result in results:
         groups.setdefault((result.dataset, result.backbone), {}).setdefault(result.variant, []).append(result)
     return {

@@ -11,12 +11,13 @@ from typing import Any
 
 import yaml
 
-from textguard.analysis.files import RESULTS_DIR, TEXTS_DIR, load_cells, load_results, load_text_quality
+from textguard.analysis.files import RESULTS_DIR, TEXTS_DIR, load_cells, load_effects, load_results, load_text_quality
 from textguard.analysis.regression import compare_all, judge
 from textguard.artifacts import read_csv, read_json_lines, reading, write_text
 from textguard.environment import run_command
 from textguard.errors import InvalidArtifact, TextguardError
 from textguard.params import ClassTexts, Params, load_params
+from textguard.report.effect_tables import sentences
 from textguard.report.gate import read_runs, verdict_table
 from textguard.report.html import as_picture, as_shown, element_id, render
 from textguard.report.published import load_published
@@ -25,6 +26,7 @@ from textguard.report.tables import in_unit, judged, tables_of
 from textguard.report.theme import place_name, variant_name
 from textguard.report.variants import labelled
 from textguard.schema.campaign import skip_reasons
+from textguard.schema.effects import Effects
 from textguard.schema.results import BASELINE, MEASURES, ONE_TRAINING, PLACES, PROPOSED, Cell, RunResult
 
 FIGURES_DIR = Path("plots") / "figures"
@@ -33,6 +35,7 @@ TABLES = {
     "table2": "Table 2: data sets",
     "table3": "Table 3: what the head starts from",
     "measures": "SDC, mismatches and DeltaLoss, side by side",
+    "effects": "What one change does",
     "layers": "Layers before the last one",
     "detectors": "Range detectors",
     "fault_models": "Other faults, and where the ranking holds",
@@ -61,6 +64,7 @@ FIGURES = {
 MOST_CLASSES = 20  # whose texts are shown
 PARTS = [
     ("headline", "What came out"),
+    ("effects", "What makes it resilient?"),
     ("run", "What was run"),
     ("tables", "Tables"),
     ("figures", "Figures"),
@@ -131,20 +135,24 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
     """
     cells, runs = labelled(load_cells(params.runs), params.labels), load_results(params.runs)
     grid = "default" if params.root == "." else Path.cwd().name
+    found, tables = load_effects(params), {table.name: table for table in tables_of(params)}
+    parts = [part for part in PARTS if part[0] != "effects" or found]
     content = render(
         "page.html",
         title=f"textguard: {grid} grid",
-        parts=PARTS if compared is None else [PARTS[0], ("compared", "Compared"), *PARTS[1:]],
+        parts=parts if compared is None else [parts[0], ("compared", "Compared"), *parts[1:]],
         headline=[_headline(cell) for cell in cells if cell.variant == PROPOSED] or [_headline(cell) for cell in cells],
-        remarks=_remarks(cells, runs),
+        remarks=[*_remarks(cells, runs), *_not_shown(params)],
         headline_figures=[
             _picture("figures", FIGURES_DIR / name, title, f"picture-{name}")
             for name, title in (("improvement", "Improvement over the baseline"), ("tradeoff", "Accuracy and resilience"))
             if name != "improvement" or cells  # without any, there is nothing to draw
         ],
         compared={"label": compared[0], "table": as_shown(compared[1], f"{compared[0]} and now")} if compared else None,
+        effects=[(place_name(each.dataset, each.backbone), sentences(each), _effects_picture(each)) for each in found],
+        effects_table=as_shown(tables.pop("effects"), TABLES["effects"]) if found else None,
         facts=_facts(params, runs, grid, revision),
-        tables=[as_shown(table, TABLES.get(table.name, table.name)) for table in tables_of(params)],
+        tables=[as_shown(table, TABLES.get(table.name, table.name)) for table in tables.values()],
         figures=_figures(runs, _not_drawn(params)),
         runs=[_run(key, run, params) for key, run in runs.items()],
         texts=[_text(texts) for texts in params.class_texts.values()],
@@ -214,6 +222,25 @@ def _remarks(cells: Sequence[Cell], runs: Mapping[str, RunResult]) -> list[str]:
     return remarks
 
 
+def _not_shown(params: Params) -> list[str]:
+    """What the figures leave out."""
+    remarks, shown = [], ", ".join(variant_name(variant, params.labels) for variant in params.drawn)
+    if len(params.drawn) < len(params.variants):
+        remarks.append(
+            f"Figures that tell variants apart show {len(params.drawn)} of the {len(params.variants)}: {shown}. "
+            "Tables hold all; figures.shown of params.yaml names those that are drawn."
+        )
+    if not params.closeup.images:
+        remarks.append("Where the classifiers look is not shown: closeup.images of params.yaml is 0.")
+    return remarks
+
+
+def _effects_picture(found: Effects) -> dict[str, Any]:
+    stem = f"effects-{found.dataset}-{found.backbone}"
+    title = f"What one change does, {place_name(found.dataset, found.backbone)}"
+    return _picture("figures", FIGURES_DIR / stem, title, f"picture-{stem}")
+
+
 def _facts(params: Params, runs: Mapping[str, RunResult], grid: str, revision: Revision) -> list[tuple[str, str]]:
     inject, faults = params.inject, params.inject.faults
     shape = "" if faults.pattern == "value" else f", pattern {faults.pattern}"
@@ -233,10 +260,15 @@ def _facts(params: Params, runs: Mapping[str, RunResult], grid: str, revision: R
 
 
 def _not_drawn(params: Params) -> set[str]:
-    """Figures of faults that the grid does not look at."""
+    """Figures of what the grid does not look at."""
     hardware = params.hardware
     models = hardware.models and BASELINE in params.variants and len(params.variants) > 1
-    return {*([] if models else ["fault_models"]), *([] if hardware.rates and hardware.protections else ["error_rates"])}
+    return {
+        *([] if models else ["fault_models"]),
+        *([] if hardware.rates and hardware.protections else ["error_rates"]),
+        *([] if params.closeup.images else ["attention"]),
+        *([] if set(params.drawn) - set(params.treatments) else ["architecture"]),
+    }
 
 
 def _figures(runs: Mapping[str, RunResult], without: set[str]) -> list[dict[str, Any]]:

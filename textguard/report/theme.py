@@ -55,7 +55,9 @@ class Style:
 def styles(variants: Sequence[str], colours: Mapping[str, str], labels: Mapping[str, str] = NO_LABELS) -> dict[str, Style]:
     """Variant -> its style, for all of a grid's variants. colours, labels: params.yaml's, for some of them."""
     others = [variant for variant in variants if variant not in VARIANT_MARKERS]
-    markers = VARIANT_MARKERS | dict(zip(others, itertools.cycle(OTHER_MARKERS), strict=False))
+    # The colours begin anew with the markers the other way round.
+    cycle = [OTHER_MARKERS[(turn + colour) % 2] for turn in (0, 1) for colour in range(len(OTHER_COLOURS))]
+    markers = VARIANT_MARKERS | dict(zip(others, itertools.cycle(cycle), strict=False))
     coloured = VARIANT_COLOURS | dict(zip(others, itertools.cycle(OTHER_COLOURS), strict=False)) | dict(colours)
     return {variant: Style(coloured[variant], markers[variant], variant_name(variant, labels)) for variant in variants}
 
