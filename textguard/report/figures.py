@@ -7,12 +7,20 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from textguard.analysis.files import RUNS_DIR, load_hardware, load_hardware_cells, load_training
+from textguard.analysis.files import (
+    RUNS_DIR,
+    load_compared_corruptions,
+    load_corruptions,
+    load_hardware,
+    load_hardware_cells,
+    load_training,
+)
 from textguard.artifacts import write_csv
 from textguard.errors import InvalidArtifact
 from textguard.params import Params
 from textguard.report.architecture import draw_architecture
 from textguard.report.closeup_figures import draw_attention, draw_last_layer
+from textguard.report.corruption_figures import draw_corruptions, draw_together
 from textguard.report.drawing import STYLE, save_figure
 from textguard.report.grid_figures import draw_improvement, draw_tradeoff
 from textguard.report.hardware_figures import draw_error_rates, draw_fault_models
@@ -58,8 +66,13 @@ def write_figures(results: Sequence[RunResult], cells: Sequence[Cell], params: P
                 if name in together:
                     together[name].append(numbers.assign(dataset=dataset, backbone=backbone))
             _draw_hardware(variants, cells, params, folder, (dataset, backbone))
+            if dataset in params.corruptions.datasets:
+                corrupted = {result.run: load_corruptions(result.run) for variant in variants for result in variant.results}
+                save_figure(*draw_corruptions(variants, corrupted, title), folder / f"corruptions-{stem}", dpi)
         everything = [variant for variants in places.values() for variant in variants]
         save_figure(*draw_tradeoff(everything), folder / "tradeoff", dpi)
+        if (compared := load_compared_corruptions(params.corrupted)).classifiers:
+            save_figure(*draw_together(everything, compared), folder / "faults_and_corruptions", dpi)
         if cells:
             save_figure(*draw_improvement(cells, styles(params.variants, params.figures.colours)), folder / "improvement", dpi)
     together["training"] = [training_curve(result, params) for result in results]

@@ -4,9 +4,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from textguard.analysis.files import load_cells, load_closeup, load_hardware, load_hardware_cells, load_results
+from textguard.analysis.files import (
+    load_cells,
+    load_closeup,
+    load_compared_corruptions,
+    load_hardware,
+    load_hardware_cells,
+    load_results,
+)
 from textguard.estimates.statistics import Estimate, few_injections
 from textguard.params import Params, library_recipes
+from textguard.report.corruption_tables import corruption_table, together_table
 from textguard.report.hardware_tables import error_rate_table, fault_model_table
 from textguard.report.published import Finding, Published, audit, differences, load_published
 from textguard.report.recipe_table import Fields, recipe_table
@@ -50,11 +58,14 @@ def tables_of(params: Params) -> list[Table]:
     closeups = {key: load_closeup(key) for key in params.looked_at}
     tables = make_tables(cells, contrasts, runs, params.main_dataset, sources, recipes, library_recipes(params), closeups)
     hardware, note = load_hardware_cells(params.runs), _note(runs.values())
+    corrupted = load_compared_corruptions(params.corrupted)
     others = [
         fault_model_table(hardware, cells, note),
         error_rate_table(hardware, {key: load_hardware(key) for key in params.runs}, note),
+        corruption_table(corrupted, note),
+        together_table(corrupted, _confidence(runs.values())),
     ]
-    return [*tables, *(table for table in others if table.rows)]  # a grid need not look at other faults
+    return [*tables, *(table for table in others if table.rows)]  # a grid need not look at other faults, or corrupted images
 
 
 def make_tables(
