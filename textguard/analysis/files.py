@@ -120,6 +120,8 @@ def load_corruptions(key: str) -> Corruptions:
 
 def load_compared_corruptions(runs: Mapping[str, Run]) -> ComparedCorruptions:
     """How these runs, which were tested on corrupted images, compare there."""
+    if not runs:  # as in most grids
+        return ComparedCorruptions(cells=[], classifiers=[], together=[])
     compared = {name: pairs for name, pairs in compared_runs(runs).items() if name[2] == BASELINE}
     wanted = [(*name[:2], name[3], [runs[key].seed for _, key in pairs]) for name, pairs in compared.items()]
     found = read(CORRUPTIONS_FILE, "results", ComparedCorruptions)

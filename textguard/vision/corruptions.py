@@ -1,9 +1,9 @@
 """Images that got worse: noise, blur, contrast, brightness and JPEG in five severities, the same for every classifier.
 
 Source: Hendrycks and Dietterich, ICLR 2019, whose strengths these are: those of CIFAR-10-C for small images, those of
-ImageNet-C for larger ones, where the same severity is stronger. Two differ in how they work. Brightness is a factor here, and a
-summand of the HSV value there: the factor is what the summand makes of a value of one half. Contrast shrinks towards the mean of
-grey values, and there towards that of each channel.
+ImageNet-C for larger ones, where the same severity is stronger. Two differ in how they work. Brightness is a factor here and a
+summand of the HSV value there: the factor is what the summand makes of a value of one half. Contrast shrinks towards the mean
+of grey values here, and of each channel there.
 """
 
 import io
@@ -40,7 +40,7 @@ SEVERITIES = 5
 class Corruption:
     """One kind of corruption in one severity.
 
-    kind: of STRENGTHS. severity: 1, the weakest, to 5. seed: of the noise, which depends on the seed and on the image's position
+    kind: of STRENGTHS. severity: 1, the weakest, to 5. seed: of the noise, which depends on it and on the image's position
     alone. Raises UnknownName, InvalidParameter.
     """
 
