@@ -20,7 +20,7 @@ from textguard.schema.corruptions import (
     Corruptions,
     Together,
 )
-from textguard.schema.results import BASELINE
+from textguard.schema.results import BASELINE, RunResult
 
 # What is compared: kind, severity, measure.
 Compared = tuple[str, int, str]
@@ -29,8 +29,11 @@ WITHIN = {"top1": SHARE, "top2diff": SHARE, "sdc": SHARE, "loss": UNBOUNDED, "de
 ALL = "all"
 
 
-def compare_corruptions(runs: Mapping[str, Run], confidence: float) -> ComparedCorruptions:
-    """The runs that were tested on corrupted images: one cell per variant that has a baseline. Raises InvalidArtifact."""
+def compare_corruptions(runs: Mapping[str, Run], results: Mapping[str, RunResult], confidence: float) -> ComparedCorruptions:
+    """The runs that were tested on corrupted images: one cell per variant that has a baseline. Raises InvalidArtifact.
+
+    results: by the same keys, what the runs' own campaigns came to.
+    """
     found = {key: load_corruptions(key) for key in runs}
     cells = []
     for (dataset, backbone, against, variant), pairs in compared_runs(runs).items():
@@ -41,7 +44,16 @@ def compare_corruptions(runs: Mapping[str, Run], confidence: float) -> ComparedC
         effects = [_compare(name, [run[name] for run in baselines], [run[name] for run in own], confidence) for name in names]
         seeds = [runs[key].seed for _, key in pairs]
         cells.append(CorruptionCell(dataset=dataset, backbone=backbone, variant=variant, seeds=seeds, effects=effects))
-    classifiers = [both for key, run in runs.items() for both in _both(key, run.variant, found[key])]
+    classifiers = [
+        BothResiliences(
+            run=key,
+            variant=run.variant,
+            lost=found[key].lost,
+            delta_loss=Measured.of(results[key].overall.delta_loss),
+            sdc=Measured.of(results[key].overall.sdc),
+        )
+        for key, run in runs.items()
+    ]
     return ComparedCorruptions(cells=cells, classifiers=classifiers, together=_together(runs, classifiers, confidence))
 
 
@@ -89,13 +101,6 @@ def _compare(name: Compared, baselines: Sequence[Measured], own: Sequence[Measur
 def _as_ratio(difference: Estimate) -> Estimate:
     """A difference as verdicts take it: better above 1."""
     return Estimate(*(1 + number for number in (difference.value, difference.low, difference.high)), difference.n)
-
-
-def _both(key: str, variant: str, run: Corruptions) -> Iterator[BothResiliences]:
-    clean = run.conditions[0].faults
-    if clean:
-        found = {measure: getattr(clean.overall, measure) for measure in ("delta_loss", "sdc")}
-        yield BothResiliences(run=key, variant=variant, lost=run.lost, **found)
 
 
 def _together(runs: Mapping[str, Run], classifiers: Sequence[BothResiliences], confidence: float) -> list[Together]:

@@ -56,7 +56,8 @@ def write_results(
         for found in cells.values()
     ]
     other_faults = compare_hardware(runs, statistics.confidence)
-    worse_images = compare_corruptions({key: run for key, run in runs.items() if key in corrupted}, statistics.confidence)
+    tested = {key: run for key, run in runs.items() if key in corrupted}
+    worse_images = compare_corruptions(tested, results, statistics.confidence)
     against_baseline = [cell for cell in described if cell.against == BASELINE]
     for key, result in results.items():
         write_json(RESULTS_DIR / f"{key}.json", result.as_json())

@@ -67,13 +67,13 @@ class CorruptionCell(Stored):
 
 
 class BothResiliences(Stored):
-    """One classifier: what faults do to it on clean images, and what corruption costs it."""
+    """One classifier: what corruption costs it, and what faults do to it on clean images."""
 
     run: Name = field("the run")
     variant: Name = field("its variant")
     lost: Measured = field("points of top-1 that a corruption costs, as in metrics/corruptions/RUN.json", "points", POINTS)
-    delta_loss: Measured = field("mean DeltaLoss of the campaign on clean images", "nats")
-    sdc: Measured = field("SDC probability there", "share")
+    delta_loss: Measured = field("mean over layers, on clean images, as in metrics/results/RUN.json", "nats")
+    sdc: Measured = field("SDC probability, likewise", "share")
 
 
 class Together(Stored):
