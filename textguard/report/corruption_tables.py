@@ -69,7 +69,7 @@ def together_table(compared: ComparedCorruptions, confidence: str) -> Table:
     caption = (
         "Whether what stands faults stands corruption: Spearman's rank correlation, over classifiers, of what faults do on "
         "clean images (section inject, plain mean over layers) with the points of top-1 that a corruption costs, in the mean "
-        "over kinds and severities. Above 0: together; below 0: one at the other's expense; 0 within the brackets: not told. Brackets: "
-        f"intervals of confidence {confidence}, with trainings of one variant taken as independent."
+        "over kinds and severities. Above 0: together; below 0: one at the other's expense; 0 within the brackets: not told. "
+        f"Brackets: intervals of confidence {confidence}, with trainings of one variant taken as independent."
     )
     return Table("faults_and_corruptions", caption, ["Data Set", "Faults", "Rank Correlation", "Classifiers"], rows)
