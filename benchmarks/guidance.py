@@ -102,7 +102,7 @@ def _in_a_process(*arguments: str) -> float:
 
 
 def _sizes() -> dict[str, dict[str, Any]]:
-    """Millions of parameters and multiply-adds per image of Table 1's backbones; what guidance adds to them, and the paper's."""
+    """Millions of parameters and multiply-adds of Table 1's backbones; what guidance adds to them, and what the paper says."""
     rows = [row for row in load_published() if row.place == "paper Table 1"]
     printed = {row.backbone: row.numbers for row in rows}
     found = {}
