@@ -66,8 +66,8 @@ def main(params: Params) -> None:
         "\nAll times are device time, estimated from small batches, random images and untrained networks.\n"
         "Images are those to train on + those to test with; sizes of data sets are the published ones.\n"
         f"Class embeddings have E = {width} numbers.\n"
-        "Not counted: reading and augmenting images, compiling, layers that are enumerated (the last), hardware, closeup,\n"
-        "stages without a network."
+        "Not counted: reading and augmenting images, compiling, layers that are enumerated (the last), hardware,\n"
+        "corruptions, closeup, stages without a network."
     )
 
 

@@ -79,6 +79,7 @@ def test_dvc_calls_the_stages_as_we_do(folder, clone):
         ("data", "heads"): params.datasets,
         ("prompts", "responses", "embeddings", "text_quality"): params.class_texts,
         ("train", "evaluate", "ranges", "inject", "hardware"): params.runs,
+        ("corruptions",): params.corrupted,
         ("closeup",): params.looked_at,
         ("check", "recipes", "results", "tables", "figures", "report"): [""],
     }

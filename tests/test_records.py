@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +23,7 @@ from textguard.errors import InvalidArtifact
 from textguard.estimates.summary import mean_over_layers, summarise
 from textguard.schema.base import read
 from textguard.schema.campaign import StoredCampaign
+from textguard.schema.corruptions import Corruptions
 from textguard.schema.hardware import Hardware
 from textguard.schema.results import MEASURES, RunResult
 
@@ -375,3 +377,34 @@ def test_other_faults_are_summed_up_from_their_records(finished_grid):
     assert channel.overall.delta_loss.value != pytest.approx(channel.by_values.delta_loss.value)
     assert lasting.lost
     assert [curve.protection for curve in found.curves] == ["none", "secded(64)"]
+
+
+def test_what_corruption_costs_is_summed_up_from_its_records(grid):
+    grid.change("variants", ["baseline"])
+    section = {"datasets": ["digits"], "kinds": ["contrast"], "severities": [1, 5], "campaign_severities": [1]}
+    for place, value in (section | {"injections_per_layer": 2}).items():
+        grid.change(f"corruptions.{place}", value)
+    for stage in ("corruptions " + BASELINE, "results"):
+        code, lines = grid.run(*stage.split())
+        assert code == 0, "\n".join(lines[-4:])
+    found = read(grid.folder / f"metrics/corruptions/{BASELINE}.json", "corruptions", Corruptions)
+    records = grid.folder / "metrics" / "records" / BASELINE
+    seen, injected = (pd.read_parquet(records / f"{name}.parquet") for name in ("corrupted", "corruptions"))
+    places = [(images.kind, images.severity) for images in found.conditions]
+    assert places == [("clean", 0), ("contrast", 1), ("contrast", 5)]
+    right = {}
+    for images, place in zip(found.conditions, places, strict=True):
+        rows = seen[(seen["kind"] == place[0]) & (seen["severity"] == place[1])]
+        right[place] = (rows["prediction"] == rows["label"]).mean()
+        measured = (images.top1.value, images.loss.value, images.top2diff.value)
+        assert measured == pytest.approx((right[place], rows["loss"].mean(), rows["top2diff"].mean()))
+        assert images.top1.n == found.images == len(rows) == 40
+    clean = seen[seen["kind"] == "clean"].drop(columns=["kind", "severity"])
+    pd.testing.assert_frame_equal(clean, pd.read_parquet(records / "predictions.parquet"))
+    lost = 100 * (right["clean", 0] - np.mean([right["contrast", 1], right["contrast", 5]]))
+    assert found.lost.value == pytest.approx(lost)
+    with_faults = [images.faults.images if images.faults else None for images in found.conditions]
+    assert with_faults == [round(40 * right["clean", 0]), round(40 * right["contrast", 1]), None]
+    counts = injected.groupby(["kind", "severity"]).size().to_dict()
+    assert counts == {place: images.faults.injections for place, images in zip(places[:2], found.conditions, strict=False)}
+    assert len(json.loads((grid.folder / "metrics" / "corruptions.json").read_text(encoding="utf-8"))["classifiers"]) == 1

@@ -20,6 +20,7 @@ from textguard.params import load_params
 
 MOST, DEFAULT = 64, 8  # jobs; of small networks, more want memory that they may not have
 EACH = ("train", "evaluate", "ranges", "inject", "hardware")  # of a run, in this order
+SOME = {"corruptions": "corrupted", "closeup": "looked_at"}  # of some runs: those that this part of Params names
 DVC = (sys.executable, "-m", "dvc", "repro")
 LOCKED, ATTEMPTS, WAIT_S = "Unable to acquire lock", 20, 3
 HINTS = ("To track the changes", "\tgit add", "To enable auto staging", "\tdvc config", "Use `dvc push`", "Stage '")
@@ -48,7 +49,12 @@ def main(arguments: list[str]) -> int:
         with ThreadPoolExecutor(jobs) as pool:
             waiting = [
                 pool.submit(
-                    _run, [f"{stage}@{key}" for stage in (*EACH, *(["closeup"] if key in params.looked_at else []))], stop
+                    _run,
+                    [
+                        f"{stage}@{key}"
+                        for stage in (*EACH, *(stage for stage, keys in SOME.items() if key in getattr(params, keys)))
+                    ],
+                    stop,
                 )
                 for key in runs
             ]

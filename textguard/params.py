@@ -49,6 +49,7 @@ Count = Annotated[int, Field(gt=0, le=10**9)]
 Limit = Annotated[int, Field(ge=0, le=10**9)]
 Batch = Annotated[int, Field(gt=0, le=2**20)]
 Confidence = Annotated[float, Field(ge=0.5, le=0.9999)]
+Severity = Annotated[int, Field(ge=1, le=5)]
 Percent = Annotated[float, Field(ge=0, le=10**6)]
 Flag = Literal["duplicate", "too_short", "unnamed", "not_english", "cut", "filtered", "refused"]
 Title = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", min_length=1, max_length=60)]  # as tables and figures show it
@@ -303,6 +304,23 @@ class HardwareParams:
 
 
 @dataclass(frozen=True, config=_strict)
+class CorruptionsParams:
+    """Corrupted images that classifiers are tested on, with faults and without; see textguard.vision.corruptions.
+
+    datasets: those of the grid that are studied; of others nothing is run. campaign_severities: those of each kind under which
+    faults are injected too. injections_per_layer: of each of these campaigns, and of the one on clean images beside them.
+    seed: of noise.
+    """
+
+    datasets: Annotated[list[Key], Distinct]
+    kinds: Annotated[list[Literal["noise", "blur", "contrast", "brightness", "jpeg"]], Field(min_length=1), Distinct]
+    severities: Annotated[list[Severity], Field(min_length=1), Distinct]
+    campaign_severities: Annotated[list[Severity], Distinct]
+    injections_per_layer: Count
+    seed: Seed
+
+
+@dataclass(frozen=True, config=_strict)
 class HeadParams:
     """How a text-guided head is deployed. fold_scale: whether faults hit it with its scale in its weights, see
     textguard.vision.folding.
@@ -397,6 +415,7 @@ class Params:
     head: HeadParams
     inject: InjectParams
     hardware: HardwareParams
+    corruptions: CorruptionsParams
     closeup: CloseupParams
     statistics: StatisticsParams
     effects: EffectsParams
@@ -424,6 +443,11 @@ class Params:
     def looked_at(self) -> list[str]:
         """Keys of the runs that have a close-up: those with the first seed."""
         return [key for key, run in self.runs.items() if run.seed == self.seeds[0]]
+
+    @property
+    def corrupted(self) -> dict[str, Run]:
+        """Key -> run, of those that are tested on corrupted images."""
+        return {key: run for key, run in self.runs.items() if run.dataset in self.corruptions.datasets}
 
     def all_runs(self) -> Iterator[Run]:
         """The product, in which two runs may have the same key until load_params has refused that."""
@@ -603,6 +627,14 @@ def _check_references(params: Params, path: Path) -> None:
             raise InvalidParameter(
                 f"{path} hardware.models.{name}: faults that stay are in one neuron or weight each: set target to neuron or "
                 "weight, pattern to value and values to 1"
+            )
+    for number, dataset in enumerate(params.corruptions.datasets):
+        lookup(params.datasets, "data set", dataset, f"{path} corruptions.datasets.{number}; one of this grid's, or none: []")
+    for number, severity in enumerate(params.corruptions.campaign_severities):
+        if severity not in params.corruptions.severities:
+            raise InvalidParameter(
+                f"{path} corruptions.campaign_severities.{number} is {severity}; it must be one of corruptions.severities, "
+                f"{', '.join(map(str, params.corruptions.severities))}"
             )
     _check_treatments(params, path)
     known = dict.fromkeys([BASELINE, RANDOM, *params.texts, *params.treatments])

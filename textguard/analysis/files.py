@@ -12,6 +12,7 @@ from textguard.errors import InvalidArtifact
 from textguard.params import Params, Run
 from textguard.schema.base import read
 from textguard.schema.closeup import Cam, CloseUp
+from textguard.schema.corruptions import CLEAN, ComparedCorruptions, Corruptions
 from textguard.schema.effects import Effects
 from textguard.schema.hardware import Hardware, HardwareCell
 from textguard.schema.records import read_columns
@@ -28,6 +29,8 @@ RESULTS_DIR = METRICS_DIR / "results"
 CELLS_FILE = METRICS_DIR / "cells.json"
 HARDWARE_DIR = METRICS_DIR / "hardware"
 HARDWARE_FILE = METRICS_DIR / "hardware.json"
+CORRUPTIONS_DIR = METRICS_DIR / "corruptions"
+CORRUPTIONS_FILE = METRICS_DIR / "corruptions.json"
 CONTRASTS_FILE = METRICS_DIR / "contrasts.json"
 SUMMARY_FILE = METRICS_DIR / "summary.json"
 EFFECTS_FILE = METRICS_DIR / "effects.json"
@@ -126,6 +129,32 @@ def load_hardware_cells(runs: Mapping[str, Run]) -> list[HardwareCell]:
                     f"does not have the cell {'-'.join(name)} with the seeds {seeds} that params.yaml asks for"
                 )
     return [found[name] for name in wanted]
+
+
+def load_corruptions(key: str) -> Corruptions:
+    """What stage corruptions says of one run."""
+    file = CORRUPTIONS_DIR / f"{key}.json"
+    found = read(file, "corruptions", Corruptions)
+    with reading(file, "corruptions"):
+        places = [(images.kind, images.severity) for images in found.conditions]
+        if len(set(places)) != len(places) or not places or places[0] != (CLEAN, 0):
+            raise InvalidArtifact("must have clean images first, and every kind and severity once")
+    return found
+
+
+def load_compared_corruptions(runs: Mapping[str, Run]) -> ComparedCorruptions:
+    """How these runs, which were tested on corrupted images, compare there."""
+    if not runs:  # as in most grids
+        return ComparedCorruptions(cells=[], classifiers=[], together=[])
+    compared = {name: pairs for name, pairs in compared_runs(runs).items() if name[2] == BASELINE}
+    wanted = [(*name[:2], name[3], [runs[key].seed for _, key in pairs]) for name, pairs in compared.items()]
+    found = read(CORRUPTIONS_FILE, "results", ComparedCorruptions)
+    with reading(CORRUPTIONS_FILE, "results"):
+        if [(cell.dataset, cell.backbone, cell.variant, cell.seeds) for cell in found.cells] != wanted:
+            raise InvalidArtifact("does not have the cells, one by one, that params.yaml asks for")
+        if not {both.run for both in found.classifiers} <= set(runs):
+            raise InvalidArtifact("has other runs than params.yaml")
+    return found
 
 
 def short_names(layers: Sequence[str]) -> list[str]:

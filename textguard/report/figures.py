@@ -7,12 +7,21 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from textguard.analysis.files import RUNS_DIR, load_effects, load_hardware, load_hardware_cells, load_training
+from textguard.analysis.files import (
+    RUNS_DIR,
+    load_compared_corruptions,
+    load_corruptions,
+    load_effects,
+    load_hardware,
+    load_hardware_cells,
+    load_training,
+)
 from textguard.artifacts import write_csv
 from textguard.errors import InvalidArtifact
 from textguard.params import Params
 from textguard.report.architecture import draw_architecture
 from textguard.report.closeup_figures import draw_attention, draw_last_layer
+from textguard.report.corruption_figures import draw_corruptions, draw_together
 from textguard.report.drawing import STYLE, save_figure
 from textguard.report.effect_figures import draw_effects
 from textguard.report.grid_figures import draw_improvement, draw_tradeoff
@@ -61,11 +70,16 @@ def write_figures(results: Sequence[RunResult], cells: Sequence[Cell], params: P
                 if name in together:
                     together[name].append(numbers.assign(dataset=dataset, backbone=backbone))
             _draw_hardware(variants, cells, params, folder, (dataset, backbone))
+            if dataset in params.corruptions.datasets:
+                corrupted = {result.run: load_corruptions(result.run) for variant in variants for result in variant.results}
+                save_figure(*draw_corruptions(variants, corrupted, title), folder / f"corruptions-{stem}", dpi)
         everything = [variant for variants in places.values() for variant in variants]
         save_figure(*draw_tradeoff(everything), folder / "tradeoff", dpi)
         for found in load_effects(params):
             place = found.dataset, found.backbone
             save_figure(*draw_effects(found, place_name(*place)), folder / f"effects-{'-'.join(place)}", dpi)
+        if (compared := load_compared_corruptions(params.corrupted)).classifiers:
+            save_figure(*draw_together(everything, compared), folder / "faults_and_corruptions", dpi)
         if cells:
             save_figure(*draw_improvement(cells, _styles(params)), folder / "improvement", dpi)
     together["training"] = [training_curve(result, params) for result in results]

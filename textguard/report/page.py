@@ -11,7 +11,15 @@ from typing import Any
 
 import yaml
 
-from textguard.analysis.files import RESULTS_DIR, TEXTS_DIR, load_cells, load_effects, load_results, load_text_quality
+from textguard.analysis.files import (
+    RESULTS_DIR,
+    TEXTS_DIR,
+    load_cells,
+    load_compared_corruptions,
+    load_effects,
+    load_results,
+    load_text_quality,
+)
 from textguard.analysis.regression import compare_all, judge
 from textguard.artifacts import read_csv, read_json_lines, reading, write_text
 from textguard.environment import run_command
@@ -40,6 +48,8 @@ TABLES = {
     "detectors": "Range detectors",
     "fault_models": "Other faults, and where the ranking holds",
     "error_rates": "Bit errors that stay in the parameters' memory",
+    "corruptions": "Corrupted images",
+    "faults_and_corruptions": "Whether what stands faults stands corruption",
     "resilience": "Resilience of every run",
     "attention": "Where the classifiers look, with faults",
     "audit": "What is published, against itself",
@@ -57,6 +67,7 @@ FIGURES = {
     "value_ranges": "Neuron values per layer",
     "range_effect": "Value range and damage",
     "accuracy_by_top2diff": "Accuracy against Top2Diff",
+    "corruptions": "Accuracy on corrupted images",
     "convergence": "Convergence of the estimate",
     "last_layer": "Values of the last layer",
     "attention": "Where the classifiers look",
@@ -134,6 +145,7 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
     compared: the name of another state of the grid, and the gate's table of both.
     """
     cells, runs = labelled(load_cells(params.runs), params.labels), load_results(params.runs)
+    corrupted = load_compared_corruptions(params.corrupted)
     grid = "default" if params.root == "." else Path.cwd().name
     found, tables = load_effects(params), {table.name: table for table in tables_of(params)}
     parts = [part for part in PARTS if part[0] != "effects" or found]
@@ -145,15 +157,19 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
         remarks=[*_remarks(cells, runs), *_not_shown(params)],
         headline_figures=[
             _picture("figures", FIGURES_DIR / name, title, f"picture-{name}")
-            for name, title in (("improvement", "Improvement over the baseline"), ("tradeoff", "Accuracy and resilience"))
-            if name != "improvement" or cells  # without any, there is nothing to draw
+            for name, title, drawn in (
+                ("improvement", "Improvement over the baseline", cells),
+                ("tradeoff", "Accuracy and resilience", True),
+                ("faults_and_corruptions", "Resilience to faults and to corruption", corrupted.classifiers),
+            )
+            if drawn
         ],
         compared={"label": compared[0], "table": as_shown(compared[1], f"{compared[0]} and now")} if compared else None,
         effects=[(place_name(each.dataset, each.backbone), sentences(each), _effects_picture(each)) for each in found],
         effects_table=as_shown(tables.pop("effects"), TABLES["effects"]) if found else None,
         facts=_facts(params, runs, grid, revision),
         tables=[as_shown(table, TABLES.get(table.name, table.name)) for table in tables.values()],
-        figures=_figures(runs, _not_drawn(params)),
+        figures=_figures(runs, params),
         runs=[_run(key, run, params) for key, run in runs.items()],
         texts=[_text(texts) for texts in params.class_texts.values()],
         commands=_commands(grid, revision),
@@ -259,26 +275,27 @@ def _facts(params: Params, runs: Mapping[str, RunResult], grid: str, revision: R
     ]
 
 
-def _not_drawn(params: Params) -> set[str]:
-    """Figures of what the grid does not look at."""
+def _not_drawn(params: Params, dataset: str) -> set[str]:
+    """Figures of what the grid does not look at, or not on this data set."""
     hardware = params.hardware
-    models = hardware.models and BASELINE in params.variants and len(params.variants) > 1
-    return {
-        *([] if models else ["fault_models"]),
-        *([] if hardware.rates and hardware.protections else ["error_rates"]),
-        *([] if params.closeup.images else ["attention"]),
-        *([] if set(params.drawn) - set(params.treatments) else ["architecture"]),
+    drawn = {
+        "fault_models": hardware.models and BASELINE in params.variants and len(params.variants) > 1,
+        "error_rates": hardware.rates and hardware.protections,
+        "corruptions": dataset in params.corruptions.datasets,
+        "attention": params.closeup.images,
+        "architecture": set(params.drawn) - set(params.treatments),
     }
+    return {name for name, asked in drawn.items() if not asked}
 
 
-def _figures(runs: Mapping[str, RunResult], without: set[str]) -> list[dict[str, Any]]:
+def _figures(runs: Mapping[str, RunResult], params: Params) -> list[dict[str, Any]]:
     groups = []
     for dataset, backbone in dict.fromkeys((run.dataset, run.backbone) for run in runs.values()):
         stem, place = f"{dataset}-{backbone}", place_name(dataset, backbone)
         pictures = [
             _picture("figures", FIGURES_DIR / f"{name}-{stem}", f"{title}, {place}", f"picture-{name}-{stem}")
             for name, title in FIGURES.items()
-            if name not in without
+            if name not in _not_drawn(params, dataset)
         ]
         groups.append({"id": element_id(f"figures-{stem}"), "title": place, "pictures": pictures})
     return groups

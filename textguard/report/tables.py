@@ -5,9 +5,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from textguard.analysis.files import load_cells, load_closeup, load_effects, load_hardware, load_hardware_cells, load_results
+from textguard.analysis.files import (
+    load_cells,
+    load_closeup,
+    load_compared_corruptions,
+    load_effects,
+    load_hardware,
+    load_hardware_cells,
+    load_results,
+)
 from textguard.estimates.statistics import Estimate, few_injections
 from textguard.params import Params, library_recipes
+from textguard.report.corruption_tables import corruption_table, together_table
 from textguard.report.effect_tables import effects_table
 from textguard.report.hardware_tables import error_rate_table, fault_model_table
 from textguard.report.published import Finding, Published, audit, differences, load_published
@@ -60,13 +69,17 @@ def tables_of(params: Params) -> list[Table]:
     closeups = {key: load_closeup(key) for key in params.looked_at}
     tables = make_tables(cells, contrasts, runs, params.main_dataset, sources, recipes, library, closeups)
     hardware, note = labelled(load_hardware_cells(params.runs), params.labels), _note(runs.values())
+    corrupted = load_compared_corruptions(params.corrupted)
     others = [
         effects_table(load_effects(params)),
         treatment_table({params.labels[name]: treatment.differing for name, treatment in params.treatments.items()}),
         fault_model_table(hardware, cells, note),
         error_rate_table(hardware, {key: load_hardware(key) for key in params.runs}, note),
+        corruption_table(corrupted, note),
+        together_table(corrupted, _confidence(runs.values())),
     ]
-    return [*tables, *(table for table in others if table.rows)]  # a grid need not ask for effects, or look at other faults
+    # A grid need not ask for effects, look at other faults, or at corrupted images.
+    return [*tables, *(table for table in others if table.rows)]
 
 
 def make_tables(
