@@ -233,10 +233,11 @@ def _facts(params: Params, runs: Mapping[str, RunResult], grid: str, revision: R
 
 
 def _not_drawn(params: Params) -> set[str]:
-    """Figures of faults that the grid does not look at."""
-    hardware = params.hardware
+    """Figures of faults that the grid does not look at, and of networks that it does not have."""
+    hardware, drawn = params.hardware, set(params.variants) - params.treatments.keys()
     models = hardware.models and BASELINE in params.variants and len(params.variants) > 1
-    return {*([] if models else ["fault_models"]), *([] if hardware.rates and hardware.protections else ["error_rates"])}
+    there = {"architecture": drawn, "fault_models": models, "error_rates": hardware.rates and hardware.protections}
+    return {name for name, shown in there.items() if not shown}
 
 
 def _figures(runs: Mapping[str, RunResult], without: set[str]) -> list[dict[str, Any]]:
