@@ -23,6 +23,8 @@ GRIDS = {
     "faults": 9,
     "causes": 100,
     "factorial": 64,
+    "cifar10": 24,
+    "vit": 15,
     "own": 1,
 }  # runs
 
