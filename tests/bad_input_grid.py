@@ -2,8 +2,8 @@
 
 A user's mistake ends in one line: what was found, what is allowed, where to change it. Exit code 1, nothing half-written.
 Most cases run the command line inside this process, because a new interpreter takes seconds to import torch. What the operating
-system refuses runs as users run it, in a process of its own. conftest.py loads this file as a plugin, so that all tests of a
-process share one finished grid.
+system refuses runs as users run it, in a process of its own. conftest.py loads this file as a plugin, so that all tests
+share one finished grid.
 """
 
 import functools
@@ -22,7 +22,7 @@ import pytest
 import torch
 from dvc.utils.serialize import modify_yaml
 
-from conftest import REPOSITORY
+from conftest import REPOSITORY, once
 from smoke_grid import BASELINE, GRID, TEXT, environment
 from textguard.artifacts import write_safetensors
 from textguard.text.embeddings import ClassEmbeddings, EmbeddingOptions, save_class_embeddings
@@ -118,9 +118,12 @@ def fails_in_one_line(done: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.fixture(scope="session")
-def finished_grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny grid whose baseline went through every stage up to the results. Nobody writes to it."""
-    grid = smoke_grid(tmp_path_factory.mktemp("finished"))
+def finished_grid(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A tiny grid whose baseline went through every stage up to the results, for all processes. Nobody writes to it."""
+    return once(tmp_path_factory, worker_id, "finished_tiny", lambda: _finish(smoke_grid(tmp_path_factory.mktemp("finished"))))
+
+
+def _finish(grid: Grid) -> Path:
     small = {
         "datasets.digits.limit_train": 60,
         "datasets.digits.limit_test": 40,
