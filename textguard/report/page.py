@@ -36,6 +36,7 @@ TABLES = {
     "detectors": "Range detectors",
     "fault_models": "Other faults, and where the ranking holds",
     "error_rates": "Bit errors that stay in the parameters' memory",
+    "protections": "What protections and mitigations cost and buy",
     "resilience": "Resilience of every run",
     "attention": "Where the classifiers look, with faults",
     "audit": "What is published, against itself",

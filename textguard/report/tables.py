@@ -7,7 +7,7 @@ from typing import Any
 from textguard.analysis.files import load_cells, load_closeup, load_hardware, load_hardware_cells, load_results
 from textguard.estimates.statistics import Estimate, few_injections
 from textguard.params import Params, library_recipes
-from textguard.report.hardware_tables import error_rate_table, fault_model_table
+from textguard.report.hardware_tables import error_rate_table, fault_model_table, protection_table
 from textguard.report.published import Finding, Published, audit, differences, load_published
 from textguard.report.recipe_table import Fields, recipe_table
 from textguard.report.rendering import Judged, Table, show_number
@@ -53,6 +53,7 @@ def tables_of(params: Params) -> list[Table]:
     others = [
         fault_model_table(hardware, cells, note),
         error_rate_table(hardware, {key: load_hardware(key) for key in params.runs}, note),
+        protection_table(hardware, note),
     ]
     return [*tables, *(table for table in others if table.rows)]  # a grid need not look at other faults
 
