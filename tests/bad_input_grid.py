@@ -129,6 +129,7 @@ def finished_grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "inject.injections_per_layer": 4,
         "inject.image_batch": 2,
         "hardware.injections_per_layer": 2,
+        "hardware.mitigations": ["learned"],
         "variants": ["baseline"],
     }
     for place, value in small.items():

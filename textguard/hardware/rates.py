@@ -38,7 +38,7 @@ from textguard.faults.sites import uncompiled
 from textguard.faults.task import CLASSES, Task, make_task
 from textguard.faults.weights import matrices, weight_readers
 from textguard.hardware.protection import Code, Protection, Read, parse_protection
-from textguard.runtime import join_processes, progress, wait_for_all
+from textguard.runtime import progress, share_work, wait_for_all
 
 HIGHEST_RATE = 0.5  # beyond it, a memory is a worse one of the other bits
 KEPT_BYTES = 2**31  # of images that are kept for all memories; more are read again for each
@@ -669,9 +669,7 @@ def error_rates(
     settings = {"number_format": number_format, "protection": protection, "operation": operation, "seed": seed}
     task = make_task(task)
     memory, images = _set_up(model, loader, settings, batch_size, task)
-    rank, processes = join_processes()
-    if processes > 1 and not shards:
-        raise InvalidParameter("several processes need a shard_dir to share their results")
+    rank, processes = share_work(shards)
     if shards:
         _check_settings(shards, {"weights": weights_mark(model), "images": images.mark, **settings, **task.as_json()}, rank)
     found: dict[tuple[int, float], dict[str, float]] = {}
