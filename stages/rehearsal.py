@@ -83,7 +83,8 @@ def _use(model: nn.Module, images: Tensor, labels: Tensor, inject: InjectParams,
         bounds = dict.fromkeys(activations(TracedModel(model, image)).values(), (-1.0, 1.0))
     except UnsupportedModel:
         bounds = {}
-    protected = protect(model, image, bounds, inject.mitigation)
+    # Learned thresholds are one per channel, and there are none yet: what they need of a network is what one range needs.
+    protected = protect(model, image, bounds, "clip_to_zero" if inject.mitigation == "learned" else inject.mitigation)
     campaign = Campaign(protected, loader, settings, profiled)
     campaign.pace(sites=[campaign.engine.sites[0], campaign.engine.sites[-1]])
     count_magnitudes(campaign.engine, loader, 1.0)

@@ -133,6 +133,7 @@ def _finish(grid: Grid) -> Path:
         "inject.injections_per_layer": 4,
         "inject.image_batch": 2,
         "hardware.injections_per_layer": 2,
+        "hardware.mitigations": ["learned"],
         "variants": ["baseline"],
     }
     for place, value in small.items():

@@ -34,6 +34,7 @@ MISSING = [
     ("closeup", BASELINE, f"{RUN}/ranges.csv", "ranges"),
     ("closeup", BASELINE, f"{RECORDS}/injections.parquet", "inject"),
     ("hardware", BASELINE, f"{RUN}/ranges.csv", "ranges"),
+    ("hardware", BASELINE, f"{RUN}/clipping.csv", "ranges"),
     ("results", None, f"metrics/hardware/{BASELINE}.json", "hardware"),
     ("results", None, f"{RUN}/evaluation.json", "evaluate"),
     ("results", None, f"{RUN}/ranges.csv", "ranges"),

@@ -21,6 +21,7 @@ from textguard.analysis.results import write_results
 from textguard.artifacts import write_json, write_parquet
 from textguard.errors import InvalidArtifact
 from textguard.estimates.summary import mean_over_layers, summarise
+from textguard.faults.plans import PLAN_COLUMNS
 from textguard.schema.base import read
 from textguard.schema.campaign import StoredCampaign
 from textguard.schema.corruptions import Corruptions
@@ -366,14 +367,17 @@ def test_other_faults_are_summed_up_from_their_records(finished_grid):
     found = read(finished_grid / f"metrics/hardware/{BASELINE}.json", "hardware", Hardware)
     channel, lasting = found.models
     records = pd.read_parquet(finished_grid / f"metrics/records/{BASELINE}/hardware.parquet")
-    assert set(records["faults"]) == {"channel"}
-    assert (channel.injections, channel.places) == (len(records), records["layer"].nunique())
+    assert set(records["faults"]) == {"channel", "mitigation-none", "mitigation-learned"}
     sites = read(finished_grid / f"metrics/runs/{BASELINE}/campaign.json", "inject", StoredCampaign).layers
     neurons = {site.layer: site.neurons for site in sites}
-    layers = list(summarise(records, neurons, shared=True).values())
-    for means, weights in ((channel.overall, None), (channel.by_values, list(neurons.values()))):
-        for measure in MEASURES:
-            assert getattr(means, measure).value == pytest.approx(mean_over_layers(layers, measure, weights).value)
+    for found_of, name in zip((channel, *found.mitigations), ("channel", "mitigation-none", "mitigation-learned"), strict=True):
+        own = records[records["faults"] == name]
+        assert (found_of.injections, found_of.places) == (len(own), own["layer"].nunique())
+        layers = list(summarise(own, neurons, shared=True).values())
+        for means, weights in ((found_of.overall, None), (found_of.by_values, list(neurons.values()))):
+            for measure in MEASURES:
+                expected = pytest.approx(mean_over_layers(layers, measure, weights).value, nan_ok=True)
+                assert getattr(means, measure).value == expected
     assert channel.overall.delta_loss.value != pytest.approx(channel.by_values.delta_loss.value)
     assert lasting.lost
     assert [curve.protection for curve in found.curves] == ["none", "secded(64)"]
@@ -408,3 +412,22 @@ def test_what_corruption_costs_is_summed_up_from_its_records(grid):
     counts = injected.groupby(["kind", "severity"]).size().to_dict()
     assert counts == {place: images.faults.injections for place, images in zip(places[:2], found.conditions, strict=False)}
     assert len(json.loads((grid.folder / "metrics" / "corruptions.json").read_text(encoding="utf-8"))["classifiers"]) == 1
+
+
+def test_mitigations_meet_the_same_faults_without_a_range_detector(finished_grid):
+    found = read(finished_grid / f"metrics/hardware/{BASELINE}.json", "hardware", Hardware)
+    plain, learned = found.mitigations
+    assert (plain.mitigation, plain.comparisons, plain.bits, plain.top1_change.value) == ("none", 0, 1, 0)
+    assert plain.top1_change.low < 0 < plain.top1_change.high  # that no image changed is no proof that none would
+    assert learned.comparisons > 0
+    assert 1 < learned.bits < 1.01
+    records = pd.read_parquet(finished_grid / f"metrics/records/{BASELINE}/hardware.parquet")
+    without, under = (records[records["faults"] == f"mitigation-{name}"] for name in ("none", "learned"))
+    assert without[PLAN_COLUMNS].to_numpy().tolist() == under[PLAN_COLUMNS].to_numpy().tolist()
+    ranges = pd.read_csv(finished_grid / f"metrics/runs/{BASELINE}/ranges.csv").set_index("layer")["max_abs"]
+    assert (without["faulty_value"].abs() > 2 * without["layer"].map(ranges)).any()
+    clipped = pd.read_csv(finished_grid / f"metrics/runs/{BASELINE}/clipping.csv")
+    bounds = pd.read_csv(finished_grid / f"metrics/runs/{BASELINE}/activations.csv").set_index("activation")
+    assert set(clipped["activation"]) == set(bounds.index)
+    # The threshold of a channel is at most the largest value of its activation.
+    assert (clipped["high"] <= clipped["activation"].map(bounds["high"]) + 1e-6).all()

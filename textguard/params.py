@@ -258,7 +258,7 @@ class InjectParams:
     format: Line
     detector: Line
     compare_detectors: Annotated[list[Line], Distinct]
-    mitigation: Literal["none", "ranger", "clip_to_zero"]
+    mitigation: Literal["none", "ranger", "clip_to_zero", "learned"]
     kinds: Annotated[
         list[
             Literal[
@@ -290,7 +290,7 @@ class HardwareParams:
     models: name -> what one fault is; what a file leaves out is that of inject.faults. injections_per_layer: of each of them.
     images: of the test set, that faults which stay are seen on; 0 for all. faults_per_place: of those, in each stored tensor or
     layer. rates: bit errors per stored bit. memories: draws of all bit errors, for each rate. protections: of the words that
-    hold the parameters.
+    hold the parameters. mitigations: of neurons, each under the faults of inject.faults without a range detector.
     """
 
     models: dict[Key, FaultParams]
@@ -300,6 +300,7 @@ class HardwareParams:
     rates: Annotated[list[Annotated[float, Field(gt=0, le=0.5)]], Distinct]
     memories: Annotated[int, Field(ge=2, le=10**6)]
     protections: Annotated[list[Line], Distinct]
+    mitigations: Annotated[list[Literal["ranger", "clip_to_zero", "learned"]], Distinct]
     seed: Seed
 
 
@@ -438,6 +439,11 @@ class Params:
         """The variants that figures tell apart: the baseline and those of figures.shown, or else the first of all."""
         shown = [BASELINE, *self.figures.shown] if self.figures.shown else self.variants[:MOST_DRAWN]
         return [variant for variant in self.variants if variant in shown]
+
+    @property
+    def learns_thresholds(self) -> bool:
+        """Whether a stage uses the thresholds of mitigation `learned`."""
+        return "learned" in (self.inject.mitigation, *self.hardware.mitigations)
 
     @property
     def looked_at(self) -> list[str]:

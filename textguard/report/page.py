@@ -50,6 +50,7 @@ TABLES = {
     "error_rates": "Bit errors that stay in the parameters' memory",
     "corruptions": "Corrupted images",
     "faults_and_corruptions": "Whether what stands faults stands corruption",
+    "protections": "What protections and mitigations cost and buy",
     "resilience": "Resilience of every run",
     "attention": "Where the classifiers look, with faults",
     "audit": "What is published, against itself",

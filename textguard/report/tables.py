@@ -18,7 +18,7 @@ from textguard.estimates.statistics import Estimate, few_injections
 from textguard.params import Params, library_recipes
 from textguard.report.corruption_tables import corruption_table, together_table
 from textguard.report.effect_tables import effects_table
-from textguard.report.hardware_tables import error_rate_table, fault_model_table
+from textguard.report.hardware_tables import error_rate_table, fault_model_table, protection_table
 from textguard.report.published import Finding, Published, audit, differences, load_published
 from textguard.report.recipe_table import Fields, recipe_table, treatment_table
 from textguard.report.rendering import Judged, Table, show_number
@@ -76,6 +76,7 @@ def tables_of(params: Params) -> list[Table]:
         treatment_table({params.labels[name]: treatment.differing for name, treatment in treated.items()}),
         fault_model_table(hardware, cells, note),
         error_rate_table(hardware, {key: load_hardware(key) for key in params.runs}, note),
+        protection_table(hardware, note),
         corruption_table(corrupted, note),
         together_table(corrupted, _confidence(runs.values())),
     ]
