@@ -16,12 +16,13 @@ from textguard.text.starts import start_rows
 def main(params: Params, dataset: str) -> None:
     classes, folder = read_classes(Path("data") / dataset / "classes.json"), Path("models") / "heads" / dataset
     treatments = {variant: params.treatment(variant) for variant in params.variants}
-    sources = {
-        treatment.text: Path("embeddings") / f"{dataset}-{treatment.text}.safetensors" for treatment in treatments.values()
-    }
+    told = {treatment.text for treatment in treatments.values() if treatment.text}
+    sources = {text: Path("embeddings") / f"{dataset}-{text}.safetensors" for text in sorted(told)}
     texts = {text: load_class_embeddings(file, dataset, classes) for text, file in sources.items()}
     starts = {
-        variant: _start(treatment, classes, texts.get(treatment.text), params.encoder, f"params.yaml treatments.{variant}")
+        variant: _start(
+            treatment, classes, texts.get(treatment.text or ""), params.encoder, f"params.yaml treatments.{variant}"
+        )
         for variant, treatment in treatments.items()
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -260,15 +260,12 @@ def _facts(params: Params, runs: Mapping[str, RunResult], grid: str, revision: R
 
 
 def _not_drawn(params: Params) -> set[str]:
-    """Figures of what the grid does not look at."""
-    hardware = params.hardware
+    """Figures of what the grid does not look at, and of networks that it does not have."""
+    hardware, drawn = params.hardware, set(params.drawn) - params.treatments.keys()
     models = hardware.models and BASELINE in params.variants and len(params.variants) > 1
-    return {
-        *([] if models else ["fault_models"]),
-        *([] if hardware.rates and hardware.protections else ["error_rates"]),
-        *([] if params.closeup.images else ["attention"]),
-        *([] if set(params.drawn) - set(params.treatments) else ["architecture"]),
-    }
+    there = {"architecture": drawn, "fault_models": models, "error_rates": hardware.rates and hardware.protections}
+    there["attention"] = params.closeup.images
+    return {name for name, shown in there.items() if not shown}
 
 
 def _figures(runs: Mapping[str, RunResult], without: set[str]) -> list[dict[str, Any]]:

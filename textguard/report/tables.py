@@ -53,7 +53,8 @@ def tables_of(params: Params) -> list[Table]:
     sources = {key: dataset.source for key, dataset in params.datasets.items()}
     recipes = {name: {"recipe": trained.recipe, **asdict(trained)} for name, trained in params.backbones.items()}
     library = library_recipes(params)
-    for name, (variant, treatment) in itertools.product(params.backbones, params.treatments.items()):
+    treated = {name: treatment for name, treatment in params.treatments.items() if name in params.variants}
+    for name, (variant, treatment) in itertools.product(params.backbones, treated.items()):
         if treatment.recipe:
             other = f"{name} ({params.labels[variant]})"
             recipes[other], library[other] = recipes[name] | treatment.recipe, library[name]
@@ -62,7 +63,7 @@ def tables_of(params: Params) -> list[Table]:
     hardware, note = labelled(load_hardware_cells(params.runs), params.labels), _note(runs.values())
     others = [
         effects_table(load_effects(params)),
-        treatment_table({params.labels[name]: treatment.differing for name, treatment in params.treatments.items()}),
+        treatment_table({params.labels[name]: treatment.differing for name, treatment in treated.items()}),
         fault_model_table(hardware, cells, note),
         error_rate_table(hardware, {key: load_hardware(key) for key in params.runs}, note),
     ]
