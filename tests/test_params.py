@@ -102,7 +102,7 @@ def test_every_network_with_a_name_of_its_own_has_a_recipe():
 
 @pytest.mark.parametrize("grid", ["fashion", "table1"])
 def test_the_largest_grids_fit_on_two_pages(grid):
-    assert len((REPOSITORY / "grids" / grid / "params.yaml").read_text(encoding="utf-8").splitlines()) < 145
+    assert len((REPOSITORY / "grids" / grid / "params.yaml").read_text(encoding="utf-8").splitlines()) < 150
 
 
 def test_every_grid_is_what_make_grids_makes_of_the_root(clone):
