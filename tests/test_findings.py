@@ -94,7 +94,9 @@ def test_largest_logits_are_those_of_all_classifiers_and_a_rescaled_head_is_show
     change("metrics/cells.json", rescaled={"same_temperature": RATIO})
     cells = json.loads(Path("metrics/cells.json").read_text(encoding="utf-8"))
     (head,) = (
-        cell["detectors"]["profiled"]["improvement"]["delta_loss"]["head"] for cell in cells if cell["variant"] == "descriptions"
+        cell["detectors"]["profiled"]["improvement"]["delta_loss"]["head"]
+        for cell in cells
+        if cell["variant"] == "descriptions"
     )
     found = sections(page(studies(demo=Path(), faults=Path())))["Is it how far the scores go?"]
     assert f"Over {len(runs)} classifiers, DeltaLoss" in found  # those of `faults` are the demo's
