@@ -106,6 +106,6 @@ def test_largest_logits_are_those_of_all_classifiers_and_a_rescaled_head_is_show
 
 def test_without_any_results_nothing_is_answered():
     found = sections(page(studies()))
-    assert len(found) == 6
+    assert len(found) == 8
     assert all(text.startswith("**Not answered here: ") for text in found.values())
     assert not any("|" in text for text in found.values())
