@@ -109,3 +109,37 @@ def test_without_any_results_nothing_is_answered():
     assert len(found) == 8
     assert all(text.startswith("**Not answered here: ") for text in found.values())
     assert not any("|" in text for text in found.values())
+
+
+def effect(verdict: str) -> list[dict]:
+    """An effect on everything, which the intervals judge so; its value would say that it is a gain."""
+    places = [("delta_loss", "overall"), ("sdc", "overall"), ("top1", "all")]
+    same = {"effect": RATIO, "second": RATIO, "largest": 5.0, "zeros": 0, "verdict": verdict}
+    return [{"measure": measure, "place": place, **same} for measure, place in places]
+
+
+def test_changes_and_factors_are_named_by_verdict(tmp_path):
+    unclear = "not separable at 99%"
+    changes = {"smoothing": "better", "longer": "worse", "cooler": unclear}
+    contrasts = [
+        {"name": name, "variant": name, "against": "baseline", "seeds": [0, 1, 2], "effects": effect(verdict)}
+        for name, verdict in changes.items()
+    ]
+    factors = {"decay": "worse", "head": unclear, "decay head": unclear, "decay text": "better"}
+    found = [{"factors": names.split(), "aliases": [], "effects": effect(verdict)} for names, verdict in factors.items()]
+    levels = {name: [0, 1] for name in ("decay", "head", "text")}
+    design = {"factors": levels, "variants": ["a"], "seeds": [0], "effects": found, "fits": []}
+    network = {"dataset": "d", "backbone": "b", "confidence": 0.99}
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "effects.json").write_text(json.dumps([network | {"contrasts": contrasts, "factorial": design}]))
+    told = sections(page(studies(factorial=tmp_path)))["Which factors act, and which need each other?"]
+    assert told.startswith("**Of 2 factors, 0 leave less SDC, 1 leave more SDC (decay), 0 leave less DeltaLoss, 1 leave more D")
+    assert (
+        "of 2 interactions, 1 leave less SDC (decay x text), 0 leave more SDC, 1 leave less DeltaLoss (decay x text), 0" in told
+    )
+    assert f"| decay x text | {SHOWN} better |" in told
+    assert "| decay x head" not in told  # only those that are told
+    (tmp_path / "metrics" / "effects.json").write_text(json.dumps([network | {"contrasts": contrasts}]))
+    told = sections(page(studies(causes=tmp_path)))["What makes these classifiers resilient?"]
+    assert "**Of 3 single changes, 1 leave less SDC (smoothing), 1 leave more SDC (longer), 1 leave less DeltaLoss (sm" in told
+    assert f"| cooler | {SHOWN} not separable | {SHOWN} not separable | {SHOWN} not separable | 3 |" in told

@@ -69,11 +69,11 @@ class Study:
     @cached_property
     def effects(self) -> list[Shown]:
         """Single changes, factors and interactions, of all networks."""
-        return [shown for found in self._listed("effects.json", list[Effects]) for shown in shown_effects(found)]
+        return [shown for found in self._listed("effects.json", list[Effects], "effects") for shown in shown_effects(found)]
 
-    def _listed(self, name: str, kind: type) -> list:
+    def _listed(self, name: str, kind: type, made_by: str = "results") -> list:
         file = self.folder / "metrics" / name
-        return read(file, "results", kind) if file.exists() else []
+        return read(file, made_by, kind) if file.exists() else []
 
 
 @dataclass(frozen=True)
