@@ -23,7 +23,7 @@ GRIDS = {
     "table3": 4,
     "fashion": 24,
     "faults": 9,
-    "causes": 100,
+    "causes": 65,
     "factorial": 64,
     "cifar10": 24,
     "vit": 15,
@@ -45,16 +45,14 @@ def test_no_grid_is_forgotten_here():
     assert {path.parent.name for path in REPOSITORY.glob("grids/*/params.yaml")} == set(GRIDS)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-def test_dvc_lists_all_stages_of_a_grid_without_data(grid, clone):
+@pytest.mark.parametrize("grid", ["table2", "vit"])  # two data sets; code of its own. All grids have one dvc.yaml but for that
+def test_dvc_would_run_all_stages_of_a_grid_without_data(grid, clone):
     params = load_params(clone / "grids" / grid / "params.yaml")
     done = run([sys.executable, "-m", "dvc", "repro", "--dry", "--force"], clone / "grids" / grid)
     listed = re.findall(r"Running stage '([^']+)'", done.stdout)
     assert done.returncode == 0, done.stderr
     of_runs = 5 * len(params.runs) + len(params.looked_at)
     assert len(listed) == len(set(listed)) == 2 * len(params.datasets) + 4 * len(params.class_texts) + of_runs + 7
-    # A repro that has nothing to do takes 5 s with 155, and 12 s with 300. Grids of many short runs take longer for all that.
-    assert len(listed) <= (540 if grid in ("causes", "factorial") else 181)
 
 
 @pytest.mark.parametrize(("grid", "runs"), GRIDS.items())
