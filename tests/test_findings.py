@@ -55,7 +55,9 @@ def test_a_verdict_chooses_the_words_and_not_the_value(runs, verdict):
 
 @pytest.mark.parametrize(("verdict", "told"), [("better", 1), ("worse", 1), ("not separable at 99%", 0)])
 def test_a_text_is_set_against_a_random_start(runs, verdict, told):
-    cells = [cell for cell in json.loads(Path("metrics/cells.json").read_text()) if cell["variant"] == "descriptions"]
+    cells = [
+        cell for cell in json.loads(Path("metrics/cells.json").read_text(encoding="utf-8")) if cell["variant"] == "descriptions"
+    ]
     cells = [cells[0] | {"against": "random"}, cells[0] | {"against": "template"}]
     Path("metrics/contrasts.json").write_text(json.dumps(cells), encoding="utf-8")
     assert sections(page(studies(demo=Path())))["Does better text give more resilience?"].startswith("**Not answered here")
@@ -131,7 +133,9 @@ def test_changes_and_factors_are_named_by_verdict(tmp_path):
     design = {"factors": levels, "variants": ["a"], "seeds": [0], "effects": found, "fits": []}
     network = {"dataset": "d", "backbone": "b", "confidence": 0.99}
     (tmp_path / "metrics").mkdir()
-    (tmp_path / "metrics" / "effects.json").write_text(json.dumps([network | {"contrasts": contrasts, "factorial": design}]))
+    (tmp_path / "metrics" / "effects.json").write_text(
+        json.dumps([network | {"contrasts": contrasts, "factorial": design}]), encoding="utf-8"
+    )
     told = sections(page(studies(factorial=tmp_path)))["Which factors act, and which need each other?"]
     assert told.startswith("**Of 2 factors, 0 leave less SDC, 1 leave more SDC (decay), 0 leave less DeltaLoss, 1 leave more D")
     assert (
@@ -139,7 +143,7 @@ def test_changes_and_factors_are_named_by_verdict(tmp_path):
     )
     assert f"| decay x text | {SHOWN} better |" in told
     assert "| decay x head" not in told  # only those that are told
-    (tmp_path / "metrics" / "effects.json").write_text(json.dumps([network | {"contrasts": contrasts}]))
+    (tmp_path / "metrics" / "effects.json").write_text(json.dumps([network | {"contrasts": contrasts}]), encoding="utf-8")
     told = sections(page(studies(causes=tmp_path)))["What makes these classifiers resilient?"]
     assert "**Of 3 single changes, 1 leave less SDC (smoothing), 1 leave more SDC (longer), 1 leave less DeltaLoss (sm" in told
     assert f"| cooler | {SHOWN} not separable | {SHOWN} not separable | {SHOWN} not separable | 3 |" in told
