@@ -8,6 +8,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from textguard.errors import UnsupportedModel
 from textguard.params import CloseupParams, InjectParams, Params
 from textguard.vision.recipe import Recipe
 from textguard.vision.transforms import TrainingView
+
+if TYPE_CHECKING:
+    from textguard.faults.mitigations import Mitigation
 
 IMAGES, CLASSES = 2, 10
 
@@ -45,7 +49,8 @@ def rehearse(model: nn.Module, view: TrainingView, recipe: Recipe, inject: Injec
 def look_up(params: Params) -> None:
     """Build each network that has no name of its own here, and call each function of own data.
 
-    Raises UnknownName for networks that are in no library; InvalidParameter for what is wrong with own code.
+    Raises UnknownName for networks that are in no library; InvalidParameter for what is wrong with own code; UnsupportedModel
+    for a network that a mitigation of section hardware cannot be used with, which its stage would say after the training.
     """
     from textguard.vision.backbones import BACKBONES, build_backbone
     from textguard.vision.datasets import is_own, own_parts
@@ -56,17 +61,21 @@ def look_up(params: Params) -> None:
     for backbone in params.backbones.values():
         if backbone.network not in BACKBONES:
             with torch.random.fork_rng(devices=[]):
-                build_backbone(backbone.network, CLASSES, backbone.image_size, backbone.drop_path)
+                model = build_backbone(backbone.network, CLASSES, backbone.image_size, backbone.drop_path).eval()
+            for mitigation in params.hardware.mitigations:
+                try:
+                    _protect(model, torch.zeros(3, backbone.image_size, backbone.image_size), mitigation)
+                except UnsupportedModel as error:
+                    said = error.told(lambda setting: f"params.yaml hardware.{setting}s")
+                    raise UnsupportedModel(said.replace("set it to none", "leave it out")) from error
 
 
 def _use(model: nn.Module, images: Tensor, labels: Tensor, inject: InjectParams, closeup: CloseupParams) -> None:
     """What the stages evaluate, ranges, inject and closeup do with a classifier, in this order."""
     from stages.settings import campaign_settings
     from textguard.closeup import CamModel, count_magnitudes, damaged_states
-    from textguard.faults import Campaign, protect
+    from textguard.faults import Campaign
     from textguard.faults.execution import no_records
-    from textguard.faults.graph import TracedModel
-    from textguard.faults.mitigations import activations
     from textguard.faults.profiling import loader_of, observer
     from textguard.vision.classifiers import PlainHeadClassifier, TextGuidedClassifier
     from textguard.vision.evaluation import measure_cost
@@ -79,12 +88,7 @@ def _use(model: nn.Module, images: Tensor, labels: Tensor, inject: InjectParams,
     measure_cost(model, image)
     # The ranges are made up: an untrained network's own may be anything, NaN included.
     profiled = dict.fromkeys((site.layer for site in observer(model, image, settings.kinds).sites), 1.0)
-    try:
-        bounds = dict.fromkeys(activations(TracedModel(model, image)).values(), (-1.0, 1.0))
-    except UnsupportedModel:
-        bounds = {}
-    # Learned thresholds are one per channel, and there are none yet: what they need of a network is what one range needs.
-    protected = protect(model, image, bounds, "clip_to_zero" if inject.mitigation == "learned" else inject.mitigation)
+    protected = _protect(model, image, inject.mitigation)
     campaign = Campaign(protected, loader, settings, profiled)
     campaign.pace(sites=[campaign.engine.sites[0], campaign.engine.sites[-1]])
     count_magnitudes(campaign.engine, loader, 1.0)
@@ -100,6 +104,21 @@ def _use(model: nn.Module, images: Tensor, labels: Tensor, inject: InjectParams,
     for damaged, fault in states.values():
         with damaged():
             cam.look(images[:1], labels[:1], inject.batch_size, fault)
+
+
+def _protect(model: nn.Module, image: Tensor, mitigation: "Mitigation") -> nn.Module:
+    """The model with a mitigation, whose ranges are made up."""
+    from textguard.faults import protect
+    from textguard.faults.graph import TracedModel
+    from textguard.faults.mitigations import activations
+
+    try:
+        bounds = dict.fromkeys(activations(TracedModel(model, image)).values(), (-1.0, 1.0))
+    except UnsupportedModel:
+        bounds = {}
+    # Learned thresholds are one per channel, and there are none yet: what they need of a network is what one range needs.
+    # Where there is nothing to bound, `protect` says so, and of which mitigation.
+    return protect(model, image, bounds, "clip_to_zero" if mitigation == "learned" and bounds else mitigation)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -252,13 +253,22 @@ def checkout(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "checkout", symlinks=True))
 
 
+@pytest.fixture(scope="session")
+def stored_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Run]]:
+    """A folder with a small grid and its results, to be copied and not changed, and its runs."""
+    folder = tmp_path_factory.mktemp("stored")
+    with chdir(folder):
+        stored = store_grid()
+        write_results(stored, STATISTICS, INJECT)
+    return folder, stored
+
+
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Run]:
+def runs(stored_runs: tuple[Path, dict[str, Run]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Run]:
     """The runs of a small grid that is stored in the current folder, with its results."""
     monkeypatch.chdir(tmp_path)
-    stored = store_grid()
-    write_results(stored, STATISTICS, INJECT)
-    return stored
+    shutil.copytree(stored_runs[0], tmp_path, dirs_exist_ok=True)
+    return dict(stored_runs[1])
 
 
 @pytest.fixture

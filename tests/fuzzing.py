@@ -48,7 +48,7 @@ GATE = "gate base metrics/results"
 PER_RUN = ("train", "evaluate", "ranges", "inject", "hardware", "closeup")
 # Everything that a finished grid of two data sets, two variants and one seed needs, in order.
 BUILD = [
-    *("check", "data digits", "data own", "heads digits", "heads own", "recipes"),
+    *("check", "data digits", "data own", "recipes"),
     *(
         f"{stage} {data}-descriptions"
         for data in ("digits", "own")
@@ -56,8 +56,9 @@ BUILD = [
     ),
     *("prompts digits-published", "responses digits-published", "prompts digits-featured", "responses digits-featured"),
     *("embeddings digits-featured", "prompts digits-asked", "responses digits-asked"),
+    *("heads digits", "heads own"),  # which start from texts
     *(f"{stage} {run}" for run in (RUN, GUIDED, OWN, "own-net-descriptions-0") for stage in PER_RUN),
-    *("results", "tables", "figures", "report", GATE),
+    *("results", "effects", "tables", "figures", "report", GATE),
 ]
 SECONDS = 20.0  # beside ten times what the command takes undisturbed
 LONGEST_LINE = 1000

@@ -38,7 +38,9 @@ def stages(*names: str) -> set[str]:
     return expanded
 
 
-BEHIND_TRAINING = stages("evaluate", "ranges", "inject", "hardware", "closeup", "results", "tables", "figures", "report")
+BEHIND_TRAINING = stages(
+    "evaluate", "ranges", "inject", "hardware", "closeup", "results", "effects", "tables", "figures", "report"
+)
 TEXTS = stages(f"prompts@{TEXT}", f"responses@{TEXT}", f"embeddings@{TEXT}", f"text_quality@{TEXT}")
 ALL = stages("check", "data@digits", "heads@digits", "recipes", "train") | TEXTS | BEHIND_TRAINING
 

@@ -414,7 +414,7 @@ def test_an_index_without_its_files_says_where_they_are_looked_for(tmp_path):
 def test_stages_read_photos_the_same_with_any_number_of_processes(tmp_path, monkeypatch):
     write_folders(tmp_path / "photos", {"train": 8, "val": 6})
     params = load_yaml(str(REPOSITORY / "grids" / "smoke" / "params.yaml"))
-    params["root"] = str(REPOSITORY)
+    params |= {"root": str(REPOSITORY), "variants": ["baseline"]}
     params["datasets"]["digits"] |= {"source": "folder", "limit_train": 0, "limit_test": 0, "checksum": True}
     params["backbones"]["resnet18"] |= {"batch_size": 8, "image_size": 16, "resize_size": 18, "epochs": 1, "warmup_epochs": 0}
     params["inject"] |= {"injections_per_layer": 2, "image_batch": 4}

@@ -20,6 +20,7 @@ from stages import figures
 from textguard.analysis.files import load_cells, load_results
 from textguard.artifacts import read_parquet, write_parquet, write_text
 from textguard.errors import InvalidArtifact
+from textguard.report.drawing import draw
 from textguard.report.figures import DRAWN_BY_DVC, PER_BACKBONE, group, training_curve, write_figures
 from textguard.report.run_figures import crossings
 from textguard.report.text_figures import draw_projection, draw_similarity
@@ -27,8 +28,16 @@ from textguard.report.theme import OTHER_MARKERS, PLACE_MARKERS, PUBLISHED_MARKE
 from textguard.report.variants import Variant, trainings
 
 
-def test_figures_come_with_their_numbers(runs, params, tmp_path):
-    """That their bytes are the same each time is seen in test_interruptions.py, in two grids."""
+def test_figures_come_with_their_numbers(runs, params, tmp_path, monkeypatch):
+    """That all can be drawn, and have the same bytes each time, is seen in test_interruptions.py, in two grids."""
+    drawn: dict[str, bytes] = {}
+
+    def once(figure, suffix, dpi):
+        if suffix not in drawn:
+            drawn[suffix] = draw(figure, suffix, dpi)
+        return drawn[suffix]
+
+    monkeypatch.setattr("textguard.report.drawing.draw", once)
     write_figures(list(load_results(runs).values()), load_cells(runs), params, tmp_path / "a")
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert (

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from dvc.repo import Repo
 from dvc.utils.hydra import apply_overrides
 from dvc.utils.serialize import load_yaml, modify_yaml
 
@@ -70,7 +71,8 @@ def test_the_runs_are_all_combinations(folder):
 @each_grid
 def test_dvc_calls_the_stages_as_we_do(folder, clone):
     params = load_params(clone / folder / "params.yaml")
-    listed = run(["dvc", "stage", "list", "--name-only"], clone / folder).stdout.split()
+    with Repo(clone / folder) as repo:
+        listed = [stage.name for stage in repo.index.stages]
     keys: dict[str, list[str]] = {}
     for name in listed:
         stage, _, key = name.partition("@")
@@ -84,6 +86,8 @@ def test_dvc_calls_the_stages_as_we_do(folder, clone):
         ("check", "recipes", "results", "effects", "tables", "figures", "report"): [""],
     }
     assert keys == {stage: list(names) for stages, names in named.items() for stage in stages if names}
+    # A repro that has nothing to do takes 5 s with 155, and 12 s with 300. Grids of many short runs take longer for all that.
+    assert len(listed) <= (540 if folder.name in ("causes", "factorial") else 181)
 
 
 @each_grid
@@ -102,7 +106,7 @@ def test_every_network_with_a_name_of_its_own_has_a_recipe():
 
 @pytest.mark.parametrize("grid", ["fashion", "table1"])
 def test_the_largest_grids_fit_on_two_pages(grid):
-    assert len((REPOSITORY / "grids" / grid / "params.yaml").read_text(encoding="utf-8").splitlines()) < 145
+    assert len((REPOSITORY / "grids" / grid / "params.yaml").read_text(encoding="utf-8").splitlines()) < 150
 
 
 def test_every_grid_is_what_make_grids_makes_of_the_root(clone):

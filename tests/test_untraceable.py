@@ -49,6 +49,7 @@ def odd(grid: Grid, monkeypatch) -> Grid:
     changes = {"format": "fp16", "kinds": ["Conv2d", "Linear", "Add"], "injections_per_layer": 2, "enumerate_up_to": 0}
     for name, value in changes.items():
         grid.change(f"inject.{name}", value)
+    grid.change("hardware.mitigations", [])
     assert grid.run("recipes")[0] == 0
     return grid
 
@@ -69,6 +70,14 @@ def test_a_network_without_a_trace_goes_through_every_stage(odd):
     assert set(ranges["kind"]) == {"Conv2d", "Linear", "Add"}
     records = pd.read_parquet(odd.folder / "metrics" / "records" / RUN / "injections.parquet")
     assert set(records["layer"]) == set(ranges["layer"])
+
+
+def test_a_mitigation_of_section_hardware_that_needs_a_trace_is_refused_before_anything_runs(odd):
+    odd.change("hardware.mitigations", ["learned"])
+    code, lines = odd.run("check")
+    assert code == 1
+    needs = "UnsupportedModel: params.yaml hardware.mitigations 'learned' needs a model that can be traced; leave it out: Net"
+    says(lines[-1], needs)
 
 
 def test_a_mitigation_that_needs_a_trace_is_refused_before_the_training(odd):

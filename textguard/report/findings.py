@@ -69,11 +69,11 @@ class Study:
     @cached_property
     def effects(self) -> list[Shown]:
         """Single changes, factors and interactions, of all networks."""
-        return [shown for found in self._listed("effects.json", list[Effects]) for shown in shown_effects(found)]
+        return [shown for found in self._listed("effects.json", list[Effects], "effects") for shown in shown_effects(found)]
 
-    def _listed(self, name: str, kind: type) -> list:
+    def _listed(self, name: str, kind: type, made_by: str = "results") -> list:
         file = self.folder / "metrics" / name
-        return read(file, "results", kind) if file.exists() else []
+        return read(file, made_by, kind) if file.exists() else []
 
 
 @dataclass(frozen=True)
@@ -87,22 +87,9 @@ class Finding:
     limits: str = ""
 
 
-def compared(ratio: Estimate, verdict: str, what: str) -> str:
-    """A ratio baseline / ours in words: less, more, or not told apart.
-
-    >>> compared(Estimate(2.0, 1.25, 4.0, 3), "better", "SDC")
-    'SDC is 2.00 [1.25, 4.00] times less'
-    >>> compared(Estimate(0.5, 0.25, 0.8, 3), "worse", "SDC")
-    'SDC is 2.00 [1.25, 4.00] times as much'
-    >>> compared(Estimate(1.5, 0.8, 3.0, 3), "not separable at 99%", "SDC")
-    "SDC cannot be told from the baseline's (1.50 [0.800, 3.00] times less)"
-    """
-    if verdict == "worse":
-        turned = Estimate(1 / ratio.value, 1 / ratio.high, 1 / ratio.low if ratio.low else float("inf"), ratio.n)
-        return f"{what} is {show_estimate(turned)} times as much"
-    if verdict == "better":
-        return f"{what} is {show_estimate(ratio)} times less"
-    return f"{what} cannot be told from the baseline's ({show_estimate(ratio)} times less)"
+def unanswered(question: str, why: str = "no grid that asks it was run") -> Finding:
+    """A question without an answer, which says so."""
+    return Finding(question, f"Not answered here: {why}.")
 
 
 def of_cell(cell: Cell, measure: str, place: str = "overall") -> Judged:
@@ -129,14 +116,21 @@ def cell_table(cells: Iterable[Cell], name: str) -> str:
     return as_markdown(Table(name, caption, headers, rows))
 
 
+def of_own_classifiers(studies: dict[str, Study]) -> list[Study]:
+    """The grids but `faults`, whose classifiers are the demo's."""
+    return [study for name, study in studies.items() if name != "faults"]
+
+
 def causes(studies: dict[str, Study]) -> Finding:
     """Which single changes make a classifier more resilient?"""
+    question = "What makes these classifiers resilient?"
     study = studies["causes"]
-    answer = f"Of {len(study.effects)} single changes, {_told(study.effects)}."
+    if not study.effects:
+        return unanswered(question)
     return Finding(
-        "What makes these classifiers resilient?",
-        answer if study.effects else "Not answered here: grid causes was not run.",
-        effect_table(study.effects, "causes") if study.effects else "",
+        question,
+        f"Of {len(study.effects)} single changes, {_told(study.effects)}.",
+        effect_table(study.effects, "causes"),
         [study.command],
         "One network on digits, three epochs. Whether a change of the logits' temperature is a gain is the user's to say: it "
         "changes no prediction and no SDC.",
@@ -145,14 +139,16 @@ def causes(studies: dict[str, Study]) -> Finding:
 
 def factorial(studies: dict[str, Study]) -> Finding:
     """Which factors act, and which act on one another?"""
+    question = "Which factors act, and which need each other?"
     study = studies["factorial"]
     main = [shown for shown in study.effects if shown.kind == "factor"]
     pairs = [shown for shown in study.effects if shown.kind == "interaction"]
-    answer = f"Of {len(main)} factors, {_told(main)}; of {len(pairs)} interactions, {_told(pairs)}."
+    if not main:
+        return unanswered(question)
     return Finding(
-        "Which factors act, and which need each other?",
-        answer if main else "Not answered here: grid factorial was not run.",
-        effect_table([*main, *(pair for pair in pairs if _is_told(pair))], "factorial") if main else "",
+        question,
+        f"Of {len(main)} factors, {_told(main)}; of {len(pairs)} interactions, {_told(pairs)}.",
+        effect_table([*main, *(pair for pair in pairs if _is_told(pair))], "factorial"),
         [study.command],
         "A half fraction of a design with two levels of each factor: nothing is known between them or beyond.",
     )
@@ -185,37 +181,43 @@ def effect_table(found: Iterable[Shown], name: str) -> str:
 
 def text(studies: dict[str, Study]) -> Finding:
     """Does the text matter, beyond a head that starts at random?"""
+    question = "Does better text give more resilience?"
     found = [
         (study, cell)
-        for name, study in studies.items()
-        if name != "faults"  # the demo's classifiers
+        for study in of_own_classifiers(studies)
         for cell in study.contrasts
         if cell.against == "random" and cell.variant in (PROPOSED, "cupl", "clip", "shuffled") and len(cell.seeds) > 2
     ]
-    told = [(study, cell) for study, cell in found if of_cell(cell, "sdc").in_short in ("better", "worse")]
-    loss = [(study, cell) for study, cell in found if of_cell(cell, "delta_loss").in_short in ("better", "worse")]
-    headers = ["Network, Text", "Top-1 (points)", "SDC (x)", "DeltaLoss (x)", "Largest Effect Left, SDC / DeltaLoss (x)"]
+    if not found:
+        return unanswered(question)
+    told, loss = (
+        [cell for _, cell in found if of_cell(cell, measure).in_short in ("better", "worse")]
+        for measure in ("sdc", "delta_loss")
+    )
+    headers = ["Grid: Network, Text", "Top-1 (%)", "Top-1, Random (%)", "SDC (x)", "DeltaLoss (x)"]
+    headers += ["Largest Effect Left, SDC / DeltaLoss (x)", "Trainings"]
     rows = [
         [
-            f"{cell.dataset}, {cell.backbone}, {cell.variant}",
-            100 * (cell.top1.value - cell.top1_baseline.value),
+            f"{study.name}: {cell.dataset}, {cell.backbone}, {cell.variant}",
+            cell.top1.times(100),
+            cell.top1_baseline.times(100),
             of_cell(cell, "sdc"),
             of_cell(cell, "delta_loss"),
             " / ".join(show_number(largest_left(of_cell(cell, name).estimate)) for name in ("sdc", "delta_loss")),
+            str(len(cell.seeds)),
         ]
-        for _, cell in found
+        for study, cell in found
     ]
-    count = len(found)
     answer = (
-        f"Set against a head that starts at random, descriptions change SDC in {len(told)} and DeltaLoss in {len(loss)} of "
-        f"{count} comparisons beyond their 99 % intervals."
+        f"Set against a head that starts at random, a text changes SDC in {len(told)} and DeltaLoss in {len(loss)} of "
+        f"{len(found)} comparisons beyond their 99 % intervals."
     )
     caption = (
         "(x): a random start's / the text's, above 1 the text is better; all layers; 99 % intervals over trainings. Largest "
         "effect left: the end of the interval that is farther from 1, in either direction."
     )
     return Finding(
-        "Does better text give more resilience?",
+        question,
         answer,
         as_markdown(Table("text", caption, headers, rows)),
         sorted({study.command for study, _ in found}),
@@ -231,7 +233,10 @@ def largest_left(ratio: Estimate) -> float:
 
 def mechanism(studies: dict[str, Study]) -> Finding:
     """Does resilience go with how far the scores go?"""
-    found = classifiers({name: study.results for name, study in studies.items() if study.results})
+    question = "Is it how far the scores go?"
+    found = classifiers({name: study.results for name, study in studies.items()})
+    if found.empty:
+        return unanswered(question)
     rows = []
     for effect, what in (
         ("head_delta_loss", "DeltaLoss, head alone"),
@@ -240,25 +245,26 @@ def mechanism(studies: dict[str, Study]) -> Finding:
         ("sdc", "SDC, all layers"),
     ):
         values = association(found, "largest_logit", effect)
-        rows.append([what, *(values[name] for name in ("correlation", "correlation_within", "slope_within"))])
+        columns = [values[name] for name in ("correlation", "correlation_within", "slope_within")]
+        rows.append([what, *columns, str(columns[0].n)])
     loss, sdc = rows[0], rows[2]
-    cells = [cell for study in studies.values() for cell in study.cells if cell.variant == PROPOSED]
+    cells = [(study, cell) for study in of_own_classifiers(studies) for cell in study.cells if cell.variant == PROPOSED]
     left = [
         f"{show_estimate(cell.first.rescaled.same_temperature)} of "
-        f"{show_estimate(cell.first.improvement.delta_loss.head)} ({cell.dataset}, {cell.backbone})"
-        for cell in cells
+        f"{show_estimate(cell.first.improvement.delta_loss.head)} ({study.name}: {cell.dataset}, {cell.backbone})"
+        for study, cell in cells
         if cell.first.rescaled and len(cell.seeds) > 1
     ]
     answer = (
-        f"Over {len(found)} classifiers, DeltaLoss of the head goes with the largest logit (correlation of logarithms within "
-        f"networks {show_estimate(loss[2])}); SDC of the head {_goes(sdc[2])} ({show_estimate(sdc[2])})."
+        f"Over {len(found)} classifiers, DeltaLoss of the head {_goes(loss[2])} the largest logit (correlation of logarithms "
+        f"within networks {show_estimate(loss[2])}); SDC of the head {_goes(sdc[2])} it ({show_estimate(sdc[2])})."
     )
     caption = (
         "Correlation of the logarithm with that of the largest logit on training images, over all classifiers and within "
-        f"networks of one grid, and how many per cent more the damage is for one per cent more logit. n = {len(found)} "
-        "classifiers; 99 % intervals from resampling kinds of classifiers whole."
+        "networks of one grid, and how many per cent more the damage is for one per cent more logit. Classifiers: those whose "
+        "damage is not 0. 99 % intervals from resampling kinds of classifiers whole."
     )
-    headers = ["Damage", "Correlation", "Within Networks", "Slope Within Networks"]
+    headers = ["Damage", "Correlation", "Within Networks", "Slope Within Networks", "Classifiers"]
     shown = as_markdown(Table("mechanism", caption, headers, rows))
     if left:
         shown += (
@@ -266,7 +272,7 @@ def mechanism(studies: dict[str, Study]) -> Finding:
             f"DeltaLoss with descriptions there is left: {'; '.join(left)}.\n"
         )
     return Finding(
-        "Is it how far the scores go?",
+        question,
         answer,
         shown,
         ["cd docs && dvc repro"],
@@ -276,24 +282,27 @@ def mechanism(studies: dict[str, Study]) -> Finding:
 
 
 def _goes(correlation: Estimate) -> str:
-    return "does too" if correlation.low > 0 else "goes against it" if correlation.high < 0 else "cannot be told to"
+    return "goes with" if correlation.low > 0 else "goes against" if correlation.high < 0 else "cannot be told to go with"
 
 
 def networks(studies: dict[str, Study]) -> Finding:
     """Does what holds for the paper's networks hold for others?"""
+    question = "Does it carry over to other networks and data?"
     cells = [
         cell
         for name in ("demo", "fashion", "cifar10", "vit")
         for cell in studies[name].cells
         if cell.variant in (PROPOSED, "cupl", "random", "smoothed")
     ]
+    if not cells:
+        return unanswered(question)
     better, worse = ([cell for cell in cells if of_cell(cell, "sdc").in_short == verdict] for verdict in ("better", "worse"))
     answer = (
         f"Of {len(cells)} pairs of a network and a way to train it, SDC over all layers is told better than the baseline's in "
         f"{len(better)} and worse in {len(worse)}."
     )
     return Finding(
-        "Does it carry over to other networks and data?",
+        question,
         answer,
         cell_table(cells, "networks"),
         [studies[name].command for name in ("demo", "fashion", "cifar10", "vit") if studies[name].cells],
@@ -304,9 +313,12 @@ def networks(studies: dict[str, Study]) -> Finding:
 
 def other_faults(studies: dict[str, Study]) -> Finding:
     """Where does the ranking of the variants flip?"""
+    question = "Where does the ranking of the variants flip under other faults?"
     study = studies["faults"]
     cells = [cell for cell in study.other_faults if cell.variant == PROPOSED]
     ratios = [one for cell in cells for one in cell.ratios if one.place == "overall" and one.measure in ("sdc", "delta_loss")]
+    if not ratios:
+        return unanswered(question)
     names = list(dict.fromkeys(one.faults for one in ratios))
     by_name = {(one.faults, one.measure): one for one in ratios}
     counts = {
@@ -328,21 +340,22 @@ def other_faults(studies: dict[str, Study]) -> Finding:
         ]
         for name in names
     ]
-    caption = "(x): the baseline's / with descriptions, above 1 is better; 99 % intervals over 3 trainings. See faults.md."
+    caption = (
+        "(x): the baseline's / with descriptions, above 1 is better; 99 % intervals over "
+        f"{len(cells[0].seeds)} trainings. See faults.md."
+    )
     return Finding(
-        "Where does the ranking of the variants flip under other faults?",
-        answer if names else "Not answered here: grid faults was not run.",
+        question,
+        answer,
         as_markdown(Table("faults", caption, ["Faults", "SDC (x)", "DeltaLoss (x)"], rows)),
         [study.command],
-        "One network on an easy data set, and three trainings.",
+        "One network on an easy data set, and few trainings.",
     )
 
 
 UNANSWERED = (
-    Finding(
-        "What do the language model's temperature and size do?", "Not answered here: no language model was asked for this."
-    ),
-    Finding("Does a classifier of texts gain?", "Not answered here: none was trained."),
+    unanswered("What do the language model's temperature and size do?", "no language model was asked for this"),
+    unanswered("Does a classifier of texts gain?", "none was trained"),
 )
 QUESTIONS: tuple[Callable[[dict[str, Study]], Finding], ...] = (causes, factorial, text, networks, mechanism, other_faults)
 

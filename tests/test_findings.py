@@ -1,0 +1,149 @@
+"""The page of findings says what the files say: by verdict and never by value, and what no grid answers is said."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from textguard.estimates.statistics import Estimate
+from textguard.report.findings import STUDIES, Study, _goes, page
+from textguard.report.rendering import show_estimate
+
+
+def studies(**folders: Path) -> dict[str, Study]:
+    return {name: Study(name, folders.get(name, Path("nowhere"))) for name in STUDIES}
+
+
+def sections(text: str) -> dict[str, str]:
+    """Question -> what stands below it."""
+    return dict(part.split("\n\n", 1) for part in text.split("\n## ")[1:])
+
+
+def change(path: str, **changes: object) -> None:
+    """Three trainings instead of one, and other values at these places, `__` between the steps, in what a stage left."""
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    for cell in found:
+        cell["seeds"] = [0, 1, 2]
+        (first, *_) = cell.get("detectors", {"": {}}).values()
+        for steps, value in changes.items():
+            *parents, last = steps.split("__")
+            node = first
+            for step in parents:
+                node = node[step]
+            node[last] = value
+    Path(path).write_text(json.dumps(found), encoding="utf-8")
+
+
+RATIO = {"value": 2.5, "low": 1.25, "high": 5.0, "n": 3}
+SHOWN = "2.50 [1.25, 5.00]"
+
+
+@pytest.mark.parametrize("verdict", ["better", "worse", "not separable at 99%"])
+def test_a_verdict_chooses_the_words_and_not_the_value(runs, verdict):
+    changes = {"improvement__sdc__overall": RATIO, "verdict__sdc__overall": verdict}
+    changes["verdict__delta_loss__overall"] = "not separable at 99%"
+    change("metrics/cells.json", **changes)
+    found = sections(page(studies(demo=Path())))["Does it carry over to other networks and data?"]
+    better, worse = (str(int(verdict == one)) for one in ("better", "worse"))
+    assert f"better than the baseline's in {better} and worse in {worse}" in found
+    (line,) = (line for line in found.splitlines() if line.startswith("| d, resnet18, descriptions"))
+    assert f"| {SHOWN} {verdict.split(' at ')[0]} |" in line
+    assert line.endswith("| 3 |")
+
+
+@pytest.mark.parametrize(("verdict", "told"), [("better", 1), ("worse", 1), ("not separable at 99%", 0)])
+def test_a_text_is_set_against_a_random_start(runs, verdict, told):
+    cells = [
+        cell for cell in json.loads(Path("metrics/cells.json").read_text(encoding="utf-8")) if cell["variant"] == "descriptions"
+    ]
+    cells = [cells[0] | {"against": "random"}, cells[0] | {"against": "template"}]
+    Path("metrics/contrasts.json").write_text(json.dumps(cells), encoding="utf-8")
+    assert sections(page(studies(demo=Path())))["Does better text give more resilience?"].startswith("**Not answered here")
+    changes = {"improvement__sdc__overall": RATIO, "verdict__sdc__overall": verdict}
+    change("metrics/contrasts.json", **changes, improvement__delta_loss__overall={**RATIO, "low": 0.1})
+    found = sections(page(studies(demo=Path(), faults=Path())))["Does better text give more resilience?"]  # demo's, once
+    assert f"changes SDC in {told} and DeltaLoss in 0 of 1 comparisons" in found
+    assert f"| {SHOWN} {verdict.split(' at ')[0]} |" in found
+    assert "| 5.00 / 10.0 | 3 |" in found  # the farther end, in either direction
+    assert "Made by: `make repro`." in found
+
+
+def test_other_faults_are_counted_by_verdict(runs):
+    file = Path("metrics/hardware.json")
+    cells = json.loads(file.read_text(encoding="utf-8"))
+    for cell in cells:
+        for one in cell["ratios"]:
+            one["verdict"] = {"two_bits": "worse"}.get(one["faults"], "better" if one["measure"] == "sdc" else "no verdict")
+            one["verdict"] = one["verdict"].replace("no verdict", "not separable at 99%")
+    file.write_text(json.dumps(cells), encoding="utf-8")
+    found = sections(page(studies(faults=Path())))["Where does the ranking of the variants flip under other faults?"]
+    names = {one["faults"] for one in cells[0]["ratios"] if one["place"] == "overall" and one["measure"] == "sdc"}
+    assert f"Of {len(names)} kinds of faults" in found
+    assert f"by SDC in {len(names) - 1} and by DeltaLoss in 0; they are told worse in 1 and 1." in found
+    (line,) = (line for line in found.splitlines() if line.startswith("| two bits"))
+    assert line.count("worse") == 2
+
+
+def test_how_scores_go_with_damage_is_said_by_the_interval():
+    assert _goes(Estimate(0.9, 0.1, 1.0, 9)) == "goes with"
+    assert _goes(Estimate(-0.9, -1.0, -0.1, 9)) == "goes against"
+    assert _goes(Estimate(0.9, -0.1, 1.0, 9)) == _goes(Estimate(0.9, np.nan, np.nan, 2)) == "cannot be told to go with"
+
+
+def test_largest_logits_are_those_of_all_classifiers_and_a_rescaled_head_is_shown_beside_its_gain(runs):
+    change("metrics/cells.json", rescaled={"same_temperature": RATIO})
+    cells = json.loads(Path("metrics/cells.json").read_text(encoding="utf-8"))
+    (head,) = (
+        cell["detectors"]["profiled"]["improvement"]["delta_loss"]["head"]
+        for cell in cells
+        if cell["variant"] == "descriptions"
+    )
+    found = sections(page(studies(demo=Path(), faults=Path())))["Is it how far the scores go?"]
+    assert f"Over {len(runs)} classifiers, DeltaLoss" in found  # those of `faults` are the demo's
+    assert found.count(f"{SHOWN} of {show_estimate(Estimate(**head))} (demo: d, resnet18)") == 1
+    assert len(re.findall(r"^\| (?:DeltaLoss|SDC), .* \| 4 \|$", found, re.MULTILINE)) == 4
+
+
+def test_without_any_results_nothing_is_answered():
+    found = sections(page(studies()))
+    assert len(found) == 8
+    assert all(text.startswith("**Not answered here: ") for text in found.values())
+    assert not any("|" in text for text in found.values())
+
+
+def effect(verdict: str) -> list[dict]:
+    """An effect on everything, which the intervals judge so; its value would say that it is a gain."""
+    places = [("delta_loss", "overall"), ("sdc", "overall"), ("top1", "all")]
+    same = {"effect": RATIO, "second": RATIO, "largest": 5.0, "zeros": 0, "verdict": verdict}
+    return [{"measure": measure, "place": place, **same} for measure, place in places]
+
+
+def test_changes_and_factors_are_named_by_verdict(tmp_path):
+    unclear = "not separable at 99%"
+    changes = {"smoothing": "better", "longer": "worse", "cooler": unclear}
+    contrasts = [
+        {"name": name, "variant": name, "against": "baseline", "seeds": [0, 1, 2], "effects": effect(verdict)}
+        for name, verdict in changes.items()
+    ]
+    factors = {"decay": "worse", "head": unclear, "decay head": unclear, "decay text": "better"}
+    found = [{"factors": names.split(), "aliases": [], "effects": effect(verdict)} for names, verdict in factors.items()]
+    levels = {name: [0, 1] for name in ("decay", "head", "text")}
+    design = {"factors": levels, "variants": ["a"], "seeds": [0], "effects": found, "fits": []}
+    network = {"dataset": "d", "backbone": "b", "confidence": 0.99}
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "effects.json").write_text(
+        json.dumps([network | {"contrasts": contrasts, "factorial": design}]), encoding="utf-8"
+    )
+    told = sections(page(studies(factorial=tmp_path)))["Which factors act, and which need each other?"]
+    assert told.startswith("**Of 2 factors, 0 leave less SDC, 1 leave more SDC (decay), 0 leave less DeltaLoss, 1 leave more D")
+    assert (
+        "of 2 interactions, 1 leave less SDC (decay x text), 0 leave more SDC, 1 leave less DeltaLoss (decay x text), 0" in told
+    )
+    assert f"| decay x text | {SHOWN} better |" in told
+    assert "| decay x head" not in told  # only those that are told
+    (tmp_path / "metrics" / "effects.json").write_text(json.dumps([network | {"contrasts": contrasts}]), encoding="utf-8")
+    told = sections(page(studies(causes=tmp_path)))["What makes these classifiers resilient?"]
+    assert "**Of 3 single changes, 1 leave less SDC (smoothing), 1 leave more SDC (longer), 1 leave less DeltaLoss (sm" in told
+    assert f"| cooler | {SHOWN} not separable | {SHOWN} not separable | {SHOWN} not separable | 3 |" in told
