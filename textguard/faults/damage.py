@@ -537,7 +537,7 @@ def make_storages(
         if weight is not None:
             if id(weight) not in rounded:
                 own, native = stored_as(number_format, site.weight_dtype, f"the weights of layer {site.layer!r}")
-                storage = Storage(own, float(weight.detach().abs().max()), site.weights, weight.device, native=native)
+                storage = Storage(own, _largest(weight), site.weights, weight.device, native=native)
                 weight.data = storage.round(weight.data)
                 rounded[id(weight)] = storage
             weights.append(rounded[id(weight)])
@@ -628,4 +628,8 @@ def weight_limits(model: nn.Module, sites: Sequence[Site]) -> dict[str, float]:
         Layer -> magnitude, for the sites with weights.
     """
     found = zip(sites, stored_weights(model, sites), strict=True)
-    return {site.layer: float(weight.detach().abs().max()) for site, weight in found if weight is not None}
+    return {site.layer: _largest(weight) for site, weight in found if weight is not None}
+
+
+def _largest(weight: Tensor) -> float:
+    return float(weight.detach().double().abs().max())  # in int8, -128 has no magnitude

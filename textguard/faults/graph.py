@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from textguard.errors import UnsupportedModel, printable
 from textguard.faults.copying import copy_model
 from textguard.faults.detectors import Bound
-from textguard.faults.exported import export, in_functions, is_exported
+from textguard.faults.exported import evaluation, export, in_functions, is_exported
 from textguard.faults.sites import (
     DEFAULT_KINDS,
     SURVEYED,
@@ -239,7 +239,7 @@ class TracedModel:
     @torch.inference_mode(False)  # Tensors of inference mode do not count their versions, which the survey compares.
     @torch.no_grad()
     def __init__(self, model: nn.Module, image: Tensor, kinds: Sequence[str] = DEFAULT_KINDS) -> None:
-        model = uncompiled(copy_model(unwrapped(model)).eval())
+        model = uncompiled(evaluation(copy_model(unwrapped(model))))
         for module in model.modules():
             # In-place activations would overwrite the golden values that later replays start from.
             if getattr(module, "inplace", False):
