@@ -72,7 +72,8 @@ def test_a_stored_activation_is_hit_as_the_graph_reads_it(engine_of, exported, i
         net.hit = fault
         assert torch.allclose(found.logits[row], net(images)[fault[1]], atol=1e-5)
     codes = OPS.quantize_per_tensor(images, *IN).flatten(1)
-    assert found.golden_value[0] == codes[1, 7] and found.faulty_value[0] == int(codes[1, 7]) ^ 128
+    assert found.golden_value[0] == codes[1, 7]
+    assert found.faulty_value[0] == int(codes[1, 7]) ^ 128
 
 
 @pytest.mark.parametrize("engine_of", [ReplayEngine, WholeEngine])
@@ -101,8 +102,10 @@ def test_a_stored_weight_is_hit_in_its_buffer(engine_of, exported, images):
 def test_stored_integers_are_assessed_without_a_range_detector(exported, images, capsys):
     loader = DataLoader(TensorDataset(images, Net()(images).argmax(dim=1)), batch_size=4)
     found = assess(exported, loader, injections_per_layer=16)
-    assert set(found.site_bits.values()) == {8} and set(found.limits.values()) == {float("inf")}
-    assert set(found.records["bit"]) <= set(range(8)) and not found.records["detected"].any()
+    assert set(found.site_bits.values()) == {8}
+    assert set(found.limits.values()) == {float("inf")}
+    assert set(found.records["bit"]) <= set(range(8))
+    assert not found.records["detected"].any()
     assert "8 bits of stored integers in 2 layers" in capsys.readouterr().err
     with pytest.raises(UnsupportedModel, match="no gradient leads"):
         assess(exported, loader, plan="guided", injections_per_layer=16)
@@ -123,5 +126,6 @@ def test_what_torchao_makes_is_assessed(images):
     model = pt2e.convert_pt2e(prepared)
     for target, sites in {"neuron": {"Quantize"}, "weight": {"QuantizedWeight"}}.items():
         engine = make_engine("replay", model, images[0], 4, target=target)
-        assert engine.name == "replay" and {site.kind for site in engine.sites} == sites
+        assert engine.name == "replay"
+        assert {site.kind for site in engine.sites} == sites
         assert engine.sites == WholeEngine(model, images[0], 4, target=target).sites

@@ -34,7 +34,7 @@ def is_exported(model: nn.Module) -> bool:
 
 
 def is_quantised(model: nn.Module) -> bool:
-    """Whether a model holds a graph that torchao's `convert_pt2e` made: in fp32, between values and weights stored as integers."""
+    """Whether a model holds a graph that torchao's `convert_pt2e` made: fp32 between values and weights stored as integers."""
     graphs = (module.graph for module in model.modules() if isinstance(module, fx.GraphModule))
     return any(getattr(step.target, "namespace", "") == "quantized_decomposed" for graph in graphs for step in graph.nodes)
 
