@@ -13,6 +13,7 @@ from benchmarks import (
     coverage,
     efficiency,
     gate,
+    guidance,
     guided,
     injections,
     last_layer,
@@ -35,6 +36,7 @@ MEASURES = {
 }
 MEASURES |= {
     "simulated": coverage.simulate,
+    "guidance": guidance.measure,
     "training": training.measure,
     "persistent": persistent.measure,
     "lists": lists.measure,
@@ -157,6 +159,7 @@ def table(results: dict) -> str:
     lines += _simulated(results["simulated"])
     lines += ["", "Drawing takes, per image and for " + _preparation(results["guided"]) + ".", *_gate(results["gate"])]
     lines += protection.lines(results.get("protection"))
+    lines += guidance.lines(results.get("guidance"))
     lines += [*_persistent(results.get("persistent")), *_lists(results.get("lists"))]
     return "\n".join(lines) + "\n"
 

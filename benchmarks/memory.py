@@ -4,6 +4,7 @@ import ctypes
 import gc
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,21 +34,26 @@ def _memory_mb(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def _main(what: str) -> None:
-    model, images = random_classifier("resnet50", 224, BATCH)
-    engine = ReplayEngine(model, images[0], BATCH) if what == "replay" else None
-    # Making the model took memory too: give it back, and forget that it was ever used.
+def peak_mb(run: Callable[[], object]) -> float:
+    """Megabytes that `run` takes at most, above what this process holds before it. Linux alone."""
+    # Making a model took memory too: give it back, and forget that it was ever used.
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before = _memory_mb("VmRSS")
+    run()
+    return _memory_mb("VmHWM") - before
+
+
+def _main(what: str) -> None:
+    model, images = random_classifier("resnet50", 224, BATCH)
+    engine = ReplayEngine(model, images[0], BATCH) if what == "replay" else None
     with torch.inference_mode():
         if engine:
             # As many faults per layer and golden run as there are images in a plain pass.
-            engine.run(images, draw_faults(engine, BATCH, BATCH * len(engine.sites)))
+            print(peak_mb(lambda: engine.run(images, draw_faults(engine, BATCH, BATCH * len(engine.sites)))))
         else:
-            model(images)
-    print(_memory_mb("VmHWM") - before)
+            print(peak_mb(lambda: model(images)))
 
 
 if __name__ == "__main__":

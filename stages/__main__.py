@@ -35,7 +35,7 @@ from textguard.params import Params, load_params, lookup  # noqa: E402
 
 TIMELESS = ("plan", "estimate")  # they foretell and leave nothing
 # On the device that TEXTGUARD_DEVICE names.
-COMPUTING = ("embeddings", "train", "evaluate", "ranges", "inject", "hardware", "closeup")
+COMPUTING = ("embeddings", "train", "evaluate", "ranges", "inject", "hardware", "corruptions", "closeup")
 SHARED = ("train", "evaluate", "inject")  # stages that several processes can work on
 WORD = "_TEXTGUARD_WORD"  # in their environment: the file that the first of them makes which has something to say
 # Stage -> what of the parameters its KEY names; None where it takes no key.
@@ -55,8 +55,10 @@ STAGES = {
     "ranges": "runs",
     "inject": "runs",
     "hardware": "runs",
+    "corruptions": "corrupted",
     "closeup": "runs",
     "results": None,
+    "effects": None,
     "tables": None,
     "figures": None,
     "report": None,

@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 
 from stages.loading import LoadedRun, load_run
-from stages.settings import campaign_inputs, campaign_settings
+from stages.settings import campaign_inputs, campaign_settings, protected
 from textguard.artifacts import reading, write_parquet
 from textguard.closeup import LOOKS, CamModel, count_magnitudes, damaged_states, look_at, shifts, worst_injection
 from textguard.errors import CampaignMismatch, InvalidArtifact, UnsupportedModel
-from textguard.faults import CampaignSettings, FaultModel, protect
+from textguard.faults import CampaignSettings, FaultModel
 from textguard.faults.engines import Engine
 from textguard.faults.execution import RECORD_COLUMNS
 from textguard.faults.plans import check_plan
@@ -28,7 +28,7 @@ from textguard.vision.transforms import image_loader
 def main(params: Params, key: str) -> None:
     run, settings = load_run(params, key), campaign_settings(params.inject)
     model = fold_scale(run.model) if params.head.fold_scale else run.model
-    profiled, model = largest_outputs(run.ranges), protect(model, run.image, run.bounds, params.inject.mitigation)
+    profiled, model = largest_outputs(run.ranges), protected(run, model, params.inject.mitigation)
     engine = settings.make_engine(model, run.image, profiled)
     run.check_layers((site.layer, site.kind, site.neurons) for site in engine.all_sites)
     records = _load_records(run, params, engine)
@@ -37,6 +37,8 @@ def main(params: Params, key: str) -> None:
     content = {"last_layer": {"layer": last, "profiled": profiled[last], "images": len(run.view), **values}}
     traced = {"kinds": settings.kinds, "number_format": settings.stored_as, "profiled": profiled}
     try:
+        if not params.closeup.images:
+            raise UnsupportedModel("closeup.images is 0")
         cam = CamModel(model, run.image, **traced, smallest=params.closeup.smallest_map)
     except UnsupportedModel as error:
         looks, content["cam"] = pd.DataFrame(columns=LOOKS), {"skipped": str(error)}

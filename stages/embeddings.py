@@ -39,7 +39,8 @@ def main(params: Params, key: str) -> None:
     make_deterministic(0)
     if texts.features:
         file = Path(params.root) / texts.features
-        encoded = EncodedTexts(load_text_features(file, classes), sha256_of_file(file, ""), 0)
+        row_map = Path(params.root) / texts.row_map if texts.row_map else None
+        encoded = EncodedTexts(load_text_features(file, classes, row_map), sha256_of_file(file, ""), 0)
     else:
         encoded = encode(params.encoder, [said.text for said in used], pick_device())
     if len(kept) < len(descriptions):

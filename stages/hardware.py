@@ -14,8 +14,8 @@ RECORDS, FOUND = Path("metrics") / "records", Path("metrics") / "hardware"
 
 def main(params: Params, key: str) -> None:
     hardware = params.hardware
-    found, records = {"images": 0, "models": [], "curves": []}, pd.DataFrame({"faults": []})
-    if hardware.models or (hardware.rates and hardware.protections):
+    found, records = {"images": 0, "models": [], "mitigations": [], "curves": []}, pd.DataFrame({"faults": []})
+    if hardware.models or hardware.mitigations or (hardware.rates and hardware.protections):
         from stages.under_faults import look  # not before: most grids ask for nothing here, and torch takes seconds
 
         found, records = look(params, key)

@@ -5,9 +5,9 @@ import sys
 import pandas as pd
 
 from stages.loading import load_run
-from stages.settings import campaign_inputs, campaign_settings
+from stages.settings import campaign_inputs, campaign_settings, protected
 from textguard.artifacts import work_dir, write_parquet
-from textguard.faults import Campaign, protect
+from textguard.faults import Campaign
 from textguard.faults.execution import no_records
 from textguard.faults.plans import PLAN_COLUMNS
 from textguard.faults.profiling import largest_outputs
@@ -22,7 +22,7 @@ from textguard.vision.transforms import image_loader
 def main(params: Params, key: str) -> None:
     run, inject = load_run(params, key), params.inject
     model = fold_scale(run.model) if params.head.fold_scale else run.model
-    profiled, model = largest_outputs(run.ranges), protect(model, run.image, run.bounds, inject.mitigation)
+    profiled, model = largest_outputs(run.ranges), protected(run, model, inject.mitigation)
     campaign = Campaign(model, image_loader(run.view, inject.batch_size), campaign_settings(inject), profiled)
     run.check_layers((site.layer, site.kind, site.neurons) for site in campaign.engine.all_sites)
     mark = campaign_inputs(run, params)

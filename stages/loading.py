@@ -1,7 +1,7 @@
 """What the stages of one classifier read: its weights, a split of its data set, its profiled ranges."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from textguard.artifacts import FP32_MAX, check_names, read_csv, read_ranges, reading, sha256_of_file
+from textguard.artifacts import FP32_MAX, check_names, read_csv, read_ranges, reading, sha256_of_file, write_csv
 from textguard.errors import InvalidArtifact, printable
 from textguard.params import Params
 from textguard.runtime import pick_device
@@ -60,6 +60,23 @@ class LoadedRun:
                 raise InvalidArtifact(f"has the impossible range {low} to {high} for activation {name!r}")
         return {name: (low, high) for name, low, high in table[["activation", "low", "high"]].itertuples(index=False)}
 
+    @cached_property
+    def thresholds(self) -> dict[str, tuple[float, Tensor]]:
+        """Activation -> its lowest value, and the threshold of each channel [C]. Raises InvalidArtifact."""
+        path = self.files["thresholds"]
+        limits = {"low": (-FP32_MAX, FP32_MAX), "high": (-FP32_MAX, FP32_MAX)}
+        table = read_csv(path, "ranges", ["activation"], ["channel", "low", "high"], limits)
+        found = {}
+        with reading(path, "ranges"):
+            for name, rows in table.groupby("activation", sort=False):
+                if rows["channel"].tolist() != list(range(len(rows))) or rows["low"].nunique() != 1:
+                    raise InvalidArtifact(
+                        f"does not have the channels of activation {printable(repr(name), 80)} from 0 up, with one lowest value"
+                    )
+                high = torch.tensor(rows["high"].to_numpy(), dtype=torch.float32, device=self.device)
+                found[name] = (float(rows["low"].iloc[0]), high)
+        return found
+
     def check_layers(self, layers: Iterable[tuple[str, str, int]]) -> None:
         """Raises InvalidArtifact where the ranges are of other layers than these: (name, kind, neurons), in order."""
         path, columns = self.files["ranges"], ["layer", "kind", "neurons"]
@@ -72,13 +89,19 @@ class LoadedRun:
                     )
 
     def checksums(self, names: Iterable[str]) -> dict[str, str]:
-        """Name -> SHA-256 of some of `files`: model, data (the split), ranges, bounds. Raises InvalidArtifact."""
-        makers = {"model": "train", "data": "data", "ranges": "ranges", "bounds": "ranges"}
+        """Name -> SHA-256 of some of `files`: model, data (the split), ranges, bounds, thresholds. Raises InvalidArtifact."""
+        makers = {"model": "train", "data": "data", **dict.fromkeys(("ranges", "bounds", "thresholds"), "ranges")}
         return {name: sha256_of_file(self.files[name], makers[name]) for name in names}
 
 
 def _layer(layer: tuple[str, str, int] | None) -> str:
     return "no layer" if layer is None else printable("{!r} ({}, {} neurons)".format(*layer))
+
+
+def write_thresholds(path: Path, thresholds: Mapping[str, tuple[float, Tensor]]) -> None:
+    """Write what `learn_thresholds` returned: one row per channel, and none where nothing was learned."""
+    rows = [(name, place, low, most) for name, (low, high) in thresholds.items() for place, most in enumerate(high.tolist())]
+    write_csv(path, pd.DataFrame(rows, columns=["activation", "channel", "low", "high"]))
 
 
 def load_run(params: Params, key: str, split: str = "test") -> LoadedRun:
@@ -87,10 +110,11 @@ def load_run(params: Params, key: str, split: str = "test") -> LoadedRun:
     dataset, data, folder = params.datasets[run.dataset], Path("data") / run.dataset, Path("metrics") / "runs" / key
     model_file = Path("models") / f"{key}.safetensors"
     images = read_split(data, split, dataset, Path(params.root))
-    recipe = params.backbones[run.backbone]
+    recipe, treatment = params.recipe(run), params.treatment(run.variant)
     prepared = recipe.image_size, recipe.resize_size, recipe.interpolation
-    wanted = ClassifierSpec(run.dataset, recipe.network, run.variant, *prepared, width=0, classes=tuple(images.classes))
-    model, spec = load_classifier(model_file, wanted)
+    classes, plain = tuple(images.classes), treatment.latent and not treatment.normalise
+    wanted = ClassifierSpec(run.dataset, recipe.network, run.variant, *prepared, width=0, classes=classes, plain=plain)
+    model, spec = load_classifier(model_file, wanted, treatment.latent)
     return LoadedRun(
         key=key,
         device=device,
@@ -103,6 +127,7 @@ def load_run(params: Params, key: str, split: str = "test") -> LoadedRun:
             "data": split_file(data, split),
             "ranges": folder / "ranges.csv",
             "bounds": folder / "activations.csv",
+            "thresholds": folder / "clipping.csv",
         },
         folder=folder,
         records=Path("metrics") / "records" / key,

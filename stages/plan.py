@@ -30,7 +30,7 @@ def main(params: Params) -> None:
     rows = []
     total = np.zeros(3)  # seconds, bytes, injections
     for key, run in params.runs.items():
-        recipe = params.backbones[run.backbone]
+        recipe = params.recipe(run)
         size = _sizes(params, run)
         kind = (run.backbone, recipe.image_size)
         if kind not in measured:
@@ -66,8 +66,8 @@ def main(params: Params) -> None:
         "\nAll times are device time, estimated from small batches, random images and untrained networks.\n"
         "Images are those to train on + those to test with; sizes of data sets are the published ones.\n"
         f"Class embeddings have E = {width} numbers.\n"
-        "Not counted: reading and augmenting images, compiling, layers that are enumerated (the last), hardware, closeup,\n"
-        "stages without a network."
+        "Not counted: reading and augmenting images, compiling, layers that are enumerated (the last), hardware,\n"
+        "corruptions, closeup, stages without a network."
     )
 
 
@@ -78,17 +78,17 @@ def _sizes(params: Params, run: Run) -> tuple[int, int, int]:
 
 
 def _workload(params: Params, run: Run, recipe: BackboneParams, size: tuple[int, int, int], sites: int, width: int) -> Workload:
-    """sites: of the baseline. A text-guided classifier has one more: the head. The last one is enumerated, where any is."""
+    """sites: of the baseline. Behind a latent layer there is one more: the head. The last one is enumerated, where any is."""
     train_images, test_images, classes = size
-    guided = run.variant != "baseline"
+    treatment = params.treatment(run.variant)
     with torch.device("meta"):
-        model = build_classifier(_spec(run, recipe, classes, width if guided else 0))
+        model = build_classifier(_spec(run, recipe, classes, width if treatment.width is None else treatment.width))
     batch = min(recipe.batch_size, train_images)
     return Workload(
         train_images,
         test_images,
         0 if run.weights_key in params.weights else recipe.epochs * steps_per_epoch(train_images, recipe) * batch,
-        sites + guided - bool(params.inject.enumerate_up_to),
+        sites + treatment.latent - bool(params.inject.enumerate_up_to),
         params.inject.injections_per_layer,
         sum(parameter.numel() for parameter in model.parameters()),
         len(set(params.inject.compare_detectors) - {params.inject.detector}),

@@ -68,7 +68,7 @@ def _use(model: nn.Module, images: Tensor, labels: Tensor, inject: InjectParams,
     from textguard.faults.graph import TracedModel
     from textguard.faults.mitigations import activations
     from textguard.faults.profiling import loader_of, observer
-    from textguard.vision.classifiers import TextGuidedClassifier
+    from textguard.vision.classifiers import PlainHeadClassifier, TextGuidedClassifier
     from textguard.vision.evaluation import measure_cost
 
     image, loader, settings = (
@@ -83,7 +83,8 @@ def _use(model: nn.Module, images: Tensor, labels: Tensor, inject: InjectParams,
         bounds = dict.fromkeys(activations(TracedModel(model, image)).values(), (-1.0, 1.0))
     except UnsupportedModel:
         bounds = {}
-    protected = protect(model, image, bounds, inject.mitigation)
+    # Learned thresholds are one per channel, and there are none yet: what they need of a network is what one range needs.
+    protected = protect(model, image, bounds, "clip_to_zero" if inject.mitigation == "learned" else inject.mitigation)
     campaign = Campaign(protected, loader, settings, profiled)
     campaign.pace(sites=[campaign.engine.sites[0], campaign.engine.sites[-1]])
     count_magnitudes(campaign.engine, loader, 1.0)
@@ -92,7 +93,8 @@ def _use(model: nn.Module, images: Tensor, labels: Tensor, inject: InjectParams,
         cam = CamModel(protected, image, **traced, smallest=closeup.smallest_map)
     except UnsupportedModel:
         return  # the stage does without a map, and says so in its results
-    without = sum(site.kind == "Linear" for site in cam.sites[-2 if isinstance(model, TextGuidedClassifier) else -1 :])
+    latent = isinstance(model, TextGuidedClassifier | PlainHeadClassifier)
+    without = sum(site.kind == "Linear" for site in cam.sites[-2 if latent else -1 :])
     flips = cam.draw_flips(closeup.weight_flips, without, closeup.seed)
     states = damaged_states(cam, flips, no_records(), settings.fault_model, settings.detector, profiled)
     for damaged, fault in states.values():

@@ -5,4 +5,4 @@ from textguard.params import Params
 
 
 def main(params: Params) -> None:
-    write_results(params.runs, params.statistics, params.inject)
+    write_results(params.runs, params.statistics, params.inject, params.corrupted, params.treatments)

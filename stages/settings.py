@@ -2,9 +2,12 @@
 
 from dataclasses import asdict, fields
 
+from torch import nn
+
 from stages.loading import LoadedRun
 from textguard.artifacts import fingerprint
-from textguard.faults import CampaignSettings, FaultModel
+from textguard.faults import CampaignSettings, FaultModel, protect
+from textguard.faults.mitigations import Mitigation
 from textguard.params import InjectParams, Params
 from textguard.schema.campaign import campaign_fields
 
@@ -17,7 +20,13 @@ def campaign_settings(inject: InjectParams) -> CampaignSettings:
     return CampaignSettings(**renamed, **{name: getattr(inject, name) for name in same})
 
 
+def protected(run: LoadedRun, model: nn.Module, mitigation: Mitigation) -> nn.Module:
+    """The run's model, or what folding made of it, with a mitigation; see `protect`. Raises TextguardError."""
+    return protect(model, run.image, run.thresholds if mitigation == "learned" else run.bounds, mitigation)
+
+
 def campaign_inputs(run: LoadedRun, params: Params) -> str:
     """A fingerprint of all that goes into a run's campaign, which its files carry. Raises InvalidArtifact."""
-    inputs = run.checksums(["model", "data", "ranges", "bounds"])
+    learned = ["thresholds"] if params.inject.mitigation == "learned" else []
+    inputs = run.checksums(["model", "data", "ranges", "bounds", *learned])
     return fingerprint(inject=campaign_fields(params.inject), head=params.head, **inputs)

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import pandas as pd
-from torch import nn
+from torch import Tensor, nn
 
 from stages.rehearsal import rehearse
 from textguard.artifacts import fingerprint, sha256_of_file, work_dir, write_csv
 from textguard.environment import process_group
 from textguard.errors import InvalidArtifact
-from textguard.params import Params, head_file
+from textguard.params import Params, Run, head_file
 from textguard.runtime import announce, make_deterministic, pick_device
 from textguard.text.embeddings import load_head
 from textguard.vision.checkpoints import load_checkpoint
@@ -19,6 +19,7 @@ from textguard.vision.classifiers import ClassifierSpec, build_classifier, save_
 from textguard.vision.datasets import read_split, split_file
 from textguard.vision.training import Epoch, train
 from textguard.vision.transforms import training_view
+from textguard.vision.treating import after_training, before_training
 
 if TYPE_CHECKING:
     from dvclive import Live
@@ -26,19 +27,21 @@ if TYPE_CHECKING:
 
 def main(params: Params, key: str) -> None:
     run = params.runs[key]
-    recipe, weights, head = params.backbones[run.backbone], params.weights.get(run.weights_key), head_file(run)
+    recipe, weights, head = params.recipe(run), params.weights.get(run.weights_key), head_file(run)
+    treatment, treated = params.treatment(run.variant), run.variant in params.treatments
     folder, dataset = Path("data") / run.dataset, params.datasets[run.dataset]
     split = read_split(folder, "train", dataset, Path(params.root))
     prepared = recipe.image_size, recipe.resize_size, recipe.interpolation
-    encoder = params.encoder_of(head.stem) if head.stem in params.class_texts else ""
-    width, class_embeddings = (0, None) if weights else load_head(head, run.dataset, split.classes, encoder)
-    spec = ClassifierSpec(run.dataset, recipe.network, run.variant, *prepared, width, tuple(split.classes))
+    width, rows = (0, None) if weights else _load_start(params, run, split.classes)
+    plain = treatment.latent and not treatment.normalise
+    spec = ClassifierSpec(run.dataset, recipe.network, run.variant, *prepared, width, tuple(split.classes), plain)
     mark = fingerprint(
         run=run,
         recipe=recipe,
         weights=weights,
         data=sha256_of_file(split_file(folder, "train"), "data"),
-        head=sha256_of_file(head, "embeddings"),
+        head=sha256_of_file(head, "heads"),
+        **({"treatment": treatment.in_training} if treated else {}),
     )
     first = process_group()[0] == 0
     if weights:
@@ -49,15 +52,25 @@ def main(params: Params, key: str) -> None:
 
     device = pick_device()
     make_deterministic(run.seed)
-    model = build_classifier(spec, class_embeddings, recipe.drop_path).to(device)
+    model = build_classifier(spec, rows, recipe.drop_path).to(device)
+    before_training(model, treatment)
     view, label = training_view(split, recipe, run.seed), f"train {key}"
     with work_dir("train", key, mark) as work:
         if first and not any(work.glob("checkpoint-*")):
             rehearse(model, view, recipe, params.inject, params.closeup)
         with LiveCurve(key, shown=first) as curve:
-            history = train(model, view, len(split.classes), recipe, seed=run.seed, work=work, label=label, report=curve.add)
+            how = {"seed": run.seed, "work": work, "label": label, "treatment": treatment, "report": curve.add}
+            history = train(model, view, len(split.classes), recipe, **how)
         if first:
-            save(key, model, spec, mark, history)
+            save(key, after_training(model, treatment, view[(0, 0)][0]), spec, mark, history)
+
+
+def _load_start(params: Params, run: Run, classes: list[str]) -> tuple[int, Tensor | None]:
+    """Width and first rows of a run's head, see `load_head`."""
+    treatment, texts = params.treatment(run.variant), params.class_texts.get(f"{run.dataset}-{run.variant}")
+    start = "text" if texts else "torch" if treatment.start == "torch" else "rows"
+    encoder = params.encoder_of(texts.key) if texts else ""
+    return load_head(head_file(run), run.dataset, classes, start, latent=treatment.latent, encoder=encoder)
 
 
 def save(key: str, model: nn.Module, spec: ClassifierSpec, mark: str, history: list[Epoch]) -> None:

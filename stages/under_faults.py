@@ -12,18 +12,19 @@ import pandas as pd
 from torch.utils.data import DataLoader
 
 from stages.loading import LoadedRun, load_run
-from stages.settings import campaign_settings
+from stages.settings import campaign_settings, protected
 from textguard.artifacts import fingerprint, work_dir
 from textguard.errors import InvalidParameter
-from textguard.estimates.statistics import Estimate, mean_interval, rate_interval
+from textguard.estimates.statistics import Estimate, mean_interval, paired_difference, rate_interval
 from textguard.estimates.summary import LayerResult, mean_over_layers, summarise
-from textguard.faults import Campaign, FaultModel, protect
+from textguard.faults import Campaign, FaultModel
 from textguard.faults.execution import no_records, run_campaign
 from textguard.faults.formats import Format
 from textguard.faults.patterns import regions_of
 from textguard.faults.plans import count_targets, draw_plan
 from textguard.faults.profiling import largest_outputs
 from textguard.faults.sites import Site
+from textguard.hardware.costs import bounding_operations
 from textguard.hardware.crossed import summarise_persistent
 from textguard.hardware.persistent import run_persistent
 from textguard.hardware.rates import RateCurve, error_rates
@@ -34,6 +35,9 @@ from textguard.vision.folding import fold_scale
 from textguard.vision.transforms import image_loader
 
 FOREVER = "forever"
+OFF = "off"  # the range detector
+BOUND_BITS = 32
+MITIGATION = "mitigation-"  # before its name, in records
 BATCH = 64  # images, of those that faults which stay are seen on
 LOSING = (1.0, 5.0, 10.0)  # points of top-1
 
@@ -41,15 +45,19 @@ LOSING = (1.0, 5.0, 10.0)  # points of top-1
 def look(params: Params, key: str) -> tuple[dict[str, Any], pd.DataFrame]:
     """What metrics/hardware has of a run, and the records of faults that last for one inference. Raises InvalidArtifact."""
     run, hardware = load_run(params, key), params.hardware
-    inputs = run.checksums(["model", "data", "ranges", "bounds"])
+    learned = ["thresholds"] if params.learns_thresholds else []
+    inputs = run.checksums(["model", "data", "ranges", "bounds", *learned])
     mark = fingerprint(hardware=hardware, inject=params.inject, head=params.head, statistics=params.statistics, **inputs)
     with work_dir("hardware", key, mark) as work:
         found = Injected(run, params, work)
         models = [found.under(name, faults) for name, faults in hardware.models.items()]
+        mitigations = found.mitigated() if hardware.mitigations else []
         curves = [found.curve(protection) for protection in hardware.protections if hardware.rates]
     records = [no_records().assign(faults=""), *found.records]
     images = min(hardware.images or len(run.view), len(run.view))
-    return {"images": images, "models": models, "curves": curves}, pd.concat(records, ignore_index=True)
+    return {"images": images, "models": models, "mitigations": mitigations, "curves": curves}, pd.concat(
+        records, ignore_index=True
+    )
 
 
 class Injected:
@@ -57,8 +65,8 @@ class Injected:
 
     def __init__(self, run: LoadedRun, params: Params, work: Path) -> None:
         self._run, self._params, self._work = run, params, work
-        model = fold_scale(run.model) if params.head.fold_scale else run.model
-        self._model = protect(model, run.image, run.bounds, params.inject.mitigation)
+        self._plain = fold_scale(run.model) if params.head.fold_scale else run.model
+        self._model = protected(run, self._plain, params.inject.mitigation)
         self._loader = image_loader(run.view, params.inject.batch_size)
         self._campaigns: dict[str, Campaign] = {}
         self.records: list[pd.DataFrame] = []
@@ -82,12 +90,18 @@ class Injected:
         if not sites:
             raise InvalidParameter("no layer has such values or regions; take another pattern, or fewer values")
         plan = draw_plan(sites, campaign.chances, count, seed, model, engine.number_format, share_images=True)
+        return self._replayed(name, campaign, plan, model, sites, inject.detector)
+
+    def _replayed(
+        self, name: str, campaign: Campaign, plan: pd.DataFrame, model: FaultModel, sites: Sequence[Site], detector: str
+    ) -> dict[str, Any]:
+        """What the faults of a plan do, as many in each of its layers. Their records are kept under that name."""
         records = run_campaign(
-            engine,
+            campaign.engine,
             self._loader,
             plan,
-            campaign.limits[inject.detector],
-            image_batch=inject.image_batch,
+            campaign.limits[detector],
+            image_batch=self._params.inject.image_batch,
             fault_model=model,
             shard_dir=self._work / name,
             label=self._label(name),
@@ -95,9 +109,43 @@ class Injected:
         self.records.append(records.assign(faults=name))
         neurons = {site.layer: site.neurons for site in sites}
         layers = list(summarise(records, neurons, nonfinite=self._params.statistics.nonfinite, shared=True).values())
-        values = [count_targets(site, model, engine.number_format) for site in sites]
+        values = [count_targets(site, model, campaign.engine.number_format) for site in sites]
         means = {"overall": self._headline(layers), "by_values": self._headline(layers, values)}
-        return {"injections": count * len(layers), "places": len(layers), **means}
+        return {"injections": self._params.hardware.injections_per_layer * len(layers), "places": len(layers), **means}
+
+    def mitigated(self) -> list[dict[str, Any]]:
+        """What each mitigation costs and buys, as metrics/hardware has it; the first is none.
+
+        All meet the same faults, those of section inject, and no range detector, whose place a mitigation takes. The plan is
+        drawn for the classifier without a mitigation.
+        """
+        inject, hardware, usual = self._params.inject, self._params.hardware, "none"
+        model = FaultModel(**asdict(inject.faults))
+        asked = replace(inject, detector=OFF, compare_detectors=[], plan="uniform", images="shared", stop_at="never")
+        stored = sum(
+            tensor.values * tensor.stored_as(inject.format).bits for tensor in stored_tensors(self._plain, self._run.image)
+        )
+        found, plan, correct = [], pd.DataFrame(), np.zeros(0)
+        for mitigation in (usual, *hardware.mitigations):
+            model_under = protected(self._run, self._plain, mitigation)
+            campaign = Campaign(model_under, self._loader, campaign_settings(asked), largest_outputs(self._run.ranges))
+            right, sites = campaign.fault_free.correct.astype(float), campaign.engine.sites
+            if mitigation == usual:
+                correct, number_format = right, campaign.engine.number_format
+                plan = draw_plan(
+                    *(sites, campaign.chances, hardware.injections_per_layer, hardware.seed, model, number_format),
+                    share_images=True,
+                )
+            comparisons, bounds = bounding_operations(model_under, self._run.image[None])
+            changes = top1_change(right, correct, self._params.statistics.confidence)
+            found.append(
+                {
+                    **{"mitigation": mitigation, "comparisons": float(comparisons), "bits": 1 + BOUND_BITS * bounds / stored},
+                    "top1_change": changes.as_json(),
+                    **self._replayed(f"{MITIGATION}{mitigation}", campaign, plan, model, sites, OFF),
+                }
+            )
+        return found
 
     def _campaign(self, target: str) -> Campaign:
         """The campaign whose engine and eligible images serve all faults that hit the same."""
@@ -181,12 +229,23 @@ class Injected:
         return {
             "protection": protection,
             "bits": settings["stored_bits"] / settings["data_bits"],
+            "gates": settings["gates"],
             "points": [_point(found, rate) for rate in found.rates],
             "losing": [{"points": points, "rate": found.losing(points).as_json()} for points in losing],
         }
 
     def _label(self, what: str) -> str:
         return f"hardware {self._run.key}, {what}"
+
+
+def top1_change(after: np.ndarray, before: np.ndarray, confidence: float) -> Estimate:
+    """Points of top-1 that two ways to classify the same images differ by. after, before: which images are right, float [N].
+
+    The interval is that of the images with two more, one of which is lost and one won: none may have changed that was seen.
+    """
+    seen = paired_difference(after, before, confidence)
+    wider = paired_difference(np.append(after, [1.0, 0.0]), np.append(before, [0.0, 1.0]), confidence)
+    return Estimate(100 * seen.value, max(-100.0, 100 * wider.low), min(100.0, 100 * wider.high), seen.n)
 
 
 def _fits(site: Site, model: FaultModel, number_format: Format) -> bool:

@@ -2,8 +2,8 @@
 
 A user's mistake ends in one line: what was found, what is allowed, where to change it. Exit code 1, nothing half-written.
 Most cases run the command line inside this process, because a new interpreter takes seconds to import torch. What the operating
-system refuses runs as users run it, in a process of its own. conftest.py loads this file as a plugin, so that all tests of a
-process share one finished grid.
+system refuses runs as users run it, in a process of its own. conftest.py loads this file as a plugin, so that all tests
+share one finished grid.
 """
 
 import functools
@@ -22,12 +22,13 @@ import pytest
 import torch
 from dvc.utils.serialize import modify_yaml
 
-from conftest import REPOSITORY
+from conftest import REPOSITORY, once
 from smoke_grid import BASELINE, GRID, TEXT, environment
 from textguard.artifacts import write_safetensors
 from textguard.text.embeddings import ClassEmbeddings, EmbeddingOptions, save_class_embeddings
 
 MODEL, RUN, RECORDS = f"models/{BASELINE}.safetensors", f"metrics/runs/{BASELINE}", f"metrics/records/{BASELINE}"
+HEAD, GUIDED_HEAD = (f"models/heads/digits/{variant}.safetensors" for variant in ("baseline", "descriptions"))
 EMBEDDINGS, QUESTIONS = f"embeddings/{TEXT}.safetensors", f"prompts/texts/{TEXT}/questions.jsonl"
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 WIDTH = 16  # of the class embeddings
@@ -117,9 +118,12 @@ def fails_in_one_line(done: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.fixture(scope="session")
-def finished_grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny grid whose baseline went through every stage up to the results. Nobody writes to it."""
-    grid = smoke_grid(tmp_path_factory.mktemp("finished"))
+def finished_grid(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A tiny grid whose baseline went through every stage up to the results, for all processes. Nobody writes to it."""
+    return once(tmp_path_factory, worker_id, "finished_tiny", lambda: _finish(smoke_grid(tmp_path_factory.mktemp("finished"))))
+
+
+def _finish(grid: Grid) -> Path:
     small = {
         "datasets.digits.limit_train": 60,
         "datasets.digits.limit_test": 40,
@@ -129,6 +133,7 @@ def finished_grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "inject.injections_per_layer": 4,
         "inject.image_batch": 2,
         "hardware.injections_per_layer": 2,
+        "hardware.mitigations": ["learned"],
         "variants": ["baseline"],
     }
     for place, value in small.items():
@@ -139,7 +144,8 @@ def finished_grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
         code, lines = grid.run(*stage.split())
         assert code == 0, "\n".join(lines[-4:])
     grid.change("variants", ["baseline", "descriptions"])  # of which the second never ran
-    save_class_embeddings(grid.folder / EMBEDDINGS, embeddings())
+    for name in (EMBEDDINGS, GUIDED_HEAD):
+        save_class_embeddings(grid.folder / name, embeddings())
     texts = {"vectors": torch.ones(20, WIDTH), "rows": torch.arange(20)}
     write_safetensors(grid.folder / f"embeddings/{TEXT}.texts.safetensors", texts)
     return grid.folder

@@ -223,18 +223,27 @@ def make_checkout(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path
     return make
 
 
+def once(factory: pytest.TempPathFactory, worker: str, name: str, make: Callable[[], Path]) -> Path:
+    """The folder that `make` returns, which is called in the first process that asks for this name. The others wait for it."""
+    base = factory.getbasetemp()
+    shared = base if worker == "master" else base.parent
+    with FileLock(shared / f"{name}.lock"):
+        if not (shared / name).exists():
+            (shared / name).write_text(str(make()), encoding="utf-8")
+    return Path((shared / name).read_text(encoding="utf-8"))
+
+
 @pytest.fixture(scope="session")
 def finished(make_checkout: Callable[[], Path], tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """A checkout with the smoke grid run once, for the tests of all processes: to be copied, not changed."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base if worker_id == "master" else base.parent
-    with FileLock(shared / "finished.lock"):
-        if not (shared / "finished").exists():
-            checkout = make_checkout()
-            ran, _ = repro(checkout)
-            assert ran == ALL
-            (shared / "finished").write_text(str(checkout), encoding="utf-8")
-    return Path((shared / "finished").read_text(encoding="utf-8"))
+
+    def make() -> Path:
+        checkout = make_checkout()
+        ran, _ = repro(checkout)
+        assert ran == ALL
+        return checkout
+
+    return once(tmp_path_factory, worker_id, "finished", make)
 
 
 @pytest.fixture
@@ -354,7 +363,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator["Server"]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest start first, so that no process waits for them at the end.
 
-    With two processes, the third begins when the first has made the checkout that both use.
+    With two processes, the first makes the checkout that several use, while the second is at files that need none.
     """
-    first = ["test_dag.py", "test_responses_stage.py", "test_dvc_commands.py", "test_interruptions.py"]
+    first = ["test_dag.py", "test_jobs.py", "test_own_code.py", "test_dvc_commands.py", "test_interruptions.py"]
+    first += ["test_responses_stage.py", "test_sites.py", "test_training.py"]
     items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))

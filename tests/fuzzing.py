@@ -166,9 +166,10 @@ TARGETS: dict[str, list[Target]] = {
     "published texts": [Target("published/digits.json", JSON, ("responses digits-published",))],
     "text features": [Target("features/digits.pth", mutations.spoil_pth, ("embeddings digits-featured",))],
     "class embeddings": [
-        Target(f"embeddings/{TEXT}.safetensors", TENSORS, (f"text_quality {TEXT}", f"train {GUIDED}")),
+        Target(f"embeddings/{TEXT}.safetensors", TENSORS, (f"text_quality {TEXT}", "heads digits")),
         Target(f"embeddings/{TEXT}.texts.safetensors", TENSORS, (f"text_quality {TEXT}",)),
-        Target("embeddings/digits-baseline.safetensors", TENSORS, (f"train {RUN}",)),
+        Target("models/heads/digits/baseline.safetensors", TENSORS, (f"train {RUN}",)),
+        Target("models/heads/digits/descriptions.safetensors", TENSORS, (f"train {GUIDED}",)),
     ],
     "classifiers": [
         Target(f"models/{RUN}.safetensors", TENSORS, (f"evaluate {RUN}", f"ranges {RUN}", f"inject {RUN}")),

@@ -43,10 +43,15 @@ TEXTS = stages(f"prompts@{TEXT}", f"responses@{TEXT}", f"embeddings@{TEXT}", f"t
 ALL = stages("check", "data@digits", "heads@digits", "recipes", "train") | TEXTS | BEHIND_TRAINING
 
 
-def repro(checkout: Path) -> tuple[set[str], str]:
-    """Run the smoke grid. Returns the stages that ran, and all output."""
-    done = run(["dvc", "repro"], checkout / GRID)
-    return set(re.findall(r"Running stage '([^']+)'", done.stdout)), done.stdout + done.stderr
+def ran(output: str) -> set[str]:
+    """The stages that dvc says it ran."""
+    return set(re.findall(r"Running stage '([^']+)'", output))
+
+
+def repro(checkout: Path, *targets: str) -> tuple[set[str], str]:
+    """Run the smoke grid, or what these stages need. Returns the stages that ran, and all output."""
+    done = run(["dvc", "repro", *targets], checkout / GRID)
+    return ran(done.stdout), done.stdout + done.stderr
 
 
 def change(checkout: Path, key: str, value: object) -> None:

@@ -133,12 +133,32 @@ def store_hardware(key: str, guided: float = 0.0) -> None:
     ]
     point = {"rate": 1e-5, "memories": 8, "flips": 90.0, "accuracy": near(2.0), "delta_loss": near(0.1), "changed": near(0.03)}
     point |= {"corrected": 0.0, "detected": 0.0, "silent": 90.0}
+
+    def points_of(bits: float) -> list[dict]:
+        """At the higher rate twelve points are lost, and a protection leaves a tenth of it all."""
+        left = 1.0 if bits == 1 else 0.1
+        return [
+            point,
+            point | {"rate": 1e-4, "accuracy": near(12 * left), "delta_loss": near(3 * left), "changed": near(0.5 * left)},
+        ]
+
     losing = [{"points": points, "rate": near(1e-6 * points * (1 + guided))} for points in (1.0, 5.0)]
     curves = [
-        {"protection": name, "bits": bits, "points": [point, point | {"rate": 1e-4}], "losing": losing}
+        {"protection": name, "bits": bits, "gates": 1e3 * (bits - 1), "points": points_of(bits), "losing": losing}
         for name, bits in (("none", 1.0), ("secded(64)", 1.125))
     ]
-    content = {"confidence": 0.99, "images": 100, "models": models, "curves": curves}
+    # A mitigation leaves a quarter of what faults do; of a guided classifier, an eighth.
+    mitigations = [
+        {
+            **{"mitigation": name, "comparisons": comparisons, "bits": bits, "top1_change": near(0.0)},
+            **{"injections": 64, "places": 4, "overall": means, "by_values": means},
+        }
+        for name, comparisons, bits, means in (
+            ("none", 0.0, 1.0, headline(0.8)),
+            ("ranger", 2e5, 1.001, headline(0.2 / (1 + guided))),
+        )
+    ]
+    content = {"confidence": 0.99, "images": 100, "models": models, "mitigations": mitigations, "curves": curves}
     write_json(Path(f"metrics/hardware/{key}.json"), content)
 
 
@@ -197,3 +217,22 @@ def store_text_quality(key: str, answers: int, embedded: int, encoder: str = "mi
     write_json(
         Path(f"metrics/texts/{key}.json"), texts | cosines | dict.fromkeys(counts, 0) | {"encoder": encoder, "shortened": 0}
     )
+
+
+def store_corruptions(key: str, guided: bool, lost: float) -> None:
+    """What stage corruptions leaves: noise costs a baseline half of its accuracy, and a text-guided classifier a quarter."""
+
+    def near(value: float) -> dict[str, float]:
+        return {"value": value, "low": 0.9 * value, "high": 1.1 * value, "n": 100}
+
+    def on_images(kind: str, severity: int, top1: float) -> dict:
+        return {"kind": kind, "severity": severity, "top1": near(top1), "loss": near(1 - top1), "top2diff": near(top1 / 2)}
+
+    damage = 0.2 / (1 + guided)
+    overall = {"delta_loss": near(damage), "sdc": near(damage / 4), "mismatch": near(damage / 5)}
+    faults = {"images": 80, "injections": 64, "overall": overall}
+    conditions = [on_images("clean", 0, 0.8) | {"faults": faults}]
+    conditions += [on_images("noise", severity, 0.8 - 0.1 * severity / (1 + guided)) for severity in (1, 4)]
+    conditions[-1]["faults"] = faults
+    content = {"confidence": 0.99, "images": 100, "conditions": conditions, "lost": near(lost)}
+    write_json(Path(f"metrics/corruptions/{key}.json"), content)

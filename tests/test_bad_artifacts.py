@@ -10,14 +10,12 @@ import pandas as pd
 import pytest
 import torch
 
-from bad_input_grid import DIGITS, EMBEDDINGS, MODEL, QUESTIONS, RECORDS, RUN, WIDTH, Grid, embeddings, says
+from bad_input_grid import DIGITS, EMBEDDINGS, GUIDED_HEAD, HEAD, MODEL, QUESTIONS, RECORDS, RUN, WIDTH, Grid, embeddings, says
 from smoke_grid import BASELINE, GUIDED, TEXT
 from textguard.analysis.files import load_ranges, load_threshold_curve, load_training
 from textguard.artifacts import read_safetensors, write_safetensors
 from textguard.errors import InvalidArtifact
 from textguard.text.embeddings import ClassEmbeddings, save_class_embeddings, save_width
-
-HEAD = "embeddings/digits-baseline.safetensors"
 
 MISSING = [
     ("prompts", TEXT, "data/digits/classes.json", "data"),
@@ -26,7 +24,8 @@ MISSING = [
     ("embeddings", TEXT, f"prompts/texts/{TEXT}/responses.jsonl", "responses"),
     ("train", BASELINE, "data/digits/train/images.safetensors", "data"),
     ("train", BASELINE, HEAD, "heads"),
-    ("train", GUIDED, EMBEDDINGS, "embeddings"),
+    ("train", GUIDED, GUIDED_HEAD, "heads"),
+    ("heads", "digits", EMBEDDINGS, "embeddings"),
     ("evaluate", BASELINE, MODEL, "train"),
     ("evaluate", BASELINE, "data/digits/test/images.safetensors", "data"),
     ("ranges", BASELINE, MODEL, "train"),
@@ -35,6 +34,7 @@ MISSING = [
     ("closeup", BASELINE, f"{RUN}/ranges.csv", "ranges"),
     ("closeup", BASELINE, f"{RECORDS}/injections.parquet", "inject"),
     ("hardware", BASELINE, f"{RUN}/ranges.csv", "ranges"),
+    ("hardware", BASELINE, f"{RUN}/clipping.csv", "ranges"),
     ("results", None, f"metrics/hardware/{BASELINE}.json", "hardware"),
     ("results", None, f"{RUN}/evaluation.json", "evaluate"),
     ("results", None, f"{RUN}/ranges.csv", "ranges"),
@@ -90,8 +90,9 @@ EMBEDDED = {
 
 @pytest.mark.parametrize(("spoil", "parts"), EMBEDDED.values(), ids=EMBEDDED)
 def test_unusable_class_embeddings_are_named(grid, spoil, parts):
-    save_class_embeddings(grid.folder / EMBEDDINGS, spoil(embeddings()))
-    says(grid.fails("train", GUIDED), "InvalidEmbeddings", EMBEDDINGS, "dvc repro", *parts)
+    for name, stage in ((EMBEDDINGS, ("heads", "digits")), (GUIDED_HEAD, ("train", GUIDED))):
+        save_class_embeddings(grid.folder / name, spoil(embeddings()))
+        says(grid.fails(*stage), "InvalidEmbeddings", name, "dvc repro", *parts)
 
 
 def test_texts_that_belong_to_other_class_embeddings_are_refused(grid):
@@ -102,8 +103,9 @@ def test_texts_that_belong_to_other_class_embeddings_are_refused(grid):
 
 
 def test_other_tensors_are_no_class_embeddings(grid):
-    write_safetensors(grid.folder / EMBEDDINGS, {"weights": torch.zeros(2)})
-    says(grid.fails("train", GUIDED), "InvalidEmbeddings", EMBEDDINGS, "no class embeddings", "'embeddings'")
+    for name, stage, maker in ((EMBEDDINGS, ("heads", "digits"), "'embeddings'"), (GUIDED_HEAD, ("train", GUIDED), "'heads'")):
+        write_safetensors(grid.folder / name, {"weights": torch.zeros(2)})
+        says(grid.fails(*stage), "InvalidEmbeddings", name, "no class embeddings", maker)
 
 
 STATED = {
@@ -118,7 +120,7 @@ STATED = {
 @pytest.mark.parametrize("variant", ["baseline", "random"])
 def test_a_head_without_a_width_is_refused(grid, variant, stated, problem):
     grid.change("variants", [variant])
-    name = f"embeddings/digits-{variant}.safetensors"
+    name = f"models/heads/digits/{variant}.safetensors"
     write_safetensors(grid.folder / name, {}, {"head": stated})
     line = grid.fails("train", f"digits-resnet18-{variant}-0")
     says(line, "InvalidArtifact", name, problem, "delete it and run 'dvc repro': stage 'heads' writes it")

@@ -1,6 +1,7 @@
 """Weights from elsewhere: what is taken, what is refused with which words, and that nothing in a file is ever run."""
 
 import argparse
+import json
 import pickle
 import shutil
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from textguard.artifacts import read_classes, sha256_of_file
 from textguard.errors import InvalidArtifact, InvalidEmbeddings, InvalidParameter, UnknownName
 from textguard.params import Params, load_params
 from textguard.text.embeddings import load_text_features
+from textguard.text.row_map import read_row_map
 from textguard.vision.checkpoints import load_checkpoint
 from textguard.vision.classifiers import ClassifierSpec, build_classifier, load_classifier, save_classifier
 from textguard.vision.datasets import imagenet_classes
@@ -198,6 +200,51 @@ def test_text_features_that_do_not_fit_are_refused(tmp_path, content, message):
         load_text_features(tmp_path / "t.pth", ["a", "b", "c"])
 
 
+def row_map(tmp_path, **rows):
+    stated = {name: {"rows": dict.fromkeys(map(str, own), "a word"), "why": "alike"} for name, own in rows.items()}
+    (tmp_path / "rows.json").write_text(json.dumps(stated), encoding="utf-8")
+    return tmp_path / "rows.json"
+
+
+def test_a_row_map_gives_each_class_the_mean_direction_of_its_rows(tmp_path):
+    features = torch.tensor([[2.0, 0, 0], [0, 8.0, 0], [0, 0, 1.0]])
+    torch.save(features, tmp_path / "t.pth")
+    found = load_text_features(tmp_path / "t.pth", ["ship", "cat"], row_map(tmp_path, cat=[2], ship=[0, 1]))
+    half = 0.5**0.5  # rows are normalised before their mean is taken: the longer one does not weigh more
+    torch.testing.assert_close(found, torch.tensor([[half, half, 0], [0, 0, 1.0]]))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"ship": {"rows": {"9": "x"}, "why": "y"}}, r"t\.pth has rows 0 to 2"),
+        ({"cat": {"rows": {"0": "x"}, "why": "y"}}, "one entry for each of ship, and has cat"),
+        ({"ship": {"rows": {"-1": "x"}, "why": "y"}}, "names row '-1' for class 'ship'"),
+        ({"ship": {"rows": {}, "why": "y"}}, "must give class 'ship'"),
+        ({"ship": {"rows": {"1": "x"}}}, "must give class 'ship'"),
+        ([1], "has list"),
+    ],
+)
+def test_a_row_map_that_does_not_fit_is_refused(tmp_path, content, message):
+    torch.save(torch.eye(3), tmp_path / "t.pth")
+    (tmp_path / "rows.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises((InvalidEmbeddings, InvalidArtifact), match=rf"rows\.json.*{message}"):
+        load_text_features(tmp_path / "t.pth", ["ship"], tmp_path / "rows.json")
+
+
+def test_the_rows_that_stand_for_cifar10_are_what_they_are_called():
+    names, cifar = (
+        imagenet_classes(),
+        ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
+    )
+    file = REPOSITORY / "prompts" / "cache" / "cifar10_imagenet_rows.json"
+    owned = read_row_map(file, cifar)
+    stated = json.loads(file.read_text(encoding="utf-8"))
+    for name, rows in zip(cifar, owned, strict=True):
+        assert list(stated[name]["rows"].values()) == [names[row] for row in rows]
+    assert len({row for rows in owned for row in rows}) == sum(map(len, owned)), "no row stands for two classes"
+
+
 @pytest.mark.parametrize("name", ["gpt3", "a-photo-of-a"])
 def test_the_published_text_features_are_read(name):
     file = REPOSITORY.parent / "shared" / "data" / "imagenet_text_features" / f"{name}.pth"
@@ -263,10 +310,10 @@ def test_the_file_of_weights_is_known_from_their_source(grid):
 
 def test_a_campaign_can_be_run_without_training(grid, tmp_path):
     """The stage writes what the others read: a model with the run's spec, and a curve without points."""
-    params = grid()
+    params = grid(variants=["baseline", "random"])
     for stage in (data, heads):
         stage.main(params, "digits")
-    shutil.copy("embeddings/digits-random.safetensors", "embeddings/digits-descriptions.safetensors")
+    shutil.copy("models/heads/digits/random.safetensors", "models/heads/digits/descriptions.safetensors")
     classes = tuple(read_classes(Path("data/digits/classes.json")))
     for name, spec, width in ((BASELINE_WEIGHTS, BASELINE, 0), (GUIDED_WEIGHTS, GUIDED, 12)):
         model, key = network(replace(spec, classes=classes), width), f"digits-{name}-0"
@@ -293,6 +340,7 @@ def test_training_starts_from_published_text_features(grid, tmp_path, monkeypatc
     data.main(params, "digits")
     for stage in (prompts, responses, embeddings):
         stage.main(params, "digits-descriptions")
+    heads.main(params, "digits")
     starts = []
     monkeypatch.setattr(train, "train", lambda model, *_, **__: starts.append(model.head.weight.detach().clone()) or [])
     train.main(params, f"digits-{GUIDED_WEIGHTS}-0")

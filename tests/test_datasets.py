@@ -416,7 +416,7 @@ def test_stages_read_photos_the_same_with_any_number_of_processes(tmp_path, monk
     params = load_yaml(str(REPOSITORY / "grids" / "smoke" / "params.yaml"))
     params["root"] = str(REPOSITORY)
     params["datasets"]["digits"] |= {"source": "folder", "limit_train": 0, "limit_test": 0, "checksum": True}
-    params["backbones"]["resnet18"] |= {"batch_size": 8, "image_size": 16, "resize_size": 18}
+    params["backbones"]["resnet18"] |= {"batch_size": 8, "image_size": 16, "resize_size": 18, "epochs": 1, "warmup_epochs": 0}
     params["inject"] |= {"injections_per_layer": 2, "image_batch": 4}
     monkeypatch.setenv("TEXTGUARD_DATA", str(tmp_path))
     (tmp_path / "folder").symlink_to(tmp_path / "photos")

@@ -27,17 +27,13 @@ from textguard.report.theme import OTHER_MARKERS, PLACE_MARKERS, PUBLISHED_MARKE
 from textguard.report.variants import Variant, trainings
 
 
-def test_figures_come_with_their_numbers_and_the_same_bytes_each_time(runs, params, tmp_path):
-    results = list(load_results(runs).values())
-    for folder in ("a", "b"):
-        write_figures(results, load_cells(runs), params, tmp_path / folder)
+def test_figures_come_with_their_numbers(runs, params, tmp_path):
+    """That their bytes are the same each time is seen in test_interruptions.py, in two grids."""
+    write_figures(list(load_results(runs).values()), load_cells(runs), params, tmp_path / "a")
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert (
         len(files) == 4 * (2 * (len(PER_BACKBONE) + 2) + 3) + len(DRAWN_BY_DVC) + 1
     )  # other faults: where there is a baseline
-    assert files == sorted(path.name for path in (tmp_path / "b").iterdir())
-    for name in files:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     numbers = pd.read_csv(tmp_path / "a" / "delta_loss-d-resnet18.csv")
     assert numbers.groupby("variant").size().to_dict() == {"baseline": 2, "template": 3, "descriptions": 3}
     together = pd.read_csv(tmp_path / "a" / "delta_loss.csv")

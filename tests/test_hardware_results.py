@@ -9,7 +9,7 @@ import pytest
 from textguard.analysis.files import load_hardware
 from textguard.analysis.hardware import compare_hardware, quantities
 from textguard.estimates.statistics import Estimate, ratio_of
-from textguard.report.hardware_tables import ranking
+from textguard.report.hardware_tables import protection_table, ranking
 from textguard.report.rendering import show_estimate
 
 
@@ -45,6 +45,37 @@ def test_what_faults_do_is_compared_with_the_baseline(runs):
     assert rate.ratio.value == pytest.approx(2)
     assert rate.own.value == pytest.approx(2 * rate.baseline.value)
     assert ("secded(64)", "rate", "all", 1.0) in found
+
+
+def test_what_protects_is_set_beside_the_classifier_without_it(runs):
+    (cell,) = (cell for cell in compare_hardware(runs, 0.99) if cell.variant == "descriptions")
+    code, ranger = cell.protected
+    assert (code.kind, code.name, code.baseline.bits, code.baseline.comparisons) == ("protection", "secded(64)", 1.125, 0)
+    assert code.baseline.gates == pytest.approx(125)
+    assert code.rate == 1e-4  # the first at which the baseline loses ten points
+    for bought, without in ((code.baseline.sdc, 0.5), (code.own.delta_loss, 3.0)):
+        assert (bought.without.value, bought.under.value) == pytest.approx((without, without / 10))
+        assert bought.ratio.value == pytest.approx(10)
+    assert (ranger.kind, ranger.name, ranger.rate, ranger.own.comparisons) == ("mitigation", "ranger", None, 2e5)
+    assert ranger.baseline.sdc.ratio.value == pytest.approx(4)
+    assert ranger.own.sdc.ratio.value == pytest.approx(8)
+    assert ranger.own.delta_loss.ratio.low < 8 < ranger.own.delta_loss.ratio.high
+    table = protection_table(compare_hardware(runs, 0.99), "")
+    rows = [row[2:5] for row in table.rows if row[:2] == ["d", cell.backbone]]
+    variants = ["baseline", "template", "descriptions"]
+    assert rows == [
+        *(["secded(64)", variant, "parameters"] for variant in variants),
+        *(["ranger", variant, "neurons"] for variant in variants),
+    ]
+
+
+def test_protections_are_not_compared_without_an_unprotected_memory(runs):
+    for key in runs:
+        path = Path(f"metrics/hardware/{key}.json")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["curves"], content["mitigations"] = content["curves"][1:], []
+        path.write_text(json.dumps(content), encoding="utf-8")
+    assert not any(cell.protected for cell in compare_hardware(runs, 0.99))
 
 
 def test_every_quantity_has_a_name_of_its_own(runs):

@@ -3,6 +3,7 @@
 These tests run the whole smoke grid with the real `dvc`.
 """
 
+import itertools
 import os
 import shutil
 import signal
@@ -12,22 +13,13 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import pytest
-import yaml
 from filelock import FileLock
 from moto.server import ThreadedMotoServer
 
-from smoke_grid import ALL, BASELINE, GRID, environment, repro, results, run, stages
-
-
-def test_the_same_bytes_come_out_of_an_empty_cache(checkout, finished):
-    shutil.rmtree(checkout / ".dvc" / "cache")
-    for folder in ("models", "metrics", "plots", "embeddings", "data"):
-        shutil.rmtree(checkout / GRID / folder)
-    (checkout / GRID / "dvc.lock").unlink()
-    assert repro(checkout)[0] == ALL
-    assert results(checkout) == results(finished)
+from smoke_grid import ALL, BASELINE, GRID, environment, ran, repro, results, run
 
 
 def wait_for(checkout: Path, pattern: str, process: subprocess.Popen) -> None:
@@ -39,41 +31,43 @@ def wait_for(checkout: Path, pattern: str, process: subprocess.Popen) -> None:
         time.sleep(0.005)
 
 
-def kill_when(checkout: Path, pattern: str) -> None:
-    """Start the smoke grid and send SIGKILL to dvc and its stage as soon as a file of this pattern appears in .work."""
-    process = subprocess.Popen(
-        ["dvc", "repro"],
-        cwd=checkout / GRID,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    wait_for(checkout, pattern, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def kill_when(checkout: Path, pattern: str) -> str:
+    """Start the smoke grid and send SIGKILL to dvc and its stage as soon as a file of this pattern appears in .work.
+
+    Returns what they printed.
+    """
+    with TemporaryFile("w+", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            ["dvc", "repro"],
+            cwd=checkout / GRID,
+            env=environment(PYTHONUNBUFFERED="1"),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        wait_for(checkout, pattern, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        output.seek(0)
+        return output.read()
 
 
-def forget(checkout: Path, stage: str) -> None:
-    """Make a stage of every run and all behind it run again, for real: no lock entry, no cached result, no output."""
-    shutil.rmtree(checkout / GRID / ".dvc" / "tmp" / "rwlock", ignore_errors=True)
-    lock = checkout / GRID / "dvc.lock"
-    entries = yaml.safe_load(lock.read_text(encoding="utf-8"))
-    for name in stages(stage):
-        for out in entries["stages"].pop(name)["outs"]:
-            (checkout / GRID / out["path"]).unlink()
-            (checkout / ".dvc/cache/files/md5" / out["md5"][:2] / out["md5"][2:]).unlink(missing_ok=True)
-    lock.write_text(yaml.safe_dump(entries), encoding="utf-8")
-    shutil.rmtree(checkout / ".dvc" / "cache" / "runs", ignore_errors=True)
-
-
-def test_a_training_killed_with_dvc_goes_on_from_its_checkpoint(checkout, finished):
-    forget(checkout, "train")
-    kill_when(checkout, "train/*/*/checkpoint-*.safetensors")
+def test_a_grid_killed_with_dvc_goes_on_and_ends_with_the_same_bytes(checkout, finished):
+    """From an empty cache: killed in a training, then in a campaign, and each goes on from what it had stored."""
+    shutil.rmtree(checkout / ".dvc" / "cache")
+    for folder in ("models", "metrics", "plots", "embeddings", "data"):
+        shutil.rmtree(checkout / GRID / folder)
+    (checkout / GRID / "dvc.lock").unlink()
+    in_training = kill_when(checkout, "train/*/*/checkpoint-*.safetensors")
     assert list((checkout / GRID / ".work").glob("train/*/*/checkpoint-*.safetensors"))
-    ran, output = repro(checkout)
-    assert stages("train") <= ran
-    assert "going on after epoch" in output
+    in_campaign = kill_when(checkout, "inject/*/*/*/shard-00001.parquet")
+    assert "going on after epoch" in in_campaign
+    ended, output = repro(checkout)
+    assert "going on after" in output
+    begun = [ran(in_training), ran(in_campaign), ended]
+    assert set.union(*begun) == ALL
+    again = {name.partition("@")[0] for one, other in itertools.combinations(begun, 2) for name in one & other}
+    assert again == {"train", "inject"}  # what had ended before is not run again
     assert results(checkout) == results(finished)
     assert not list((checkout / GRID / ".work").glob("*/*/*/*"))
 
@@ -87,15 +81,6 @@ def test_a_stage_waits_for_the_one_that_a_killed_dvc_left_behind(checkout, finis
         assert [path.name for path in work.iterdir()] == ["lock"]
     waiting.communicate()
     assert waiting.returncode == 0
-    assert results(checkout) == results(finished)
-
-
-def test_a_campaign_killed_with_dvc_goes_on_from_its_shards(checkout, finished):
-    forget(checkout, "inject")
-    kill_when(checkout, "inject/*/*/*/shard-00001.parquet")
-    ran, output = repro(checkout)
-    assert stages("inject") <= ran
-    assert "going on after" in output
     assert results(checkout) == results(finished)
 
 

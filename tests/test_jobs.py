@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from dvc.utils.serialize import dumps_yaml, loads_yaml
 
 from conftest import REPOSITORY
 from textguard.jobs import _run
+from textguard.quick_dvc import HEAD, replaced
 
 STAGE = """import sys, time
 from pathlib import Path
@@ -19,7 +21,7 @@ if key == Path("broken").read_text():
     sys.exit(f"{name} of {key} fails")
 with open("began.log", "a") as log:
     log.write(f"{name} {key} {time.monotonic()}\\n")
-time.sleep(1)
+time.sleep(0.5)
 Path(f"{name}-{key}").write_text(key)
 with open("ended.log", "a") as log:
     log.write(f"{name} {key} {time.monotonic()}\\n")
@@ -76,6 +78,34 @@ def times(name: str) -> dict[str, float]:
     return {f"{stage} {key}": float(time) for stage, key, time in lines}
 
 
+LOCK = (REPOSITORY / "grids" / "smoke" / "dvc.lock").read_text(encoding="utf-8")
+
+
+def test_dvc_lock_has_the_bytes_that_dvc_gives_it():
+    entries = loads_yaml(LOCK)["stages"]
+    assert replaced(LOCK, entries.items()) == LOCK
+    of = entries["figures"]
+    changes = {
+        "figures": of | {"params": {"params.yaml": {"a": 1e-6, "b": "off", "c": [], "d": "x y " * 40}}},
+        "more": {"cmd": "ls"},
+    }
+    whole = loads_yaml(LOCK, typ="rt")
+    whole["stages"].update(changes)
+    assert replaced(LOCK, changes.items()) == dumps_yaml(whole) != LOCK
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", LOCK.replace("\nstages", "\n# mine\nstages"), f"{LOCK}datasets: []\n", f"{HEAD}  'a b':\n    cmd: ls\n", LOCK[:-1]],
+)
+def test_what_dvc_did_not_write_is_left_to_dvc(text):
+    assert replaced(text, [("a", {"cmd": "ls"})]) is None
+
+
+def test_a_name_that_dvc_writes_in_another_way_is_left_to_dvc():
+    assert replaced(HEAD, [("1", {"cmd": "ls"})]) is None
+
+
 def up_to_date() -> bool:
     done = subprocess.run([sys.executable, "-m", "dvc", "status"], capture_output=True, encoding="utf-8", check=True)
     return "up to date" in done.stdout
@@ -85,6 +115,8 @@ def test_stages_of_several_runs_run_at_a_time(grid):
     done = jobs("2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert up_to_date()
+    lock = Path("dvc.lock").read_text(encoding="utf-8")
+    assert replaced(lock, loads_yaml(lock)["stages"].items()) == lock
     began, ended = times("began"), times("ended")
     overlapping = [
         (one, other)
@@ -111,12 +143,13 @@ def test_a_run_that_fails_ends_it_and_what_is_done_stays_done(grid):
 
 
 def test_a_lock_that_another_holds_for_long_is_waited_for(grid):
-    assert subprocess.run([sys.executable, "-m", "dvc", "repro", "heads", "recipes", "embeddings"], check=False).returncode == 0
-    hold = "from dvc.repo import Repo; import time\nwith Repo('.').lock:\n    print('held', flush=True); time.sleep(12)"
+    for name in ("heads-all", "recipes-all", "embeddings-digits-template"):
+        Path(name).touch()
+    hold = "from dvc.repo import Repo; import time\nwith Repo('.').lock:\n    print('held', flush=True); time.sleep(8)"
     holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, encoding="utf-8")
     assert holder.stdout.readline() == "held\n"
     stop = threading.Event()
-    _run(["train@digits-resnet18-baseline-0"], stop)
+    _run("digits-resnet18-baseline-0", stop)
     holder.wait()
     holder.stdout.close()
     assert not stop.is_set()

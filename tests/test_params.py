@@ -79,8 +79,9 @@ def test_dvc_calls_the_stages_as_we_do(folder, clone):
         ("data", "heads"): params.datasets,
         ("prompts", "responses", "embeddings", "text_quality"): params.class_texts,
         ("train", "evaluate", "ranges", "inject", "hardware"): params.runs,
+        ("corruptions",): params.corrupted,
         ("closeup",): params.looked_at,
-        ("check", "recipes", "results", "tables", "figures", "report"): [""],
+        ("check", "recipes", "results", "effects", "tables", "figures", "report"): [""],
     }
     assert keys == {stage: list(names) for stages, names in named.items() for stage in stages if names}
 
@@ -101,7 +102,7 @@ def test_every_network_with_a_name_of_its_own_has_a_recipe():
 
 @pytest.mark.parametrize("grid", ["fashion", "table1"])
 def test_the_largest_grids_fit_on_two_pages(grid):
-    assert len((REPOSITORY / "grids" / grid / "params.yaml").read_text(encoding="utf-8").splitlines()) < 140
+    assert len((REPOSITORY / "grids" / grid / "params.yaml").read_text(encoding="utf-8").splitlines()) < 145
 
 
 def test_every_grid_is_what_make_grids_makes_of_the_root(clone):

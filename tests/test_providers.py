@@ -1,5 +1,7 @@
 """Text variants: what params.yaml leaves out stands in providers.yaml."""
 
+import json
+
 import pytest
 import torch
 import yaml
@@ -105,9 +107,19 @@ def test_each_row_of_text_features_answers_for_one_class_and_names_the_file(tmp_
         answer(FEATURES, questions, sources)
 
 
+def test_rows_that_a_map_names_answer_for_a_class(tmp_path):
+    torch.save(torch.eye(3), tmp_path / "f.pth")
+    stated = {"truck": {"rows": {"1": "lorry"}, "why": "it is"}, "ship": {"rows": {"0": "liner", "2": "boat"}, "why": "both"}}
+    (tmp_path / "rows.json").write_text(json.dumps(stated), encoding="utf-8")
+    files = [tmp_path / "f.pth", tmp_path / "rows.json"]
+    questions = ask(["ship", "truck"], ["A published description of {a_class}"], PLAIN, "here")
+    answers = answer(FEATURES, questions, Sources(1, files, None, Network(1, 1, 1, 1, None, None), tmp_path / "none", "test"))
+    assert [given.answer.rpartition(",")[0] for given in answers] == ["rows 0, 2 of f.pth", "rows 1 of f.pth"]
+
+
 def test_text_features_take_one_question_and_one_file(tmp_path):
     one, two = (ask(["ship"], templates, PLAIN, "here") for templates in (["{class}"], ["{class}", "a {class}"]))
-    for questions, files in ((two, ["a.pth"]), (one, []), (one, ["a.pth", "b.pth"])):
+    for questions, files in ((two, ["a.pth"]), (one, []), (one, ["a.pth", "b.json", "c.json"])):
         sources = Sources(1, [tmp_path / name for name in files], None, Network(1, 1, 1, 1, None, None), tmp_path, "test")
         with pytest.raises(InvalidParameter, match=r"takes one question.* one \.pth file in cache"):
             answer(FEATURES, questions, sources)

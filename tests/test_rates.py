@@ -377,5 +377,5 @@ def test_what_cannot_be_is_refused_in_one_line(classifier):
         error_rates(noisy, classifier[1], RATES)
     flat = nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(4))
     loader = DataLoader(TensorDataset(torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)))
-    with pytest.raises(UnsupportedModel, match="reads no parameters"):
+    with pytest.raises(UnsupportedModel, match="reads no stored float tensors"):
         error_rates(flat, loader, RATES)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,8 +21,10 @@ from textguard.analysis.results import write_results
 from textguard.artifacts import write_json, write_parquet
 from textguard.errors import InvalidArtifact
 from textguard.estimates.summary import mean_over_layers, summarise
+from textguard.faults.plans import PLAN_COLUMNS
 from textguard.schema.base import read
 from textguard.schema.campaign import StoredCampaign
+from textguard.schema.corruptions import Corruptions
 from textguard.schema.hardware import Hardware
 from textguard.schema.results import MEASURES, RunResult
 
@@ -364,14 +367,67 @@ def test_other_faults_are_summed_up_from_their_records(finished_grid):
     found = read(finished_grid / f"metrics/hardware/{BASELINE}.json", "hardware", Hardware)
     channel, lasting = found.models
     records = pd.read_parquet(finished_grid / f"metrics/records/{BASELINE}/hardware.parquet")
-    assert set(records["faults"]) == {"channel"}
-    assert (channel.injections, channel.places) == (len(records), records["layer"].nunique())
+    assert set(records["faults"]) == {"channel", "mitigation-none", "mitigation-learned"}
     sites = read(finished_grid / f"metrics/runs/{BASELINE}/campaign.json", "inject", StoredCampaign).layers
     neurons = {site.layer: site.neurons for site in sites}
-    layers = list(summarise(records, neurons, shared=True).values())
-    for means, weights in ((channel.overall, None), (channel.by_values, list(neurons.values()))):
-        for measure in MEASURES:
-            assert getattr(means, measure).value == pytest.approx(mean_over_layers(layers, measure, weights).value)
+    for found_of, name in zip((channel, *found.mitigations), ("channel", "mitigation-none", "mitigation-learned"), strict=True):
+        own = records[records["faults"] == name]
+        assert (found_of.injections, found_of.places) == (len(own), own["layer"].nunique())
+        layers = list(summarise(own, neurons, shared=True).values())
+        for means, weights in ((found_of.overall, None), (found_of.by_values, list(neurons.values()))):
+            for measure in MEASURES:
+                expected = pytest.approx(mean_over_layers(layers, measure, weights).value, nan_ok=True)
+                assert getattr(means, measure).value == expected
     assert channel.overall.delta_loss.value != pytest.approx(channel.by_values.delta_loss.value)
     assert lasting.lost
     assert [curve.protection for curve in found.curves] == ["none", "secded(64)"]
+
+
+def test_what_corruption_costs_is_summed_up_from_its_records(grid):
+    grid.change("variants", ["baseline"])
+    section = {"datasets": ["digits"], "kinds": ["contrast"], "severities": [1, 5], "campaign_severities": [1]}
+    for place, value in (section | {"injections_per_layer": 2}).items():
+        grid.change(f"corruptions.{place}", value)
+    for stage in ("corruptions " + BASELINE, "results"):
+        code, lines = grid.run(*stage.split())
+        assert code == 0, "\n".join(lines[-4:])
+    found = read(grid.folder / f"metrics/corruptions/{BASELINE}.json", "corruptions", Corruptions)
+    records = grid.folder / "metrics" / "records" / BASELINE
+    seen, injected = (pd.read_parquet(records / f"{name}.parquet") for name in ("corrupted", "corruptions"))
+    places = [(images.kind, images.severity) for images in found.conditions]
+    assert places == [("clean", 0), ("contrast", 1), ("contrast", 5)]
+    right = {}
+    for images, place in zip(found.conditions, places, strict=True):
+        rows = seen[(seen["kind"] == place[0]) & (seen["severity"] == place[1])]
+        right[place] = (rows["prediction"] == rows["label"]).mean()
+        measured = (images.top1.value, images.loss.value, images.top2diff.value)
+        assert measured == pytest.approx((right[place], rows["loss"].mean(), rows["top2diff"].mean()))
+        assert images.top1.n == found.images == len(rows) == 40
+    clean = seen[seen["kind"] == "clean"].drop(columns=["kind", "severity"])
+    pd.testing.assert_frame_equal(clean, pd.read_parquet(records / "predictions.parquet"))
+    lost = 100 * (right["clean", 0] - np.mean([right["contrast", 1], right["contrast", 5]]))
+    assert found.lost.value == pytest.approx(lost)
+    with_faults = [images.faults.images if images.faults else None for images in found.conditions]
+    assert with_faults == [round(40 * right["clean", 0]), round(40 * right["contrast", 1]), None]
+    counts = injected.groupby(["kind", "severity"]).size().to_dict()
+    assert counts == {place: images.faults.injections for place, images in zip(places[:2], found.conditions, strict=False)}
+    assert len(json.loads((grid.folder / "metrics" / "corruptions.json").read_text(encoding="utf-8"))["classifiers"]) == 1
+
+
+def test_mitigations_meet_the_same_faults_without_a_range_detector(finished_grid):
+    found = read(finished_grid / f"metrics/hardware/{BASELINE}.json", "hardware", Hardware)
+    plain, learned = found.mitigations
+    assert (plain.mitigation, plain.comparisons, plain.bits, plain.top1_change.value) == ("none", 0, 1, 0)
+    assert plain.top1_change.low < 0 < plain.top1_change.high  # that no image changed is no proof that none would
+    assert learned.comparisons > 0
+    assert 1 < learned.bits < 1.01
+    records = pd.read_parquet(finished_grid / f"metrics/records/{BASELINE}/hardware.parquet")
+    without, under = (records[records["faults"] == f"mitigation-{name}"] for name in ("none", "learned"))
+    assert without[PLAN_COLUMNS].to_numpy().tolist() == under[PLAN_COLUMNS].to_numpy().tolist()
+    ranges = pd.read_csv(finished_grid / f"metrics/runs/{BASELINE}/ranges.csv").set_index("layer")["max_abs"]
+    assert (without["faulty_value"].abs() > 2 * without["layer"].map(ranges)).any()
+    clipped = pd.read_csv(finished_grid / f"metrics/runs/{BASELINE}/clipping.csv")
+    bounds = pd.read_csv(finished_grid / f"metrics/runs/{BASELINE}/activations.csv").set_index("activation")
+    assert set(clipped["activation"]) == set(bounds.index)
+    # The threshold of a channel is at most the largest value of its activation.
+    assert (clipped["high"] <= clipped["activation"].map(bounds["high"]) + 1e-6).all()

@@ -40,6 +40,8 @@ BACKBONES = {
     "focalnet_tiny_srf": (32, 89, 0, 0),
     "focalnet_small_srf": (32, 173, 0, 0),
 }
+# More layers of what a smaller one of the same family has: looked at once a week.
+DEEPER = ("vgg19_bn", "resnet101", "resnet152", "swin_v2_s", "focalnet_small_srf")
 LARGE = ("vgg19_bn", "maxvit_t", "swin_v2_s", "focalnet_small_srf", "resnet152")
 BIT = 30  # the top exponent bit: what is small becomes huge, what is 2 or more vanishes
 
@@ -63,7 +65,9 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
     return model.eval(), images
 
 
-@pytest.fixture(scope="module", params=BACKBONES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) if name in DEEPER else name for name in BACKBONES]
+)
 def backbone(request) -> tuple[str, nn.Module, Tensor, ReplayEngine]:
     """Name, network, images, and its engine, of which nothing was said."""
     model, images = network(request.param)

@@ -456,17 +456,18 @@ def test_rows_of_any_length_are_read_where_they_were_asked_for(tmp_path):
         load_class_embeddings(tmp_path / "e.safetensors", "d", ["a", "b"])
 
 
-def test_a_head_starts_without_a_width_with_one_or_from_class_embeddings(tmp_path):
-    save_width(tmp_path / "d-baseline.safetensors", "d", ["a", "b"], 0)
-    save_width(tmp_path / "d-random.safetensors", "d", ["a", "b"], 384)
-    save_class_embeddings(tmp_path / "d-told.safetensors", embeddings(torch.eye(2, 3)))
-    assert load_head(tmp_path / "d-baseline.safetensors", "d", ["a", "b"]) == (0, None)
-    assert load_head(tmp_path / "d-random.safetensors", "d", ["a", "b"]) == (384, None)
-    width, matrix = load_head(tmp_path / "d-told.safetensors", "d", ["a", "b"])
-    with pytest.raises(InvalidEmbeddings, match=r"d-told\.safetensors comes from encoder .*, and params.yaml names 'another'"):
-        load_head(tmp_path / "d-told.safetensors", "d", ["a", "b"], "another")
-    assert width == 3
-    assert torch.equal(matrix, torch.eye(2, 3))
+def test_a_head_starts_without_a_width_with_one_from_class_embeddings_or_from_other_rows(tmp_path):
+    for name, width, rows in (("baseline", 0, None), ("random", 384, None), ("drawn", 3, torch.ones(2, 3))):
+        save_width(tmp_path / name, "d", ["a", "b"], width, rows)
+    save_class_embeddings(tmp_path / "told", embeddings(torch.eye(2, 3)))
+    assert load_head(tmp_path / "baseline", "d", ["a", "b"], "torch", latent=False) == (0, None)
+    assert load_head(tmp_path / "random", "d", ["a", "b"], "torch") == (384, None)
+    for name, start, rows in (("told", "text", torch.eye(2, 3)), ("drawn", "rows", torch.ones(2, 3))):
+        width, matrix = load_head(tmp_path / name, "d", ["a", "b"], start)
+        assert width == 3
+        assert torch.equal(matrix, rows)
+    with pytest.raises(InvalidEmbeddings, match=r"told comes from encoder .*, and params.yaml names 'another'"):
+        load_head(tmp_path / "told", "d", ["a", "b"], "text", encoder="another")
 
 
 def test_a_width_is_written_with_the_same_bytes_each_time(tmp_path):
@@ -477,50 +478,50 @@ def test_a_width_is_written_with_the_same_bytes_each_time(tmp_path):
 
 @pytest.mark.parametrize(("dataset", "classes"), [("e", ["a", "b"]), ("d", ["b", "a"]), ("d", ["a"]), ("d", ["a", "b", "c"])])
 def test_a_head_of_other_classes_is_refused(tmp_path, dataset, classes):
-    save_width(tmp_path / "d-random.safetensors", "d", ["a", "b"], 384)
-    with pytest.raises(
-        InvalidArtifact, match=r"d-random\.safetensors was made for other classes, of data set 'd'; delete it and"
-    ):
-        load_head(tmp_path / "d-random.safetensors", dataset, classes)
-    save_class_embeddings(tmp_path / "d-told.safetensors", embeddings(torch.eye(2, 3)))
-    with pytest.raises(InvalidEmbeddings, match=r"d-told\.safetensors (was made for data set 'd'|has other classes)"):
-        load_head(tmp_path / "d-told.safetensors", dataset, classes)
+    save_width(tmp_path / "random", "d", ["a", "b"], 384)
+    with pytest.raises(InvalidArtifact, match=r"random was made for other classes, of data set 'd'; delete it and"):
+        load_head(tmp_path / "random", dataset, classes, "torch")
+    save_class_embeddings(tmp_path / "told", embeddings(torch.eye(2, 3)))
+    with pytest.raises(InvalidEmbeddings, match=r"told (was made for data set 'd'|has other classes)"):
+        load_head(tmp_path / "told", dataset, classes, "text")
 
 
-@pytest.mark.parametrize(("variant", "stage"), [("baseline", "heads"), ("random", "heads"), ("told", "embeddings")])
-def test_a_damaged_or_missing_head_is_named_with_the_stage_that_writes_it(tmp_path, variant, stage):
-    file = tmp_path / f"d-{variant}.safetensors"
-    with pytest.raises(InvalidArtifact, match=rf"d-{variant}\.safetensors is missing; stage '{stage}' writes it"):
-        load_head(file, "d", ["a", "b"])
+@pytest.mark.parametrize("start", ["torch", "rows", "text"])
+def test_a_damaged_or_missing_head_is_named_with_the_stage_that_writes_it(tmp_path, start):
+    file = tmp_path / "v.safetensors"
+    with pytest.raises(InvalidArtifact, match=r"v\.safetensors is missing; stage 'heads' writes it"):
+        load_head(file, "d", ["a", "b"], start)
     save_width(file, "d", ["a", "b"], 0)
     file.write_bytes(file.read_bytes()[:20])
-    with pytest.raises(InvalidArtifact, match=rf"d-{variant}\.safetensors cannot be read .*: stage '{stage}' writes it"):
-        load_head(file, "d", ["a", "b"])
+    with pytest.raises(InvalidArtifact, match=r"v\.safetensors cannot be read .*: stage 'heads' writes it"):
+        load_head(file, "d", ["a", "b"], start)
 
 
 WIDTHS = [-1, 0, 65_537, 10**12, True, 3.0, 3.7, "16", None, [16]]
 
 
-@pytest.mark.parametrize(("variant", "widths"), [("random", WIDTHS), ("baseline", [w for w in WIDTHS if w != 0] + [16])])
-def test_widths_that_no_head_can_have_are_refused(tmp_path, variant, widths):
-    file = tmp_path / f"d-{variant}.safetensors"
+@pytest.mark.parametrize(("latent", "widths"), [(True, WIDTHS), (False, [w for w in WIDTHS if w != 0] + [16])])
+def test_widths_that_no_head_can_have_are_refused(tmp_path, latent, widths):
     for width in widths:
-        save_width(file, "d", ["a", "b"], width)
+        save_width(tmp_path / "v", "d", ["a", "b"], width)
         with pytest.raises(
             InvalidArtifact, match=r"states the width .*; it must be a whole number from .* stage 'heads' writes it"
         ):
-            load_head(file, "d", ["a", "b"])
+            load_head(tmp_path / "v", "d", ["a", "b"], "torch", latent=latent)
 
 
 def test_a_head_of_another_kind_of_variant_is_refused(tmp_path):
-    save_width(tmp_path / "d-told.safetensors", "d", ["a", "b"], 3)
-    with pytest.raises(
-        InvalidArtifact, match=r"d-told.* states the width of a head, and holds no .* stage 'embeddings' writes it"
-    ):
-        load_head(tmp_path / "d-told.safetensors", "d", ["a", "b"])
-    save_class_embeddings(tmp_path / "d-random.safetensors", embeddings(torch.eye(2, 3)))
-    with pytest.raises(InvalidArtifact, match=r"d-random.* does not state the width of a head; .* stage 'heads' writes it"):
-        load_head(tmp_path / "d-random.safetensors", "d", ["a", "b"])
+    save_width(tmp_path / "width", "d", ["a", "b"], 3)
+    with pytest.raises(InvalidArtifact, match=r"states the width of a head, and holds no .* stage 'heads' writes it"):
+        load_head(tmp_path / "width", "d", ["a", "b"], "text")
+    save_class_embeddings(tmp_path / "told", embeddings(torch.eye(2, 3)))
+    for start in ("torch", "rows"):
+        with pytest.raises(InvalidArtifact, match=r"told does not state the width of a head; .* stage 'heads' writes it"):
+            load_head(tmp_path / "told", "d", ["a", "b"], start)
+    for rows in (None, torch.ones(3, 3), torch.ones(2, 3).double(), torch.full((2, 3), torch.inf)):
+        save_width(tmp_path / "width", "d", ["a", "b"], 3, rows)
+        with pytest.raises(InvalidArtifact, match="holds no 2 finite float32 rows of 3 numbers to start a head from"):
+            load_head(tmp_path / "width", "d", ["a", "b"], "rows")
 
 
 def test_published_text_features_are_in_order_and_have_the_norms_and_cosines_that_were_measured(tmp_path):

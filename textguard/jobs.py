@@ -19,8 +19,7 @@ from textguard.errors import InvalidParameter, TextguardError
 from textguard.params import load_params
 
 MOST, DEFAULT = 64, 8  # jobs; of small networks, more want memory that they may not have
-EACH = ("train", "evaluate", "ranges", "inject", "hardware")  # of a run, in this order
-DVC = (sys.executable, "-m", "dvc", "repro")
+DVC = (sys.executable, "-m", "textguard.quick_dvc", "repro")
 LOCKED, ATTEMPTS, WAIT_S = "Unable to acquire lock", 20, 3
 HINTS = ("To track the changes", "\tgit add", "To enable auto staging", "\tdvc config", "Use `dvc push`", "Stage '")
 
@@ -46,12 +45,7 @@ def main(arguments: list[str]) -> int:
     start, stop = time.monotonic(), threading.Event()
     try:
         with ThreadPoolExecutor(jobs) as pool:
-            waiting = [
-                pool.submit(
-                    _run, [f"{stage}@{key}" for stage in (*EACH, *(["closeup"] if key in params.looked_at else []))], stop
-                )
-                for key in runs
-            ]
+            waiting = [pool.submit(_run, key, stop) for key in runs]
             for count, _ in enumerate(as_completed(waiting), 1):
                 minutes = (time.monotonic() - start) / 60
                 left = minutes / count * (len(runs) - count)
@@ -69,12 +63,12 @@ def _jobs(arguments: list[str], processors: int) -> int:
     return int(given)
 
 
-def _run(targets: list[str], stop: threading.Event) -> None:
-    """One `dvc repro`, again where another one held DVC's lock for longer than it waits; any other failure ends all."""
+def _run(key: str, stop: threading.Event) -> None:
+    """A run's stages, again where another `dvc` held DVC's lock for longer than it waits; any other failure ends all."""
     for _ in range(ATTEMPTS):
         if stop.is_set():
             return
-        code, locked = _repro(targets)
+        code, locked = _repro(key)
         if not (code and locked):
             break
         time.sleep(WAIT_S)
@@ -82,12 +76,13 @@ def _run(targets: list[str], stop: threading.Event) -> None:
         stop.set()
 
 
-def _repro(targets: list[str]) -> tuple[int, bool]:
-    """Run `dvc repro` and pass its lines on. Returns the exit code, and whether it found DVC locked."""
+def _repro(key: str) -> tuple[int, bool]:
+    """Run `dvc repro` of a run's stages and pass its lines on. Returns the exit code, and whether it found DVC locked."""
     locked = False
     # Not a terminal: the progress bars of several stages would write over each other.
     with subprocess.Popen(
-        [*DVC, "--single-item", *targets],
+        # A pattern, since DVC reads its files anew for each stage that is named. It finds them in the order of dvc.yaml.
+        [*DVC, "--single-item", "--glob", f"*@{key}"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

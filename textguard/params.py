@@ -1,9 +1,9 @@
 """params.yaml as typed, frozen dataclasses: one per stage, every key required, unknown keys refused.
 
-Nothing that can change a result has a default in the code, because DVC would not see it. Two sections say only what differs,
-`backbones` from the recipe of their family (textguard/vision/recipes) and `texts` from the settings of their provider
-(textguard/text/providers.yaml): DVC watches these files as well. What changes no number (`network`, `gate`, colours) has
-defaults, and a grid may leave it out.
+Nothing that can change a result has a default in the code, because DVC would not see it. Three sections say only what differs,
+`backbones` from the recipe of their family (textguard/vision/recipes), `texts` from the settings of their provider
+(textguard/text/providers.yaml), and `treatments` from the baseline (textguard/vision/treatments.yaml): DVC watches these files
+as well. What changes no number (`network`, `gate`, colours) has defaults, and a grid may leave it out.
 """
 
 import itertools
@@ -12,7 +12,7 @@ import math
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import field
+from dataclasses import asdict, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -26,10 +26,12 @@ from textguard.artifacts import absolute, expanded
 from textguard.errors import InvalidParameter, UnknownName, printable
 from textguard.text.providers import FEATURES, check_base_url, with_defaults
 from textguard.vision.recipe import FAMILIES, Recipe, library_fields
+from textguard.vision.treatment import STARTS, Treatment, library_treatment
 
 PARAMS_FILE = Path("params.yaml")
 LARGEST_FILE = 1 << 20  # bytes
 MOST_RUNS = 10_000  # of a grid: DVC takes minutes for a tenth of them
+MOST_DRAWN = 8  # variants of one figure, where params.yaml names none
 UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 BASELINE, RANDOM = "baseline", "random"  # the variants that no text tells anything
 TORCHVISION, PUBLISHED = "torchvision", "published:"
@@ -47,8 +49,13 @@ Count = Annotated[int, Field(gt=0, le=10**9)]
 Limit = Annotated[int, Field(ge=0, le=10**9)]
 Batch = Annotated[int, Field(gt=0, le=2**20)]
 Confidence = Annotated[float, Field(ge=0.5, le=0.9999)]
+Severity = Annotated[int, Field(ge=1, le=5)]
 Percent = Annotated[float, Field(ge=0, le=10**6)]
 Flag = Literal["duplicate", "too_short", "unnamed", "not_english", "cut", "filtered", "refused"]
+Title = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", min_length=1, max_length=60)]  # as tables and figures show it
+Pair = Annotated[list[Key], Field(min_length=2, max_length=2)]
+Level = bool | int | float | str | None
+Levels = Annotated[list[Level], Field(min_length=2, max_length=2)]
 Colour = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")]
 Checked = TypeVar("Checked")
 
@@ -129,6 +136,11 @@ class TextParams:
     templates: Annotated[list[str], Distinct]
     drop: Annotated[list[Flag], Distinct]
     embedding: EmbeddingParams
+
+
+@dataclass(frozen=True, config=_strict)
+class TreatmentParams(Treatment):
+    """A variant that differs from the baseline in its head or its training; see textguard.vision.treatment.Treatment."""
 
 
 @dataclass(frozen=True, config=_strict)
@@ -214,6 +226,11 @@ class ClassTexts:
         """The file of published text features that takes the place of encoded texts; None where texts are encoded."""
         return self.files[0] if self.params.provider == FEATURES else None
 
+    @property
+    def row_map(self) -> str | None:
+        """The file that says which of those features stand for each class; None where each class has its own row."""
+        return self.files[1] if self.params.provider == FEATURES and len(self.files) == 2 else None
+
 
 @dataclass(frozen=True, config=_strict)
 class FaultParams:
@@ -241,7 +258,7 @@ class InjectParams:
     format: Line
     detector: Line
     compare_detectors: Annotated[list[Line], Distinct]
-    mitigation: Literal["none", "ranger", "clip_to_zero"]
+    mitigation: Literal["none", "ranger", "clip_to_zero", "learned"]
     kinds: Annotated[
         list[
             Literal[
@@ -273,7 +290,7 @@ class HardwareParams:
     models: name -> what one fault is; what a file leaves out is that of inject.faults. injections_per_layer: of each of them.
     images: of the test set, that faults which stay are seen on; 0 for all. faults_per_place: of those, in each stored tensor or
     layer. rates: bit errors per stored bit. memories: draws of all bit errors, for each rate. protections: of the words that
-    hold the parameters.
+    hold the parameters. mitigations: of neurons, each under the faults of inject.faults without a range detector.
     """
 
     models: dict[Key, FaultParams]
@@ -283,6 +300,24 @@ class HardwareParams:
     rates: Annotated[list[Annotated[float, Field(gt=0, le=0.5)]], Distinct]
     memories: Annotated[int, Field(ge=2, le=10**6)]
     protections: Annotated[list[Line], Distinct]
+    mitigations: Annotated[list[Literal["ranger", "clip_to_zero", "learned"]], Distinct]
+    seed: Seed
+
+
+@dataclass(frozen=True, config=_strict)
+class CorruptionsParams:
+    """Corrupted images that classifiers are tested on, with faults and without; see textguard.vision.corruptions.
+
+    datasets: those of the grid that are studied; of others nothing is run. campaign_severities: those of each kind under which
+    faults are injected too. injections_per_layer: of each of these campaigns, and of the one on clean images beside them.
+    seed: of noise.
+    """
+
+    datasets: Annotated[list[Key], Distinct]
+    kinds: Annotated[list[Literal["noise", "blur", "contrast", "brightness", "jpeg"]], Field(min_length=1), Distinct]
+    severities: Annotated[list[Severity], Field(min_length=1), Distinct]
+    campaign_severities: Annotated[list[Severity], Distinct]
+    injections_per_layer: Count
     seed: Seed
 
 
@@ -297,11 +332,11 @@ class HeadParams:
 
 @dataclass(frozen=True, config=_strict)
 class CloseupParams:
-    """What each classifier is looked at with. images: of the test set, the same for all runs. weight_flips: bits flipped at
-    once, in different weights. smallest_map: places in a row of a class activation map, at least.
+    """What each classifier is looked at with. images: of the test set, the same for all runs; 0 for no maps. weight_flips: bits
+    flipped at once, in different weights. smallest_map: places in a row of a class activation map, at least.
     """
 
-    images: Count
+    images: Limit
     weight_flips: Count
     smallest_map: Annotated[int, Field(ge=2, le=4096)]
     seed: Seed
@@ -325,11 +360,27 @@ class StatisticsParams:
 
 
 @dataclass(frozen=True, config=_strict)
+class EffectsParams:
+    """Which effects stage `effects` estimates. contrasts: name -> a variant, and the one that it is set against.
+
+    factors, design: of a factorial design. factors: field of a treatment, with dots where it lies deeper -> its low and its
+    high level. design: the treatments that make it.
+    """
+
+    contrasts: dict[Title, Pair]
+    factors: dict[Title, Levels]
+    design: Annotated[list[Key], Distinct]
+
+
+@dataclass(frozen=True, config=_strict)
 class FiguresParams:
-    """dpi: dots per inch of the PNG files. colours: variant -> #rrggbb, where it is not textguard.report.theme's."""
+    """dpi: dots per inch of the PNG files. colours: variant -> #rrggbb, where it is not textguard.report.theme's. shown: the
+    variants that figures with a mark or line for each variant show, beside the baseline; see `Params.drawn`.
+    """
 
     dpi: Annotated[int, Field(ge=50, le=600)]
     colours: dict[Key, Colour] = field(default_factory=dict)
+    shown: Annotated[list[Key], Distinct] = field(default_factory=list)
 
 
 @dataclass(frozen=True, config=_strict)
@@ -361,11 +412,14 @@ class Params:
     seeds: Annotated[list[Seed], Field(min_length=1)]
     weights: dict[str, WeightsParams]
     texts: dict[Key, TextParams]
+    treatments: dict[Key, TreatmentParams]
     head: HeadParams
     inject: InjectParams
     hardware: HardwareParams
+    corruptions: CorruptionsParams
     closeup: CloseupParams
     statistics: StatisticsParams
+    effects: EffectsParams
     figures: FiguresParams
     network: NetworkParams = field(default_factory=NetworkParams)
     gate: GateParams = field(default_factory=GateParams)
@@ -381,9 +435,25 @@ class Params:
         return {run.key: run for run in self.all_runs()}
 
     @property
+    def drawn(self) -> list[str]:
+        """The variants that figures tell apart: the baseline and those of figures.shown, or else the first of all."""
+        shown = [BASELINE, *self.figures.shown] if self.figures.shown else self.variants[:MOST_DRAWN]
+        return [variant for variant in self.variants if variant in shown]
+
+    @property
+    def learns_thresholds(self) -> bool:
+        """Whether a stage uses the thresholds of mitigation `learned`."""
+        return "learned" in (self.inject.mitigation, *self.hardware.mitigations)
+
+    @property
     def looked_at(self) -> list[str]:
         """Keys of the runs that have a close-up: those with the first seed."""
         return [key for key, run in self.runs.items() if run.seed == self.seeds[0]]
+
+    @property
+    def corrupted(self) -> dict[str, Run]:
+        """Key -> run, of those that are tested on corrupted images."""
+        return {key: run for key, run in self.runs.items() if run.dataset in self.corruptions.datasets}
 
     def all_runs(self) -> Iterator[Run]:
         """The product, in which two runs may have the same key until load_params has refused that."""
@@ -395,6 +465,23 @@ class Params:
         pairs = itertools.product(self.datasets, self.texts)
         found = [ClassTexts(dataset, variant, self.texts[variant]) for dataset, variant in pairs]
         return {texts.key: texts for texts in found}
+
+    def treatment(self, variant: str) -> TreatmentParams:
+        """What distinguishes a variant of any kind from the baseline: of a text, the start of its normalised head."""
+        if variant in self.treatments:
+            return self.treatments[variant]
+        guided = {"start": variant if variant in self.texts else "torch", "width": None, "normalise": True}
+        return TreatmentParams(**library_treatment() | (guided if variant != BASELINE else {}))
+
+    def recipe(self, run: Run) -> BackboneParams:
+        """How a run's classifier is trained: as its backbone's is, but for what its treatment has otherwise."""
+        usual = self.backbones[run.backbone]
+        return _treated(usual, self, run.variant, PARAMS_FILE) if run.variant in self.treatments else usual
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Variant -> how tables and figures call it, for treatments."""
+        return {name: treatment.label or name for name, treatment in self.treatments.items()}
 
     def encoder_of(self, key: str) -> str:
         """What the class embeddings of a text variant say they were encoded with."""
@@ -440,10 +527,10 @@ def _read(path: Path) -> Any:
 
 
 def _with_defaults(content: Any, path: Path) -> Any:
-    """A file's content whose backbones and texts have all fields, in which the file's own replace the library's."""
+    """A file's content whose backbones, texts and treatments have all fields, where the file's own replace the library's."""
     if not isinstance(content, dict):
         return content  # refused by the checks that follow, as all that is passed through here
-    backbones, texts = content.get("backbones"), content.get("texts")
+    backbones, texts, treatments = (content.get(name) for name in ("backbones", "texts", "treatments"))
     if isinstance(backbones, dict):
         backbones = {
             name: _with_recipe(str(name), fields, path) if isinstance(fields, dict) else fields
@@ -454,7 +541,11 @@ def _with_defaults(content: Any, path: Path) -> Any:
             name: with_defaults(fields, f"{path} texts.{name}.provider") if isinstance(fields, dict) else fields
             for name, fields in texts.items()
         }
-    whole = {"backbones": backbones, "texts": texts, "hardware": _with_usual_faults(content)}
+    if isinstance(treatments, dict):
+        treatments = {
+            name: library_treatment() | fields if isinstance(fields, dict) else fields for name, fields in treatments.items()
+        }
+    whole = {"backbones": backbones, "texts": texts, "treatments": treatments, "hardware": _with_usual_faults(content)}
     return content | {key: value for key, value in whole.items() if key in content}
 
 
@@ -511,8 +602,8 @@ def lookup(entries: dict[str, Any], kind: str, name: str, where: str) -> Any:
 
 
 def head_file(run: Run) -> Path:
-    """The file that a run's last layer starts from: class embeddings, or the width of a head that no text tells anything."""
-    return Path("embeddings") / f"{run.dataset}-{run.variant}.safetensors"
+    """The file that a run's last layer starts from: its first rows, or only the width of a head that torch starts."""
+    return Path("models") / "heads" / run.dataset / f"{run.variant}.safetensors"
 
 
 def _check_references(params: Params, path: Path) -> None:
@@ -524,8 +615,13 @@ def _check_references(params: Params, path: Path) -> None:
         if text.limit_questions > len(text.questions):
             given = f"texts.{name}.limit_questions is {text.limit_questions}"
             raise InvalidParameter(f"{path} {given}, but there are {len(text.questions)} questions")
-        if text.provider == FEATURES and len(text.cache) != 1:
-            raise InvalidParameter(f"{path} texts.{name}.cache must name one .pth file: {FEATURES!r} reads its vectors there")
+        if text.provider == FEATURES and (
+            len(text.cache) not in (1, 2) or not all(n.endswith(".json") for n in text.cache[1:])
+        ):
+            raise InvalidParameter(
+                f"{path} texts.{name}.cache must name one .pth file, whose vectors {FEATURES!r} takes, and may name a .json "
+                "file behind it that maps classes to rows"
+            )
         if text.provider == FEATURES and text.templates:
             raise InvalidParameter(
                 f"{path} texts.{name}.templates must be []: {FEATURES!r} has vectors, which no text can join"
@@ -538,11 +634,23 @@ def _check_references(params: Params, path: Path) -> None:
                 f"{path} hardware.models.{name}: faults that stay are in one neuron or weight each: set target to neuron or "
                 "weight, pattern to value and values to 1"
             )
-    known = dict.fromkeys([BASELINE, RANDOM, *params.texts])
+    for number, dataset in enumerate(params.corruptions.datasets):
+        lookup(params.datasets, "data set", dataset, f"{path} corruptions.datasets.{number}; one of this grid's, or none: []")
+    for number, severity in enumerate(params.corruptions.campaign_severities):
+        if severity not in params.corruptions.severities:
+            raise InvalidParameter(
+                f"{path} corruptions.campaign_severities.{number} is {severity}; it must be one of corruptions.severities, "
+                f"{', '.join(map(str, params.corruptions.severities))}"
+            )
+    _check_treatments(params, path)
+    known = dict.fromkeys([BASELINE, RANDOM, *params.texts, *params.treatments])
     for number, variant in enumerate(params.variants):
-        lookup(known, "variant", variant, f"{path} variants.{number}; all but baseline and random are described in texts")
+        where = f"{path} variants.{number}; all but baseline and random are described in texts or treatments"
+        lookup(known, "variant", variant, where)
     for variant in params.figures.colours:
         lookup(known, "variant", variant, f"{path} figures.colours")
+    for variant in params.figures.shown:
+        lookup(dict.fromkeys(params.variants), "variant", variant, f"{path} figures.shown")
     for name, values in (("variants", params.variants), ("seeds", params.seeds)):
         if (twice := _repeated(values)) is not None:
             raise InvalidParameter(f"{path} {name} holds {twice!r} twice; every run needs a name of its own")
@@ -559,6 +667,7 @@ def _check_references(params: Params, path: Path) -> None:
                 f"{path}: two {kind} have the name {twice!r}; rename a data set, backbone or variant with a hyphen in its name"
             )
     _check_weights(params, path)
+    _check_effects(params, path)
 
 
 def _repeated(values: Iterable[Any]) -> Any:
@@ -566,11 +675,36 @@ def _repeated(values: Iterable[Any]) -> Any:
     return next((value for value, count in Counter(values).items() if count > 1), None)
 
 
+def _check_treatments(params: Params, path: Path) -> None:
+    for name, treatment in params.treatments.items():
+        where = f"{path} treatments.{name}"
+        if name in (BASELINE, RANDOM) or name in params.texts:
+            other = "texts" if name in params.texts else "every grid"
+            raise InvalidParameter(f"{where}: a variant of this name is in {other} already; call it something else")
+        if treatment.start in STARTS and treatment.start in params.texts:
+            raise InvalidParameter(f"{where}.start is {treatment.start!r}, which is a key of texts as well; rename the text")
+        if (text := treatment.text) is not None and text not in params.texts:
+            known = [*STARTS, *params.texts, "shuffled:TEXT", "cosines:TEXT"]
+            raise UnknownName("start", treatment.start, known, f"{where}.start")
+        for usual in params.backbones.values():
+            _treated(usual, params, name, path)
+    known = [BASELINE, RANDOM, *params.texts, *params.labels.values()]
+    if (twice := _repeated(known)) is not None:
+        raise InvalidParameter(f"{path} treatments: two variants are called {twice!r}; change the label of one of them")
+
+
+def _treated(usual: BackboneParams, params: Params, treatment: str, path: Path) -> BackboneParams:
+    fields = asdict(usual) | params.treatments[treatment].recipe
+    return _check(fields, BackboneParams, path, "treatments", treatment, "recipe")
+
+
 def _check_weights(params: Params, path: Path) -> None:
     classifiers = {run.weights_key: run.variant for run in params.runs.values()}
     for name, weights in params.weights.items():
         where = f"{path} weights.{name}"
         variant = lookup(classifiers, "classifier BACKBONE-VARIANT", name, where)
+        if variant in params.treatments:
+            raise InvalidParameter(f"{where}: {variant!r} is a treatment, which is trained here; leave its weights out")
         if weights.source == TORCHVISION:
             if variant != BASELINE:
                 raise InvalidParameter(f"{where}.source is {TORCHVISION!r}, whose networks are baselines, not {variant!r}")
@@ -581,6 +715,83 @@ def _check_weights(params: Params, path: Path) -> None:
             raise InvalidParameter(f"{where}.source is {weights.source!r}; allowed: {allowed}")
         elif weights.sha256 is None:
             raise InvalidParameter(f"{where}.sha256 is null; give the SHA-256 of {weights.file}, as sha256sum prints it")
+
+
+def _check_effects(params: Params, path: Path) -> None:
+    effects, run_here = params.effects, dict.fromkeys(params.variants)
+    for name, pair in effects.contrasts.items():
+        for variant in pair:
+            lookup(run_here, "variant", variant, f"{path} effects.contrasts.{name}; name two of variants")
+        if pair[0] == pair[1]:
+            raise InvalidParameter(f"{path} effects.contrasts.{name} sets {pair[0]!r} against itself; name two variants")
+    if bool(effects.factors) != bool(effects.design):
+        raise InvalidParameter(f"{path} effects.factors and effects.design belong together: give both or neither")
+    if not effects.design:
+        return
+    for variant in effects.design:
+        lookup(run_here, "variant", variant, f"{path} effects.design; name some of variants")
+    for name, (low, high) in effects.factors.items():
+        if low == high:
+            raise InvalidParameter(f"{path} effects.factors.{name} has {json.dumps(low)} as both levels; give two")
+    if flaw := _flaw_of(design_levels(params, path), list(effects.factors), len(params.seeds)):
+        raise InvalidParameter(f"{path} effects.design: {flaw}")
+
+
+def _flaw_of(levels: list[list[int]], factors: list[str], blocks: int) -> str:
+    """Why a design does not tell its main effects and two-way interactions, where none shares a column; empty where it does.
+
+    levels: see `design_levels`. blocks: how often the whole design is run.
+    """
+    columns = list(zip(*levels, strict=True))
+    for name, column in zip(factors, columns, strict=True):
+        if sum(column):
+            low, high = (column.count(sign) for sign in (-1, 1))
+            return f"factor {name!r} is not balanced: {low} variants have its low level and {high} its high one"
+    products = []
+    for (first, one), (second, other) in itertools.combinations(zip(factors, columns, strict=True), 2):
+        products.append(tuple(a * b for a, b in zip(one, other, strict=True)))
+        if sum(products[-1]):
+            return f"factors {first!r} and {second!r} are not orthogonal; have each combination of their levels equally often"
+    # Of columns that are each other's negatives one is kept, and none that is constant.
+    kept = {tuple(sign * column[0] for sign in column) for column in [*columns, *products]} - {(1,) * len(levels)}
+    import numpy as np  # which grids without a design need not wait for here
+
+    if np.linalg.matrix_rank(np.array([(1,) * len(levels), *sorted(kept)])) <= len(kept):
+        return "it has too few variants to tell interactions from one another; add variants, or leave a factor out"
+    if len(levels) * blocks - blocks - len(kept) < 1:
+        return f"its {len(levels) * blocks} trainings leave none to estimate the spread from; add seeds or variants"
+    return ""
+
+
+def design_levels(params: Params, path: Path = PARAMS_FILE) -> list[list[int]]:
+    """Of each variant of the factorial design, -1 where a factor is low and 1 where it is high: V variants of F factors.
+
+    Raises InvalidParameter where a variant has neither level.
+    """
+    return [
+        [_level(params, variant, name, levels, path) for name, levels in params.effects.factors.items()]
+        for variant in params.effects.design
+    ]
+
+
+def _level(params: Params, variant: str, factor: str, levels: list[Level], path: Path) -> int:
+    treatment = lookup(params.treatments, "treatment", variant, f"{path} effects.design; a factor is a field of treatments")
+    value: Any = asdict(treatment)
+    for part in factor.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise InvalidParameter(
+                f"{path} treatments.{variant} has no field {factor!r}, which is one of effects.factors; say it there, as in "
+                "recipe.label_smoothing, or leave the factor out"
+            )
+        value = value[part]
+    for sign, level in zip((-1, 1), levels, strict=True):
+        if value == level and isinstance(value, bool) == isinstance(level, bool):
+            return sign
+    allowed = " or ".join(map(json.dumps, levels))
+    raise InvalidParameter(
+        f"{path} treatments.{variant}.{factor} is {json.dumps(value)}, and effects.factors allows {allowed}; change one of "
+        "them, or leave the variant out of effects.design"
+    )
 
 
 def _one_line(error: ValidationError, kind: type, path: Path, section: tuple[str, ...]) -> str:

@@ -102,6 +102,14 @@ def join_processes(device: torch.device | None = None) -> tuple[int, int]:
     return rank, count
 
 
+def share_work(shard_dir: object) -> tuple[int, int]:
+    """As `join_processes`, of processes that share their results in a folder. Raises InvalidParameter without one."""
+    rank, count = join_processes()
+    if count > 1 and not shard_dir:
+        raise InvalidParameter("several processes need a shard_dir to share their results")
+    return rank, count
+
+
 def loading_processes() -> int:
     """How many processes read images: TEXTGUARD_WORKERS, else one per core but one, shared with this machine's other ranks.
 

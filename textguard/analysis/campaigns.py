@@ -1,6 +1,6 @@
 """One run's campaign, from the records of stage `inject` to estimates of each layer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from textguard.analysis.files import RECORDS_DIR, RUNS_DIR
 from textguard.artifacts import reading
 from textguard.errors import InvalidArtifact
 from textguard.estimates.summary import LayerResult, Totals, replace_records, summarise, summarise_totals
-from textguard.params import InjectParams, Run, StatisticsParams
+from textguard.params import InjectParams, Run, StatisticsParams, TreatmentParams
 from textguard.schema.base import read
 from textguard.schema.campaign import StoredCampaign, campaign_fields
 from textguard.schema.records import check_injections, inputs_of, read_columns
@@ -25,13 +25,15 @@ READ = [*RECORDS, "image", "neuron", "faulty_value"]
 class CampaignRecords:
     """One run's faults. detectors: name -> its layers' results, in order of execution; the first is the one that counts.
 
-    stored: campaign.json. records, totals: of the first detector, as `summarise` and `summarise_totals` take them.
+    stored: campaign.json. records, totals: of the first detector, as `summarise` and `summarise_totals` take them. latent:
+    whether the classifier has a latent layer before its head.
     """
 
     detectors: dict[str, list[LayerResult]]
     stored: StoredCampaign
     records: pd.DataFrame
     totals: list[Totals]
+    latent: bool
 
     @property
     def layers(self) -> list[LayerResult]:
@@ -39,12 +41,18 @@ class CampaignRecords:
         return next(iter(self.detectors.values()))
 
 
-def load_campaign(key: str, run: Run, statistics: StatisticsParams, inject: InjectParams) -> CampaignRecords:
-    """Read one run's campaign.json and records. Raises InvalidArtifact, InvalidParameter."""
+def load_campaign(
+    key: str, run: Run, statistics: StatisticsParams, inject: InjectParams, treatments: Mapping[str, TreatmentParams]
+) -> CampaignRecords:
+    """Read one run's campaign.json and records.
+
+    treatments: those among the variants. Raises InvalidArtifact, InvalidParameter.
+    """
     file, folder = RUNS_DIR / key / "campaign.json", RECORDS_DIR / key
     stored = read(file, "inject", StoredCampaign)
     with reading(file, "inject"):
-        if len(stored.layers) < 1 + (run.variant != BASELINE):
+        latent = treatments[run.variant].latent if run.variant in treatments else run.variant != BASELINE
+        if len(stored.layers) < 1 + latent:
             raise InvalidArtifact("lacks layers")
         _check_settings(stored, inject)
         totals = {name: [Totals.from_json(layer.as_json()) for layer in stored.exact[name]] for name in stored.detectors}
@@ -57,7 +65,7 @@ def load_campaign(key: str, run: Run, statistics: StatisticsParams, inject: Inje
         )
         found |= {layer.layer: summarise_totals(layer, statistics.nonfinite) for layer in known}
         detectors[name] = [found[site.layer] for site in stored.layers]
-    return CampaignRecords(detectors, stored, records, next(iter(totals.values())))
+    return CampaignRecords(detectors, stored, records, next(iter(totals.values())), latent)
 
 
 def _check_settings(stored: StoredCampaign, inject: InjectParams) -> None:
@@ -140,14 +148,14 @@ def _check_changes(detector: str, changed: pd.DataFrame, records: pd.DataFrame, 
         raise InvalidArtifact(f"lacks some of the injections that detector {detector!r} changes, or has others")
 
 
-def place_weights(run: Run, layers: Sequence[LayerResult], last_layer: str) -> dict[str, list[float]]:
+def place_weights(layers: Sequence[LayerResult], last_layer: str, *, latent: bool) -> dict[str, list[float]]:
     """How much each layer counts in each place of `PLACES`.
 
-    last_layer: how a text-guided classifier's latent layer and head make one last layer: `neurons` (E and C: the chance that a
-    random neuron fault lands there), `equal`, or `head_only`.
+    last_layer: how a latent layer and the head behind it, where there is one (latent), make one last layer: `neurons` (E and C:
+    the chance that a random neuron fault lands there), `equal`, or `head_only`.
     """
     count, neurons = len(layers), [float(layer.neurons) for layer in layers]
-    own = 1 if run.variant == BASELINE else 2  # layers that make the last one
+    own = 1 + latent  # layers that make the last one
     head = [0.0] * (count - 1) + [1.0]
     last = {"neurons": neurons[-own:], "equal": [1.0] * own, "head_only": head[-own:]}[last_layer]
     return {

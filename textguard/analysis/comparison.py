@@ -16,7 +16,7 @@ from textguard.analysis.files import RECORDS_DIR
 from textguard.analysis.improvement import Draws, across, draw_layers, improvement, verdict, weigh
 from textguard.analysis.temperature import rescaled_heads
 from textguard.estimates.statistics import Estimate, over_trainings, paired_difference
-from textguard.params import Run, StatisticsParams
+from textguard.params import StatisticsParams
 from textguard.schema.base import Measured
 from textguard.schema.records import read_columns
 from textguard.schema.results import (
@@ -55,9 +55,9 @@ class Side:
     weights: dict[str, list[float]]
 
 
-def side_of(run: Run, campaign: CampaignRecords, result: RunResult, statistics: StatisticsParams) -> Side:
+def side_of(campaign: CampaignRecords, result: RunResult, statistics: StatisticsParams) -> Side:
     """What comparisons need of a run."""
-    weights = place_weights(run, campaign.layers, statistics.last_layer_weights)
+    weights = place_weights(campaign.layers, statistics.last_layer_weights, latent=campaign.latent)
     table = RECORDS_DIR / result.run / "predictions.parquet"
     top2diff = read_columns(table, "evaluate", ["top2diff"], result.top1.n)["top2diff"].to_numpy(float)
     return Side(campaign, result, top2diff, draw_layers(campaign.detectors, statistics.bootstrap, seed=0), weights)

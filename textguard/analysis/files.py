@@ -1,7 +1,7 @@
 """Where the stages leave what is analysed and shown, and readers of it. Each raises InvalidArtifact."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +9,11 @@ import pandas as pd
 
 from textguard.artifacts import read_csv, read_ranges, reading
 from textguard.errors import InvalidArtifact
-from textguard.params import Run
+from textguard.params import Params, Run
 from textguard.schema.base import read
 from textguard.schema.closeup import Cam, CloseUp
+from textguard.schema.corruptions import CLEAN, ComparedCorruptions, Corruptions
+from textguard.schema.effects import Effects
 from textguard.schema.hardware import Hardware, HardwareCell
 from textguard.schema.records import read_columns
 from textguard.schema.results import BASELINE, Cell, RunResult
@@ -27,8 +29,11 @@ RESULTS_DIR = METRICS_DIR / "results"
 CELLS_FILE = METRICS_DIR / "cells.json"
 HARDWARE_DIR = METRICS_DIR / "hardware"
 HARDWARE_FILE = METRICS_DIR / "hardware.json"
+CORRUPTIONS_DIR = METRICS_DIR / "corruptions"
+CORRUPTIONS_FILE = METRICS_DIR / "corruptions.json"
 CONTRASTS_FILE = METRICS_DIR / "contrasts.json"
 SUMMARY_FILE = METRICS_DIR / "summary.json"
+EFFECTS_FILE = METRICS_DIR / "effects.json"
 
 
 def load_result(key: str) -> RunResult:
@@ -52,9 +57,12 @@ def load_results(keys: Iterable[str]) -> dict[str, RunResult]:
     return results
 
 
-def compared_runs(runs: Mapping[str, Run]) -> dict[tuple[str, str, str, str], list[tuple[str, str]]]:
+def compared_runs(
+    runs: Mapping[str, Run], treatments: Collection[str] = ()
+) -> dict[tuple[str, str, str, str], list[tuple[str, str]]]:
     """(data set, backbone, variant, other variant) -> keys of the runs with one seed: each against the baseline where there is
-    one, and text-guided ones against each other, which shows what a text does beyond the rest of the recipe.
+    one, and text-guided ones against each other, which shows what a text does beyond the rest of the recipe. treatments: those
+    among the variants, which are many, and compared with the baseline alone.
     """
     places: dict[tuple[str, str, int], dict[str, str]] = {}
     for key, run in runs.items():
@@ -62,12 +70,14 @@ def compared_runs(runs: Mapping[str, Run]) -> dict[tuple[str, str, str, str], li
     found: dict[tuple[str, str, str, str], list[tuple[str, str]]] = {}
     for (dataset, backbone, _), variants in places.items():
         for first, second in itertools.combinations(sorted(variants, key=lambda variant: variant != BASELINE), 2):
+            if first != BASELINE and (first in treatments or second in treatments):
+                continue
             found.setdefault((dataset, backbone, first, second), []).append((variants[first], variants[second]))
     return found
 
 
-def load_cells(runs: Mapping[str, Run], contrasts: bool = False) -> list[Cell]:
-    """The cells of these runs beside their baselines; contrasts: beside other text-guided ones."""
+def load_cells(runs: Mapping[str, Run], contrasts: bool = False, treatments: Collection[str] = ()) -> list[Cell]:
+    """The cells of these runs beside their baselines; contrasts: beside other text-guided ones, see `compared_runs`."""
     file, cells = CONTRASTS_FILE if contrasts else CELLS_FILE, {}
     with reading(file, "results"):
         for cell in read(file, "results", list[Cell]):
@@ -75,7 +85,7 @@ def load_cells(runs: Mapping[str, Run], contrasts: bool = False) -> list[Cell]:
             if name in cells:
                 raise InvalidArtifact(f"has the cell {'-'.join(name)} twice")
             cells[name] = cell
-        wanted = {name: pairs for name, pairs in compared_runs(runs).items() if (name[2] != BASELINE) == contrasts}
+        wanted = {name: pairs for name, pairs in compared_runs(runs, treatments).items() if (name[2] != BASELINE) == contrasts}
         for name, pairs in wanted.items():
             seeds = [runs[key].seed for _, key in pairs]
             if name not in cells or cells[name].seeds != seeds:
@@ -83,6 +93,23 @@ def load_cells(runs: Mapping[str, Run], contrasts: bool = False) -> list[Cell]:
                     f"does not have the cell {'-'.join(name)} with the seeds {seeds} that params.yaml asks for"
                 )
     return [cells[name] for name in wanted]
+
+
+def load_effects(params: Params) -> list[Effects]:
+    """What stage effects says of each backbone on each data set; nothing where params.yaml asks for no effects."""
+    wanted = params.effects
+    if not (wanted.contrasts or wanted.design):
+        return []
+    found = read(EFFECTS_FILE, "effects", list[Effects])
+    with reading(EFFECTS_FILE, "effects"):
+        if [(each.dataset, each.backbone) for each in found] != list(itertools.product(params.datasets, params.backbones)):
+            raise InvalidArtifact("is not of the data sets and backbones that params.yaml asks for")
+        for each in found:
+            contrasts = {contrast.name: [contrast.variant, contrast.against] for contrast in each.contrasts}
+            design = (each.factorial.factors, each.factorial.variants) if each.factorial else ({}, [])
+            if contrasts != wanted.contrasts or design != (wanted.factors, wanted.design):
+                raise InvalidArtifact("does not have the contrasts and the design that params.yaml asks for")
+    return found
 
 
 def load_hardware(key: str) -> Hardware:
@@ -102,6 +129,32 @@ def load_hardware_cells(runs: Mapping[str, Run]) -> list[HardwareCell]:
                     f"does not have the cell {'-'.join(name)} with the seeds {seeds} that params.yaml asks for"
                 )
     return [found[name] for name in wanted]
+
+
+def load_corruptions(key: str) -> Corruptions:
+    """What stage corruptions says of one run."""
+    file = CORRUPTIONS_DIR / f"{key}.json"
+    found = read(file, "corruptions", Corruptions)
+    with reading(file, "corruptions"):
+        places = [(images.kind, images.severity) for images in found.conditions]
+        if len(set(places)) != len(places) or not places or places[0] != (CLEAN, 0):
+            raise InvalidArtifact("must have clean images first, and every kind and severity once")
+    return found
+
+
+def load_compared_corruptions(runs: Mapping[str, Run]) -> ComparedCorruptions:
+    """How these runs, which were tested on corrupted images, compare there."""
+    if not runs:  # as in most grids
+        return ComparedCorruptions(cells=[], classifiers=[], together=[])
+    compared = {name: pairs for name, pairs in compared_runs(runs).items() if name[2] == BASELINE}
+    wanted = [(*name[:2], name[3], [runs[key].seed for _, key in pairs]) for name, pairs in compared.items()]
+    found = read(CORRUPTIONS_FILE, "results", ComparedCorruptions)
+    with reading(CORRUPTIONS_FILE, "results"):
+        if [(cell.dataset, cell.backbone, cell.variant, cell.seeds) for cell in found.cells] != wanted:
+            raise InvalidArtifact("does not have the cells, one by one, that params.yaml asks for")
+        if not {both.run for both in found.classifiers} <= set(runs):
+            raise InvalidArtifact("has other runs than params.yaml")
+    return found
 
 
 def short_names(layers: Sequence[str]) -> list[str]:

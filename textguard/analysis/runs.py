@@ -62,7 +62,7 @@ def describe(
     """
     confidence, stored, layers = statistics.confidence, campaign.stored, campaign.layers
     correct = predictions["correct"].to_numpy(float)
-    weights = place_weights(run, layers, statistics.last_layer_weights)
+    weights = place_weights(layers, statistics.last_layer_weights, latent=campaign.latent)
     places = {place: headline(layers, weights[place], confidence) for place in PLACES}
     return RunResult(
         run=key,

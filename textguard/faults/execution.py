@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from textguard.artifacts import read_json, read_parquet, write_json, write_parquet
-from textguard.errors import CampaignMismatch, InvalidArtifact, InvalidParameter, Setting
+from textguard.errors import CampaignMismatch, InvalidArtifact, Setting
 from textguard.faults.checks import folder_path, whole_number
 from textguard.faults.damage import SINGLE_FLIP, FaultModel, Faults
 from textguard.faults.engines import Engine
@@ -23,7 +23,7 @@ from textguard.faults.inputs import batches, count_images, positions
 from textguard.faults.patterns import values_held
 from textguard.faults.plans import FAULT_COLUMNS, PLAN_COLUMNS, check_plan, damaged_values
 from textguard.faults.task import CLASSES, Task, make_task
-from textguard.runtime import join_processes, progress, wait_for_all
+from textguard.runtime import progress, share_work, wait_for_all
 
 VALUES_AT_ONCE = 2**21  # that faults with a shape damage together in one run of the engine
 RECORD_COLUMNS = [
@@ -126,9 +126,7 @@ def run_campaign(
     ordered = plan.reset_index(drop=True).sort_values(["image"], kind="stable")
     numbers = np.unique(ordered["image"])
     parts = [part.tolist() for part in np.array_split(numbers, range(image_batch, len(numbers), image_batch))]
-    rank, processes = join_processes()
-    if processes > 1 and not shard_dir:
-        raise InvalidParameter("several processes need a shard_dir to share their results")
+    rank, processes = share_work(shard_dir)
     if shard_dir:
         check_settings(shard_dir, _settings(engine, loader, plan[list(same)], limits, image_batch, fault_model, task), rank)
     mine = {number: part for number, part in enumerate(parts) if number % processes == rank}

@@ -51,7 +51,7 @@ from textguard.faults.sites import DEFAULT_KINDS, Call, Calls, Site
 from textguard.faults.task import CLASSES, Task, make_task
 from textguard.faults.weights import stored_weights
 from textguard.hardware.persistent import ROUNDING
-from textguard.runtime import join_processes, progress, wait_for_all
+from textguard.runtime import progress, share_work, wait_for_all
 
 Dataflow = Literal["output_stationary", "weight_stationary"]
 ALL = "all"  # in place of a layer: the fault is there in all of them, since all run on the array
@@ -292,9 +292,7 @@ def run_stuck(
     stuck = _Stuck(model, image, array, operation, number_format, profiled, limits, kinds)
     faults = stuck.faults_of(plan)
     shards = [faults.iloc[first : first + FAULTS_PER_SHARD] for first in range(0, len(faults), FAULTS_PER_SHARD)]
-    rank, processes = join_processes()
-    if processes > 1 and not shard_dir:
-        raise InvalidParameter("several processes need a shard_dir to share their results")
+    rank, processes = share_work(shard_dir)
     if shard_dir:
         settings = {
             **{"engine": f"array, torch {torch.__version__}", "model": mark, "array": str(array), "operation": operation},

@@ -120,27 +120,52 @@ def mitigation_costs(
     }
     _, images, _ = next(batches(loader, image.device, task=task))
     times = time_ratios({"": plain.eval(), **protected}, images)
-    rows = [(name, times[name], *_counts(one, images)) for name, one in protected.items()]
+    rows = [(name, times[name], *bounding_operations(one, images)) for name, one in protected.items()]
     return pd.DataFrame(rows, columns=["mitigation", "time", "comparisons", "numbers"])
 
 
 @torch.inference_mode()
-def _counts(protected: nn.Module, images: Tensor) -> tuple[int, int]:
-    """Comparisons per image, and stored bounds."""
-    comparisons = numbers = 0
+def bounding_operations(protected: nn.Module, images: Tensor) -> tuple[int, int]:
+    """What a mitigation adds to an inference, as numbers that are the same on every machine.
+
+    Parameters
+    ----------
+    protected : torch.nn.Module
+        What `protect` returned, on the images' device.
+    images : Tensor
+        [B, ...], one batch.
+
+    Returns
+    -------
+    comparisons, bounds : int
+        Comparisons per image, two for each value of an activation; and bounds that are stored, one lowest value for each
+        activation, and a highest one for it or for each of its channels. Both are 0 without a mitigation.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from textguard.faults import protect
+    >>> from textguard.hardware.costs import bounding_operations
+    >>> model, images = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.rand(2, 4)
+    >>> bounding_operations(protect(model, images[0], {"_1": (0.0, 1.0)}, "ranger"), images)
+    (16, 2)
+    """
+    comparisons = bounds = 0
 
     def count(module: Bound, inputs: tuple[Tensor], output: Tensor) -> None:
-        nonlocal comparisons, numbers
+        nonlocal comparisons, bounds
         comparisons += 2 * output.numel() // len(images)
-        numbers += 1 + (module.high.numel() if isinstance(module.high, Tensor) else 1)
+        bounds += 1 + (module.high.numel() if isinstance(module.high, Tensor) else 1)
 
     hooks = [module.register_forward_hook(count) for module in protected.modules() if isinstance(module, Bound)]
     try:
-        protected(images)
+        if hooks:
+            protected(images)
     finally:
         for hook in hooks:
             hook.remove()
-    return comparisons, numbers
+    return comparisons, bounds
 
 
 def protection_table(

@@ -39,7 +39,7 @@ from textguard.hardware.stored import (
     stored_tensors,
     tensors_of,
 )
-from textguard.runtime import join_processes, progress, wait_for_all
+from textguard.runtime import progress, share_work, wait_for_all
 
 StaysIn = Literal["stored", "neuron"]
 ENGINES = ("replay", "whole")
@@ -219,9 +219,7 @@ def run_persistent(
     # Stopping needs images in random order; loaders often give them class by class.
     order = np.asarray(read) if stop is None else np.random.Generator(np.random.Philox(0)).permutation(np.asarray(read))
     parts = [part.tolist() for part in np.array_split(order, range(image_batch, len(order), image_batch))]
-    rank, processes = join_processes()
-    if processes > 1 and not shard_dir:
-        raise InvalidParameter("several processes need a shard_dir to share their results")
+    rank, processes = share_work(shard_dir)
     if shard_dir:
         settings = {
             **{"engine": f"{type(carrier).__name__}, torch {torch.__version__}", "model": mark, "target": target},

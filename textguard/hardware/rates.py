@@ -30,15 +30,15 @@ from textguard.estimates.statistics import CONFIDENCE, Estimate, rate_estimate, 
 from textguard.faults.checks import checked_name, confidence_level, folder_path, some_text, whole_number
 from textguard.faults.copying import copy_model
 from textguard.faults.damage import Operation
-from textguard.faults.formats import NATIVE, Format, parse_format, stored_as
+from textguard.faults.formats import FP32, Format, parse_format, stored_as
 from textguard.faults.graph import unwrapped
 from textguard.faults.inputs import batches, check_labels, check_logits, positions, prepare
 from textguard.faults.plans import uniform_numbers
 from textguard.faults.sites import uncompiled
 from textguard.faults.task import CLASSES, Task, make_task
-from textguard.faults.weights import matrices, weight_readers
 from textguard.hardware.protection import Code, Protection, Read, parse_protection
-from textguard.runtime import join_processes, progress, wait_for_all
+from textguard.hardware.stored import stored_tensors, tensors_of
+from textguard.runtime import progress, share_work, wait_for_all
 
 HIGHEST_RATE = 0.5  # beyond it, a memory is a worse one of the other bits
 KEPT_BYTES = 2**31  # of images that are kept for all memories; more are read again for each
@@ -86,31 +86,21 @@ def _stored(model: nn.Module, image: Tensor, number_format: Format, protection: 
     What products read, such as the weights of convolutions, is stored in the number format. Biases, norms with their statistics
     and other vectors keep their own type, as in campaigns.
     """
-    readers = weight_readers(model, image)
-    products = set(matrices(readers))
-    tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    tensors = tensors_of(model)
     found: list[_Tensor] = []
     seen: set[tuple[int, int]] = set()
-    for name in readers:
-        tensor = tensors.get(name)
-        if tensor is None or not tensor.is_floating_point() or not tensor.numel():
-            continue
-        kind = str(tensor.dtype).removeprefix("torch.")
-        if kind not in NATIVE:
-            raise UnsupportedModel(f"{name!r} is {kind}, whose bits are not known; convert it to {', '.join(NATIVE)}")
+    for stored in stored_tensors(model, image):
+        tensor = tensors[stored.name]
         tensor.data = tensor.data.contiguous()
         if (place := (tensor.data_ptr(), tensor.numel())) in seen:
             continue
         seen.add(place)
-        in_format = name in products and tensor.ndim > 1
-        own, native = stored_as(number_format, kind, repr(name)) if in_format else (NATIVE[kind], True)
+        own, native = stored_as(number_format if stored.product else FP32, stored.dtype, repr(stored.name))
         limit = tensor.abs().max().float()
-        one = _Tensor(name, tensor.data.view(-1), own, limit, protection.code(own))
+        one = _Tensor(stored.name, tensor.data.view(-1), own, limit, protection.code(own))
         if not native:
             one.round()
         found.append(one)
-    if not found:
-        raise UnsupportedModel(f"{type(model).__name__} reads no parameters: there is no memory that faults could hit")
     return found
 
 
@@ -669,9 +659,7 @@ def error_rates(
     settings = {"number_format": number_format, "protection": protection, "operation": operation, "seed": seed}
     task = make_task(task)
     memory, images = _set_up(model, loader, settings, batch_size, task)
-    rank, processes = join_processes()
-    if processes > 1 and not shards:
-        raise InvalidParameter("several processes need a shard_dir to share their results")
+    rank, processes = share_work(shards)
     if shards:
         _check_settings(shards, {"weights": weights_mark(model), "images": images.mark, **settings, **task.as_json()}, rank)
     found: dict[tuple[int, float], dict[str, float]] = {}

@@ -108,7 +108,7 @@ def stored_tensors(model: nn.Module, image: Tensor) -> list[StoredTensor]:
     found = []
     for name, functions in readers.items():
         tensor = tensors[name]
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or not tensor.numel():
             continue
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in NATIVE:

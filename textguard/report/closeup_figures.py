@@ -35,7 +35,7 @@ def draw_attention(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.
     drawn = [variant for variant in chosen if not looks[variant.key].empty]
     if not drawn:
         figure = Figure(figsize=(5.2, 1.2), layout="constrained")
-        figure.text(0.5, 0.5, f"{title}: no layer puts out a map", ha="center", va="center")
+        figure.text(0.5, 0.5, f"{title}: there are no maps", ha="center", va="center")
         return figure, pd.DataFrame(columns=["variant"])
     first = looks[drawn[0].key]
     for variant in drawn[1:]:

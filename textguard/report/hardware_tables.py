@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from textguard.report.rendering import Judged, Table
-from textguard.schema.hardware import USUAL, FaultRatio, Hardware, HardwareCell
-from textguard.schema.results import MEASURES, Cell
+from textguard.schema.hardware import USUAL, Bargain, FaultRatio, Hardware, HardwareCell, Protected
+from textguard.schema.results import BASELINE, MEASURES, Cell
 
 
 def fault_model_table(cells: Sequence[HardwareCell], usual: Sequence[Cell], note: str) -> Table:
@@ -84,3 +84,41 @@ def error_rate_table(cells: Sequence[HardwareCell], runs: Mapping[str, Hardware]
         "Rate (x)",
     ]
     return Table("error_rates", caption, headers, rows)
+
+
+def protection_table(cells: Sequence[HardwareCell], note: str) -> Table:
+    """What each protection of parameters and each mitigation of neurons costs and buys, on every variant."""
+    shown: dict[tuple[str, ...], list[Any]] = {}
+    for cell in cells:
+        for found in cell.protected:
+            for variant, bargain in ((BASELINE, found.baseline), (cell.variant, found.own)):
+                row = [cell.dataset, cell.backbone, found.name, variant, *_bargain(found, bargain)]
+                # A baseline is in the cells of all its variants, but for one with other trainings: the first is shown.
+                shown.setdefault((cell.dataset, cell.backbone, found.kind, found.name, variant), row)
+    place = {name: number for number, name in enumerate(dict.fromkeys(key[:4] for key in shown))}
+    rows = [shown[key] for key in sorted(shown, key=lambda key: place[key[:4]])]
+    caption = (
+        "What protects, what it costs and what it buys. Protections are of stored parameters, whose bits err at a rate: the "
+        "lowest tried at which the baseline loses 10 points of top-1 without one, or the highest; SDC is the share of "
+        f"predictions that change. Mitigations are of neurons, under {USUAL} without a range detector, in the plain mean over "
+        "layers. (x): without / with, above 1 it helps; both meet the same faults, and intervals are those of others, so they "
+        "are rather too wide. Stored bits: per bit of the parameters, with check bits or bounds. Gates: of two inputs, to read "
+        f"all parameters once. Comparisons: added to an inference; no multiply-add is. Top-1: without any fault. {note}"
+    )
+    headers = [
+        *("Data Set", "Backbone", "Protection", "Variant", "Of", "Stored Bits (x)", "Gates (M)", "Comparisons (M per image)"),
+        *("Top-1 Added (points)", "Bit Error Rate", "SDC Without (%)", "SDC With (%)", "SDC (x)", "DeltaLoss Without"),
+        *("DeltaLoss With", "DeltaLoss (x)"),
+    ]
+    return Table("protections", caption, headers, rows)
+
+
+def _bargain(found: Protected, bargain: Bargain) -> list[Any]:
+    of = "parameters" if found.kind == "protection" else "neurons"
+    costs = [f"{bargain.bits:.4g}", f"{bargain.gates / 1e6:.4g}", f"{bargain.comparisons / 1e6:.4g}"]
+    sdc, loss = bargain.sdc, bargain.delta_loss
+    return [
+        *(of, *costs, bargain.top1_change, None if found.rate is None else f"{found.rate:g}"),
+        *(sdc.without.times(100), sdc.under.times(100), sdc.ratio),
+        *(loss.without, loss.under, loss.ratio),
+    ]

@@ -11,19 +11,30 @@ from typing import Any
 
 import yaml
 
-from textguard.analysis.files import RESULTS_DIR, TEXTS_DIR, load_cells, load_results, load_text_quality
+from textguard.analysis.files import (
+    RESULTS_DIR,
+    TEXTS_DIR,
+    load_cells,
+    load_compared_corruptions,
+    load_effects,
+    load_results,
+    load_text_quality,
+)
 from textguard.analysis.regression import compare_all, judge
 from textguard.artifacts import read_csv, read_json_lines, reading, write_text
 from textguard.environment import run_command
 from textguard.errors import InvalidArtifact, TextguardError
 from textguard.params import ClassTexts, Params, load_params
+from textguard.report.effect_tables import sentences
 from textguard.report.gate import read_runs, verdict_table
 from textguard.report.html import as_picture, as_shown, element_id, render
 from textguard.report.published import load_published
 from textguard.report.rendering import Table, show_estimate
 from textguard.report.tables import in_unit, judged, tables_of
 from textguard.report.theme import place_name, variant_name
+from textguard.report.variants import labelled
 from textguard.schema.campaign import skip_reasons
+from textguard.schema.effects import Effects
 from textguard.schema.results import BASELINE, MEASURES, ONE_TRAINING, PLACES, PROPOSED, Cell, RunResult
 
 FIGURES_DIR = Path("plots") / "figures"
@@ -32,14 +43,19 @@ TABLES = {
     "table2": "Table 2: data sets",
     "table3": "Table 3: what the head starts from",
     "measures": "SDC, mismatches and DeltaLoss, side by side",
+    "effects": "What one change does",
     "layers": "Layers before the last one",
     "detectors": "Range detectors",
     "fault_models": "Other faults, and where the ranking holds",
     "error_rates": "Bit errors that stay in the parameters' memory",
+    "corruptions": "Corrupted images",
+    "faults_and_corruptions": "Whether what stands faults stands corruption",
+    "protections": "What protections and mitigations cost and buy",
     "resilience": "Resilience of every run",
     "attention": "Where the classifiers look, with faults",
     "audit": "What is published, against itself",
     "recipes": "Recipes",
+    "treatments": "Treatments: what variants have otherwise",
 }
 # Stem of a figure's file -> what it shows, in the order of the page.
 FIGURES = {
@@ -52,6 +68,7 @@ FIGURES = {
     "value_ranges": "Neuron values per layer",
     "range_effect": "Value range and damage",
     "accuracy_by_top2diff": "Accuracy against Top2Diff",
+    "corruptions": "Accuracy on corrupted images",
     "convergence": "Convergence of the estimate",
     "last_layer": "Values of the last layer",
     "attention": "Where the classifiers look",
@@ -59,6 +76,7 @@ FIGURES = {
 MOST_CLASSES = 20  # whose texts are shown
 PARTS = [
     ("headline", "What came out"),
+    ("effects", "What makes it resilient?"),
     ("run", "What was run"),
     ("tables", "Tables"),
     ("figures", "Figures"),
@@ -127,23 +145,32 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
 
     compared: the name of another state of the grid, and the gate's table of both.
     """
-    cells, runs = load_cells(params.runs), load_results(params.runs)
+    cells, runs = labelled(load_cells(params.runs), params.labels), load_results(params.runs)
+    corrupted = load_compared_corruptions(params.corrupted)
     grid = "default" if params.root == "." else Path.cwd().name
+    found, tables = load_effects(params), {table.name: table for table in tables_of(params)}
+    parts = [part for part in PARTS if part[0] != "effects" or found]
     content = render(
         "page.html",
         title=f"textguard: {grid} grid",
-        parts=PARTS if compared is None else [PARTS[0], ("compared", "Compared"), *PARTS[1:]],
+        parts=parts if compared is None else [parts[0], ("compared", "Compared"), *parts[1:]],
         headline=[_headline(cell) for cell in cells if cell.variant == PROPOSED] or [_headline(cell) for cell in cells],
-        remarks=_remarks(cells, runs),
+        remarks=[*_remarks(cells, runs), *_not_shown(params)],
         headline_figures=[
             _picture("figures", FIGURES_DIR / name, title, f"picture-{name}")
-            for name, title in (("improvement", "Improvement over the baseline"), ("tradeoff", "Accuracy and resilience"))
-            if name != "improvement" or cells  # without any, there is nothing to draw
+            for name, title, drawn in (
+                ("improvement", "Improvement over the baseline", cells),
+                ("tradeoff", "Accuracy and resilience", True),
+                ("faults_and_corruptions", "Resilience to faults and to corruption", corrupted.classifiers),
+            )
+            if drawn
         ],
         compared={"label": compared[0], "table": as_shown(compared[1], f"{compared[0]} and now")} if compared else None,
+        effects=[(place_name(each.dataset, each.backbone), sentences(each), _effects_picture(each)) for each in found],
+        effects_table=as_shown(tables.pop("effects"), TABLES["effects"]) if found else None,
         facts=_facts(params, runs, grid, revision),
-        tables=[as_shown(table, TABLES.get(table.name, table.name)) for table in tables_of(params)],
-        figures=_figures(runs, _not_drawn(params)),
+        tables=[as_shown(table, TABLES.get(table.name, table.name)) for table in tables.values()],
+        figures=_figures(runs, params),
         runs=[_run(key, run, params) for key, run in runs.items()],
         texts=[_text(texts) for texts in params.class_texts.values()],
         commands=_commands(grid, revision),
@@ -212,6 +239,25 @@ def _remarks(cells: Sequence[Cell], runs: Mapping[str, RunResult]) -> list[str]:
     return remarks
 
 
+def _not_shown(params: Params) -> list[str]:
+    """What the figures leave out."""
+    remarks, shown = [], ", ".join(variant_name(variant, params.labels) for variant in params.drawn)
+    if len(params.drawn) < len(params.variants):
+        remarks.append(
+            f"Figures that tell variants apart show {len(params.drawn)} of the {len(params.variants)}: {shown}. "
+            "Tables hold all; figures.shown of params.yaml names those that are drawn."
+        )
+    if not params.closeup.images:
+        remarks.append("Where the classifiers look is not shown: closeup.images of params.yaml is 0.")
+    return remarks
+
+
+def _effects_picture(found: Effects) -> dict[str, Any]:
+    stem = f"effects-{found.dataset}-{found.backbone}"
+    title = f"What one change does, {place_name(found.dataset, found.backbone)}"
+    return _picture("figures", FIGURES_DIR / stem, title, f"picture-{stem}")
+
+
 def _facts(params: Params, runs: Mapping[str, RunResult], grid: str, revision: Revision) -> list[tuple[str, str]]:
     inject, faults = params.inject, params.inject.faults
     shape = "" if faults.pattern == "value" else f", pattern {faults.pattern}"
@@ -230,21 +276,27 @@ def _facts(params: Params, runs: Mapping[str, RunResult], grid: str, revision: R
     ]
 
 
-def _not_drawn(params: Params) -> set[str]:
-    """Figures of faults that the grid does not look at."""
+def _not_drawn(params: Params, dataset: str) -> set[str]:
+    """Figures of what the grid does not look at, or not on this data set."""
     hardware = params.hardware
-    models = hardware.models and BASELINE in params.variants and len(params.variants) > 1
-    return {*([] if models else ["fault_models"]), *([] if hardware.rates and hardware.protections else ["error_rates"])}
+    drawn = {
+        "fault_models": hardware.models and BASELINE in params.variants and len(params.variants) > 1,
+        "error_rates": hardware.rates and hardware.protections,
+        "corruptions": dataset in params.corruptions.datasets,
+        "attention": params.closeup.images,
+        "architecture": set(params.drawn) - set(params.treatments),
+    }
+    return {name for name, asked in drawn.items() if not asked}
 
 
-def _figures(runs: Mapping[str, RunResult], without: set[str]) -> list[dict[str, Any]]:
+def _figures(runs: Mapping[str, RunResult], params: Params) -> list[dict[str, Any]]:
     groups = []
     for dataset, backbone in dict.fromkeys((run.dataset, run.backbone) for run in runs.values()):
         stem, place = f"{dataset}-{backbone}", place_name(dataset, backbone)
         pictures = [
             _picture("figures", FIGURES_DIR / f"{name}-{stem}", f"{title}, {place}", f"picture-{name}-{stem}")
             for name, title in FIGURES.items()
-            if name not in without
+            if name not in _not_drawn(params, dataset)
         ]
         groups.append({"id": element_id(f"figures-{stem}"), "title": place, "pictures": pictures})
     return groups

@@ -39,6 +39,21 @@ def recipe_table(recipes: Mapping[str, Fields], library: Mapping[str, Fields]) -
     return Table("recipes", caption, ["Field", *columns], rows)
 
 
+def treatment_table(treatments: Mapping[str, Fields]) -> Table:
+    """treatments: variant, as it is called -> the fields in which it differs from the baseline."""
+    caption = (
+        "Variants that differ from the baseline in their head or training, by the fields of textguard/vision/treatments.yaml."
+    )
+    rows = [
+        [
+            variant,
+            ", ".join(f"{name}: {'the encoder’s' if value is None else _setting('', value)}" for name, value in fields.items()),
+        ]
+        for variant, fields in treatments.items()
+    ]
+    return Table("treatments", caption, ["Variant", "What differs"], rows)
+
+
 def _show_setting(name: str, fields: Fields, library: Fields) -> str | None:
     """A field's value, beside that of the library where it is another; None where the field is absent or without effect."""
     condition, values = USED.get(name, (name, (fields.get(name),)))

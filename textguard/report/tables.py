@@ -1,16 +1,28 @@
 """Tables 1, 2 and 3 beside the published numbers, each of ours with its interval; an audit of what is published; and more."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from textguard.analysis.files import load_cells, load_closeup, load_hardware, load_hardware_cells, load_results
+from textguard.analysis.files import (
+    load_cells,
+    load_closeup,
+    load_compared_corruptions,
+    load_effects,
+    load_hardware,
+    load_hardware_cells,
+    load_results,
+)
 from textguard.estimates.statistics import Estimate, few_injections
 from textguard.params import Params, library_recipes
-from textguard.report.hardware_tables import error_rate_table, fault_model_table
+from textguard.report.corruption_tables import corruption_table, together_table
+from textguard.report.effect_tables import effects_table
+from textguard.report.hardware_tables import error_rate_table, fault_model_table, protection_table
 from textguard.report.published import Finding, Published, audit, differences, load_published
-from textguard.report.recipe_table import Fields, recipe_table
+from textguard.report.recipe_table import Fields, recipe_table, treatment_table
 from textguard.report.rendering import Judged, Table, show_number
+from textguard.report.variants import labelled
 from textguard.schema.closeup import Cam, CloseUp, NoCam, WorstShift
 from textguard.schema.results import (
     BASELINE,
@@ -43,18 +55,33 @@ class UnderDetector:
 
 def tables_of(params: Params) -> list[Table]:
     """All tables of the grid in the current folder, from its stored results. Raises InvalidArtifact."""
-    cells, contrasts = load_cells(params.runs), load_cells(params.runs, contrasts=True)
-    runs = load_results(params.runs)
+    cells = labelled(load_cells(params.runs), params.labels)
+    contrasts = load_cells(params.runs, contrasts=True, treatments=params.treatments)
+    found = load_results(params.runs)
+    runs = dict(zip(found, labelled(found.values(), params.labels), strict=True))
     sources = {key: dataset.source for key, dataset in params.datasets.items()}
     recipes = {name: {"recipe": trained.recipe, **asdict(trained)} for name, trained in params.backbones.items()}
+    library = library_recipes(params)
+    treated = {name: treatment for name, treatment in params.treatments.items() if name in params.variants}
+    for name, (variant, treatment) in itertools.product(params.backbones, treated.items()):
+        if treatment.recipe:
+            other = f"{name} ({params.labels[variant]})"
+            recipes[other], library[other] = recipes[name] | treatment.recipe, library[name]
     closeups = {key: load_closeup(key) for key in params.looked_at}
-    tables = make_tables(cells, contrasts, runs, params.main_dataset, sources, recipes, library_recipes(params), closeups)
-    hardware, note = load_hardware_cells(params.runs), _note(runs.values())
+    tables = make_tables(cells, contrasts, runs, params.main_dataset, sources, recipes, library, closeups)
+    hardware, note = labelled(load_hardware_cells(params.runs), params.labels), _note(runs.values())
+    corrupted = load_compared_corruptions(params.corrupted)
     others = [
+        effects_table(load_effects(params)),
+        treatment_table({params.labels[name]: treatment.differing for name, treatment in treated.items()}),
         fault_model_table(hardware, cells, note),
         error_rate_table(hardware, {key: load_hardware(key) for key in params.runs}, note),
+        protection_table(hardware, note),
+        corruption_table(corrupted, note),
+        together_table(corrupted, _confidence(runs.values())),
     ]
-    return [*tables, *(table for table in others if table.rows)]  # a grid need not look at other faults
+    # A grid need not ask for effects, look at other faults, or at corrupted images.
+    return [*tables, *(table for table in others if table.rows)]
 
 
 def make_tables(

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from textguard.schema.results import BASELINE, PROPOSED
 
@@ -15,6 +16,7 @@ OTHER_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#f0e442")
 PLACE_MARKERS = "X*<>h8Hd1234"
 PUBLISHED_MARKER = "D"
 VARIANT_NAMES = {"random": "random start", "template": "one template"}
+NO_LABELS: Mapping[str, str] = MappingProxyType({})
 BACKBONE_NAMES = {
     "alexnet": "AlexNet",
     "vgg16_bn": "VGG-16-BN",
@@ -50,17 +52,19 @@ class Style:
     name: str
 
 
-def styles(variants: Sequence[str], colours: Mapping[str, str]) -> dict[str, Style]:
-    """Variant -> its style, for all of a grid's variants. colours: params.yaml figures.colours, for some of them."""
+def styles(variants: Sequence[str], colours: Mapping[str, str], labels: Mapping[str, str] = NO_LABELS) -> dict[str, Style]:
+    """Variant -> its style, for all of a grid's variants. colours, labels: params.yaml's, for some of them."""
     others = [variant for variant in variants if variant not in VARIANT_MARKERS]
-    markers = VARIANT_MARKERS | dict(zip(others, itertools.cycle(OTHER_MARKERS), strict=False))
+    # The colours begin anew with the markers the other way round.
+    cycle = [OTHER_MARKERS[(turn + colour) % 2] for turn in (0, 1) for colour in range(len(OTHER_COLOURS))]
+    markers = VARIANT_MARKERS | dict(zip(others, itertools.cycle(cycle), strict=False))
     coloured = VARIANT_COLOURS | dict(zip(others, itertools.cycle(OTHER_COLOURS), strict=False)) | dict(colours)
-    return {variant: Style(coloured[variant], markers[variant], variant_name(variant)) for variant in variants}
+    return {variant: Style(coloured[variant], markers[variant], variant_name(variant, labels)) for variant in variants}
 
 
-def variant_name(variant: str) -> str:
-    """A variant as it is spoken; one that a grid adds is called by its key."""
-    return VARIANT_NAMES.get(variant, variant)
+def variant_name(variant: str, labels: Mapping[str, str] = NO_LABELS) -> str:
+    """A variant as it is spoken; one that a grid adds is called by its label, or its key."""
+    return (VARIANT_NAMES | dict(labels)).get(variant, variant)
 
 
 def backbone_name(backbone: str) -> str:

@@ -1,10 +1,14 @@
 """The runs of a figure, in groups that differ in their seeds alone."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from textguard.report.theme import Style
-from textguard.schema.results import RunResult
+from textguard.schema.hardware import HardwareCell
+from textguard.schema.results import Cell, RunResult
+
+Named = TypeVar("Named", Cell, RunResult, HardwareCell)
 
 
 @dataclass(frozen=True)
@@ -27,3 +31,8 @@ def count_trainings(counts: Iterable[int], each: str = "training") -> str:
     found = set(counts)
     least, most = min(found), max(found)
     return f"{least} to {most} {each}s" if least < most else f"{most} {each}{'s' if most > 1 else ''}"
+
+
+def labelled(results: Iterable[Named], labels: Mapping[str, str]) -> list[Named]:
+    """The same results, where variants that have a label are called by it."""
+    return [result.model_copy(update={"variant": labels.get(result.variant, result.variant)}) for result in results]

@@ -85,7 +85,7 @@ class Cam(Stored):
 
 
 class NoCam(Stored):
-    """Instead of maps, for a network without any."""
+    """Instead of maps, for a network without any, or a grid that asks for none."""
 
     skipped: Name = field("why there is no map")
 

@@ -12,6 +12,8 @@ from textguard.schema.assessment import StoredAssessment
 from textguard.schema.base import Measured, Stored
 from textguard.schema.campaign import StoredCampaign
 from textguard.schema.closeup import CloseUp
+from textguard.schema.corruptions import ComparedCorruptions, Corruptions
+from textguard.schema.effects import Effects
 from textguard.schema.evaluation import Evaluation
 from textguard.schema.hardware import Hardware, HardwareCell
 from textguard.schema.results import Cell, RunResult, SummaryLine
@@ -30,10 +32,13 @@ FILES: dict[str, tuple[str, str, type[Stored]]] = {
     "metrics/runs/RUN/campaign.json": ("inject", "", StoredCampaign),
     "metrics/closeup/RUN.json": ("closeup", "", CloseUp),
     "metrics/hardware/RUN.json": ("hardware", "", Hardware),
+    "metrics/corruptions/RUN.json": ("corruptions", "", Corruptions),
     "metrics/results/RUN.json": ("results", "", RunResult),
     "metrics/cells.json": ("results", "A list with one such object per cell that has a baseline.", Cell),
     "metrics/contrasts.json": ("results", "A list with one such object per pair of text-guided variants.", Cell),
     "metrics/hardware.json": ("results", "A list with one such object per cell that has a baseline.", HardwareCell),
+    "metrics/effects.json": ("effects", "A list with one such object per backbone on a data set.", Effects),
+    "metrics/corruptions.json": ("results", "", ComparedCorruptions),
     "metrics/summary.json": ("results", "Data set -> backbone -> variant -> such an object.", SummaryLine),
     "FOLDER/assessment.json": (
         "*",

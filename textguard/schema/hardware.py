@@ -55,8 +55,22 @@ class Curve(Stored):
 
     protection: Name = field("of a word, see docs/faults.md")
     bits: float = field("stored bits per bit of data", "times", (1.0, 16.0))
+    gates: Number | None = field("two-input gates that check or mend all parameters once", "count", default=None)
     points: list[Point] = field("by rate, lowest first")
     losing: list[Losing] = field("by points, lowest first")
+
+
+class UnderMitigation(Stored):
+    """A classifier whose activations are kept in range, under the faults of section inject and without a range detector."""
+
+    mitigation: Name = field("`none` is the classifier without one")
+    comparisons: Number = field("that it adds to an inference", "per image")
+    bits: float = field("stored bits per bit of the parameters, with its bounds of 32 bits", "times", (1.0, 16.0))
+    top1_change: Measured = field("points of top-1 that it adds without any fault, on the test set", "points", WITHIN_POINTS)
+    injections: Whole = field("the same faults for all of a classifier's mitigations", "count")
+    places: Whole = field("layers", "count")
+    overall: Headline = field("the plain mean over layers")
+    by_values: Headline = field("weighed by the values that a fault can hit")
 
 
 class Hardware(Stored):
@@ -65,6 +79,9 @@ class Hardware(Stored):
     confidence: float = field("of every interval", "share")
     images: Whole = field("of the test set, that faults which stay are seen on", "count")
     models: list[UnderFaults] = field("in the order of params.yaml")
+    mitigations: list[UnderMitigation] = field(
+        "`none`, and those of params.yaml in their order; empty or absent where it names none", default_factory=list
+    )
     curves: list[Curve] = field("one per protection, in the order of params.yaml")
 
 
@@ -84,6 +101,48 @@ class FaultRatio(Stored):
     verdict: Verdict = field("what its interval says")
 
 
+class Bought(Stored):
+    """One measure of what faults do, without and with what protects; above 1 it helps.
+
+    Both meet the same faults, and the interval of the ratio is that of others: it is rather too wide.
+    """
+
+    without: Measured = field("without it, the mean over trainings")
+    under: Measured = field("with it")
+    ratio: Measured = field("the geometric mean over trainings of without / with", "times")
+
+
+class Bargain(Stored):
+    """What a protection or a mitigation costs the classifiers of one variant, and what it buys; means over trainings."""
+
+    bits: float = field("stored bits per bit of the parameters, with check bits or bounds", "times", (1.0, 16.0))
+    gates: Number = field("two-input gates that check or mend all parameters once", "count")
+    comparisons: Number = field("that an inference has more", "per image")
+    top1_change: Measured | None = field(
+        "points of top-1 that it adds without any fault; absent of protections, which change nothing there",
+        "points",
+        WITHIN_POINTS,
+        default=None,
+    )
+    sdc: Bought = field("of protections, the share of predictions that bit errors change")
+    delta_loss: Bought = field("in nats")
+
+
+class Protected(Stored):
+    """A protection or a mitigation on a variant and on its baseline."""
+
+    kind: Literal["protection", "mitigation"] = field("of stored parameters, or of neurons")
+    name: Name = field("as params.yaml calls it")
+    rate: float | None = field(
+        "of protections, bit errors per stored bit: the lowest rate tried at which the baseline loses 10 points of top-1 "
+        "without one, or the highest",
+        "share",
+        default=None,
+    )
+    baseline: Bargain = field("on the baseline")
+    own: Bargain = field("on the variant")
+
+
 class HardwareCell(Stored):
     """A variant beside its baseline, under all kinds of faults."""
 
@@ -92,3 +151,6 @@ class HardwareCell(Stored):
     variant: Name = field("the variant")
     seeds: list[Whole] = field("of the trainings")
     ratios: list[FaultRatio] = field("by faults, measure and place")
+    protected: list[Protected] = field(
+        "protections, then mitigations; empty or absent where there are none", default_factory=list
+    )

@@ -1,5 +1,6 @@
 """Class embeddings: the mean direction of what was said about each class, and the file that carries it to the classifier."""
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from textguard.artifacts import as_record, oddity, parse_json, read_pth, read_safetensors, reading, write_safetensors
 from textguard.errors import InvalidArtifact, InvalidEmbeddings, printable
+from textguard.text.row_map import read_row_map
 
 UNIT_TOLERANCE = 1e-4
 PROVENANCE = {"dataset": str, "encoder": str, "weights_sha256": str, "width": int, "texts": int, "shortened": int}
@@ -158,13 +160,13 @@ def save_class_embeddings(path: Path, embeddings: ClassEmbeddings) -> None:
     write_safetensors(path, {"class_embeddings": embeddings.matrix}, {"provenance": provenance})
 
 
-def load_class_embeddings(path: Path, dataset: str, classes: list[str]) -> ClassEmbeddings:
-    """Read embeddings made for this data set and these classes, in this order.
+def load_class_embeddings(path: Path, dataset: str, classes: list[str], made_by: str = "embeddings") -> ClassEmbeddings:
+    """Read embeddings made for this data set and these classes, in this order, from a file that stage `made_by` writes.
 
     Raises InvalidArtifact for a damaged file, InvalidEmbeddings for one of another data set, another class order, a wrong
     shape, NaN, zero rows, or rows that are not of length 1 where they should be.
     """
-    tensors, metadata = read_safetensors(path, "embeddings")
+    tensors, metadata = read_safetensors(path, made_by)
     try:
         matrix = tensors["class_embeddings"]
         described = parse_json(metadata["provenance"])
@@ -173,7 +175,7 @@ def load_class_embeddings(path: Path, dataset: str, classes: list[str]) -> Class
         if any(type(getattr(found, name)) is not kind for name, kind in PROVENANCE.items()):
             raise TypeError("a value of another type")
     except (KeyError, TypeError, AttributeError, InvalidArtifact, ValueError, RecursionError) as error:
-        raise InvalidEmbeddings(f"{path} holds no class embeddings; stage 'embeddings' writes it") from error
+        raise InvalidEmbeddings(f"{path} holds no class embeddings; stage {made_by!r} writes it") from error
     remedy = "delete it and run 'dvc repro'"
     if found.dataset != dataset:
         raise InvalidEmbeddings(f"{path} was made for data set {found.dataset!r}, not {dataset!r}; {remedy}")
@@ -192,59 +194,80 @@ def load_class_embeddings(path: Path, dataset: str, classes: list[str]) -> Class
     return found
 
 
-def load_text_features(path: Path, classes: list[str]) -> Tensor:
+def load_text_features(path: Path, classes: list[str], row_map: Path | None = None) -> Tensor:
     """Published class embeddings: a .pth file that holds one float tensor [C, E], its rows in the order of `classes`.
 
     ImageNet's are in the order of its WNIDs, as the class list is. The file does not name its classes: only their number can be
-    checked. Returns float32 [C, E], rows normalised. Raises InvalidArtifact, InvalidEmbeddings.
+    checked. row_map: where the file has other classes, the rows whose mean stands for each of `classes`; see `read_row_map`.
+    Returns float32 [C, E], rows normalised. Raises InvalidArtifact, InvalidEmbeddings.
     """
     matrix = read_pth(path)
+    rows = read_row_map(row_map, classes) if row_map else None
     if isinstance(matrix, Tensor) and (odd := oddity(matrix)):
         raise InvalidEmbeddings(f"{path} holds {odd.rstrip(',')}; dense floats are needed; change params.yaml texts.*.cache")
-    if not isinstance(matrix, Tensor) or not matrix.is_floating_point() or matrix.ndim != 2 or len(matrix) != len(classes):
+    if (
+        not isinstance(matrix, Tensor)
+        or not matrix.is_floating_point()
+        or matrix.ndim != 2
+        or (len(matrix) != len(classes) and not rows)
+    ):
         found = f"{list(matrix.shape)} {matrix.dtype}" if isinstance(matrix, Tensor) else type(matrix).__name__
         raise InvalidEmbeddings(
             f"{path} holds {found}; one tensor [{len(classes)}, E] of floats is needed, a row per class in the order of "
-            "classes.json; change params.yaml texts.*.cache"
+            "classes.json, or beside it a .json file that maps classes to rows; change params.yaml texts.*.cache"
         )
+    if rows and (most := max(itertools.chain(*rows))) >= len(matrix):
+        raise InvalidEmbeddings(f"{row_map} names row {most}, and {path} has rows 0 to {len(matrix) - 1}")
     try:
-        return _unit(matrix.float(), "class")
+        matrix = _unit(matrix.float(), "class")
+        return _unit(torch.stack([matrix[own].mean(dim=0) for own in rows]), "class") if rows else matrix
     except InvalidEmbeddings as error:
         raise InvalidEmbeddings(f"{path}: {error}; change params.yaml texts.*.cache") from error
 
 
-def save_width(path: Path, dataset: str, classes: list[str], width: int) -> None:
-    """Write what a head that no text tells anything starts from: its width E, 0 for none, and the classes."""
-    write_safetensors(path, {}, {"head": json.dumps({"dataset": dataset, "classes": classes, "width": width})})
+def save_width(path: Path, dataset: str, classes: list[str], width: int, rows: Tensor | None = None) -> None:
+    """Write what a head that is no text's starts from: its width E, 0 for none, its classes, and its rows where it has some.
 
-
-def load_head(path: Path, dataset: str, classes: list[str], encoder: str = "") -> tuple[int, Tensor | None]:
-    """Width E and first weights of a head for this data set and these classes, from a file of either kind.
-
-    Returns (0, None) for no text-guided head, (E, None) for one that starts at random, (E, float32 [C, E]) for one that starts
-    from class embeddings. encoder: which these must come from, where that is known. Raises InvalidArtifact, InvalidEmbeddings.
+    rows: float32 [C, E], the head's first weights; None for those that torch draws.
     """
-    # Which of two stages writes the file, the name says: it may be missing.
-    most = {f"{dataset}-baseline": 0, f"{dataset}-random": LARGEST_WIDTH}.get(path.stem)
-    made_by = "embeddings" if most is None else "heads"
-    _, metadata = read_safetensors(path, made_by)
-    if most is None and "head" not in metadata:
-        found = load_class_embeddings(path, dataset, classes)
+    tensors = {} if rows is None else {"class_embeddings": rows}
+    write_safetensors(path, tensors, {"head": json.dumps({"dataset": dataset, "classes": classes, "width": width})})
+
+
+def load_head(
+    path: Path, dataset: str, classes: list[str], start: str, *, latent: bool = True, encoder: str = ""
+) -> tuple[int, Tensor | None]:
+    """Width E and first weights of a head for this data set and these classes, as stage `heads` writes them.
+
+    start: what the file must hold: `text`, class embeddings; `rows`, others; `torch`, a width alone, which is 0 unless latent.
+    encoder: which class embeddings must come from, where that is known. Returns (0, None) for no head behind a latent layer,
+    (E, None) for one that torch starts, (E, float32 [C, E]) for one that starts from rows. Raises InvalidArtifact,
+    InvalidEmbeddings.
+    """
+    tensors, metadata = read_safetensors(path, "heads")
+    if start == "text" and "head" not in metadata:
+        found = load_class_embeddings(path, dataset, classes, "heads")
         if encoder and found.encoder != encoder:
             said = f"{path} comes from encoder {printable(found.encoder, 100)!r}, and params.yaml names {encoder!r}"
             raise InvalidEmbeddings(f"{said}; delete it and run 'dvc repro'")
         return found.width, found.matrix
-    with reading(path, made_by):
+    least, most = (1, LARGEST_WIDTH) if latent else (0, 0)
+    with reading(path, "heads"):
         if "head" not in metadata:
             raise InvalidArtifact("does not state the width of a head")
         stated = parse_json(metadata["head"])
         if (stated["dataset"], stated["classes"]) != (dataset, classes):
             raise InvalidArtifact(f"was made for other classes, of data set {stated['dataset']!r}")
-        if most is None:
+        if start == "text":
             raise InvalidArtifact("states the width of a head, and holds no class embeddings to start it from")
-        width, least = stated["width"], min(1, most)
+        width = stated["width"]
         if type(width) is not int or not least <= width <= most:
             raise InvalidArtifact(
                 f"states the width {printable(str(width), 60)}; it must be a whole number from {least} to {most}"
             )
-        return width, None
+        if start == "torch":
+            return width, None
+        rows = tensors.get("class_embeddings")
+        if rows is None or rows.dtype != torch.float32 or rows.shape != (len(classes), width) or not torch.isfinite(rows).all():
+            raise InvalidArtifact(f"holds no {len(classes)} finite float32 rows of {width} numbers to start a head from")
+        return width, rows

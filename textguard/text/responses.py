@@ -3,7 +3,8 @@
 replay    stored answers alone; a missing one is an error
 openai    stored answers, and a language model for what is missing
 import    published descriptions: JSON files, class name -> list of sentences
-features  published text features: a .pth file with one vector per class, which no encoder needs to see
+features  published text features: a .pth file with one vector per class, which no encoder needs to see; or, with a .json file
+          beside it, the means of the rows that this maps to each class
 template  no model: each filled template is its own answer
 """
 
@@ -22,6 +23,7 @@ from textguard.text.cache import Store, answer_key, open_log, read_answers
 from textguard.text.language_models import CostEstimate, LanguageModel, Network, ask, estimate
 from textguard.text.providers import FEATURES
 from textguard.text.questions import Question
+from textguard.text.row_map import read_row_map
 
 
 @dataclass(frozen=True)
@@ -160,19 +162,23 @@ def _read_published(file: Path) -> dict[str, list[str]]:
 
 
 def text_features(questions: list[Question], sources: Sources) -> list[Answer]:
-    """Which row of the one file stands for each class, in the order of the classes; the SHA-256 tells files apart.
+    """Which rows of the .pth file stand for each class, in the order of the classes; the SHA-256 tells files apart.
 
     The vectors answer no question of ours: the one question that `questions` must hold per class says what they are. Raises
     InvalidParameter, InvalidArtifact.
     """
-    if len({question.class_name for question in questions}) < len(questions) or len(sources.files) != 1:
+    if len({question.class_name for question in questions}) < len(questions) or len(sources.files) not in (1, 2):
         raise InvalidParameter(
-            "provider 'features' takes one question, which says what the vectors are, and one .pth file in cache; "
-            "see params.yaml texts"
+            "provider 'features' takes one question, which says what the vectors are, and one .pth file in cache, with or "
+            "without a .json file that maps classes to its rows; see params.yaml texts"
         )
-    (file,) = sources.files
+    file, *row_map = sources.files
     digest = sha256_of_file(file, "")
-    rows = ((question, f"row {row} of {file.name}, {digest}") for row, question in enumerate(questions))
+    owned = [[row] for row in range(len(questions))]
+    if row_map:
+        owned = read_row_map(row_map[0], [question.class_name for question in questions])
+    named = (f"row{'s' * bool(row_map)} {', '.join(map(str, rows))} of {file.name}, {digest}" for rows in owned)
+    rows = zip(questions, named, strict=True)
     return [Answer(q.class_name, q.id, q.text, 0, row, f"published in {file.name}", None, None) for q, row in rows]
 
 

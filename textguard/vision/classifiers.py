@@ -44,12 +44,31 @@ class TextGuidedClassifier(nn.Module):
         return self.logit_scale.exp() * self.head(features)
 
 
+class PlainHeadClassifier(nn.Module):
+    """A backbone whose last layer is a latent one, with a head behind it that neither normalises nor scales.
+
+    It differs from a `TextGuidedClassifier` in nothing else. Images [B, 3, S, S] to logits [B, C].
+    """
+
+    def __init__(self, backbone: nn.Module, classes: int, width: int, rows: Tensor | None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(width, classes, bias=False)
+        if rows is not None:
+            with torch.no_grad():
+                self.head.weight.copy_(rows)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images))
+
+
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class ClassifierSpec:
     """All that is needed to build a classifier and to prepare its images.
 
-    width: E of the text-guided head; 0 for a baseline. image_size, resize_size, interpolation: see
-    textguard.vision.transforms.evaluation_view.
+    width: E of the latent layer in front of a head; 0 for a baseline. image_size, resize_size, interpolation: see
+    textguard.vision.transforms.evaluation_view. plain: whether that head neither normalises nor scales; files name it only
+    where it is so.
     """
 
     dataset: str
@@ -60,6 +79,7 @@ class ClassifierSpec:
     interpolation: str
     width: Annotated[int, Field(ge=0, le=LARGEST_WIDTH)]
     classes: tuple[str, ...]
+    plain: bool = False
 
 
 def build_classifier(spec: ClassifierSpec, class_embeddings: Tensor | None = None, drop_path: float | None = None) -> nn.Module:
@@ -70,20 +90,24 @@ def build_classifier(spec: ClassifierSpec, class_embeddings: Tensor | None = Non
     backbone = build_backbone(spec.backbone, spec.width or len(spec.classes), spec.image_size, drop_path)
     if not spec.width:
         return backbone
-    return TextGuidedClassifier(backbone, len(spec.classes), spec.width, class_embeddings)
+    kind = PlainHeadClassifier if spec.plain else TextGuidedClassifier
+    return kind(backbone, len(spec.classes), spec.width, class_embeddings)
 
 
 def save_classifier(path: Path, model: nn.Module, spec: ClassifierSpec, provenance: dict[str, str]) -> None:
     """Write weights and spec to one safetensors file."""
     described = {**spec.__dict__, "classes": list(spec.classes)}
+    if not spec.plain:
+        del described["plain"]
     write_safetensors(path, model.state_dict(), {"spec": json.dumps(described), **provenance})
 
 
-def load_classifier(path: Path, wanted: ClassifierSpec) -> tuple[nn.Module, ClassifierSpec]:
+def load_classifier(path: Path, wanted: ClassifierSpec, latent: bool | None = None) -> tuple[nn.Module, ClassifierSpec]:
     """Read the classifier of a run in evaluation mode, and its spec.
 
-    wanted: what the run says it is, but for its width, which only the file knows. Raises InvalidArtifact when the file is
-    damaged, is another classifier's, or holds weights that do not fit or are none.
+    wanted: what the run says it is, but for its width, which only the file knows. latent: whether it has any; None: where it is
+    no baseline. Raises InvalidArtifact when the file is damaged, is another classifier's, or holds weights that do not fit or
+    are none.
     """
     tensors, metadata = read_safetensors(path, "train")
     with reading(path, "train"):
@@ -93,7 +117,8 @@ def load_classifier(path: Path, wanted: ClassifierSpec) -> tuple[nn.Module, Clas
         check_tensors(tensors)
         # Checked before anything is built, as a width may ask for any amount of memory.
         head = list(tensors["head.weight"].shape) if "head.weight" in tensors else "missing"
-        if (spec.width == 0) != (spec.variant == "baseline") or (spec.width and head != [len(spec.classes), spec.width]):
+        expected = spec.variant != "baseline" if latent is None else latent
+        if (spec.width != 0) != expected or (spec.width and head != [len(spec.classes), spec.width]):
             raise InvalidArtifact(
                 f"states the width {spec.width} and {len(spec.classes)} classes for variant {spec.variant}, "
                 f"and its head.weight is {head}"

@@ -6,6 +6,7 @@ from torch import Tensor, nn, optim
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from textguard.vision.recipe import Recipe
+from textguard.vision.treating import last_linear
 
 NORMS = (
     nn.modules.batchnorm._BatchNorm,
@@ -38,17 +39,19 @@ def learning_rate_at(step: int, steps_per_epoch: int, recipe: Recipe) -> float:
     return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * epochs / (recipe.epochs - recipe.warmup_epochs)))
 
 
-def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
+def parameter_groups(model: nn.Module, recipe: Recipe, latent_weight_decay: float | None = None) -> list[dict]:
     """The trained parameters of a model for an optimiser, one group per weight decay.
 
     Biases, those of norm layers included, have bias_weight_decay. Position tables and class tokens have position_weight_decay.
     The other parameters of norm layers have norm_weight_decay. All other parameters have weight_decay, and so have those whose
-    own value is null.
+    own value is null. latent_weight_decay: of the weight of the latent layer, the backbone's last; None for the recipe's.
     """
+    latent = None if latent_weight_decay is None else last_linear(model.backbone, "treatments.*.latent_weight_decay").weight
     groups: dict[float, list[Tensor]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             own = [
+                latent_weight_decay if parameter is latent else None,
                 recipe.bias_weight_decay if name == "bias" else None,
                 recipe.position_weight_decay if name in POSITION_TABLES else None,
                 recipe.norm_weight_decay if isinstance(module, NORMS) else None,
@@ -59,9 +62,9 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> optim.Optimizer:
+def make_optimizer(model: nn.Module, recipe: Recipe, latent_weight_decay: float | None = None) -> optim.Optimizer:
     """SGD with momentum or AdamW over the model's parameter groups, at the first step's learning rate."""
-    groups, rate = parameter_groups(model, recipe), learning_rate_at(0, 1, recipe)
+    groups, rate = parameter_groups(model, recipe, latent_weight_decay), learning_rate_at(0, 1, recipe)
     if recipe.optimizer == "sgd":
         return optim.SGD(groups, lr=rate, momentum=recipe.momentum)
     return optim.AdamW(groups, lr=rate, betas=recipe.betas, eps=recipe.eps)

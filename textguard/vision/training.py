@@ -26,6 +26,7 @@ from textguard.vision.optimisation import Ema, learning_rate_at, make_optimizer
 from textguard.vision.order import epoch_order, steps_per_epoch
 from textguard.vision.recipe import Recipe
 from textguard.vision.transforms import TrainingView, image_loader
+from textguard.vision.treatment import Treatment
 
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -95,6 +96,8 @@ class Trainer:
         What a step draws depends on it and the step's number alone.
     label : str
         What the training is called in messages.
+    treatment : Treatment or None
+        Its logit_penalty and latent_weight_decay; None for neither.
 
     Attributes
     ----------
@@ -114,7 +117,17 @@ class Trainer:
         settings in the environment.
     """
 
-    def __init__(self, model: nn.Module, images: int, classes: int, recipe: Recipe, *, seed: int, label: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        images: int,
+        classes: int,
+        recipe: Recipe,
+        *,
+        seed: int,
+        label: str,
+        treatment: Treatment | None = None,
+    ) -> None:
         self.device = next(model.parameters()).device
         self.rank, self.processes = join_processes(self.device)
         self.images, self.classes, self.recipe, self.seed = images, classes, recipe, seed
@@ -140,7 +153,8 @@ class Trainer:
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._compiles = bool(environment_number("TEXTGUARD_COMPILE", 0, 1))
         self.model = model.to(memory_format=self._layout)
-        self.optimizer = make_optimizer(model, recipe)
+        self.optimizer = make_optimizer(model, recipe, treatment.latent_weight_decay if treatment else None)
+        self._logit_penalty = treatment.logit_penalty if treatment else 0.0
         self.average = Ema(model, recipe) if recipe.ema else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
         self.progress = TrainingProgress()
@@ -198,7 +212,8 @@ class Trainer:
         Returns
         -------
         float
-            The whole batch's mean loss, in nats, the same in every process. If it is not finite, the model is spoilt.
+            The whole batch's mean loss without a penalty, in nats, the same in every process. If it is not finite, the model is
+            spoilt.
         """
         recipe, step = self.recipe, self.progress.step
         self.model.train()
@@ -214,7 +229,8 @@ class Trainer:
             logits = self._runner(batch.contiguous(memory_format=self._layout))
             loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        penalised = loss + self._logit_penalty * logits.float().square().mean() if self._logit_penalty else loss
+        self.scaler.scale(penalised).backward()
         if recipe.clip_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
@@ -375,6 +391,7 @@ def train(
     seed: int,
     work: Path,
     label: str,
+    treatment: Treatment | None = None,
     report: Callable[[Epoch], None] = lambda epoch: None,
     after_step: Callable[[int], None] = lambda step: None,
 ) -> list[Epoch]:
@@ -399,6 +416,8 @@ def train(
         The folder of the checkpoints.
     label : str
         What the training is called in messages.
+    treatment : Treatment or None
+        See `Trainer`.
     report : callable
         Called with every epoch that is finished, and first with those before an interruption.
     after_step : callable
@@ -415,7 +434,8 @@ def train(
         When the loss or a weight is no longer finite, for a batch that the processes cannot share alike, or that leaves each
         one image where BatchNorm needs two, and for bad settings in the environment.
     """
-    trainer, checkpoints = Trainer(model, len(view), classes, recipe, seed=seed, label=label), Checkpoints(work, label)
+    trainer = Trainer(model, len(view), classes, recipe, seed=seed, label=label, treatment=treatment)
+    checkpoints = Checkpoints(work, label)
     checkpoints.restore(trainer)
     steps, batch_size, first = trainer.steps, trainer.batch_size, trainer.rank == 0
     if trainer.progress.step and first:

@@ -1,0 +1,314 @@
+"""What the grids say about the questions that the paper leaves open: python -m textguard.report.findings > docs/findings.md.
+
+Every number comes from a file that a stage wrote and that git keeps. An interval or a verdict chooses a sentence, never a value
+alone. A question that no grid answers is listed as not answered.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from textguard.analysis.mechanism import association, classifiers
+from textguard.environment import run_command
+from textguard.estimates.statistics import Estimate
+from textguard.report.rendering import Judged, Table, as_markdown, show_estimate, show_number
+from textguard.schema.base import read
+from textguard.schema.hardware import HardwareCell
+from textguard.schema.results import PROPOSED, Cell, RunResult
+
+# Name -> folder, and the command that makes its results.
+STUDIES = {
+    "demo": ".",
+    "causes": "grids/causes",
+    "factorial": "grids/factorial",
+    "cifar10": "grids/cifar10",
+    "fashion": "grids/fashion",
+    "vit": "grids/vit",
+    "faults": "grids/faults",
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """The results of one grid; all lists are empty where it was not run."""
+
+    name: str
+    folder: Path
+
+    @property
+    def command(self) -> str:
+        """What makes the results anew."""
+        return "make repro" if self.folder == Path() else f"make repro GRID={self.name}"
+
+    @cached_property
+    def results(self) -> list[RunResult]:
+        """Every run."""
+        return [read(file, "results", RunResult) for file in sorted((self.folder / "metrics" / "results").glob("*.json"))]
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """Every variant beside its baseline."""
+        return self._listed("cells.json", list[Cell])
+
+    @cached_property
+    def contrasts(self) -> list[Cell]:
+        """Pairs of other variants."""
+        return self._listed("contrasts.json", list[Cell])
+
+    @cached_property
+    def other_faults(self) -> list[HardwareCell]:
+        """Variants beside their baselines under the faults of section hardware."""
+        return self._listed("hardware.json", list[HardwareCell])
+
+    def _listed(self, name: str, kind: type) -> list:
+        file = self.folder / "metrics" / name
+        return read(file, "results", kind) if file.exists() else []
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A question, its answer in a sentence, what shows it (Markdown), the commands behind it, and how far it reaches."""
+
+    question: str
+    answer: str
+    shown: str = ""
+    commands: Sequence[str] = ()
+    limits: str = ""
+
+
+def compared(ratio: Estimate, verdict: str, what: str) -> str:
+    """A ratio baseline / ours in words: less, more, or not told apart.
+
+    >>> compared(Estimate(2.0, 1.25, 4.0, 3), "better", "SDC")
+    'SDC is 2.00 [1.25, 4.00] times less'
+    >>> compared(Estimate(0.5, 0.25, 0.8, 3), "worse", "SDC")
+    'SDC is 2.00 [1.25, 4.00] times as much'
+    >>> compared(Estimate(1.5, 0.8, 3.0, 3), "not separable at 99%", "SDC")
+    "SDC cannot be told from the baseline's (1.50 [0.800, 3.00] times less)"
+    """
+    if verdict == "worse":
+        turned = Estimate(1 / ratio.value, 1 / ratio.high, 1 / ratio.low if ratio.low else float("inf"), ratio.n)
+        return f"{what} is {show_estimate(turned)} times as much"
+    if verdict == "better":
+        return f"{what} is {show_estimate(ratio)} times less"
+    return f"{what} cannot be told from the baseline's ({show_estimate(ratio)} times less)"
+
+
+def of_cell(cell: Cell, measure: str, place: str = "overall") -> Judged:
+    """A cell's ratio and verdict under the detector that counts."""
+    return Judged(
+        getattr(getattr(cell.first.improvement, measure), place), getattr(getattr(cell.first.verdict, measure), place)
+    )
+
+
+def cell_table(cells: Iterable[Cell], name: str) -> str:
+    """Variants beside their baselines: top-1, SDC and DeltaLoss."""
+    headers = ["Network, Variant", "Top-1 (%)", "SDC, All Layers (x)", "DeltaLoss, All Layers (x)", "Trainings"]
+    rows = [
+        [
+            f"{cell.dataset}, {cell.backbone}, {cell.variant}",
+            cell.top1.times(100),
+            of_cell(cell, "sdc"),
+            of_cell(cell, "delta_loss"),
+            str(len(cell.seeds)),
+        ]
+        for cell in cells
+    ]
+    caption = "(x): the baseline's / its own, above 1 is better; 99 % intervals over trainings."
+    return as_markdown(Table(name, caption, headers, rows))
+
+
+def text(studies: dict[str, Study]) -> Finding:
+    """Does the text matter, beyond a head that starts at random?"""
+    found = [
+        (study, cell)
+        for name, study in studies.items()
+        if name != "faults"  # the demo's classifiers
+        for cell in study.contrasts
+        if cell.against == "random" and cell.variant in (PROPOSED, "cupl", "clip", "shuffled") and len(cell.seeds) > 2
+    ]
+    told = [(study, cell) for study, cell in found if of_cell(cell, "sdc").in_short in ("better", "worse")]
+    loss = [(study, cell) for study, cell in found if of_cell(cell, "delta_loss").in_short in ("better", "worse")]
+    headers = ["Network, Text", "Top-1 (points)", "SDC (x)", "DeltaLoss (x)", "Largest Effect Left, SDC / DeltaLoss (x)"]
+    rows = [
+        [
+            f"{cell.dataset}, {cell.backbone}, {cell.variant}",
+            100 * (cell.top1.value - cell.top1_baseline.value),
+            of_cell(cell, "sdc"),
+            of_cell(cell, "delta_loss"),
+            " / ".join(show_number(largest_left(of_cell(cell, name).estimate)) for name in ("sdc", "delta_loss")),
+        ]
+        for _, cell in found
+    ]
+    count = len(found)
+    answer = (
+        f"Set against a head that starts at random, descriptions change SDC in {len(told)} and DeltaLoss in {len(loss)} of "
+        f"{count} comparisons beyond their 99 % intervals."
+    )
+    caption = (
+        "(x): a random start's / the text's, above 1 the text is better; all layers; 99 % intervals over trainings. Largest "
+        "effect left: the end of the interval that is farther from 1, in either direction."
+    )
+    return Finding(
+        "Does better text give more resilience?",
+        answer,
+        as_markdown(Table("text", caption, headers, rows)),
+        sorted({study.command for study, _ in found}),
+        "Texts of other languages, longer ones, and those of today's large models were not tried. With more than ten classes, "
+        "whose names mean more than digits, a text may do more.",
+    )
+
+
+def largest_left(ratio: Estimate) -> float:
+    """The end of an interval of a ratio that is farther from 1, as a factor of at least 1."""
+    return max(ratio.high, 1 / ratio.low if ratio.low else float("inf"))
+
+
+def mechanism(studies: dict[str, Study]) -> Finding:
+    """Does resilience go with how far the scores go?"""
+    found = classifiers({name: study.results for name, study in studies.items() if study.results})
+    rows = []
+    for effect, what in (
+        ("head_delta_loss", "DeltaLoss, head alone"),
+        ("delta_loss", "DeltaLoss, all layers"),
+        ("head_sdc", "SDC, head alone"),
+        ("sdc", "SDC, all layers"),
+    ):
+        values = association(found, "largest_logit", effect)
+        rows.append([what, *(values[name] for name in ("correlation", "correlation_within", "slope_within"))])
+    loss, sdc = rows[0], rows[2]
+    cells = [cell for study in studies.values() for cell in study.cells if cell.variant == PROPOSED]
+    left = [
+        f"{show_estimate(cell.first.rescaled.same_temperature)} of "
+        f"{show_estimate(cell.first.improvement.delta_loss.head)} ({cell.dataset}, {cell.backbone})"
+        for cell in cells
+        if cell.first.rescaled and len(cell.seeds) > 1
+    ]
+    answer = (
+        f"Over {len(found)} classifiers, DeltaLoss of the head goes with the largest logit (correlation of logarithms within "
+        f"networks {show_estimate(loss[2])}); SDC of the head {_goes(sdc[2])} ({show_estimate(sdc[2])})."
+    )
+    caption = (
+        "Correlation of the logarithm with that of the largest logit on training images, over all classifiers and within "
+        f"networks of one grid, and how many per cent more the damage is for one per cent more logit. n = {len(found)} "
+        "classifiers; 99 % intervals from resampling kinds of classifiers whole."
+    )
+    headers = ["Damage", "Correlation", "Within Networks", "Slope Within Networks"]
+    shown = as_markdown(Table("mechanism", caption, headers, rows))
+    if left:
+        shown += (
+            "\nWith the head's logits scaled until the largest is the baseline's, which changes no prediction, of the gain in "
+            f"DeltaLoss with descriptions there is left: {'; '.join(left)}.\n"
+        )
+    return Finding(
+        "Is it how far the scores go?",
+        answer,
+        shown,
+        ["python -m textguard.report.findings"],
+        "A correlation over classifiers does not say what makes what. The scaled heads do, for DeltaLoss: there, nothing but a "
+        "constant differs.",
+    )
+
+
+def _goes(correlation: Estimate) -> str:
+    return "does too" if correlation.low > 0 else "goes against it" if correlation.high < 0 else "cannot be told to"
+
+
+def networks(studies: dict[str, Study]) -> Finding:
+    """Does what holds for the paper's networks hold for others?"""
+    cells = [
+        cell
+        for name in ("demo", "fashion", "cifar10", "vit")
+        for cell in studies[name].cells
+        if cell.variant in (PROPOSED, "cupl", "random", "smoothed")
+    ]
+    better, worse = ([cell for cell in cells if of_cell(cell, "sdc").in_short == verdict] for verdict in ("better", "worse"))
+    answer = (
+        f"Of {len(cells)} pairs of a network and a way to train it, SDC over all layers is told better than the baseline's in "
+        f"{len(better)} and worse in {len(worse)}."
+    )
+    return Finding(
+        "Does it carry over to other networks and data?",
+        answer,
+        cell_table(cells, "networks"),
+        [studies[name].command for name in ("demo", "fashion", "cifar10", "vit") if studies[name].cells],
+        "Images, data sets and trainings are small: nothing here says what the networks do on ImageNet after 300 epochs. A "
+        "classifier of texts was not tried.",
+    )
+
+
+def other_faults(studies: dict[str, Study]) -> Finding:
+    """Where does the ranking of the variants flip?"""
+    study = studies["faults"]
+    cells = [cell for cell in study.other_faults if cell.variant == PROPOSED]
+    ratios = [one for cell in cells for one in cell.ratios if one.place == "overall" and one.measure in ("sdc", "delta_loss")]
+    names = list(dict.fromkeys(one.faults for one in ratios))
+    by_name = {(one.faults, one.measure): one for one in ratios}
+    counts = {
+        measure: {
+            verdict: [one.faults for one in ratios if one.measure == measure and one.verdict == verdict]
+            for verdict in ("better", "worse")
+        }
+        for measure in ("sdc", "delta_loss")
+    }
+    answer = (
+        f"Of {len(names)} kinds of faults, descriptions are told better than the baseline by SDC in "
+        f"{len(counts['sdc']['better'])} and by DeltaLoss in {len(counts['delta_loss']['better'])}; they are told worse in "
+        f"{len(counts['sdc']['worse'])} and {len(counts['delta_loss']['worse'])}."
+    )
+    rows = [
+        [
+            name.replace("_", " "),
+            *(Judged(one.ratio, one.verdict) for one in (by_name[name, "sdc"], by_name[name, "delta_loss"])),
+        ]
+        for name in names
+    ]
+    caption = "(x): the baseline's / with descriptions, above 1 is better; 99 % intervals over 3 trainings. See faults.md."
+    return Finding(
+        "Where does the ranking of the variants flip under other faults?",
+        answer if names else "Not answered here: grid faults was not run.",
+        as_markdown(Table("faults", caption, ["Faults", "SDC (x)", "DeltaLoss (x)"], rows)),
+        [study.command],
+        "One network on an easy data set, and three trainings.",
+    )
+
+
+UNANSWERED = (
+    Finding(
+        "What do the language model's temperature and size do?", "Not answered here: no language model was asked for this."
+    ),
+    Finding("Does a classifier of texts gain?", "Not answered here: none was trained."),
+)
+QUESTIONS: tuple[Callable[[dict[str, Study]], Finding], ...] = (text, networks, mechanism, other_faults)
+
+
+def main(arguments: list[str]) -> int:
+    """Print the page. Returns the exit code."""
+    if arguments:
+        print(__doc__, file=sys.stderr)
+        return 2
+    print(page({name: Study(name, Path(folder)) for name, folder in STUDIES.items()}), end="")
+    return 0
+
+
+def page(studies: dict[str, Study]) -> str:
+    """docs/findings.md."""
+    findings = [ask(studies) for ask in QUESTIONS] + list(UNANSWERED)
+    parts = [
+        "# Findings",
+        "What the grids of this repository say about the questions that the paper leaves open. The numbers are computed from "
+        "the committed results by `python -m textguard.report.findings`. [Definitions](definitions.md) says what is counted, "
+        "and [faults](faults.md) what is injected.",
+    ]
+    for finding in findings:
+        parts += [f"## {finding.question}", f"**{finding.answer}**"]
+        parts += [finding.shown.strip()] if finding.shown else []
+        parts += [f"Made by: {', '.join(f'`{command}`' for command in finding.commands)}."] if finding.commands else []
+        parts += [f"Limits: {finding.limits}"] if finding.limits else []
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, 0))
