@@ -530,10 +530,6 @@ def make_storages(
     weights: list[Storage] = []
     rounded: dict[int, Storage] = {}  # a weight that several sites read is rounded once
     for site, weight in zip(sites, stored_weights(model, sites), strict=True):
-        # fp32 stores any magnitude. Other formats may need to know the largest one.
-        limit = profiled.get(site.layer, 0.0 if number_format.name == "fp32" else None)
-        if limit is None:
-            raise InvalidParameter(f"layer {site.layer!r} has no profiled range; profile the model first (stage 'ranges')")
         if weight is not None:
             if id(weight) not in rounded:
                 own, native = stored_as(number_format, site.weight_dtype, f"the weights of layer {site.layer!r}")
@@ -547,6 +543,10 @@ def make_storages(
             raise InvalidParameter(f"layer {site.layer!r} has no weights; leave {site.kind} out of ", Setting("kinds"))
         if target == "weight" and not site.in_order:
             raise InvalidParameter(f"layer {site.layer!r} has its batch in dimension {site.dimension}: its weights are not hit")
+        # fp32 stores any magnitude. Other formats may need to know the largest one.
+        limit = profiled.get(site.layer, 0.0 if number_format.name == "fp32" else None)
+        if limit is None:
+            raise InvalidParameter(f"layer {site.layer!r} has no profiled range; profile the model first (stage 'ranges')")
         own, native = stored_as(number_format, site.dtype, f"the output of layer {site.layer!r}")
         outputs.append(Storage(own, limit, site.neurons, device, site, native))
     return (weights if target == "weight" else outputs), outputs

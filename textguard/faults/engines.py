@@ -367,7 +367,7 @@ class ReplayEngine(_Engine):
         def reads(step: fx.Node) -> list[fx.Node]:
             if step.op == "call_module":
                 return [step] if any(one is weight for one in self._traced.modules[step.target].parameters()) else []
-            # Exported graphs fetch what they read before the images come in.
+            # Exported graphs fetch all that they read before the first step.
             return list(step.users) if step.op == "get_attr" and self._traced.call(step, (), {}) is weight else []
 
         return min(self._traced.index[reader] for step in self._traced.steps for reader in reads(step))
@@ -379,15 +379,13 @@ class ReplayEngine(_Engine):
         if not len(rows):
             return
         part, values = faults.select(rows)
-        inputs = [step for step in traced.steps[start:] if step.op == "placeholder"]
 
         def infer(number: int) -> Tensor:
             image = part.image[number : number + 1]
             # Without the constants behind `start`, which may be made of the weights.
-            own = {step: traced.select(step, golden[step], image) for step in (*traced.live(golden, start), *inputs)}
+            own = {step: traced.select(step, golden[step], image) for step in traced.live(golden, start)}
             for index, step in enumerate(traced.steps[start:], start):
-                if step not in inputs:
-                    own[step] = traced.run_step(index, own, traced.visit)
+                own[step] = traced.run_step(index, own, traced.visit)
                 traced.release(index, own)
             return own[traced.steps[-1]]
 

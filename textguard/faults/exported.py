@@ -143,9 +143,12 @@ def in_functions(
 
 
 def _named_anew(graph: fx.Graph) -> fx.Graph:
-    """The same graph, whose steps have the names that torch.fx would have given them. Unread attributes are left out."""
+    """The same graph, whose steps have the names that torch.fx would have given them. Unread attributes are left out.
+
+    Its inputs come first, as in graphs of torch.fx: who runs it from any later step on has them.
+    """
     fresh, seen = fx.Graph(), {}
-    for step in graph.nodes:
+    for step in sorted(graph.nodes, key=lambda step: step.op != "placeholder"):
         if step.op == "get_attr" and not step.users:  # other steps that nothing reads may be sites
             continue
         args, kwargs = fx.map_arg((step.args, step.kwargs), seen.__getitem__)
