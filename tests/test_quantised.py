@@ -5,13 +5,16 @@ import torch
 import torch.ao.quantization.fx._decomposed  # it registers the operators of such graphs
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from fault_helpers import make_faults
 from textguard.assessment import assess
-from textguard.errors import UnsupportedModel
+from textguard.errors import InvalidParameter, UnsupportedModel
 from textguard.faults import FaultModel
 from textguard.faults.engines import ReplayEngine, WholeEngine, make_engine
+from textguard.faults.formats import parse_format
+from textguard.hardware import draw_persistent, run_persistent, stored_tensors
 
 OPS = torch.ops.quantized_decomposed
 IN, HIDDEN = (0.04, 120, 0, 255, torch.uint8), (0.02, -3, -128, 127, torch.int8)
@@ -28,7 +31,7 @@ class Net(nn.Module):
         self.register_buffer("stored", torch.randint(-128, 128, (4, 3, 3, 3), generator=draw).to(torch.int8))
         self.register_buffer("scales", torch.tensor([0.003, 0.002, 0.004, 0.001]))
         self.register_buffer("zeros", torch.zeros(4, dtype=torch.int64))
-        self.register_buffer("head", torch.randint(-128, 128, (5, 4 * 4), generator=draw).to(torch.int8))
+        self.register_buffer("head", torch.randint(-20, 20, (5, 4 * 4), generator=draw).to(torch.int8))
 
     def keep(self, number: int, x: Tensor, how: tuple) -> Tensor:
         codes = OPS.quantize_per_tensor(x, *how)
@@ -40,7 +43,7 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = OPS.dequantize_per_channel(self.stored, self.scales, self.zeros, 0, -128, 127, torch.int8)
         x = F.conv2d(self.keep(0, x, IN), weight).relu()
-        head = OPS.dequantize_per_tensor(self.head, 0.005, 0, -128, 127, torch.int8)
+        head = OPS.dequantize_per_tensor(self.head, 0.03, 0, -128, 127, torch.int8)
         return F.linear(self.keep(1, x, HIDDEN).flatten(1), head)
 
 
@@ -109,6 +112,40 @@ def test_stored_integers_are_assessed_without_a_range_detector(exported, images,
     assert "8 bits of stored integers in 2 layers" in capsys.readouterr().err
     with pytest.raises(UnsupportedModel, match="no gradient leads"):
         assess(exported, loader, plan="guided", injections_per_layer=16)
+    for target in ("neuron", "weight"):
+        with pytest.raises(InvalidParameter, match="int8, which is stored as .*; leave fp32"):
+            make_engine("whole", exported, images[0], 4, target=target, number_format=parse_format("int(8)"))
+
+
+@torch.no_grad()
+def test_memory_holds_the_integers(exported, images):
+    """Faults that stay, against a plain loop over an edited buffer; the range detector lets all integers pass."""
+    stored = stored_tensors(exported, images[0])
+    assert {tensor.name: (tensor.dtype, tensor.stored_as().bits) for tensor in stored} == {
+        "stored": ("int8", 8),
+        "scales": ("float32", 32),
+        "head": ("int8", 8),
+    }
+    labels = Net()(images).argmax(dim=1)
+    loader = DataLoader(TensorDataset(images, labels), batch_size=4)
+    plan = draw_persistent([tensor for tensor in stored if tensor.dtype == "int8"], 6, seed=0)
+    golden = F.cross_entropy(Net()(images), labels, reduction="none")
+    expected = []
+    for fault in plan.itertuples():
+        net = Net()
+        net.get_buffer(fault.layer).view(torch.uint8).view(-1)[fault.neuron] ^= 1 << fault.bit
+        expected.append(float((F.cross_entropy(net(images), labels, reduction="none") - golden).abs().mean()))
+    assert max(expected) > 0.01
+    for engine in ("replay", "whole"):
+        found = run_persistent(exported, loader, plan, engine=engine, detector="profiled").outcomes
+        assert found["delta_loss"].tolist() == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_tensors_with_their_own_storage_are_refused(images):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
+    model[1].weight = nn.Parameter(TwoTensor(torch.zeros(5, 48), torch.zeros(5, 48)), requires_grad=False)
+    with pytest.raises(UnsupportedModel, match="'1.weight' is a tensor of class TwoTensor, .* convert_pt2e"):
+        make_engine("replay", model, images[0], 4)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -543,11 +543,11 @@ def make_storages(
             raise InvalidParameter(f"layer {site.layer!r} has no weights; leave {site.kind} out of ", Setting("kinds"))
         if target == "weight" and not site.in_order:
             raise InvalidParameter(f"layer {site.layer!r} has its batch in dimension {site.dimension}: its weights are not hit")
+        own, native = stored_as(number_format, site.dtype, f"the output of layer {site.layer!r}")
         # fp32 stores any magnitude. Other formats may need to know the largest one.
         limit = profiled.get(site.layer, 0.0 if number_format.name == "fp32" else None)
         if limit is None:
             raise InvalidParameter(f"layer {site.layer!r} has no profiled range; profile the model first (stage 'ranges')")
-        own, native = stored_as(number_format, site.dtype, f"the output of layer {site.layer!r}")
         outputs.append(Storage(own, limit, site.neurons, device, site, native))
     return (weights if target == "weight" else outputs), outputs
 
