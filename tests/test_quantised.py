@@ -113,7 +113,7 @@ def test_stored_integers_are_assessed_without_a_range_detector(exported, images,
     with pytest.raises(UnsupportedModel, match="no gradient leads"):
         assess(exported, loader, plan="guided", injections_per_layer=16)
     for target in ("neuron", "weight"):
-        with pytest.raises(InvalidParameter, match="int8, which is stored as .*; leave fp32"):
+        with pytest.raises(InvalidParameter, match=r"int8, which is stored as .*; leave fp32"):
             make_engine("whole", exported, images[0], 4, target=target, number_format=parse_format("int(8)"))
 
 
@@ -144,7 +144,7 @@ def test_memory_holds_the_integers(exported, images):
 def test_tensors_with_their_own_storage_are_refused(images):
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
     model[1].weight = nn.Parameter(TwoTensor(torch.zeros(5, 48), torch.zeros(5, 48)), requires_grad=False)
-    with pytest.raises(UnsupportedModel, match="'1.weight' is a tensor of class TwoTensor, .* convert_pt2e"):
+    with pytest.raises(UnsupportedModel, match=r"'1\.weight' is a tensor of class TwoTensor, .* convert_pt2e"):
         make_engine("replay", model, images[0], 4)
 
 

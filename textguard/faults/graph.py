@@ -585,8 +585,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_traceable_wrapper_subclass(tensor):
             raise UnsupportedModel(
-                f"{name!r} is a tensor of class {type(tensor).__name__}, which stores its bits in its own way; give a model of plain tensors, "
-                "such as one that torchao's convert_pt2e made"
+                f"{name!r} is a tensor of class {type(tensor).__name__}, which stores its bits in its own way; give a model of "
+                "plain tensors, such as one that torchao's convert_pt2e made"
             )
     return in_functions(model, ACTIVATION_FUNCTIONS) if is_exported(model) else model
 

@@ -208,7 +208,8 @@ def foresee(
     """
     if integer := next((site.layer for site in sites if site.dtype in INTEGERS.values()), None):
         raise UnsupportedModel(
-            f"layer {integer!r} stores integers, through which no gradient leads: their faults cannot be foreseen; take uniform for ",
+            f"layer {integer!r} stores integers, through which no gradient leads: their faults cannot be foreseen; take ",
+            "uniform for ",
             Setting("plan"),
         )
     outputs: dict[int, Tensor] = {}
