@@ -29,6 +29,7 @@ from textguard.errors import InvalidParameter, Setting, UnknownName, printable
 from textguard.estimates.statistics import Estimate, Sample, quantile, rate_interval
 from textguard.estimates.summary import LayerResult
 from textguard.faults.copying import copy_model
+from textguard.faults.exported import evaluation
 from textguard.faults.inputs import batches, prepare
 from textguard.faults.mitigations import protect
 from textguard.faults.profiling import activation_bounds
@@ -267,7 +268,7 @@ def _slower(model: nn.Module, loader: DataLoader, mitigation: str, profile: Data
     """How many times as long an inference of one batch takes with a mitigation."""
     bounds = activation_bounds(model, profile, mitigation, task)
     plain, image = prepare(model, loader, task)
-    plain, protected = copy_model(plain).eval(), protect(plain, image, bounds, mitigation)
+    plain, protected = evaluation(copy_model(plain)), protect(plain, image, bounds, mitigation)
     _, images, _ = next(batches(loader, image.device, task=task))
     with torch.inference_mode():
         fastest = [math.inf, math.inf]

@@ -213,7 +213,7 @@ kinds, engine, batch_size, image_batch, noise
         weights=weights_mark(model),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         site_bits={site.layer: bits_at(site, settings.fault_model, settings.stored_as) for site in sites},
-        ranges={site.layer: float(profiled[site.layer]) for site in sites},
+        ranges={site.layer: float((campaign.known | profiled)[site.layer]) for site in sites},
         limits={site.layer: float(campaign.limits[settings.detector][site.layer]) for site in sites},
     )
     announce(found.facts)

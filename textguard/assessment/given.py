@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from textguard.artifacts import read_pth, read_safetensors, reading
 from textguard.errors import InvalidArtifact, InvalidParameter, TextguardError, printable
+from textguard.faults.exported import evaluation
 
 FOLDER = "folder:"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -77,7 +78,7 @@ def build_model(spec: str, arguments: Mapping[str, Any], weights: Path | None, d
         raise InvalidParameter(f"the network {spec} made a {type(found).__name__}; it must make a torch.nn.Module")
     if weights:
         load_weights(found, weights)
-    return found.to(device).eval()
+    return evaluation(found.to(device))
 
 
 def load_weights(model: nn.Module, file: Path) -> None:

@@ -1,5 +1,6 @@
 """A campaign from its settings to what each layer is found to stand: sampled layers, enumerated ones, several detectors."""
 
+import math
 import os
 import sys
 import time
@@ -32,7 +33,7 @@ from textguard.faults.patterns import regions_of
 from textguard.faults.plans import bits_at, draw_plan
 from textguard.faults.profiling import IMAGES, FaultFree, largest_outputs, look, profile_ranges
 from textguard.faults.sampling import PLANS, Design, rerun_changed, run_design
-from textguard.faults.sites import DEFAULT_KINDS, Site
+from textguard.faults.sites import DEFAULT_KINDS, INTEGERS, Site
 from textguard.faults.task import CLASSES, Task, make_task
 
 NOISE = ("refuse", "report")
@@ -226,7 +227,9 @@ class Campaign:
     engine : Engine
         Its `sites` are the layers.
     limits : dict of str to dict of str to float
-        Detector -> layer -> largest magnitude that it lets pass.
+        Detector -> layer -> largest magnitude that it lets pass; infinite for integers that a quantised model stores.
+    known : dict of str to float
+        Layer -> the largest magnitude of its outputs, or weights, whatever faults hit.
     strata : int
         Strata of the sample: one for each bit, or 0 where bits are drawn uniformly.
     golden : Golden
@@ -272,8 +275,13 @@ class Campaign:
         self.engine = settings.make_engine(model, image, profiled)
         known = weight_limits(model, self.engine.sites) if settings.fault_model.target == "weight" else profiled
         layers = [site.layer for site in self.engine.sites]
-        self.limits = {name: detector_limits(name, layers, known) for name in settings.detectors}
-        self._known = known
+        # All stored integers are in the range that the model was quantised for.
+        integers = [site.layer for site in self.engine.sites if {site.dtype, site.weight_dtype} & set(INTEGERS.values())]
+        self.limits = {
+            name: detector_limits(name, layers, known) | dict.fromkeys(integers, math.inf) for name in settings.detectors
+        }
+        self.known = known
+        self._integers = len(integers)
         self.strata = settings.design.strata(settings.fault_model, self.engine)
         if settings.fault_model.shaped:
             for site in self.engine.sites:
@@ -299,6 +307,11 @@ class Campaign:
         if left := self.engine.unrounded:
             shown = ", ".join(f"{name} ({reason})" for name, reason in left[:4])
             found.append(f"not rounded to {self.number_format.name}: {shown}{f' and {len(left) - 4} more' if left[4:] else ''}")
+        if self._integers:
+            found.append(
+                f"faults flip the 8 bits of stored integers in {self._integers} layers, which have no range detector: each "
+                "integer is in the range that the model was quantised for"
+            )
         if quantised := fake_quantised(model):
             found.append(
                 f"{len(quantised)} modules only pretend to quantise, the first is {quantised[0]!r}: bits flip in the fp32 "
@@ -412,7 +425,7 @@ class Campaign:
         file = folder / "rescaled.json" if folder else None
         if file and file.exists():
             return read_json(file, "inject")
-        largest = {site.layer: self._known[site.layer] * abs(self.engine.factor_behind_last())}
+        largest = {site.layer: self.known[site.layer] * abs(self.engine.factor_behind_last())}
         limits = {name: found[site.layer] for name, found in self.limits.items()}
         folded = {name: detector_limits(name, [site.layer], largest)[site.layer] for name in limits}
         found = rescale_last_layer(self.engine, self.loader, self.eligible, limits, folded, f"{label}, rescaled,")

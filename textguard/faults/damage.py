@@ -530,14 +530,10 @@ def make_storages(
     weights: list[Storage] = []
     rounded: dict[int, Storage] = {}  # a weight that several sites read is rounded once
     for site, weight in zip(sites, stored_weights(model, sites), strict=True):
-        # fp32 stores any magnitude. Other formats may need to know the largest one.
-        limit = profiled.get(site.layer, 0.0 if number_format.name == "fp32" else None)
-        if limit is None:
-            raise InvalidParameter(f"layer {site.layer!r} has no profiled range; profile the model first (stage 'ranges')")
         if weight is not None:
             if id(weight) not in rounded:
                 own, native = stored_as(number_format, site.weight_dtype, f"the weights of layer {site.layer!r}")
-                storage = Storage(own, float(weight.detach().abs().max()), site.weights, weight.device, native=native)
+                storage = Storage(own, _largest(weight), site.weights, weight.device, native=native)
                 weight.data = storage.round(weight.data)
                 rounded[id(weight)] = storage
             weights.append(rounded[id(weight)])
@@ -548,6 +544,10 @@ def make_storages(
         if target == "weight" and not site.in_order:
             raise InvalidParameter(f"layer {site.layer!r} has its batch in dimension {site.dimension}: its weights are not hit")
         own, native = stored_as(number_format, site.dtype, f"the output of layer {site.layer!r}")
+        # fp32 stores any magnitude. Other formats may need to know the largest one.
+        limit = profiled.get(site.layer, 0.0 if number_format.name == "fp32" else None)
+        if limit is None:
+            raise InvalidParameter(f"layer {site.layer!r} has no profiled range; profile the model first (stage 'ranges')")
         outputs.append(Storage(own, limit, site.neurons, device, site, native))
     return (weights if target == "weight" else outputs), outputs
 
@@ -628,4 +628,8 @@ def weight_limits(model: nn.Module, sites: Sequence[Site]) -> dict[str, float]:
         Layer -> magnitude, for the sites with weights.
     """
     found = zip(sites, stored_weights(model, sites), strict=True)
-    return {site.layer: float(weight.detach().abs().max()) for site, weight in found if weight is not None}
+    return {site.layer: _largest(weight) for site, weight in found if weight is not None}
+
+
+def _largest(weight: Tensor) -> float:
+    return float(weight.detach().double().abs().max())  # in int8, -128 has no magnitude

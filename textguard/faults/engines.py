@@ -28,6 +28,7 @@ from textguard.faults.damage import (
     round_call,
     round_others,
 )
+from textguard.faults.exported import evaluation, is_quantised
 from textguard.faults.formats import FP32, Format
 from textguard.faults.graph import TracedModel, Values, unwrapped
 from textguard.faults.local import (
@@ -42,6 +43,7 @@ from textguard.faults.local import (
     region_patch,
     whole,
 )
+from textguard.faults.operations import STORED_WEIGHT
 from textguard.faults.patterns import Window, window_of
 from textguard.faults.prediction import Margin, Prediction, chains_of, foresee, straight_through
 from textguard.faults.sites import DEFAULT_KINDS, Call, Calls, Site, SiteList, changed_rows, survey_batches, uncompiled
@@ -148,6 +150,10 @@ class _Engine:
     ) -> None:
         model = unwrapped(model)
         self.reason = ""
+        if tuple(kinds) == DEFAULT_KINDS and is_quantised(model):
+            kinds = ("Quantize",)
+        if target == "weight":
+            kinds = [STORED_WEIGHT if kind == "Quantize" else kind for kind in kinds]
         self._batch_size, self.number_format, self.device = batch_size, number_format, image.device
         self._shape = image.shape
         weights = hashlib.sha256()
@@ -160,7 +166,7 @@ class _Engine:
             "number format": number_format.name,
             "target": target,
         }
-        model = uncompiled(copy_model(model).eval())
+        model = uncompiled(evaluation(copy_model(model)))
         self._rounds = number_format.name != "fp32"
         # Parameter or buffer -> who reads it.
         self._readers = weight_readers(model, image) if self._rounds or target == "weight" else {}
@@ -171,7 +177,12 @@ class _Engine:
             self.sites = one_per_weight(self.sites)
             weights = zip(self.sites, stored_weights(self._model, self.sites), strict=True)
             # Position of a site -> its weights, where an inference reads them more than once.
-            self._shared = {site.position: weight for site, weight in weights if len(self._readers.get(site.parameter, ())) > 1}
+            # Stored integers are read by a step without images, which is not repeated image by image.
+            self._shared = {
+                site.position: weight
+                for site, weight in weights
+                if len(self._readers.get(site.parameter, ())) > 1 or site.kind == STORED_WEIGHT
+            }
 
     def _store(self, profiled: Mapping[str, float], target: Target) -> tuple[list[Storage], list[Storage]]:
         """How the sites' values are stored, see `make_storages`; all weights of the engine's own copy are rounded."""
@@ -353,12 +364,13 @@ class ReplayEngine(_Engine):
     def _first_reader(self, weight: Tensor) -> int:
         """The index of the first step that reads some weights, itself or in its module."""
 
-        def reads(step: fx.Node) -> bool:
+        def reads(step: fx.Node) -> list[fx.Node]:
             if step.op == "call_module":
-                return any(one is weight for one in self._traced.modules[step.target].parameters())
-            return step.op == "get_attr" and self._traced.call(step, (), {}) is weight
+                return [step] if any(one is weight for one in self._traced.modules[step.target].parameters()) else []
+            # Exported graphs fetch all that they read before the first step.
+            return list(step.users) if step.op == "get_attr" and self._traced.call(step, (), {}) is weight else []
 
-        return next(index for index, step in enumerate(self._traced.steps) if reads(step))
+        return min(self._traced.index[reader] for step in self._traced.steps for reader in reads(step))
 
     def _hit_stored(self, position: int, start: int, faults: Faults, golden: Values, results: _Results) -> None:
         """Let faults in weights that several steps read happen: one after another, from their first reader on."""
@@ -369,10 +381,9 @@ class ReplayEngine(_Engine):
         part, values = faults.select(rows)
 
         def infer(number: int) -> Tensor:
-            own = {
-                step: traced.select(step, golden[step], part.image[number : number + 1]) for step in traced.live(golden, start)
-            }
+            image = part.image[number : number + 1]
             # Without the constants behind `start`, which may be made of the weights.
+            own = {step: traced.select(step, golden[step], image) for step in traced.live(golden, start)}
             for index, step in enumerate(traced.steps[start:], start):
                 own[step] = traced.run_step(index, own, traced.visit)
                 traced.release(index, own)
@@ -538,7 +549,7 @@ class WholeEngine(_Engine):
             here, output = self._position.get(number), call.output
             if self._called[number : number + 1] != [self._owner.get(id(call.weight))]:
                 raise UnsupportedModel(f"{type(self._model).__name__} runs other operations for other images")
-            if here is None:
+            if here is None or self.all_sites[here].kind == STORED_WEIGHT:
                 return output
             if output.numel() != len(images) * self.all_sites[here].neurons:
                 layer = self.all_sites[here].layer

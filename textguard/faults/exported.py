@@ -33,6 +33,30 @@ def is_exported(model: nn.Module) -> bool:
     )
 
 
+def is_quantised(model: nn.Module) -> bool:
+    """Whether a model holds a graph that torchao's `convert_pt2e` made: fp32 between values and weights stored as integers."""
+    graphs = (module.graph for module in model.modules() if isinstance(module, fx.GraphModule))
+    return any(getattr(step.target, "namespace", "") == "quantized_decomposed" for graph in graphs for step in graph.nodes)
+
+
+def evaluation(model: nn.Module) -> nn.Module:
+    """The model, in evaluation mode. Exported programs may refuse to be told so: their steps are the same in all modes.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from textguard.faults.exported import evaluation
+    >>> evaluation(nn.Dropout()).training
+    False
+    """
+    try:
+        return model.eval()
+    except NotImplementedError:
+        for module in model.modules():
+            module.training = False
+        return model
+
+
 def export(model: nn.Module, images: Tensor, functions: tuple[Callable, ...], is_leaf: IsLeaf) -> fx.GraphModule:
     """Trace a model with torch.export, for batches of any size.
 
@@ -119,9 +143,12 @@ def in_functions(
 
 
 def _named_anew(graph: fx.Graph) -> fx.Graph:
-    """The same graph, whose steps have the names that torch.fx would have given them. Unread attributes are left out."""
+    """The same graph, whose steps have the names that torch.fx would have given them. Unread attributes are left out.
+
+    Its inputs come first, as in graphs of torch.fx: who runs it from any later step on has them.
+    """
     fresh, seen = fx.Graph(), {}
-    for step in graph.nodes:
+    for step in sorted(graph.nodes, key=lambda step: step.op != "placeholder"):
         if step.op == "get_attr" and not step.users:  # other steps that nothing reads may be sites
             continue
         args, kwargs = fx.map_arg((step.args, step.kwargs), seen.__getitem__)

@@ -170,6 +170,27 @@ class Float64(Format):
 
 
 @dataclass(frozen=True)
+class Stored8(Format):
+    """Integers of 8 bits, as quantised models store them: in two's complement, or without a sign. No other model has them.
+
+    What they stand for, a scale and a zero point, is the model's own affair.
+    """
+
+    name: str
+
+    bits = 8
+
+    def encode(self, values: Tensor, limit: Tensor, shared: Tensor) -> Tensor:
+        return values.long() & 0xFF
+
+    def decode(self, codes: Tensor, limit: Tensor, shared: Tensor) -> Tensor:
+        return (_twos_complement(codes, 8) if self.name == "int8" else codes).float()
+
+    def round(self, values: Tensor, limit: Tensor) -> Tensor:
+        return values
+
+
+@dataclass(frozen=True)
 class Float(Format):
     """Floating point: a sign, E exponent bits and M mantissa bits, with subnormals. A NaN becomes a quiet NaN of the same sign.
 
@@ -382,7 +403,14 @@ NAMED = {
 }
 FP32 = NAMED["fp32"]
 # How torch stores values: the format of each of its types.
-NATIVE = {"float32": FP32, "float16": NAMED["fp16"], "bfloat16": NAMED["bf16"], "float64": Float64()}
+NATIVE = {
+    "float32": FP32,
+    "float16": NAMED["fp16"],
+    "bfloat16": NAMED["bf16"],
+    "float64": Float64(),
+    "int8": Stored8("int8"),
+    "uint8": Stored8("uint8"),
+}
 # Pattern, whose capitals stand for numbers -> the class, which numbers it takes, and the same in words.
 SIZED = {
     "fp(E,M)": (Float, lambda e, m: 2 <= e <= 8 and 1 <= m <= 23, "E from 2 to 8 and M from 1 to 23"),
@@ -448,7 +476,7 @@ def stored_as(number_format: Format, dtype: str, what: str = "the model") -> tup
     ----------
     number_format : Format
         The campaign's.
-    dtype : {"float32", "float16", "bfloat16", "float64"}
+    dtype : {"float32", "float16", "bfloat16", "float64", "int8", "uint8"}
         The type.
     what : str
         What has that type, for the message.

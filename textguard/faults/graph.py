@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from textguard.errors import UnsupportedModel, printable
 from textguard.faults.copying import copy_model
 from textguard.faults.detectors import Bound
-from textguard.faults.exported import export, in_functions, is_exported
+from textguard.faults.exported import evaluation, export, in_functions, is_exported
 from textguard.faults.sites import (
     DEFAULT_KINDS,
     SURVEYED,
@@ -239,7 +240,7 @@ class TracedModel:
     @torch.inference_mode(False)  # Tensors of inference mode do not count their versions, which the survey compares.
     @torch.no_grad()
     def __init__(self, model: nn.Module, image: Tensor, kinds: Sequence[str] = DEFAULT_KINDS) -> None:
-        model = uncompiled(copy_model(unwrapped(model)).eval())
+        model = uncompiled(evaluation(copy_model(unwrapped(model))))
         for module in model.modules():
             # In-place activations would overwrite the golden values that later replays start from.
             if getattr(module, "inplace", False):
@@ -567,7 +568,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises
     ------
     UnsupportedModel
-        The model is a scripted one, or an exported program of several inputs.
+        The model is a scripted one, an exported program of several inputs, or holds tensors of a class with its own storage, as
+        torchao's `quantize_` leaves them.
 
     Examples
     --------
@@ -580,6 +582,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedModel("a scripted model (torch.jit) hides its operations; give the model that it was made from")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_traceable_wrapper_subclass(tensor):
+            raise UnsupportedModel(
+                f"{name!r} is a tensor of class {type(tensor).__name__}, which stores its bits in its own way; give a model of "
+                "plain tensors, such as one that torchao's convert_pt2e made"
+            )
     return in_functions(model, ACTIVATION_FUNCTIONS) if is_exported(model) else model
 
 

@@ -26,6 +26,7 @@ from torch.utils.data import (
 )
 
 from textguard.errors import InvalidParameter, Setting, TextguardError, UnsupportedModel, printable
+from textguard.faults.exported import evaluation
 from textguard.faults.task import CLASSES, Task
 
 LOADER = Setting("loader")
@@ -402,7 +403,7 @@ class Adapted(nn.Module):
 def _evaluated(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, and afterwards in its own again."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    evaluation(model)
     try:
         with torch.inference_mode(False), torch.no_grad():
             yield

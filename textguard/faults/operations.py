@@ -56,10 +56,13 @@ KINDS: dict[str, Sequence[Callable]] = {
         *("rrelu", "glu", "threshold"),
     ),
     "Pool": [getattr(F, name) for name in _POOLS if hasattr(F, name)],
+    "Quantize": [],  # by name, see kind_of
 }
+# What stands for Quantize where faults hit weights: a call that makes numbers of the integers in which weights are stored.
+STORED_WEIGHT = "QuantizedWeight"
 OPERATIONS: dict[Callable, str] = {function: kind for kind, functions in KINDS.items() for function in functions}
 # What has no weights of its own. Which sites these are is not said one by one, where they are not asked for.
-WEIGHTLESS = ("MatMul", "Add", "Softmax", "Activation", "Pool")
+WEIGHTLESS = ("MatMul", "Add", "Softmax", "Activation", "Pool", "Quantize")
 # Position of the weights among a function's arguments, where it is not 1.
 _WEIGHT_AT = {
     **dict.fromkeys((F.bilinear, F.layer_norm, F.rms_norm, torch.layer_norm, torch.rms_norm), 2),
@@ -101,6 +104,8 @@ def kind_of(func: Callable, args: tuple, kwargs: dict) -> str | None:
         return f"Conv{'Transpose' if transposed else ''}{weight.ndim - 2}d"
     if kind is None and isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         space, _, name = str(func).partition("::" if "::" in str(func) else ".")
+        if space == "quantized_decomposed":  # of graphs that torchao's convert_pt2e made
+            return {"quantize": "Quantize", "dequantize": STORED_WEIGHT}.get(name.partition("_per_")[0])
         return _QUANTIZED.get(name.partition(".")[0]) if space == "quantized" else None
     return kind
 
@@ -111,6 +116,8 @@ def weight_of(func: Callable, kind: str, args: tuple, kwargs: dict) -> Tensor | 
         # x @ self.w, and in any other spelling where the images come first, reads weights as a layer does.
         found = args[1] if len(args) > 1 and kind == "MatMul" and isinstance(args[0], Tensor) else None
         return found if isinstance(found, nn.Parameter) else None
+    if kind == STORED_WEIGHT:
+        return args[0]
     at = _WEIGHT_AT.get(func, 1)
     found = args[at] if len(args) > at else kwargs.get("weight")
     return found if isinstance(found, Tensor) else None

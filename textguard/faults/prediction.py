@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
-from textguard.errors import UnsupportedModel
+from textguard.errors import Setting, UnsupportedModel
 from textguard.faults.damage import Operation, Storage
 from textguard.faults.graph import TracedModel, Values
 from textguard.faults.local import ADDITIONS, ELEMENTWISE, PRODUCTS, LocalSteps, as_map, neuron_patch, read
-from textguard.faults.sites import Site
+from textguard.faults.sites import INTEGERS, Site
 from textguard.faults.task import class_margin
 
 Chain = tuple[fx.Node, ...]
@@ -206,6 +206,12 @@ def foresee(
 
     Raises UnsupportedModel where model or margin have no gradients.
     """
+    if integer := next((site.layer for site in sites if site.dtype in INTEGERS.values()), None):
+        raise UnsupportedModel(
+            f"layer {integer!r} stores integers, through which no gradient leads: their faults cannot be foreseen; take ",
+            "uniform for ",
+            Setting("plan"),
+        )
     outputs: dict[int, Tensor] = {}
     values: Values = {}
     wanted = {one for chain in chains.values() for step in chain[1:] for one in (step, *step.all_input_nodes)}

@@ -261,7 +261,7 @@ def profile_ranges(
     count = 0
 
     def see(position: int, output: Tensor) -> None:
-        magnitude = output.abs()
+        magnitude = output.abs() if output.is_floating_point() else output.double().abs()  # -128 has no magnitude in int8
         if not math.isfinite(most := float(magnitude.max())):
             layer = engine.all_sites[position].layer
             raise UnsupportedModel(f"without any fault, layer {layer!r} gives NaN or infinity: it has no range to be profiled")

@@ -12,13 +12,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from textguard.errors import Setting, UnknownName, UnsupportedModel
-from textguard.faults.operations import KINDS, WEIGHTLESS, inside_of, kind_of, weight_of
+from textguard.faults.operations import KINDS, STORED_WEIGHT, WEIGHTLESS, inside_of, kind_of, weight_of
 
 DEFAULT_KINDS = ("Conv1d", "Conv2d", "Conv3d", "Linear")
 UNWANTED = "is not among the wanted kinds of sites"
 SURVEYED = (2, 3)  # a model is run with both batch sizes, and their comparison shows what grows with the batch
 # What faults are injected into: floating-point values, each in its own format.
 FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
+# The integers that quantised graphs store.
+INTEGERS = {torch.int8: "int8", torch.uint8: "uint8"}
 # What no image flows into is a layer's share in these kinds only where it grows with the batch.
 _MAKES_WEIGHTS = tuple(kind for kind in KINDS if not kind.startswith(("Conv", "Linear", "Bilinear", "Recurrent", "Embedding")))
 # Methods that take nothing from a second tensor but its type or its shape.
@@ -46,7 +48,8 @@ class Site:
     outer : int
         In how many parts of that dimension each image has a share: 1 where the images' shares follow each other.
     dtype, weight_dtype : str
-        How torch stores the output, and the weights: `float32`, `float16`, `bfloat16` or `float64`.
+        How torch stores the output, and the weights: `float32`, `float16`, `bfloat16` or `float64`; in quantised graphs
+        `int8` or `uint8`.
     reads : str or None
         The name of the weights in the model's state dict; "" where they are computed from others; None for `LAYER.weight`.
 
@@ -435,7 +438,7 @@ class SiteList:
         self.sites: list[Site] = []
         self._skipped: dict[tuple[str, str], None] = {}
         for kind in kinds:
-            if kind not in KINDS:
+            if kind not in (*KINDS, STORED_WEIGHT):
                 raise UnknownName("kind of site", kind, KINDS, Setting("kinds"))
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
@@ -467,6 +470,8 @@ class SiteList:
         """
         self._number += 1
         call = one.call
+        if call.kind == STORED_WEIGHT:
+            return self._stored_weight(one)
         if not one.active and call.kind in _MAKES_WEIGHTS and call.output.shape == larger.call.output.shape:
             return None  # a step on the way to computed weights, whose parameters are those of the layer that reads them
         if call.kind == "Add" and not all(_joins_branches(seen.call) for seen in (one, larger)):
@@ -481,7 +486,9 @@ class SiteList:
                 self._weightless[call.kind] = self._weightless.get(call.kind, 0) + 1
                 return None
             return self._skip(one, first, f"{call.kind} {UNWANTED}")
-        shape, dimension, outer, problem = _share_of_one_image(call.output, larger.call.output, self._changed.get(self._number))
+        types = FLOATS | INTEGERS if call.kind == "Quantize" else FLOATS
+        changed = self._changed.get(self._number)
+        shape, dimension, outer, problem = _share_of_one_image(call.output, larger.call.output, changed, types)
         if problem:
             return self._skip(one, name, problem)
         self._told.update(one.sources)
@@ -494,10 +501,24 @@ class SiteList:
             0 if weight is None else weight.numel(),
             dimension,
             outer,
-            FLOATS[call.output.dtype],
+            types[call.output.dtype],
             "float32" if weight is None else FLOATS.get(weight.dtype, "float32"),
             None if weight is None or one.reads == f"{first}.weight" else one.reads,
         )
+        self.sites.append(site)
+        return site
+
+    def _stored_weight(self, one: Seen) -> Site | None:
+        """The integers that a weight is stored as, as a site; the output has no images, and is none."""
+        weight, name = one.call.weight, one.reads
+        if one.active or not name or STORED_WEIGHT not in self._kinds:
+            return None
+        if weight.dtype not in INTEGERS:
+            return self._skip(one, name, f"it is stored as {weight.dtype}; faults hit {' and '.join(INTEGERS.values())}")
+        self._calls[name] = self._calls.get(name, 0) + 1
+        layer = name if self._calls[name] == 1 else f"{name}#{self._calls[name]}"
+        shape, kind = tuple(weight.shape), INTEGERS[weight.dtype]
+        site = Site(layer, STORED_WEIGHT, len(self.sites), shape, weight.numel(), weight_dtype=kind, reads=name)
         self.sites.append(site)
         return site
 
@@ -637,14 +658,17 @@ def changed_rows(
     return {at: rows.isnan() | (rows != second[at]) for at, rows in first.items() if len(rows) == len(second.get(at, ()))}
 
 
-def _share_of_one_image(small: Tensor, large: Tensor, changed: Tensor | None) -> tuple[tuple[int, ...], int, int, str]:
+def _share_of_one_image(
+    small: Tensor, large: Tensor, changed: Tensor | None, types: Mapping[torch.dtype, str]
+) -> tuple[tuple[int, ...], int, int, str]:
     """The shape of one image's share of an output, its dimension and outer parts, or the reason why images have no shares.
 
     small, large: the output with the two batch sizes of SURVEYED. changed: which rows are the second image's, if that is known.
+    types: which faults hit.
     """
-    if small.dtype not in FLOATS:
+    if small.dtype not in types:
         what = f"quantised ({small.dtype})" if small.is_quantized else str(small.dtype)
-        return (), 0, 1, f"its output is {what}; faults hit {', '.join(FLOATS.values())}"
+        return (), 0, 1, f"its output is {what}; faults hit {', '.join(types.values())}"
     if small.shape == large.shape:
         return (), 0, 1, "its output has no batch dimension: all images share its values"
     dimension = growing_dimension(small.shape, large.shape)

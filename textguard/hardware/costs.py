@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from textguard.errors import InvalidParameter, Setting
 from textguard.faults.detectors import Bound
+from textguard.faults.exported import evaluation
 from textguard.faults.inputs import batches, prepare
 from textguard.faults.mitigations import MITIGATIONS, protect
 from textguard.faults.profiling import activation_bounds
@@ -119,7 +120,7 @@ def mitigation_costs(
         name: protect(plain, image, activation_bounds(model, profile or loader, name, task), name) for name in mitigations
     }
     _, images, _ = next(batches(loader, image.device, task=task))
-    times = time_ratios({"": plain.eval(), **protected}, images)
+    times = time_ratios({"": evaluation(plain), **protected}, images)
     rows = [(name, times[name], *bounding_operations(one, images)) for name, one in protected.items()]
     return pd.DataFrame(rows, columns=["mitigation", "time", "comparisons", "numbers"])
 

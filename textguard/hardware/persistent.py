@@ -5,6 +5,7 @@ the memory is written again, so its outcome is a share of images: of changed pre
 """
 
 import hashlib
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -261,8 +262,10 @@ def _stored_faults(
     faults["tensor"] = faults["layer"].map({name: place for place, name in enumerate(names)})
     neuron, mask = (torch.tensor(faults[column].to_numpy(), device=image.device) for column in ("neuron", "mask"))
     golden, faulty = torch.empty(len(faults)), torch.empty(len(faults))
-    largest = {name: float(known[name].detach().abs().max()) for name in names} if detector == "profiled" else {}
-    limits = detector_limits(detector, names, largest)
+    largest = {name: float(known[name].detach().double().abs().max()) for name in names} if detector == "profiled" else {}
+    # All stored integers are in the range that the model was quantised for.
+    integers = [name for name in names if not known[name].is_floating_point()]
+    limits = detector_limits(detector, names, largest) | dict.fromkeys(integers, math.inf)
     for name, rows in faults.groupby("layer").indices.items():
         found = damaged_values(storages[name], known[name], neuron[rows], mask[rows], fault_model.operation, limits[name])
         golden[rows], faulty[rows] = (values.float().cpu() for values in found)

@@ -30,6 +30,7 @@ from textguard.estimates.statistics import CONFIDENCE, Estimate, rate_estimate, 
 from textguard.faults.checks import checked_name, confidence_level, folder_path, some_text, whole_number
 from textguard.faults.copying import copy_model
 from textguard.faults.damage import Operation
+from textguard.faults.exported import evaluation
 from textguard.faults.formats import FP32, Format, parse_format, stored_as
 from textguard.faults.graph import unwrapped
 from textguard.faults.inputs import batches, check_labels, check_logits, positions, prepare
@@ -695,7 +696,7 @@ def _set_up(
     number_format, protection = _format(settings["number_format"]), parse_protection(settings["protection"])
     model, image = prepare(model, loader, task)
     with torch.inference_mode(False):
-        model = uncompiled(copy_model(unwrapped(model)).eval())
+        model = uncompiled(evaluation(copy_model(unwrapped(model))))
         tensors = _stored(model, image, number_format, protection)
     images = _Images(model, loader, image.device, batch_size, task, most)
     return _Memory(tensors, settings["seed"], protection.name, settings["operation"]), images

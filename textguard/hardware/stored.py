@@ -1,7 +1,7 @@
 """What a model keeps in memory: every float tensor that an inference reads, and faults in single values of them."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +13,11 @@ from textguard.errors import CampaignMismatch, Setting, UnsupportedModel, printa
 from textguard.faults.checks import whole_number
 from textguard.faults.copying import copy_model
 from textguard.faults.damage import FaultModel, Faults, Operation, Storage
+from textguard.faults.exported import evaluation
 from textguard.faults.formats import FP32, NATIVE, Format, parse_format, stored_as
 from textguard.faults.graph import unwrapped
 from textguard.faults.plans import distinct, uniform_numbers
-from textguard.faults.sites import uncompiled
+from textguard.faults.sites import INTEGERS, uncompiled
 from textguard.faults.weights import matrices, weight_readers
 
 PERSISTENT_COLUMNS = ["layer", "index", "neuron", "bit"]
@@ -71,7 +72,9 @@ def as_format(number_format: Format | str) -> Format:
 
 
 def stored_tensors(model: nn.Module, image: Tensor) -> list[StoredTensor]:
-    """The float parameters and buffers that an inference reads: weights, biases, norms' parameters and running statistics.
+    """The parameters and buffers that an inference reads: weights, biases, norms' parameters and running statistics.
+
+    They are floats, or the integers of quantised graphs.
 
     Parameters
     ----------
@@ -88,7 +91,7 @@ def stored_tensors(model: nn.Module, image: Tensor) -> list[StoredTensor]:
     Raises
     ------
     UnsupportedModel
-        The model stores no float tensors, or stores them in a type without a known format.
+        The model reads no stored numbers, or stores them in a type without a known format.
 
     Examples
     --------
@@ -108,7 +111,9 @@ def stored_tensors(model: nn.Module, image: Tensor) -> list[StoredTensor]:
     found = []
     for name, functions in readers.items():
         tensor = tensors[name]
-        if not tensor.is_floating_point() or not tensor.numel():
+        # Of whole numbers, the weights of quantised graphs: what indices, counters and masks do when damaged is another matter.
+        stored = tensor.is_floating_point() or (tensor.dtype in INTEGERS and any(map(_is_dequantised, functions)))
+        if not stored or not tensor.numel():
             continue
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in NATIVE:
@@ -120,9 +125,13 @@ def stored_tensors(model: nn.Module, image: Tensor) -> list[StoredTensor]:
     return found
 
 
+def _is_dequantised(function: Callable) -> bool:
+    return function.__name__.startswith("dequantize_per_")
+
+
 def own_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode, with the layers' own names, whose weights can be changed. Raises UnsupportedModel."""
-    return uncompiled(copy_model(unwrapped(model)).eval())
+    return uncompiled(evaluation(copy_model(unwrapped(model))))
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
