@@ -29,7 +29,7 @@ def pages() -> list[Path]:
 
 def rewritten(text: str) -> str:
     """A page with every part as it has to be."""
-    return PART.sub(lambda found: f"{found[1]}\n{KINDS[found[2]](found[3] or "")}\n{found[4]}", text)
+    return PART.sub(lambda found: "\n".join([found[1], KINDS[found[2]](found[3] or ""), found[4]]), text)
 
 
 def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -42,16 +42,24 @@ def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def table(arguments: str) -> str:
     """Some columns and rows of a table that a stage wrote: FILE; COLUMN | COLUMN; COLUMN=PATTERN & COLUMN=PATTERN."""
     file, columns, *conditions = arguments.split("; ")
-    head, _, *lines = [line for line in (REPOSITORY / file).read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    tables = re.findall(r"(?:^\|.*\n)+", (REPOSITORY / file).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    shown = columns.split(" | ")
+    head, _, *lines = next(found for found in map(str.splitlines, tables) if set(shown) <= set(_cells(found[0])))
     rows = [dict(zip(_cells(head), _cells(line), strict=True)) for line in lines]
     wanted = [condition.split("=", 1) for condition in conditions[0].split(" & ")] if conditions else []
     kept = [row for row in rows if all(re.fullmatch(pattern, row[name].replace("\\", "")) for name, pattern in wanted)]
-    shown = columns.split(" | ")
     return markdown(shown, ([row[name] for name in shown] for row in kept))
 
 
 def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.removeprefix("|").removesuffix("|").split(" | ")]
+
+
+def lines(arguments: str) -> str:
+    """The lines of a file from the one that starts so to the next empty one, as a list: FILE; START."""
+    file, start = arguments.split("; ")
+    found = re.search(rf"^{re.escape(start)}(?:.+\n)+", (REPOSITORY / file).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return "".join(f"- {line}\n" for line in found[0].splitlines())
 
 
 def parameters(file: str) -> str:
@@ -108,7 +116,7 @@ def targets(_: str) -> str:
     return markdown(("command", "what it does"), ((f"`make {name}`", said) for name, said in found))
 
 
-KINDS = {"table": table, "parameters": parameters, "stages": stages, "command": command, "targets": targets}
+KINDS = {"table": table, "lines": lines, "parameters": parameters, "stages": stages, "command": command, "targets": targets}
 
 
 if __name__ == "__main__":
