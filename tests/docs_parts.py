@@ -52,7 +52,7 @@ def table(arguments: str) -> str:
 
 
 def _cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.removeprefix("|").removesuffix("|").split(" | ")]
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().removeprefix("|").removesuffix("|"))]
 
 
 def lines(arguments: str) -> str:
@@ -90,7 +90,9 @@ def stages(_: str) -> str:
         keys = [*stage.get("matrix", [])]
         each = "run" if "seed" in keys else ", ".join(keys) or "grid"
         sections = dict.fromkeys(key.partition(".")[0] for key in stage.get("params", []) if isinstance(key, str))
-        outs = [next(iter(out)) if isinstance(out, dict) else out for out in [*stage.get("outs", []), *stage.get("metrics", [])]]
+        outs = [
+            next(iter(out)) if isinstance(out, dict) else out for out in [*stage.get("outs", []), *stage.get("metrics", [])]
+        ]
         written = ", ".join(f"`{re.sub(r'[$][{][^}]*[}](-[$][{][^}]*[}])*', 'KEY', out)}`" for out in outs)
         rows.append((f"`{name}`", each, " ".join(said.split("\n\n")[0].split()), _code(sections), written))
     return markdown(("stage", "one for each", "what it does", "sections of params.yaml", "writes"), rows)

@@ -1,4 +1,4 @@
-"""A hook of mkdocs (mkdocs.yml): pages link to files of the repository as GitHub wants it; on the site the links lead to GitHub."""
+"""A hook of mkdocs (mkdocs.yml): on the site, links to files of the repository lead to GitHub."""
 
 import logging
 import re
