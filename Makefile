@@ -26,7 +26,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Every stage is a process of its own: without byte code each would compile its packages again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup grid repro gate report test numbers fuzz lint format grids smoke plan bench lock clean
+.PHONY: findings help setup grid repro gate report test numbers fuzz lint format grids smoke plan bench lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
@@ -107,6 +107,9 @@ lint: setup  ## check style, format, import rules, the CI's workflow and the gri
 	lint-imports
 	zizmor --offline --quiet .github
 	@for grid in $(GRIDS); do python -m textguard.dag grids/$$grid | cmp - grids/$$grid/dvc.yaml || { echo "run 'make grids'"; exit 1; }; done
+
+findings: setup  ## render docs/findings.md anew, from the results of all grids that are there
+	@cd docs && dvc repro --quiet
 
 format: setup  ## format the code
 	ruff check --fix .

@@ -1,4 +1,4 @@
-"""What the grids say about the questions that the paper leaves open: python -m textguard.report.findings > docs/findings.md.
+"""What the grids say about the questions that the paper leaves open: python -m textguard.report.findings docs/findings.md.
 
 Every number comes from a file that a stage wrote and that git keeps. An interval or a verdict chooses a sentence, never a value
 alone. A question that no grid answers is listed as not answered.
@@ -11,13 +11,17 @@ from functools import cached_property
 from pathlib import Path
 
 from textguard.analysis.mechanism import association, classifiers
+from textguard.artifacts import write_text
 from textguard.environment import run_command
 from textguard.estimates.statistics import Estimate
+from textguard.report.effect_tables import SPOKEN, Shown, shown_effects
 from textguard.report.rendering import Judged, Table, as_markdown, show_estimate, show_number
 from textguard.schema.base import read
+from textguard.schema.effects import Effects
 from textguard.schema.hardware import HardwareCell
 from textguard.schema.results import PROPOSED, Cell, RunResult
 
+NAMED = 6  # changes that a sentence names
 # Name -> folder, and the command that makes its results.
 STUDIES = {
     "demo": ".",
@@ -61,6 +65,11 @@ class Study:
     def other_faults(self) -> list[HardwareCell]:
         """Variants beside their baselines under the faults of section hardware."""
         return self._listed("hardware.json", list[HardwareCell])
+
+    @cached_property
+    def effects(self) -> list[Shown]:
+        """Single changes, factors and interactions, of all networks."""
+        return [shown for found in self._listed("effects.json", list[Effects]) for shown in shown_effects(found)]
 
     def _listed(self, name: str, kind: type) -> list:
         file = self.folder / "metrics" / name
@@ -117,6 +126,60 @@ def cell_table(cells: Iterable[Cell], name: str) -> str:
         for cell in cells
     ]
     caption = "(x): the baseline's / its own, above 1 is better; 99 % intervals over trainings."
+    return as_markdown(Table(name, caption, headers, rows))
+
+
+def causes(studies: dict[str, Study]) -> Finding:
+    """Which single changes make a classifier more resilient?"""
+    study = studies["causes"]
+    answer = f"Of {len(study.effects)} single changes, {_told(study.effects)}."
+    return Finding(
+        "What makes these classifiers resilient?",
+        answer if study.effects else "Not answered here: grid causes was not run.",
+        effect_table(study.effects, "causes") if study.effects else "",
+        [study.command],
+        "One network on digits, three epochs. Whether a change of the logits' temperature is a gain is the user's to say: it "
+        "changes no prediction and no SDC.",
+    )
+
+
+def factorial(studies: dict[str, Study]) -> Finding:
+    """Which factors act, and which act on one another?"""
+    study = studies["factorial"]
+    main = [shown for shown in study.effects if shown.kind == "factor"]
+    pairs = [shown for shown in study.effects if shown.kind == "interaction"]
+    answer = f"Of {len(main)} factors, {_told(main)}; of {len(pairs)} interactions, {_told(pairs)}."
+    return Finding(
+        "Which factors act, and which need each other?",
+        answer if main else "Not answered here: grid factorial was not run.",
+        effect_table([*main, *(pair for pair in pairs if _is_told(pair))], "factorial") if main else "",
+        [study.command],
+        "A half fraction of a design with two levels of each factor: nothing is known between them or beyond.",
+    )
+
+
+def _told(found: Iterable[Shown]) -> str:
+    """Which changes are told to do something, by SDC and by DeltaLoss."""
+    said = []
+    for measure, what in (("sdc", "SDC"), ("delta_loss", "DeltaLoss")):
+        for verdict, word in (("better", "less"), ("worse", "more")):
+            names = [shown.name for shown in found if shown.at(measure, "overall").verdict == verdict]
+            said.append(f"{len(names)} leave {word} {what}" + (f" ({', '.join(names)})" if 0 < len(names) <= NAMED else ""))
+    return ", ".join(said)
+
+
+def _is_told(shown: Shown) -> bool:
+    return any(shown.at(*place).verdict in ("better", "worse") for place in SPOKEN)
+
+
+def effect_table(found: Iterable[Shown], name: str) -> str:
+    """Changes and what they do to DeltaLoss, SDC and top-1."""
+    rows = [
+        [shown.name, *(Judged(shown.at(*at).effect, shown.at(*at).verdict) for at in SPOKEN), str(shown.effects[0].effect.n)]
+        for shown in found
+    ]
+    headers = ["Change", "DeltaLoss, All Layers (x)", "SDC, All Layers (x)", "Top-1 (points)", "Trainings"]
+    caption = "(x): so many times less with the change, above 1 is better; 99 % intervals over trainings, paired by seed."
     return as_markdown(Table(name, caption, headers, rows))
 
 
@@ -206,7 +269,7 @@ def mechanism(studies: dict[str, Study]) -> Finding:
         "Is it how far the scores go?",
         answer,
         shown,
-        ["python -m textguard.report.findings"],
+        ["cd docs && dvc repro"],
         "A correlation over classifiers does not say what makes what. The scaled heads do, for DeltaLoss: there, nothing but a "
         "constant differs.",
     )
@@ -281,15 +344,15 @@ UNANSWERED = (
     ),
     Finding("Does a classifier of texts gain?", "Not answered here: none was trained."),
 )
-QUESTIONS: tuple[Callable[[dict[str, Study]], Finding], ...] = (text, networks, mechanism, other_faults)
+QUESTIONS: tuple[Callable[[dict[str, Study]], Finding], ...] = (causes, factorial, text, networks, mechanism, other_faults)
 
 
 def main(arguments: list[str]) -> int:
-    """Print the page. Returns the exit code."""
-    if arguments:
+    """Write the page to the one file that is named. Returns the exit code."""
+    if len(arguments) != 1:
         print(__doc__, file=sys.stderr)
         return 2
-    print(page({name: Study(name, Path(folder)) for name, folder in STUDIES.items()}), end="")
+    write_text(Path(arguments[0]), page({name: Study(name, Path(folder)) for name, folder in STUDIES.items()}))
     return 0
 
 
@@ -299,7 +362,7 @@ def page(studies: dict[str, Study]) -> str:
     parts = [
         "# Findings",
         "What the grids of this repository say about the questions that the paper leaves open. The numbers are computed from "
-        "the committed results by `python -m textguard.report.findings`. [Definitions](definitions.md) says what is counted, "
+        "the committed results by `cd docs && dvc repro`. [Definitions](definitions.md) says what is counted, "
         "and [faults](faults.md) what is injected.",
     ]
     for finding in findings:
