@@ -52,7 +52,7 @@ def pin(entry: str) -> str:
 
 
 def split(entries: Mapping[str, str], cpu: Mapping[str, set[str]], docs: Mapping[str, str]) -> dict[str, str]:
-    """The text of every lock. entries, docs: what pyproject.toml and its group resolve to; cpu: hashes of torch's CPU builds."""
+    """The text of every lock. entries, docs: what pyproject.toml and its group resolve to; cpu: hashes of torch for CPUs."""
     of_cuda = {name for name in entries if re.match(r"nvidia-(?!ml-py)|cuda-|triton$", name)} | set(TORCH)
     chosen = {
         BUILD: [entries["setuptools"]],
