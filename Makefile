@@ -111,7 +111,7 @@ docs: $(DOCS_READY)  ## serve the documentation's site on this machine
 	NO_MKDOCS_2_WARNING=1 mkdocs serve
 
 site: $(DOCS_READY)  ## build the documentation's site into build/site; a broken link is an error
-	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 lint: setup  ## check style, format, import rules, the CI's workflow and the grids' copies of dvc.yaml
 	ruff check .
