@@ -11,7 +11,7 @@ OUT = Path("metrics/checked.txt")
 # The same for all parameters: others rerun the stages that use them, and this file none.
 CONTENT = "params.yaml holds what textguard/params.py allows.\n"
 # Where stages write that not every grid has. Later stages depend on these folders, in a grid without them as well.
-OPTIONAL = ("embeddings", "metrics/texts", "plots/texts", "prompts/texts", "metrics/corruptions")
+OPTIONAL = ("metrics/texts", "plots/texts", "prompts/texts", "metrics/corruptions")
 
 
 def main(params: Params) -> None:
@@ -21,7 +21,7 @@ def main(params: Params) -> None:
         from stages.rehearsal import look_up  # with torch, which takes seconds, and most grids need not wait for
 
         look_up(params)
-    for folder in OPTIONAL:
+    for folder in (*OPTIONAL, *(f"embeddings/{dataset}" for dataset in params.datasets)):
         Path(folder).mkdir(parents=True, exist_ok=True)
     if not OUT.is_file() or OUT.read_bytes() != CONTENT.encode():
         write_text(OUT, CONTENT)

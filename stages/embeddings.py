@@ -9,7 +9,7 @@ import torch
 from stages.texts import read_descriptions, rows_to_embed
 from textguard.artifacts import read_classes, sha256_of_file, write_safetensors
 from textguard.errors import InvalidParameter
-from textguard.params import Params
+from textguard.params import Params, embedding_file
 from textguard.runtime import make_deterministic, pick_device
 from textguard.text.embeddings import (
     ClassEmbeddings,
@@ -38,9 +38,9 @@ def main(params: Params, key: str) -> None:
 
     make_deterministic(0)
     if texts.features:
-        file = Path(params.root) / texts.features
+        features = Path(params.root) / texts.features
         row_map = Path(params.root) / texts.row_map if texts.row_map else None
-        encoded = EncodedTexts(load_text_features(file, classes, row_map), sha256_of_file(file, ""), 0)
+        encoded = EncodedTexts(load_text_features(features, classes, row_map), sha256_of_file(features, ""), 0)
     else:
         encoded = encode(params.encoder, [said.text for said in used], pick_device())
     if len(kept) < len(descriptions):
@@ -54,5 +54,6 @@ def main(params: Params, key: str) -> None:
     matrix_ce = control(matrix_ce, options.vectors, options.seed)
     provenance = (texts.dataset, tuple(classes), params.encoder_of(key), encoded.weights_sha256, matrix_ce.shape[1], len(used))
     embeddings = ClassEmbeddings(matrix_ce, *provenance, encoded.shortened, options)
-    write_safetensors(Path("embeddings") / f"{key}.texts.safetensors", {"vectors": encoded.vectors, "rows": torch.tensor(kept)})
-    save_class_embeddings(Path("embeddings") / f"{key}.safetensors", embeddings)
+    file = embedding_file(texts.dataset, texts.variant)
+    write_safetensors(file.with_suffix(".texts.safetensors"), {"vectors": encoded.vectors, "rows": torch.tensor(kept)})
+    save_class_embeddings(file, embeddings)

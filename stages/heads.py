@@ -7,7 +7,7 @@ from torch import Tensor
 
 from textguard.artifacts import read_classes
 from textguard.errors import InvalidEmbeddings
-from textguard.params import Params, TreatmentParams
+from textguard.params import Params, TreatmentParams, embedding_file
 from textguard.text.embeddings import ClassEmbeddings, load_class_embeddings, save_width
 from textguard.text.encoders import encoder_width
 from textguard.text.starts import start_rows
@@ -17,7 +17,7 @@ def main(params: Params, dataset: str) -> None:
     classes, folder = read_classes(Path("data") / dataset / "classes.json"), Path("models") / "heads" / dataset
     treatments = {variant: params.treatment(variant) for variant in params.variants}
     told = {treatment.text for treatment in treatments.values() if treatment.text}
-    sources = {text: Path("embeddings") / f"{dataset}-{text}.safetensors" for text in sorted(told)}
+    sources = {text: embedding_file(dataset, text) for text in sorted(told)}
     texts = {text: load_class_embeddings(file, dataset, classes) for text, file in sources.items()}
     starts = {
         variant: _start(

@@ -9,7 +9,7 @@ import torch
 from stages.texts import read_descriptions, rows_to_embed
 from textguard.artifacts import read_classes, read_safetensors, reading, write_csv
 from textguard.errors import InvalidArtifact, InvalidEmbeddings
-from textguard.params import Params
+from textguard.params import Params, embedding_file
 from textguard.report.text_figures import draw_projection, draw_similarity
 from textguard.schema.base import write
 from textguard.schema.texts import TextQuality
@@ -18,13 +18,13 @@ from textguard.text.quality import measure_quality, principal_components, unit_m
 
 
 def main(params: Params, text: str) -> None:
-    dataset = params.class_texts[text].dataset
+    dataset, variant = params.class_texts[text].dataset, params.class_texts[text].variant
     classes = read_classes(Path("data") / dataset / "classes.json")
-    embeddings = load_class_embeddings(Path("embeddings") / f"{text}.safetensors", dataset, classes)
+    embeddings = load_class_embeddings(embedding_file(dataset, variant), dataset, classes)
     _check_origin(embeddings, params, text)
     descriptions = read_descriptions(params, text, classes)
     kept = rows_to_embed(descriptions, params.class_texts[text].params.drop)
-    path = Path("embeddings") / f"{text}.texts.safetensors"
+    path = embedding_file(dataset, variant).with_suffix(".texts.safetensors")
     tensors, _ = read_safetensors(path, "embeddings")
     with reading(path, "embeddings"):
         rows, vectors = tensors["rows"], tensors["vectors"]
@@ -55,6 +55,6 @@ def _check_origin(embeddings: ClassEmbeddings, params: Params, text: str) -> Non
     encoder = f"features:{Path(texts.features).name}" if texts.features else params.encoder
     if (embeddings.encoder, embeddings.options) != (encoder, EmbeddingOptions(**asdict(texts.params.embedding))):
         raise InvalidEmbeddings(
-            f"embeddings/{text}.safetensors was made with encoder {embeddings.encoder} and {embeddings.options}, "
-            "not as params.yaml says; run 'dvc repro'"
+            f"{embedding_file(texts.dataset, texts.variant)} was made with encoder {embeddings.encoder} and "
+            f"{embeddings.options}, not as params.yaml says; run 'dvc repro'"
         )

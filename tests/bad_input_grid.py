@@ -29,7 +29,7 @@ from textguard.text.embeddings import ClassEmbeddings, EmbeddingOptions, save_cl
 
 MODEL, RUN, RECORDS = f"models/{BASELINE}.safetensors", f"metrics/runs/{BASELINE}", f"metrics/records/{BASELINE}"
 HEAD, GUIDED_HEAD = (f"models/heads/digits/{variant}.safetensors" for variant in ("baseline", "descriptions"))
-EMBEDDINGS, QUESTIONS = f"embeddings/{TEXT}.safetensors", f"prompts/texts/{TEXT}/questions.jsonl"
+EMBEDDINGS, QUESTIONS = "embeddings/digits/descriptions.safetensors", f"prompts/texts/{TEXT}/questions.jsonl"
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 WIDTH = 16  # of the class embeddings
 REMOVED = object()
@@ -147,7 +147,7 @@ def _finish(grid: Grid) -> Path:
     for name in (EMBEDDINGS, GUIDED_HEAD):
         save_class_embeddings(grid.folder / name, embeddings())
     texts = {"vectors": torch.ones(20, WIDTH), "rows": torch.arange(20)}
-    write_safetensors(grid.folder / f"embeddings/{TEXT}.texts.safetensors", texts)
+    write_safetensors(grid.folder / "embeddings/digits/descriptions.texts.safetensors", texts)
     return grid.folder
 
 

@@ -166,8 +166,8 @@ TARGETS: dict[str, list[Target]] = {
     "published texts": [Target("published/digits.json", JSON, ("responses digits-published",))],
     "text features": [Target("features/digits.pth", mutations.spoil_pth, ("embeddings digits-featured",))],
     "class embeddings": [
-        Target(f"embeddings/{TEXT}.safetensors", TENSORS, (f"text_quality {TEXT}", "heads digits")),
-        Target(f"embeddings/{TEXT}.texts.safetensors", TENSORS, (f"text_quality {TEXT}",)),
+        Target("embeddings/digits/descriptions.safetensors", TENSORS, (f"text_quality {TEXT}", "heads digits")),
+        Target("embeddings/digits/descriptions.texts.safetensors", TENSORS, (f"text_quality {TEXT}",)),
         Target("models/heads/digits/baseline.safetensors", TENSORS, (f"train {RUN}",)),
         Target("models/heads/digits/descriptions.safetensors", TENSORS, (f"train {GUIDED}",)),
     ],

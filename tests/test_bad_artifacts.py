@@ -20,7 +20,7 @@ from textguard.text.embeddings import ClassEmbeddings, save_class_embeddings, sa
 MISSING = [
     ("prompts", TEXT, "data/digits/classes.json", "data"),
     ("responses", TEXT, QUESTIONS, "prompts"),
-    ("text_quality", TEXT, f"embeddings/{TEXT}.texts.safetensors", "embeddings"),
+    ("text_quality", TEXT, "embeddings/digits/descriptions.texts.safetensors", "embeddings"),
     ("embeddings", TEXT, f"prompts/texts/{TEXT}/responses.jsonl", "responses"),
     ("train", BASELINE, "data/digits/train/images.safetensors", "data"),
     ("train", BASELINE, HEAD, "heads"),
@@ -96,7 +96,7 @@ def test_unusable_class_embeddings_are_named(grid, spoil, parts):
 
 
 def test_texts_that_belong_to_other_class_embeddings_are_refused(grid):
-    name = f"embeddings/{TEXT}.texts.safetensors"
+    name = "embeddings/digits/descriptions.texts.safetensors"
     for texts in (torch.arange(19), torch.arange(20) + 1):
         write_safetensors(grid.folder / name, {"vectors": torch.ones(len(texts), WIDTH), "rows": texts})
         says(grid.fails("text_quality", TEXT), "InvalidArtifact", name, "other texts", "'embeddings'")

@@ -297,7 +297,7 @@ WRONG_VECTORS = {
 
 @pytest.mark.parametrize(("rows", "vectors", "part"), WRONG_VECTORS.values(), ids=WRONG_VECTORS)
 def test_vectors_of_other_texts_are_refused(grid, rows, vectors, part):
-    file = f"embeddings/{TEXT}.texts.safetensors"
+    file = "embeddings/digits/descriptions.texts.safetensors"
     (grid.folder / file).unlink()
     write_safetensors(grid.folder / file, {"rows": rows, "vectors": vectors})
     says(grid.fails("text_quality", TEXT), "InvalidArtifact", file, "'embeddings'", part)

@@ -253,7 +253,7 @@ def test_stage_heads_and_recipes_write_what_every_variant_starts_from(grid, monk
     monkeypatch.setattr(heads, "encoder_width", lambda encoder: 384)
     matrix = F.normalize(torch.randn(10, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     options = EmbeddingOptions(unit_before=True, unit_after=True, vectors="encoder", seed=0, template_weight=0.0)
-    text = Path("embeddings/digits-descriptions.safetensors")
+    text = Path("embeddings/digits/descriptions.safetensors")
     save_class_embeddings(text, ClassEmbeddings(matrix, "digits", tuple(classes), "e", "0" * 64, 16, 10, 0, options))
     write_json(Path("data/digits/classes.json"), classes)
     heads.main(params, "digits")

@@ -601,6 +601,11 @@ def lookup(entries: dict[str, Any], kind: str, name: str, where: str) -> Any:
     return entries[name]
 
 
+def embedding_file(dataset: str, variant: str) -> Path:
+    """The class embeddings of one text variant; beside it, as VARIANT.texts.safetensors, the vectors of its texts."""
+    return Path("embeddings") / dataset / f"{variant}.safetensors"
+
+
 def head_file(run: Run) -> Path:
     """The file that a run's last layer starts from: its first rows, or only the width of a head that torch starts."""
     return Path("models") / "heads" / run.dataset / f"{run.variant}.safetensors"
