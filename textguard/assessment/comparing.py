@@ -72,8 +72,9 @@ def as_run(found: Assessment, name: str = "assessment") -> RunResult:
     run = Run("data", "model", BASELINE, found.settings["seed"])
     largest = found.ranges[found.sites[-1].layer]
     layers = list(found.layers.values())
-    detectors = {found.settings["detector"]: layers}
-    campaign = CampaignRecords(detectors, _stored(found), found.records[RECORDS], list(found.totals), latent=False)
+    campaign = CampaignRecords(
+        {found.settings["detector"]: layers}, _stored(found), found.records[RECORDS], list(found.totals), latent=False
+    )
     return describe(name, run, campaign, statistics, evaluation, found.predictions, largest if math.isfinite(largest) else 0.0)
 
 
