@@ -26,7 +26,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Every stage is a process of its own: without byte code each would compile its packages again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: findings help setup grid repro gate report test numbers fuzz lint format grids smoke plan bench lock clean
+.PHONY: findings help setup grid repro gate report test numbers fuzz lint format grids smoke plan bench lock docs site clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
@@ -100,6 +100,18 @@ numbers: setup  ## list the numbers on README.md and docs/ that no committed fil
 fuzz: setup  ## try hostile inputs on every stage for SECONDS (3600), or one again: make fuzz REPLAY='...'
 	python -m pytest -m slow
 	python -W ignore tests/fuzz.py --seconds $(SECONDS) $(if $(REPLAY),--replay '$(REPLAY)')
+
+DOCS_READY := $(VENV)/.docs-ready
+
+$(DOCS_READY): $(READY) requirements-docs.lock
+	$(INSTALL) --require-hashes --requirement requirements-docs.lock
+	@touch $@
+
+docs: $(DOCS_READY)  ## serve the documentation's site on this machine
+	NO_MKDOCS_2_WARNING=1 mkdocs serve
+
+site: $(DOCS_READY)  ## build the documentation's site into build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 lint: setup  ## check style, format, import rules, the CI's workflow and the grids' copies of dvc.yaml
 	ruff check .

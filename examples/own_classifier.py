@@ -19,4 +19,5 @@ for _ in range(100):
 
 loader = DataLoader(TensorDataset(images, labels), batch_size=256)
 found = assess(model.eval(), loader, plan="guided", injections_per_layer=1024, seed=0)
-print(found.table.drop(columns=["kind", "masked", "detected", "nonfinite"]).round(4).to_string())
+shown = found.table[["layer", "sdc", "sdc_low", "sdc_high", "delta_loss", "delta_loss_low", "delta_loss_high"]]
+print(shown.round(4).to_string(index=False))

@@ -15,17 +15,19 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # Raised by hand: another release of torch rounds differently, and trains other models.
 TORCH = {"torch": "2.13.0", "torchvision": "0.28.0"}
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-BUILD, CPU, CUDA, REST = (
+BUILD, CPU, CUDA, REST, DOCS = (
     "requirements-build.lock",
     "requirements-torch-cpu.lock",
     "requirements-torch.lock",
     "requirements.lock",
+    "requirements-docs.lock",
 )
 PURPOSES = {
     BUILD: "what builds the packages that come as source, this project too",
     CPU: "torch's build for CPUs",
     CUDA: "torch's build on PyPI, and the CUDA packages that it needs on Linux",
-    REST: "everything else",
+    REST: "everything else that the project and its tests need",
+    DOCS: "what `make docs` needs besides",
 }
 PAGE = REPOSITORY / "THIRD_PARTY.md"
 FIRST, LAST = "<!-- packages: written by tests/lock.py -->\n", "<!-- end of packages -->\n"
@@ -49,8 +51,8 @@ def pin(entry: str) -> str:
     return re.split(r"[ ;\\]", entry, maxsplit=1)[0]
 
 
-def split(entries: Mapping[str, str], cpu: Mapping[str, set[str]]) -> dict[str, str]:
-    """The text of every lock. entries: what pyproject.toml resolves to; cpu: hashes of torch's builds for CPUs."""
+def split(entries: Mapping[str, str], cpu: Mapping[str, set[str]], docs: Mapping[str, str]) -> dict[str, str]:
+    """The text of every lock. entries, docs: what pyproject.toml and its group resolve to; cpu: hashes of torch for CPUs."""
     of_cuda = {name for name in entries if re.match(r"nvidia-(?!ml-py)|cuda-|triton$", name)} | set(TORCH)
     chosen = {
         BUILD: [entries["setuptools"]],
@@ -61,6 +63,7 @@ def split(entries: Mapping[str, str], cpu: Mapping[str, set[str]]) -> dict[str, 
         ],
         CUDA: [entries[name] for name in entries if name in of_cuda],
         REST: [entries[name] for name in entries if name not in {"setuptools", *of_cuda}],
+        DOCS: [docs[name] for name in docs if name not in entries],
     }
     return {file: f"# Written by 'make lock': {PURPOSES[file]}.\n" + "\n".join(lines) + "\n" for file, lines in chosen.items()}
 
@@ -122,7 +125,7 @@ def normalised(name: str) -> str:
 
 def locked() -> dict[str, str]:
     """The version of every package in the locks, by name, but for torch's build for CPUs."""
-    files = [parsed((REPOSITORY / file).read_text(encoding="utf-8")) for file in (BUILD, CUDA, REST)]
+    files = [parsed((REPOSITORY / file).read_text(encoding="utf-8")) for file in (BUILD, CUDA, REST, DOCS)]
     return {normalised(name): pin(entry).partition("==")[2] for entries in files for name, entry in entries.items()}
 
 
@@ -130,9 +133,11 @@ def main() -> None:
     """Write the locks, then the table of licences."""
     pins = "\n".join(f"{name}=={version}" for name, version in TORCH.items())
     entries = resolved("pyproject.toml", "--extra=dev", "--constraint=-", constraints=pins)
-    for file, text in split(entries, cpu_hashes()).items():
+    # Both are installed into one environment.
+    docs = resolved("--group=docs", "--constraint=-", constraints="\n".join(map(pin, entries.values())))
+    for file, text in split(entries, cpu_hashes(), docs).items():
         (REPOSITORY / file).write_text(text, encoding="utf-8")
-    licences = reported(BUILD) | reported(CUDA) | reported(REST)
+    licences = reported(BUILD) | reported(CUDA) | reported(REST) | reported(DOCS)
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(FIRST)
     rows = [(name, version, licences.get(name, "-")) for name, version in locked().items()]
     PAGE.write_text(before + FIRST + table(rows) + LAST + rest.partition(LAST)[2], encoding="utf-8")

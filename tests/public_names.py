@@ -1,4 +1,4 @@
-"""Write the tables of public names into docs/library.md: `python tests/public_names.py`. tests/test_docstrings.py compares."""
+"""Write the tables of public names into docs/api.md: `python tests/public_names.py`. tests/test_docstrings.py compares."""
 
 import importlib
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
-PAGE = REPOSITORY / "docs" / "library.md"
+PAGE = REPOSITORY / "docs" / "api.md"
 TABLE = re.compile(r"(<!-- names: (\S+) -->\n).*?(<!-- end of names -->\n)", flags=re.DOTALL)
 
 
@@ -19,7 +19,7 @@ def table(module: str) -> str:
 
 
 def page() -> str:
-    """docs/library.md with the tables as they have to be."""
+    """docs/api.md with the tables as they have to be."""
     text = PAGE.read_text(encoding="utf-8")
     return TABLE.sub(lambda found: f"{found[1]}\n{table(found[2])}\n{found[3]}", text)
 

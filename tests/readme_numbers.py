@@ -247,7 +247,8 @@ def blanked(text: str, pattern: str) -> str:
 
 
 def numbers_of(text: str, kinds: list[dict[str, str]]) -> list[Number]:
-    """The numbers of a page but those of code, links and the kinds that are no findings."""
+    """The numbers of a page but those of code, links, what tests/docs_parts.py makes, and the kinds that are no findings."""
+    text = blanked(text, r"<!-- part: [\s\S]*?<!-- end of part -->")
     text = blanked(text, r"^```[\s\S]*?^```|(?<=\n\n)(?: {4}.*\n+)+|`[^`\n]*`|\]\([^)\n]*\)|https?://\S+")
     for kind in kinds:
         text = blanked(text, kind["pattern"])

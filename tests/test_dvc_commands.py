@@ -1,4 +1,4 @@
-"""Every DVC command that README.md names works in the root and in a grid: exit code 0, no warning, no wider than one can read.
+"""Every DVC command of the documentation works in the root and in a grid: exit code 0, no warning, no wider than one can read.
 
 One repository stands for both: its root runs what the smoke grid runs. The results of the grid are carried over to the root as
 CHANGELOG.md carries over older ones, by `dvc commit`.
@@ -91,7 +91,7 @@ def test_metrics_are_one_row(place):
 
 
 def test_an_experiment_from_its_run_to_its_branch(place):
-    """The way through README.md, "Ablations". In the grid it redraws figures; in the root, for speed, no result changes."""
+    """The way through docs/ablation.md. In the grid it redraws figures; in the root, for speed, no result changes."""
     name, real = f"other-{place.name}", place.name == GRID.name
     key, before, after = ("figures.dpi", "80", "81") if real else ("network.attempts", "-", "7")
     output = quiet(place, "exp", "run", "-S", f"{key}={after}" if real else f"+{key}={after}", "-n", name)

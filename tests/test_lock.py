@@ -30,7 +30,8 @@ def test_a_lock_holds_releases_and_hashes_and_nothing_else(file):
 def test_torch_has_a_lock_for_each_build_and_all_else_is_in_one():
     assert set(LOCKS[lock.CPU]) == set(lock.TORCH) <= set(LOCKS[lock.CUDA])
     assert set(LOCKS[lock.BUILD]) == {"setuptools"}
-    assert not {*LOCKS[lock.BUILD], *LOCKS[lock.CUDA]} & set(LOCKS[lock.REST])
+    assert not {*LOCKS[lock.BUILD], *LOCKS[lock.CUDA]} & {*LOCKS[lock.REST], *LOCKS[lock.DOCS]}
+    assert not set(LOCKS[lock.REST]) & set(LOCKS[lock.DOCS])
     for file, build in ((lock.CPU, "+cpu"), (lock.CUDA, "")):
         assert lock.pin(LOCKS[file]["torch"]) == f"torch=={lock.TORCH['torch']}{build}"
         assert lock.pin(LOCKS[file]["torchvision"]) == f"torchvision=={lock.TORCH['torchvision']}"
@@ -38,8 +39,10 @@ def test_torch_has_a_lock_for_each_build_and_all_else_is_in_one():
 
 
 def test_the_locks_hold_what_pyproject_asks_for():
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = [line for lines in project["optional-dependencies"].values() for line in lines]
+    declared = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    project = declared["project"]
+    extras = [*project["optional-dependencies"].values(), *declared["dependency-groups"].values()]
+    extras = [line for lines in extras for line in lines]
     versions = lock.locked()
     for wanted in map(Requirement, [*project["dependencies"], *extras]):
         assert wanted.name == project["name"] or versions[lock.normalised(wanted.name)] in wanted.specifier, wanted
@@ -98,12 +101,14 @@ def test_the_locks_are_split_by_what_they_are_for():
     entries = {
         name: f"{name}=={lock.TORCH.get(name, '1')} ; sys_platform == 'linux' \\\n    --hash=sha256:{A}" for name in packages
     }
-    text = lock.split(entries, {"torch": {B}, "torchvision": {C}})
+    docs = {name: f"{name}==1 \\\n    --hash=sha256:{C}" for name in ("mkdocs", "numpy")}
+    text = lock.split(entries, {"torch": {B}, "torchvision": {C}}, docs)
     assert {file: set(lock.parsed(content)) for file, content in text.items()} == {
         lock.BUILD: {"setuptools"},
         lock.CPU: {"torch", "torchvision"},
         lock.CUDA: {"torch", "torchvision", "triton", "nvidia-nccl-cu13", "cuda-toolkit"},
         lock.REST: {"numpy", "nvidia-ml-py"},
+        lock.DOCS: {"mkdocs"},
     }
     builds = lock.parsed(text[lock.CPU])
     assert lock.hashes(builds["torch"]) == {B}
