@@ -108,6 +108,7 @@ def test_largest_logits_are_those_of_all_classifiers_and_a_rescaled_head_is_show
 
 def test_without_any_results_nothing_is_answered():
     found = sections(page(studies()))
+    assert "not answered here" in found.pop("For a sceptic of the paper")
     assert len(found) == 8
     assert all(text.startswith("**Not answered here: ") for text in found.values())
     assert not any("|" in text for text in found.values())
@@ -137,13 +138,12 @@ def test_changes_and_factors_are_named_by_verdict(tmp_path):
         json.dumps([network | {"contrasts": contrasts, "factorial": design}]), encoding="utf-8"
     )
     told = sections(page(studies(factorial=tmp_path)))["Which factors act, and which need each other?"]
-    assert told.startswith("**Of 2 factors, 0 leave less SDC, 1 leave more SDC (decay), 0 leave less DeltaLoss, 1 leave more D")
-    assert (
-        "of 2 interactions, 1 leave less SDC (decay x text), 0 leave more SDC, 1 leave less DeltaLoss (decay x text), 0" in told
-    )
+    assert told.startswith("**Of 2 factors, none leaves less SDC and 1 more, none leaves less DeltaLoss and 1 more; of 2 int")
+    assert "of 2 interactions, 1 leaves less SDC and none more, 1 leaves less DeltaLoss and none more.**" in told
     assert f"| decay x text | {SHOWN} better |" in told
     assert "| decay x head" not in told  # only those that are told
     (tmp_path / "metrics" / "effects.json").write_text(json.dumps([network | {"contrasts": contrasts}]), encoding="utf-8")
     told = sections(page(studies(causes=tmp_path)))["What makes these classifiers resilient?"]
-    assert "**Of 3 single changes, 1 leave less SDC (smoothing), 1 leave more SDC (longer), 1 leave less DeltaLoss (sm" in told
+    assert told.startswith("**Of 3 single changes of the plain classifier, 1 leaves less SDC and 1 more, 1 leaves less Delta")
+    assert "Less SDC: smoothing.**" in told
     assert f"| cooler | {SHOWN} not separable | {SHOWN} not separable | {SHOWN} not separable | 3 |" in told
