@@ -44,7 +44,7 @@ WRONG_VALUES = {
     "a number for true": ("head.fold_scale", 1, ["1", "valid boolean"]),
     "maps of one place": ("closeup.smallest_map", 1, ["1", "greater than or equal to 2"]),
     "unknown exposure": ("statistics.fit_exposure", "bits", ['"bits"', "'neurons' or 'multiply_adds'"]),
-    "unknown mitigation": ("inject.mitigation", "tmr", ['"tmr"', "'none', 'ranger' or 'clip_to_zero'"]),
+    "unknown mitigation": ("inject.mitigation", "tmr", ['"tmr"', "'none', 'ranger', 'clip_to_zero' or 'learned'"]),
     "unknown target": ("inject.faults.target", "input", ['"input"', "'neuron', 'weight' or 'metadata'"]),
     "unknown operation": ("inject.faults.operation", "set", ['"set"', "'flip', 'stuck_at_0' or 'stuck_at_1'"]),
     "no bits": ("inject.faults.bits", 0, ["0", "greater than 0"]),
