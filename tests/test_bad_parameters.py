@@ -40,7 +40,7 @@ WRONG_VALUES = {
     "certainty": ("statistics.confidence", 1.0, ["1.0", "less than or equal to 0.9999"]),
     "few resamples": ("statistics.bootstrap", 10, ["10", "greater than or equal to 200"]),
     "no failures": ("statistics.fit_per_bit", 0.0, ["0.0", "greater than 0"]),
-    "no images": ("closeup.images", 0, ["0", "greater than 0"]),
+    "less than no images": ("closeup.images", -1, ["-1", "greater than or equal to 0"]),
     "a number for true": ("head.fold_scale", 1, ["1", "valid boolean"]),
     "maps of one place": ("closeup.smallest_map", 1, ["1", "greater than or equal to 2"]),
     "unknown exposure": ("statistics.fit_exposure", "bits", ['"bits"', "'neurons' or 'multiply_adds'"]),
