@@ -147,14 +147,15 @@ def test_a_number_that_no_grid_has_is_refused(untouched, place, values):
 
 
 def numbers_of(schema: dict, defined: dict) -> Iterator[dict]:
-    """Every number of a JSON schema."""
+    """Every number of a JSON schema but the levels of factors."""
     if schema.get("type") in ("integer", "number"):
         yield schema
     if reference := schema.get("$ref"):
         yield from numbers_of(defined[reference.rpartition("/")[2]], defined)
     for name in ("properties", "patternProperties"):
-        for part in schema.get(name, {}).values():
-            yield from numbers_of(part, defined)
+        for key, part in schema.get(name, {}).items():
+            if key != "factors":  # the levels of a treatment's fields, which have bounds of their own
+                yield from numbers_of(part, defined)
     inner = [schema.get("items"), schema.get("additionalProperties"), *schema.get("anyOf", []), *schema.get("prefixItems", [])]
     for part in inner:
         if isinstance(part, dict):
