@@ -40,11 +40,11 @@ WRONG_VALUES = {
     "certainty": ("statistics.confidence", 1.0, ["1.0", "less than or equal to 0.9999"]),
     "few resamples": ("statistics.bootstrap", 10, ["10", "greater than or equal to 200"]),
     "no failures": ("statistics.fit_per_bit", 0.0, ["0.0", "greater than 0"]),
-    "no images": ("closeup.images", 0, ["0", "greater than 0"]),
+    "less than no images": ("closeup.images", -1, ["-1", "greater than or equal to 0"]),
     "a number for true": ("head.fold_scale", 1, ["1", "valid boolean"]),
     "maps of one place": ("closeup.smallest_map", 1, ["1", "greater than or equal to 2"]),
     "unknown exposure": ("statistics.fit_exposure", "bits", ['"bits"', "'neurons' or 'multiply_adds'"]),
-    "unknown mitigation": ("inject.mitigation", "tmr", ['"tmr"', "'none', 'ranger' or 'clip_to_zero'"]),
+    "unknown mitigation": ("inject.mitigation", "tmr", ['"tmr"', "'none', 'ranger', 'clip_to_zero' or 'learned'"]),
     "unknown target": ("inject.faults.target", "input", ['"input"', "'neuron', 'weight' or 'metadata'"]),
     "unknown operation": ("inject.faults.operation", "set", ['"set"', "'flip', 'stuck_at_0' or 'stuck_at_1'"]),
     "no bits": ("inject.faults.bits", 0, ["0", "greater than 0"]),
@@ -147,14 +147,15 @@ def test_a_number_that_no_grid_has_is_refused(untouched, place, values):
 
 
 def numbers_of(schema: dict, defined: dict) -> Iterator[dict]:
-    """Every number of a JSON schema."""
+    """Every number of a JSON schema but the levels of factors."""
     if schema.get("type") in ("integer", "number"):
         yield schema
     if reference := schema.get("$ref"):
         yield from numbers_of(defined[reference.rpartition("/")[2]], defined)
     for name in ("properties", "patternProperties"):
-        for part in schema.get(name, {}).values():
-            yield from numbers_of(part, defined)
+        for key, part in schema.get(name, {}).items():
+            if key != "factors":  # the levels of a treatment's fields, which have bounds of their own
+                yield from numbers_of(part, defined)
     inner = [schema.get("items"), schema.get("additionalProperties"), *schema.get("anyOf", []), *schema.get("prefixItems", [])]
     for part in inner:
         if isinstance(part, dict):

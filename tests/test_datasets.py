@@ -433,5 +433,5 @@ def test_stages_read_photos_the_same_with_any_number_of_processes(tmp_path, monk
         for stage in ("train", "evaluate", "ranges", "inject"):
             importlib.import_module(f"stages.{stage}").main(loaded, key)
     files = [{path.name: path.read_bytes() for path in (tmp_path / n / "metrics").glob("r*/*/*.*")} for n in ("0", "2")]
-    assert len(files[0]) == 10
+    assert len(files[0]) == 11
     assert files[0] == files[1]
