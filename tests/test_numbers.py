@@ -8,7 +8,7 @@ import yaml
 import readme_numbers
 from readme_numbers import REMEDY, complaints, load_list, look_at, numbers_of, pages
 
-MOST_UNNOTICED = 0.02  # of changed digits: a number in a sentence that another table prints too
+MOST_UNNOTICED = 0.05  # of changed digits: a number in a sentence that another table prints too
 
 
 @pytest.mark.parametrize("name", pages())
@@ -33,7 +33,7 @@ def changed(text, number):
 
 def test_a_changed_digit_is_noticed():
     """Nearly everywhere."""
-    numbers = [(name, number) for name, text in pages().items() for number in look_at(name, text).numbers][::11]
+    numbers = [(name, number) for name, text in pages().items() for number in look_at(name, text).numbers][::4]
     unnoticed = [(name, number) for name, number in numbers if complaints(name, changed(pages()[name], number)) == []]
     assert len(unnoticed) <= MOST_UNNOTICED * len(numbers), unnoticed
 
