@@ -93,8 +93,10 @@ def _points(theirs: Sequence[RunResult], ours: Sequence[RunResult], confidence: 
 
     It is never narrower than whole images allow: trainings whose differences are equal may differ by a part of one.
     """
-    found = paired_difference(*(100 * np.array([run.top1.value for run in side]) for side in (ours, theirs)), confidence)
     step = 100 / ours[0].top1.n
+    # Whole images, so that equal means differ by 0 and not by rounding.
+    hits = (np.array([round(run.top1.value * run.top1.n) for run in side]) for side in (ours, theirs))
+    found = paired_difference(*hits, confidence).times(step)
     half = max(found.high - found.value, quantile(confidence) * step / math.sqrt(6 * len(ours)))
     return Estimate(found.value, found.value - half, found.value + half, len(ours))
 

@@ -6,7 +6,7 @@ alone. A question that no grid answers is listed as not answered.
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -17,11 +17,10 @@ from textguard.estimates.statistics import Estimate
 from textguard.report.effect_tables import SPOKEN, Shown, shown_effects
 from textguard.report.rendering import Judged, Table, as_markdown, show_estimate, show_number
 from textguard.schema.base import read
-from textguard.schema.effects import Effect, Effects
+from textguard.schema.effects import Effects
 from textguard.schema.hardware import HardwareCell
 from textguard.schema.results import BASELINE, PROPOSED, Cell, RunResult
 
-ROUNDING = 1e-12
 # Name -> folder, and the command that makes its results.
 STUDIES = {
     "demo": ".",
@@ -175,16 +174,13 @@ def _is_told(shown: Shown) -> bool:
 
 def effect_table(found: Iterable[Shown], name: str) -> str:
     """Changes and what they do to DeltaLoss, SDC and top-1."""
-    rows = [[shown.name, *(_judged(shown.at(*at)) for at in SPOKEN), str(shown.effects[0].effect.n)] for shown in found]
+    rows = [
+        [shown.name, *(Judged(shown.at(*at).effect, shown.at(*at).verdict) for at in SPOKEN), str(shown.effects[0].effect.n)]
+        for shown in found
+    ]
     headers = ["Change", "DeltaLoss, All Layers (x)", "SDC, All Layers (x)", "Top-1 (points)", "Trainings"]
     caption = "(x): so many times less with the change, above 1 is better; 99 % intervals over trainings, paired by seed."
     return as_markdown(Table(name, caption, headers, rows))
-
-
-def _judged(effect: Effect) -> Judged:
-    """An effect with its verdict; a difference of rounding alone is none."""
-    found = effect.effect
-    return Judged(replace(found, value=0.0) if abs(found.value) < ROUNDING else found, effect.verdict)
 
 
 def text(studies: dict[str, Study]) -> Finding:

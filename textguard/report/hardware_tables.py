@@ -1,5 +1,6 @@
 """Tables of the faults of section `hardware`: where the ranking of variants holds, and what protected memory is worth."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -115,7 +116,8 @@ def protection_table(cells: Sequence[HardwareCell], note: str) -> Table:
 
 def _bargain(found: Protected, bargain: Bargain) -> list[Any]:
     of = "parameters" if found.kind == "protection" else "neurons"
-    costs = [f"{bargain.bits:.4g}", f"{bargain.gates / 1e6:.4g}", f"{bargain.comparisons / 1e6:.4g}"]
+    gates = None if math.isnan(bargain.gates) else f"{bargain.gates / 1e6:.4g}"
+    costs = [f"{bargain.bits:.4g}", gates, f"{bargain.comparisons / 1e6:.4g}"]
     sdc, loss = bargain.sdc, bargain.delta_loss
     return [
         *(of, *costs, bargain.top1_change, None if found.rate is None else f"{found.rate:g}"),
