@@ -68,12 +68,18 @@ def test_contrasts_hold_as_often_as_they_say_and_pair_trainings_of_one_seed():
 
 def test_points_of_top1_are_ours_minus_theirs_and_no_narrower_than_whole_images():
     runs = {("base", seed): run_with(1.0, top1=0.9) for seed in range(3)} | {
-        ("more", seed): run_with(1.0, top1=0.9 + gain) for seed, gain in enumerate((0.01, 0.01, 0.01))
+        ("more", seed): run_with(1.0, top1=0.9 + gain) for seed, gain in enumerate([4 / 360] * 3)
     }
     found = at(contrast("more", runs, "more", "base", range(3)).effects, "top1", "all")
-    assert found.effect.value == pytest.approx(1.0)
+    assert found.effect.value == pytest.approx(100 * 4 / 360)
     assert 0.1 < found.effect.high - found.effect.value < 0.3  # a third of an image in 360, or so
     assert found.verdict == "better"
+
+
+def test_trainings_with_as_many_hits_differ_by_nothing_at_all():
+    shares = {"base": (0.9, 0.95, 0.925), "other": (0.95, 0.925, 0.9)}
+    runs = {(name, seed): run_with(1.0, top1=share) for name, own in shares.items() for seed, share in enumerate(own)}
+    assert at(contrast("other", runs, "other", "base", range(3)).effects, "top1", "all").effect.value == 0
 
 
 def test_a_design_finds_main_effects_and_interactions_again():
