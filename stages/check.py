@@ -12,6 +12,7 @@ OUT = Path("metrics/checked.txt")
 CONTENT = "params.yaml holds what textguard/params.py allows.\n"
 # Where stages write that not every grid has. Later stages depend on these folders, in a grid without them as well.
 OPTIONAL = ("metrics/texts", "plots/texts", "prompts/texts", "metrics/corruptions")
+KEPT = Path("metrics/corruptions/.keep")  # git keeps no empty folder, and DVC warns of one
 
 
 def main(params: Params) -> None:
@@ -23,5 +24,6 @@ def main(params: Params) -> None:
         look_up(params)
     for folder in (*OPTIONAL, *(f"embeddings/{dataset}" for dataset in params.datasets)):
         Path(folder).mkdir(parents=True, exist_ok=True)
+    KEPT.touch()
     if not OUT.is_file() or OUT.read_bytes() != CONTENT.encode():
         write_text(OUT, CONTENT)

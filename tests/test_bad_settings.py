@@ -70,12 +70,16 @@ NAMES = {
 @pytest.mark.parametrize(("place", "value", "stage", "parts"), NAMES.values(), ids=NAMES)
 def test_what_a_stage_does_not_know_is_named_with_what_it_knows(grid, place, value, stage, parts):
     grid.change(place, value)
+    grid.change("hardware.models", {})  # which take what is wrong in inject.faults from there
+    if stage.startswith("heads"):
+        grid.change("variants", ["baseline", "random"])  # whose head is as wide as the encoder's vectors
     says(grid.fails(*stage.split()), "params.yaml", *parts)
 
 
 def test_an_encoder_folder_without_a_width_is_refused(grid):
     grid.put("open_clip_config.json", '{"model_cfg": {}}')
     grid.change("encoder", f"open_clip:local-dir:{grid.folder}")
+    grid.change("variants", ["baseline", "random"])
     says(grid.fails("heads", "digits"), "open_clip_config.json", "params.yaml encoder")
 
 

@@ -105,7 +105,7 @@ def test_an_experiment_from_its_run_to_its_branch(place):
     assert key in shown[0].split(",")
     assert any(name in line for line in shown[1:])
     assert len(shown[0].split(",")) < 20, shown[0]
-    assert len(quiet(place, "exp", "show", "--csv").splitlines()[0].split(",")) <= 300
+    assert len(quiet(place, "exp", "show", "--csv").splitlines()[0].split(",")) <= 330
     quiet(place, "exp", "apply", name)
     assert quiet(place, "params", "diff").split() == changed
     run(["git", "reset", "--hard", "--quiet"], place)

@@ -93,7 +93,7 @@ def _jpeg(image: Tensor, strength: float, _: tuple[int, int]) -> Tensor:
     # By Pillow: torchvision's own needs its compiled library, which does not load beside every build of torch.
     file, pixels = io.BytesIO(), image.permute(1, 2, 0).numpy()
     Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels).save(file, "jpeg", quality=int(strength))
-    with Image.open(file) as read:
+    with Image.open(file, formats=["JPEG"]) as read:
         return torch.from_numpy(np.array(read)).reshape(pixels.shape).permute(2, 0, 1)
 
 
