@@ -133,7 +133,8 @@ def causes(studies: dict[str, Study]) -> Finding:
         f"{', '.join(_with_verdict(plain, 'sdc', 'better')) or 'none'}.",
         effect_table(study.effects, "causes"),
         [study.command],
-        "One network on digits, three epochs. The temperature divides the last layer's weights, which changes no prediction; "
+        "One network on digits, three epochs, means over layers: weighed by neurons, hardly any change is told "
+        "(effects.md). The temperature divides the last layer's weights, which changes no prediction; "
         "bit flips then meet smaller values. That a change is not told is no proof that it does nothing.",
     )
 
@@ -280,7 +281,8 @@ def mechanism(studies: dict[str, Study]) -> Finding:
         answer,
         shown,
         ["cd docs && dvc repro"],
-        "A correlation over classifiers does not say what makes what. The scaled heads do, for DeltaLoss: there, nothing but a "
+        "A correlation over classifiers does not say what makes what, and those of temperature 4.7 are baselines with their "
+        "logits divided. The scaled heads say it, for DeltaLoss: there, nothing but a "
         "constant differs.",
     )
 
