@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from textguard.estimates.statistics import Estimate
-from textguard.report.findings import STUDIES, Study, _goes, page
+from textguard.report.findings import QUESTIONS, STUDIES, UNANSWERED, Study, _goes, page
 from textguard.report.rendering import show_estimate
 
 
@@ -109,7 +109,7 @@ def test_largest_logits_are_those_of_all_classifiers_and_a_rescaled_head_is_show
 def test_without_any_results_nothing_is_answered():
     found = sections(page(studies()))
     assert "not answered here" in found.pop("For a sceptic of the paper")
-    assert len(found) == 8
+    assert len(found) == len(QUESTIONS) + len(UNANSWERED)
     assert all(text.startswith("**Not answered here: ") for text in found.values())
     assert not any("|" in text for text in found.values())
 
@@ -147,3 +147,55 @@ def test_changes_and_factors_are_named_by_verdict(tmp_path):
     assert told.startswith("**Of 3 single changes of the plain classifier, 1 leaves less SDC and 1 more, 1 leaves less Delta")
     assert "Less SDC: smoothing.**" in told
     assert f"| cooler | {SHOWN} not separable | {SHOWN} not separable | {SHOWN} not separable | 3 |" in told
+
+
+def test_texts_of_all_amounts_are_counted_by_verdict(tmp_path):
+    verdicts = {"one answer": "better", "three answers": "not separable at 99%"}
+    contrasts = [
+        {"name": name, "variant": name, "against": "random", "seeds": [0, 1, 2], "effects": effect(verdict)}
+        for name, verdict in verdicts.items()
+    ]
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "effects.json").write_text(
+        json.dumps([{"dataset": "d", "backbone": "b", "confidence": 0.99, "contrasts": contrasts}]), encoding="utf-8"
+    )
+    told = sections(page(studies(texts=tmp_path)))["Do more questions or more answers give more?"]
+    assert told.startswith("**Of 2 texts, each set against a head that starts at random, 1 leaves less SDC and none more, 1 le")
+    assert f"| three answers | {SHOWN} not separable |" in told
+
+
+def test_a_mitigation_helps_where_its_interval_says_so_on_the_one_and_on_the_other(runs):
+    def bargain(low):
+        bought = {"without": RATIO, "under": RATIO, "ratio": RATIO | {"low": low}}
+        share = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 3}
+        sdc = bought | {"without": share, "under": share}
+        costs = {"bits": 1.0, "gates": None, "comparisons": 2.5e6, "top1_change": {"value": 0, "low": -1, "high": 1, "n": 3}}
+        return costs | {"sdc": sdc, "delta_loss": bought}
+
+    cells = json.loads(Path("metrics/hardware.json").read_text(encoding="utf-8"))
+    for cell in cells:
+        cell["protected"] = [
+            {"kind": "mitigation", "name": "clip_to_zero", "baseline": bargain(1.25), "own": bargain(0.5)},
+            {"kind": "mitigation", "name": "ranger", "baseline": bargain(0.5), "own": bargain(0.5)},
+        ]
+    Path("metrics/hardware.json").write_text(json.dumps(cells), encoding="utf-8")
+    told = sections(page(studies(faults=Path())))["Which mitigation pays, and on which model?"]
+    assert told.startswith(
+        "**Of 2 mitigations of neurons, those that leave less SDC beyond their 99 % intervals are: on the base"
+    )
+    assert "on the baseline clip to zero; with descriptions none.**" in told
+    assert "| clip to zero | descriptions | 0 [-1.00, 1.00] | 2.5 | 2.50 [0.500, 5.00] | 2.50 [0.500, 5.00] |" in told
+
+
+def test_resilience_to_faults_and_to_corruption_go_together_by_the_interval(tmp_path):
+    together = [
+        {"dataset": "d", "measure": measure, "correlation": {"value": 0.5, "low": low, "high": 0.9, "n": 15}}
+        for measure, low in (("delta_loss", 0.1), ("sdc", -0.1))
+    ]
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "corruptions.json").write_text(
+        json.dumps({"cells": [], "classifiers": [], "together": together}), encoding="utf-8"
+    )
+    told = sections(page(studies(vit=tmp_path)))["Does what stands faults stand corrupted images?"]
+    assert told.startswith("**In vit, DeltaLoss goes with the points of top-1 that a corruption costs (0.500 [0.100, 0.900]);")
+    assert "in vit, SDC cannot be told to go with the points" in told

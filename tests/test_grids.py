@@ -25,6 +25,7 @@ GRIDS = {
     "faults": 9,
     "causes": 65,
     "factorial": 64,
+    "texts": 45,
     "cifar10": 24,
     "vit": 15,
     "own": 1,

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from textguard.estimates.ranks import rank_correlation
 from textguard.estimates.statistics import CONFIDENCE, Estimate
 from textguard.schema.results import RunResult
 
@@ -69,6 +70,49 @@ def association(found: pd.DataFrame, cause: str, effect: str, confidence: float 
     return _over_kinds(logs, "", confidence) | _over_kinds(inner, "_within", confidence)
 
 
+def layer_ranks(grids: Mapping[str, Sequence[tuple[RunResult, pd.DataFrame]]]) -> pd.DataFrame:
+    """How each classifier's layers rank by value range and by damage: one row per classifier, as in `classifiers`.
+
+    grids: per grid, the runs with their value ranges (`layer`, `max_abs`). delta_loss, sdc: Spearman's rank correlation, over
+    the classifier's layers, of the largest absolute value without faults with what faults in the layer do; NaN where either is
+    the same in all layers.
+    """
+    rows, seen = [], set()
+    for grid, runs in grids.items():
+        for result, ranges in runs:
+            if result.weights in seen:
+                continue
+            seen.add(result.weights)
+            largest = dict(zip(ranges["layer"], ranges["max_abs"], strict=True))
+            reach = np.array([largest[layer.layer] for layer in result.layers])
+            row = {"grid": grid, "dataset": result.dataset, "backbone": result.backbone, "variant": result.variant}
+            for measure in ("delta_loss", "sdc"):
+                damage = np.array([getattr(layer, measure).value for layer in result.layers])
+                row[measure] = rank_correlation(reach, damage).value
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def mean_over_kinds(found: pd.DataFrame, column: str, confidence: float = CONFIDENCE) -> Estimate:
+    """The mean of a column over classifiers, with an interval from a bootstrap that draws kinds of classifiers whole.
+
+    found: as `layer_ranks` gives it; what is not finite is left out. n counts classifiers. Two kinds or fewer tell no error.
+    """
+    usable = found[np.isfinite(found[column])]
+    sums = usable.assign(n=1.0).groupby(KIND)[["n", column]].sum().to_numpy()
+    low = high = np.nan
+    if len(sums) > 2:
+        counts = _resampled(len(sums)) @ sums
+        tail = (1 - confidence) / 2
+        low, high = np.quantile(counts[:, 1] / counts[:, 0], [tail, 1 - tail])
+    return Estimate(float(usable[column].mean()), float(low), float(high), len(usable))
+
+
+def _resampled(kinds: int) -> np.ndarray:
+    """How often each kind counts, in each resample: [RESAMPLES, kinds]."""
+    return np.random.default_rng(SEED).multinomial(kinds, np.full(kinds, 1 / kinds), size=RESAMPLES)
+
+
 def _over_kinds(logs: pd.DataFrame, suffix: str, confidence: float) -> dict[str, Estimate]:
     """Correlation and slope, from sums over each kind: a resample is how often each of them counts."""
     parts = logs[KIND].assign(n=1.0, x=logs.x, y=logs.y, xx=logs.x**2, xy=logs.x * logs.y, yy=logs.y**2)
@@ -76,9 +120,8 @@ def _over_kinds(logs: pd.DataFrame, suffix: str, confidence: float) -> dict[str,
     values = _correlation_and_slope(sums.sum(axis=0))
     ends = np.full((2, 2), np.nan)
     if len(sums) > 2:
-        counts = np.random.default_rng(SEED).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=RESAMPLES)
         tail = (1 - confidence) / 2
-        ends = np.nanquantile(_correlation_and_slope(counts @ sums), [tail, 1 - tail], axis=0)
+        ends = np.nanquantile(_correlation_and_slope(_resampled(len(sums)) @ sums), [tail, 1 - tail], axis=0)
     found = zip(("correlation", "slope"), values, *ends, strict=True)
     return {name + suffix: Estimate(float(value), float(low), float(high), len(logs)) for name, value, low, high in found}
 

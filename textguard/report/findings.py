@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from textguard.analysis.mechanism import association, classifiers
+import pandas as pd
+
+from textguard.analysis.files import read_ranges, short_names
+from textguard.analysis.mechanism import association, classifiers, layer_ranks, mean_over_kinds
 from textguard.artifacts import write_text
 from textguard.environment import run_command
 from textguard.estimates.statistics import Estimate
 from textguard.report.effect_tables import SPOKEN, Shown, shown_effects
 from textguard.report.rendering import Judged, Table, as_markdown, show_estimate, show_number
 from textguard.schema.base import read
+from textguard.schema.corruptions import ComparedCorruptions
 from textguard.schema.effects import Effects
 from textguard.schema.hardware import HardwareCell
 from textguard.schema.results import BASELINE, PROPOSED, Cell, RunResult
@@ -26,6 +30,7 @@ STUDIES = {
     "demo": ".",
     "causes": "grids/causes",
     "factorial": "grids/factorial",
+    "texts": "grids/texts",
     "cifar10": "grids/cifar10",
     "fashion": "grids/fashion",
     "vit": "grids/vit",
@@ -69,6 +74,18 @@ class Study:
     def effects(self) -> list[Shown]:
         """Single changes, factors and interactions, of all networks."""
         return [shown for found in self._listed("effects.json", list[Effects], "effects") for shown in shown_effects(found)]
+
+    @cached_property
+    def corrupted(self) -> ComparedCorruptions:
+        """How classifiers compare on corrupted images."""
+        file = self.folder / "metrics" / "corruptions.json"
+        empty = ComparedCorruptions(cells=[], classifiers=[], together=[])
+        return read(file, "results", ComparedCorruptions) if file.exists() else empty
+
+    def ranges(self, run: str) -> pd.DataFrame:
+        """A run's value ranges: layer, max_abs."""
+        table = read_ranges(self.folder / "metrics" / "runs" / run / "ranges.csv")
+        return table.assign(layer=short_names(table["layer"].to_list()))
 
     def _listed(self, name: str, kind: type, made_by: str = "results") -> list:
         file = self.folder / "metrics" / name
@@ -236,6 +253,22 @@ def largest_left(ratio: Estimate) -> float:
     return max(ratio.high, 1 / ratio.low if ratio.low else float("inf"))
 
 
+def amount(studies: dict[str, Study]) -> Finding:
+    """Do more questions, or more answers, give more?"""
+    question = "Do more questions or more answers give more?"
+    study = studies["texts"]
+    if not study.effects:
+        return unanswered(question)
+    return Finding(
+        question,
+        f"Of {len(study.effects)} texts, each set against a head that starts at random, {_told(study.effects)}.",
+        effect_table(study.effects, "texts"),
+        [study.command],
+        "One network on ten digits, whose answers were written for this repository and not by GPT-3. Ten questions and ten "
+        "answers each were not tried, because the repository holds five questions with three answers.",
+    )
+
+
 def mechanism(studies: dict[str, Study]) -> Finding:
     """Does resilience go with how far the scores go?"""
     question = "Is it how far the scores go?"
@@ -289,6 +322,34 @@ def mechanism(studies: dict[str, Study]) -> Finding:
 
 def _goes(correlation: Estimate) -> str:
     return "goes with" if correlation.low > 0 else "goes against" if correlation.high < 0 else "cannot be told to go with"
+
+
+def layers(studies: dict[str, Study]) -> Finding:
+    """Are the layers whose values go far the ones that faults hurt?"""
+    question = "Do faults hurt most where values go far?"
+    runs = {name: [(result, study.ranges(result.run)) for result in study.results] for name, study in studies.items()}
+    found = layer_ranks(runs)
+    if found.empty:
+        return unanswered(question)
+    rows = [
+        [f"{name}: {dataset}, {backbone}", *(mean_over_kinds(own, measure) for measure in ("delta_loss", "sdc")), str(len(own))]
+        for (name, dataset, backbone), own in found.groupby(["grid", "dataset", "backbone"], sort=False)
+    ]
+    loss, sdc = (mean_over_kinds(found, measure) for measure in ("delta_loss", "sdc"))
+    caption = (
+        "Mean over classifiers of the rank correlation, over a classifier's layers, of the largest absolute value without "
+        "faults with what faults in the layer do. 99 % intervals from resampling kinds of classifiers whole: of few kinds too "
+        "narrow, of two none."
+    )
+    return Finding(
+        question,
+        f"Over the layers of a classifier, DeltaLoss {_goes(loss)} the largest value (mean rank correlation "
+        f"{show_estimate(loss)}), and SDC {_goes(sdc)} it ({show_estimate(sdc)}).",
+        as_markdown(Table("layers", caption, ["Grid: Network", "DeltaLoss", "SDC", "Classifiers"], rows)),
+        ["cd docs && dvc repro"],
+        "Layers differ in more than their range: what comes behind them, and how many values they put out. Behind the range "
+        "detector `profiled`, a fault is clamped to that range, so that some of the correlation is the detector's.",
+    )
 
 
 def networks(studies: dict[str, Study]) -> Finding:
@@ -359,11 +420,99 @@ def other_faults(studies: dict[str, Study]) -> Finding:
     )
 
 
+def protected(studies: dict[str, Study]) -> Finding:
+    """Which mitigation pays, and on which model?"""
+    question = "Which mitigation pays, and on which model?"
+    study = studies["faults"]
+    found = [
+        (one, cell)
+        for cell in study.other_faults
+        for one in cell.protected
+        if one.kind == "mitigation" and cell.variant == PROPOSED
+    ]
+    if not found:
+        return unanswered(question)
+    helps = {side: [one.name for one, _ in found if getattr(one, side).sdc.ratio.low > 1] for side in ("baseline", "own")}
+    answer = (
+        f"Of {len(found)} mitigations of neurons, those that leave less SDC beyond their 99 % intervals are: on the baseline "
+        f"{_listed(helps['baseline'])}; with descriptions {_listed(helps['own'])}."
+    )
+    headers = ["Mitigation", "On", "Top-1 Added (points)", "Comparisons (M per image)", "SDC (x)", "DeltaLoss (x)"]
+    rows = [
+        [
+            one.name.replace("_", " "),
+            variant,
+            bargain.top1_change,
+            f"{bargain.comparisons / 1e6:.3g}",
+            bargain.sdc.ratio,
+            bargain.delta_loss.ratio,
+        ]
+        for one, cell in found
+        for variant, bargain in ((BASELINE, one.baseline), (cell.variant, one.own))
+    ]
+    caption = (
+        "(x): without / with the mitigation, above 1 it helps; single bit flips without a range detector, plain mean over "
+        f"layers, {len(found[0][1].seeds)} trainings. Top-1 added: points, without any fault."
+    )
+    return Finding(
+        question,
+        answer,
+        as_markdown(Table("mitigations", caption, headers, rows)),
+        [study.command],
+        "One network on an easy data set. Both sides meet the same faults, and intervals take them for others, so they are "
+        "rather too wide. Where DeltaLoss without a mitigation reaches 10^30 nats, its ratio says that values overflow.",
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(name.replace("_", " ") for name in names) or "none"
+
+
+def corruption(studies: dict[str, Study]) -> Finding:
+    """Do classifiers that stand faults stand corrupted images?"""
+    question = "Does what stands faults stand corrupted images?"
+    found = [(name, one) for name, study in studies.items() for one in study.corrupted.together if one.dataset != "all"]
+    if not found:
+        return unanswered(question)
+    said = {"delta_loss": "DeltaLoss", "sdc": "SDC"}
+    rows = [[f"{name}: {one.dataset}", said[one.measure], one.correlation, str(one.correlation.n)] for name, one in found]
+    answer = "; ".join(
+        f"in {name}, {said[one.measure]} {_goes(one.correlation)} the points of top-1 that a corruption costs "
+        f"({show_estimate(one.correlation)})"
+        for name, one in found
+    )
+    caption = (
+        "Spearman's rank correlation over classifiers, of what faults do on clean images with the points of top-1 that a "
+        "corruption costs: above 0, what stands one stands the other. Corruptions: noise, blur, contrast, brightness and JPEG "
+        "at five severities. The 99 % intervals are too narrow, because they take trainings of one recipe for independent."
+    )
+    names = dict.fromkeys(name for name, _ in found)
+    return Finding(
+        question,
+        f"{answer[0].upper()}{answer[1:]}.",
+        as_markdown(Table("corruption", caption, ["Grid: Data Set", "What Faults Do", "Correlation", "Classifiers"], rows)),
+        [studies[name].command for name in names],
+        "A correlation over few classifiers of one network. It says nothing of one classifier under both at once; metrics/"
+        "tables/corruptions.md of the grid does.",
+    )
+
+
 UNANSWERED = (
     unanswered("What do the language model's temperature and size do?", "no language model was asked for this"),
     unanswered("Does a classifier of texts gain?", "none was trained"),
 )
-QUESTIONS: tuple[Callable[[dict[str, Study]], Finding], ...] = (causes, factorial, text, networks, mechanism, other_faults)
+QUESTIONS: tuple[Callable[[dict[str, Study]], Finding], ...] = (
+    causes,
+    factorial,
+    text,
+    amount,
+    networks,
+    mechanism,
+    layers,
+    other_faults,
+    protected,
+    corruption,
+)
 
 
 # What a sceptic of the paper asks for, and where it is answered.
