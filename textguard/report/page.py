@@ -381,10 +381,7 @@ def _text(texts: ClassTexts) -> dict[str, Any]:
             ("Mean cosine of two classes", f"{quality.mean_pairwise_cosine:.3f}"),
             ("Encoder", quality.encoder),
         ],
-        "pictures": [
-            _picture("text_quality", pictures / name, f"{title}, {key}", f"{name}-{key}")
-            for name, title in (("similarity", "Similarity of classes"), ("projection", "Texts and class means"))
-        ],
+        "pictures": [_picture("text_quality", pictures / "similarity", f"Similarity of classes, {key}", f"similarity-{key}")],
         "classes": as_shown(_classes(key, quality.classes), f"Classes of {key}"),
         "said": list(said.items())[:MOST_CLASSES],
         "said_note": f"{min(len(said), MOST_CLASSES)} of {len(said)} classes",
