@@ -30,7 +30,6 @@ from textguard.report.layer_figures import (
     draw_bits,
     draw_delta_loss,
     draw_outcomes,
-    draw_range_effect,
     draw_value_ranges,
 )
 from textguard.report.run_figures import draw_accuracy, draw_convergence
@@ -42,7 +41,6 @@ from textguard.schema.results import Cell, RunResult
 PER_BACKBONE: dict[str, Callable[[Sequence[Variant], str], tuple[Figure, pd.DataFrame]]] = {
     "delta_loss": draw_delta_loss,
     "value_ranges": draw_value_ranges,
-    "range_effect": draw_range_effect,
     "outcomes": draw_outcomes,
     "bits": draw_bits,
     "accuracy_by_top2diff": draw_accuracy,

@@ -66,7 +66,6 @@ FIGURES = {
     "fault_models": "Other faults than those",
     "error_rates": "Bit errors that stay in the parameters' memory",
     "value_ranges": "Neuron values per layer",
-    "range_effect": "Value range and damage",
     "accuracy_by_top2diff": "Accuracy against Top2Diff",
     "corruptions": "Accuracy on corrupted images",
     "convergence": "Convergence of the estimate",
