@@ -24,7 +24,7 @@ from textguard.report.drawing import draw
 from textguard.report.figures import DRAWN_BY_DVC, PER_BACKBONE, group, training_curve, write_figures
 from textguard.report.run_figures import crossings
 from textguard.report.text_figures import draw_similarity
-from textguard.report.theme import OTHER_MARKERS, PLACE_MARKERS, PUBLISHED_MARKER, VARIANT_MARKERS, place_name, styles
+from textguard.report.theme import OTHER_MARKERS, PUBLISHED_MARKER, VARIANT_MARKERS, place_name, styles
 from textguard.report.variants import Variant, trainings
 
 
@@ -97,7 +97,7 @@ def test_a_variant_looks_the_same_whatever_stands_beside_it(runs, params):
 
 
 def test_no_marker_stands_for_two_things():
-    markers = [*VARIANT_MARKERS.values(), *OTHER_MARKERS, *PLACE_MARKERS, PUBLISHED_MARKER]
+    markers = [*VARIANT_MARKERS.values(), *OTHER_MARKERS, PUBLISHED_MARKER]
     assert len(markers) == len(set(markers))
     added = styles(["shuffled", "baseline", "one_hot"], {"one_hot": "#333333"})
     assert [(style.marker, style.colour) for style in added.values()] == [("P", "#009e73"), ("o", "#d55e00"), ("p", "#333333")]

@@ -3,8 +3,10 @@
 import functools
 import re
 import textwrap
+from collections.abc import Iterable, Mapping
 from io import BytesIO
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -14,12 +16,14 @@ from matplotlib.axis import Tick
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
 from textguard.artifacts import write_bytes, write_csv
 from textguard.report.escaping import one_line, shortened, spelled_out, visible
+from textguard.report.theme import Style, place_name
 
 AS_IS = {"parse_math": False}  # of names on an axis: "$" is a dollar
 STYLE = Path(__file__).with_name("textguard.mplstyle")
@@ -33,6 +37,8 @@ WITHOUT_DATES = {
 LETTER_POINTS = 0.51 * NOTE_SIZE  # how wide a letter of a note is
 TITLE_SIZE = 10
 TITLE_LETTER_POINTS = 0.58 * TITLE_SIZE
+SMALL = 7.5  # points: no text is smaller
+NO_FILLS: Mapping[tuple[str, str], str] = MappingProxyType({})
 MARK = "mark|"  # begins the id of what `mark` has named
 
 
@@ -87,6 +93,16 @@ def _take_texts_as_they_are(figure: Figure) -> None:
             text.set_text(_with_glyphs(visible(text.get_text())))
 
 
+def name_styles(figure: Figure, styles: Iterable[Style], fill: Mapping[tuple[str, str], str] = NO_FILLS) -> None:
+    """A legend of variants beside the panels, and of places where one panel holds several: see `theme.fills`."""
+    look = {"linestyle": "none", "markersize": 5.5}
+    handles = [Line2D([], [], marker=style.marker, color=style.colour, label=style.name, **look) for style in styles]
+    if len(fill) > 1:
+        look |= {"color": "black", "markerfacecoloralt": "white"}
+        handles += [Line2D([], [], marker="o", fillstyle=way, label=place_name(*place), **look) for place, way in fill.items()]
+    figure.legend(handles=handles, loc="outside right center", fontsize=SMALL)  # the title is above
+
+
 def logarithmic(axes: Axes, side: str, values: ArrayLike) -> str:
     """Give axis `side` ("x" or "y") a logarithmic scale, or leave it as it is where no value is above 0.
 
@@ -99,6 +115,20 @@ def logarithmic(axes: Axes, side: str, values: ArrayLike) -> str:
     axes.set(**{f"{side}scale": "log"})
     zeros = int((finite <= 0).sum())
     return f"; {zeros} of {len(finite)} points are 0, which has no place on a logarithmic axis" if zeros else ""
+
+
+def plain_ticks(axes: Axes, side: str) -> None:
+    """Write the numbers of a logarithmic axis out where it is short, with ticks also between powers of ten.
+
+    To be called when all is drawn. A linear axis is left as it is.
+    """
+    if getattr(axes, f"get_{side}scale")() != "log":
+        return
+    axis, (low, high) = getattr(axes, f"{side}axis"), getattr(axes, f"get_{side}lim")()
+    if high / low < 300:
+        axis.set_major_locator(MaxNLocator(5) if high / low < 8 else LogLocator(subs=(1, 2, 5), numticks=9))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
 
 
 def ratio_axis(axes: Axes, label: str) -> None:

@@ -65,6 +65,7 @@ FIGURES = {
     "bits": "DeltaLoss by layer and bit",
     "fault_models": "Other faults than those",
     "error_rates": "Bit errors that stay in the parameters' memory",
+    "protection_cost": "SDC that computing layers twice covers, and what it costs",
     "value_ranges": "Neuron values per layer",
     "accuracy_by_top2diff": "Accuracy against Top2Diff",
     "corruptions": "Accuracy on corrupted images",
@@ -159,7 +160,8 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
             _picture("figures", FIGURES_DIR / name, title, f"picture-{name}")
             for name, title, drawn in (
                 ("improvement", "Improvement over the baseline", cells),
-                ("tradeoff", "Accuracy and resilience", True),
+                ("tradeoff", "Accuracy and resilience", cells),
+                ("range_effect", "Largest logit and damage in the head", True),
                 ("faults_and_corruptions", "Resilience to faults and to corruption", corrupted.classifiers),
             )
             if drawn
