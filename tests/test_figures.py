@@ -41,7 +41,7 @@ def test_figures_come_with_their_numbers(runs, params, tmp_path, monkeypatch):
     write_figures(list(load_results(runs).values()), load_cells(runs), params, tmp_path / "a")
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert (
-        len(files) == 4 * (2 * (len(PER_BACKBONE) + 2) + 3) + len(DRAWN_BY_DVC) + 1
+        len(files) == 4 * (2 * (len(PER_BACKBONE) + 2) + 4) + len(DRAWN_BY_DVC) + 1
     )  # other faults: where there is a baseline
     numbers = pd.read_csv(tmp_path / "a" / "delta_loss-d-resnet18.csv")
     assert numbers.groupby("variant").size().to_dict() == {"baseline": 2, "template": 3, "descriptions": 3}
@@ -74,7 +74,7 @@ def test_no_text_leaves_its_figure(runs, params, tmp_path, monkeypatch):
 
     monkeypatch.setattr("textguard.report.figures.save_figure", look)
     write_figures(trained_twice, load_cells(runs), params, tmp_path)
-    assert len(drawn) == 2 * (len(PER_BACKBONE) + 2) + 3
+    assert len(drawn) == 2 * (len(PER_BACKBONE) + 2) + 4
 
 
 def test_the_crossing_is_the_last_one_up_or_down():

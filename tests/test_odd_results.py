@@ -18,7 +18,7 @@ from textguard.analysis.files import load_cells, load_results
 from textguard.analysis.results import write_results
 from textguard.params import Params, load_params
 from textguard.report.figures import PER_BACKBONE, group
-from textguard.report.grid_figures import draw_improvement, draw_tradeoff
+from textguard.report.grid_figures import draw_improvement, draw_range_effect, draw_tradeoff
 from textguard.report.theme import styles
 from textguard.schema.base import Measured
 from textguard.schema.results import MEASURES, PLACES, ByBit, Cell, Improved, PlaceRatios, RunResult
@@ -121,9 +121,10 @@ def test_odd_results_are_drawn(here, odd, of):
         figure, numbers = PER_BACKBONE[name](variants, "a title")
         drawn(figure)
         assert set(numbers["variant"]) == set(VARIANTS), name
-    figure, numbers = draw_tradeoff(variants)
-    drawn(figure)
-    assert len(numbers) == len(results)
+    for draw_all in (lambda: draw_tradeoff(variants, here.cells), lambda: draw_range_effect(variants)):
+        figure, numbers = draw_all()
+        drawn(figure)
+        assert set(numbers["variant"]) >= {"template", "descriptions"}
 
 
 def test_figures_say_what_their_axes_have_no_place_for(here):

@@ -48,7 +48,7 @@ def draw_corruptions(
     verdicts = [
         effect.verdict for cell in cells for effect in cell.effects if effect.measure == "top1" and effect.kind != CLEAN
     ]
-    found = f"accuracy on corrupted images is {tally(verdicts, 'higher', 'lower')} beside the baseline" if verdicts else ""
+    found = f"beside the baseline, accuracy on corrupted images is {tally(verdicts, 'higher', 'lower')}" if verdicts else ""
     state(figure, f"{title}: {found or 'accuracy on corrupted images'}")
     add_note(figure, f"severity 0: clean images; thin: one line per training; thick: their mean, {trainings(variants)}")
     return figure, table

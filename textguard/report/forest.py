@@ -117,7 +117,7 @@ def difference_limits(rows: Iterable[Row]) -> tuple[float, float]:
 def tally(verdicts: Sequence[str], better: str = "lower", worse: str = "higher", of: str = " comparisons") -> str:
     """How many verdicts tell something, in words: `lower in 2 of 6 comparisons and higher in 1`."""
     if verdicts and ONE_TRAINING in verdicts and not any(map(is_told, verdicts)):
-        return "without a verdict, for there is 1 training"
+        return "without a verdict (1 training)"
     counts = {word: sum(verdict == name for verdict in verdicts) for word, name in ((better, "better"), (worse, "worse"))}
     told = [f"{word} in {count}" for word, count in counts.items() if count]
     if not told:
@@ -127,7 +127,9 @@ def tally(verdicts: Sequence[str], better: str = "lower", worse: str = "higher",
 
 def in_words(estimate: Estimate, verdict: str) -> str:
     """What one ratio says, above 1 being better: `is lower (1.5 [1.2, 1.9])`, or that it cannot be told."""
-    word = {"better": "is lower", "worse": "is higher", ONE_TRAINING: "has no verdict"}.get(verdict, "cannot be told apart")
+    word = {"better": "is lower", "worse": "is higher", ONE_TRAINING: "has no verdict from 1 training"}.get(
+        verdict, "cannot be told apart"
+    )
     return f"{word} ({show_estimate(estimate)})"
 
 

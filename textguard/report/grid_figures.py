@@ -140,15 +140,14 @@ def _published_rows(cells: Sequence[Cell], styles: Mapping[str, Style], publishe
 
 
 def _improvement_in_words(cells: Sequence[Cell]) -> str:
-    one = "; 1 training" if all(len(cell.seeds) == 1 for cell in cells) else ""
     if len(cells) == 1:
         (cell,) = cells
         said = [f"{name} {in_words(_ratio(cell, *at), _verdict(cell, *at))}" for name, *at in HEADLINE]
-        return f"{place_name(cell.dataset, cell.backbone)}, {cell.variant} beside the baseline: {'; '.join(said)}{one}"
+        return f"{place_name(cell.dataset, cell.backbone)}, {cell.variant} beside the baseline: {'; '.join(said)}"
     said = [(name, [_verdict(cell, *at) for cell in cells]) for name, *at in HEADLINE]
     (first, verdicts), *others = said
     words = [f"{first} is {tally(verdicts)}", *(f"{name} {tally(verdicts, of='')}" for name, verdicts in others)]
-    return f"Beside the baseline, {', '.join(words)}{one}"
+    return f"Beside the baseline, {', '.join(words)}"
 
 
 def _published(cell: Cell, rows: Sequence[Published], part: str) -> float | None:

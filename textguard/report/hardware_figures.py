@@ -148,7 +148,7 @@ def _rates_in_words(cells: Sequence[HardwareCell]) -> str:
         return "what bit errors in the parameters' memory cost"
     most = max(ratio.points for ratio in ratios)
     said = tally([ratio.verdict for ratio in ratios if ratio.points == most], "higher", "lower")
-    return f"the bit error rate that costs {most:g} points of top-1 is {said} beside the baseline"
+    return f"beside the baseline, the bit error rate that costs {most:g} points of top-1 is {said}"
 
 
 def draw_protection_cost(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataFrame]:
