@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
-from textguard.report.drawing import add_note, element_key, logarithmic, mark, name_styles, state
+from textguard.report.drawing import add_note, element_key, logarithmic, mark, plain_ticks, state
 from textguard.report.forest import tally
+from textguard.report.legend import name_styles
 from textguard.report.rendering import show_estimate
 from textguard.report.theme import fills
 from textguard.report.variants import Variant, trainings
@@ -30,7 +31,7 @@ def draw_corruptions(
         for images in runs[result.run].conditions
     )
     kinds = [kind for kind in table["kind"].unique() if kind != CLEAN]
-    figure = Figure(figsize=(1.8 + 2.2 * len(kinds), 3.4), layout="constrained")
+    figure = Figure(figsize=(2.6 + 2.2 * max(2, len(kinds)), 3.6), layout="constrained")
     for axes, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
         for variant in variants:
             style, first = variant.style, variant.results[0]
@@ -82,6 +83,7 @@ def draw_together(variants: Sequence[Variant], compared: ComparedCorruptions) ->
             numbers = {"lost_points": y.value, "lost_low": y.low, "lost_high": y.high}
             rows.append({"run": result.run, "variant": variant.key, "measure": measure, **x.as_json(), **numbers})
         logarithmic(axes, "x", [row["value"] for row in rows if row["measure"] == measure])
+        plain_ticks(axes, "x")
         found = [one for one in compared.together if one.measure == measure]
         said = "; ".join(f"{one.dataset} {show_estimate(one.correlation)}, n = {one.correlation.n}" for one in found)
         unit = "%" if measure == "sdc" else "nats"
@@ -101,5 +103,8 @@ def _together_in_words(compared: ComparedCorruptions) -> str:
         measure: "goes with" if one.low > 0 else "goes against" if one.high < 0 else "cannot be told to go with"
         for measure, one in last.items()
     }
-    words = [f"{EFFECTS[measure]} {said[measure]} accuracy lost to corruption" for measure in said]
-    return f"Over {len(compared.classifiers)} classifiers: {'; '.join(words)}"
+    if len(set(said.values())) == 1:
+        words = [f"faults' damage {next(iter(said.values()))} accuracy lost to corruption"]
+    else:
+        words = [f"{EFFECTS[measure]} {said[measure]} accuracy lost to corruption" for measure in said]
+    return f"Over {len(compared.classifiers)} classifiers, {' and '.join(words)}"

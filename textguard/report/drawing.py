@@ -3,10 +3,8 @@
 import functools
 import re
 import textwrap
-from collections.abc import Iterable, Mapping
 from io import BytesIO
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -16,14 +14,12 @@ from matplotlib.axis import Tick
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
 from textguard.artifacts import write_bytes, write_csv
 from textguard.report.escaping import one_line, shortened, spelled_out, visible
-from textguard.report.theme import Style, place_name
 
 AS_IS = {"parse_math": False}  # of names on an axis: "$" is a dollar
 STYLE = Path(__file__).with_name("textguard.mplstyle")
@@ -38,7 +34,6 @@ LETTER_POINTS = 0.51 * NOTE_SIZE  # how wide a letter of a note is
 TITLE_SIZE = 10
 TITLE_LETTER_POINTS = 0.58 * TITLE_SIZE
 SMALL = 7.5  # points: no text is smaller
-NO_FILLS: Mapping[tuple[str, str], str] = MappingProxyType({})
 MARK = "mark|"  # begins the id of what `mark` has named
 
 
@@ -91,16 +86,6 @@ def _take_texts_as_they_are(figure: Figure) -> None:
         if text not in on_axes:
             text.set_parse_math(False)
             text.set_text(_with_glyphs(visible(text.get_text())))
-
-
-def name_styles(figure: Figure, styles: Iterable[Style], fill: Mapping[tuple[str, str], str] = NO_FILLS) -> None:
-    """A legend of variants beside the panels, and of places where one panel holds several: see `theme.fills`."""
-    look = {"linestyle": "none", "markersize": 5.5}
-    handles = [Line2D([], [], marker=style.marker, color=style.colour, label=style.name, **look) for style in styles]
-    if len(fill) > 1:
-        look |= {"color": "black", "markerfacecoloralt": "white"}
-        handles += [Line2D([], [], marker="o", fillstyle=way, label=place_name(*place), **look) for place, way in fill.items()]
-    figure.legend(handles=handles, loc="outside right center", fontsize=SMALL)  # the title is above
 
 
 def logarithmic(axes: Axes, side: str, values: ArrayLike) -> str:

@@ -15,6 +15,7 @@ OTHER_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#f0e442")
 PLACE_FILLS = ("full", "left", "bottom", "right", "top")  # of marks, by backbone on data set, where a panel holds several
 PUBLISHED_MARKER = "D"
 VARIANT_NAMES = {"random": "random start", "template": "one template"}
+NO_FILLS: Mapping[tuple[str, str], str] = MappingProxyType({})
 NO_LABELS: Mapping[str, str] = MappingProxyType({})
 BACKBONE_NAMES = {
     "alexnet": "AlexNet",
