@@ -24,8 +24,8 @@ from textguard.report.forest import (
     name_rows,
     tally,
 )
-from textguard.report.published import Published, load_published
 from textguard.report.legend import name_styles
+from textguard.report.published import Published, load_published
 from textguard.report.rendering import show_estimate, show_number
 from textguard.report.theme import PUBLISHED_MARKER, Style, fills, place_name
 from textguard.report.variants import Variant, count_trainings
