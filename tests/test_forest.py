@@ -66,10 +66,10 @@ def test_groups_have_a_line_of_their_own():
 
 def test_a_page_finds_a_mark_and_what_it_says():
     with matplotlib.rc_context(fname=STYLE):
-        figure, _ = drawn([row(2, 1.5, 3, "better"), row(2.87, math.nan, math.nan, NO_VERDICT, exact=False)])
+        figure, _ = drawn([row(2, 1.5, 3, "better"), row(2.87, math.nan, math.nan, NO_VERDICT, published=True)])
         svg = draw(figure, "svg", 60).decode()
     assert 'data-mark="d n v"><title>a network, 2: 2.00 [1.50, 3.00], 3 trainings; better</title>' in svg
-    assert "2.87, 3 trainings; nothing to compare" in svg
+    assert "2.87, as published" in svg
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ class Row:
     """An estimate and how it looks.
 
     group: what stands above it and its neighbours; empty for nothing. verdict: of its interval, see `Verdict`. key: what a page
-    finds its mark by. second: another interval, drawn as a thicker bar. exact: whether a number without an interval is exact.
+    finds its mark by. second: another interval, drawn as a thicker bar. published: printed by others, without an interval.
     """
 
     group: str
@@ -38,12 +38,12 @@ class Row:
     key: str
     trainings: int
     second: Estimate | None = None
-    exact: bool = True
+    published: bool = False
 
     @property
     def printed(self) -> str:
         """Its numbers as they are written."""
-        return show_estimate(self.estimate) if self.exact else show_number(self.estimate.value)
+        return show_number(self.estimate.value) if self.published else show_estimate(self.estimate)
 
 
 def is_told(verdict: str) -> bool:
@@ -170,7 +170,8 @@ def _draw(axes: Axes, place: float, row: Row, limits: tuple[float, float]) -> No
         look = {"marker": row.marker, "color": row.colour, "markerfacecolor": face, "markersize": 5, "linestyle": "none"}
         (line,) = axes.plot(estimate.value, place, zorder=3, **look)
         where = f"{row.group}, {row.name}" if row.group else row.name
-        mark(line, row.key, f"{where}: {said}, {count_trainings([row.trainings])}; {row.verdict}")
+        known = "as published" if row.published else f"{count_trainings([row.trainings])}; {row.verdict}"
+        mark(line, row.key, f"{where}: {said}, {known}")
     weight = "bold" if is_told(row.verdict) else "normal"
     across = axes.get_yaxis_transform()
     axes.text(1.03, place, said, transform=across, fontsize=SMALL, fontweight=weight, va="center", ha="left", **AS_IS)

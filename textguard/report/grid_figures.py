@@ -130,7 +130,7 @@ def _published_rows(cells: Sequence[Cell], styles: Mapping[str, Style], publishe
             PUBLISHED_MARKER,
             element_key(*row.subject),
             1,
-            exact=False,
+            published=True,
         )
         for subject in sorted(set(subjects), key=subjects.index)
         for row in published
