@@ -3,18 +3,17 @@
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from stages.texts import read_descriptions, rows_to_embed
 from textguard.artifacts import read_classes, read_safetensors, reading, write_csv
 from textguard.errors import InvalidArtifact, InvalidEmbeddings
 from textguard.params import Params, embedding_file
-from textguard.report.text_figures import draw_projection, draw_similarity
+from textguard.report.text_figures import draw_similarity
 from textguard.schema.base import write
 from textguard.schema.texts import TextQuality
 from textguard.text.embeddings import ClassEmbeddings, EmbeddingOptions, load_class_embeddings
-from textguard.text.quality import measure_quality, principal_components, unit_means
+from textguard.text.quality import measure_quality
 
 
 def main(params: Params, text: str) -> None:
@@ -38,11 +37,7 @@ def main(params: Params, text: str) -> None:
     rows, vectors_ne = rows.numpy(), vectors.numpy()
 
     quality = measure_quality(classes, embeddings.matrix.numpy(), descriptions, rows, vectors_ne)
-    owners = np.array([classes.index(descriptions[row].class_name) for row in rows])
-    points_n2, means_c2, shown = principal_components(*unit_means(vectors_ne, owners, len(classes)))
-    figures, dpi = Path("plots") / "texts" / text, params.figures.dpi
-    draw_similarity(quality.similarity, classes, f"{text}: class embeddings", figures / "similarity", dpi)
-    draw_projection(points_n2, owners, means_c2, classes, shown, f"{text}: texts", figures / "projection", dpi)
+    draw_similarity(quality.similarity, classes, text, Path("plots") / "texts" / text / "similarity", params.figures.dpi)
     metrics = Path("metrics") / "texts"
     write_csv(metrics / f"{text}.csv", quality.per_class)
     said = {"encoder": embeddings.encoder, "shortened": embeddings.shortened}

@@ -278,7 +278,7 @@ def test_tables_and_figures_show_them(corrupted):
 
 def test_the_page_shows_them_where_they_were_studied(corrupted, monkeypatch):
     monkeypatch.setattr("textguard.report.page.FIGURES", {"corruptions": "Accuracy on corrupted images"})
-    names = ("improvement", "tradeoff", "faults_and_corruptions", "corruptions-d-resnet18")
+    names = ("improvement", "tradeoff", "range_effect", "faults_and_corruptions", "corruptions-d-resnet18")
     for name in names:
         file = Path("plots/figures") / f"{name}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -287,7 +287,7 @@ def test_the_page_shows_them_where_they_were_studied(corrupted, monkeypatch):
     vars(page)["runs"] = corrupted.runs
     write_page(Path("page.html"), page, Revision("", "", changed=False))
     shown = Path("page.html").read_text(encoding="utf-8")
-    assert [f'id="picture-{name}"' in shown for name in (*names, "corruptions-e-alexnet")] == [True] * 4 + [False]
+    assert [f'id="picture-{name}"' in shown for name in (*names, "corruptions-e-alexnet")] == [True] * 5 + [False]
     assert "Corrupted images" in shown
     assert "Whether what stands faults stands corruption" in shown
 

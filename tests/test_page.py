@@ -159,7 +159,7 @@ def test_what_comes_from_outside_stays_text(here):
 
 def test_what_is_missing_is_named(here, capsys):
     picture = next(Path("plots/figures").glob("bits-*.png"))
-    for file, stage in ((picture, "figures"), (Path("plots/texts") / TEXT / "projection.png", "text_quality")):
+    for file, stage in ((picture, "figures"), (Path("plots/texts") / TEXT / "similarity.png", "text_quality")):
         content = file.read_bytes()
         file.unlink()
         with pytest.raises(InvalidArtifact, match=f"{file} is missing; stage '{stage}' writes it: run 'dvc repro'"):

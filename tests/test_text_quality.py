@@ -1,18 +1,15 @@
 """Numbers and figures that say how good class embeddings are."""
 
-import itertools
 import json
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.text import Text
 
-from textguard.report.text_figures import draw_projection, draw_similarity
+from textguard.report.text_figures import draw_similarity
 from textguard.text.answers import Description
-from textguard.text.quality import measure_quality, principal_components, unit_means
+from textguard.text.quality import cosines, measure_quality
 
 CLASSES = ["ship", "truck", "horse"]
 
@@ -63,74 +60,29 @@ def test_a_text_that_speaks_of_another_class_is_found():
     assert list(quality.per_class["off_class"]) == [1, 0, 0]
 
 
-def test_the_projection_keeps_what_varies_most():
-    rng = np.random.default_rng(0)
-    vectors = rng.standard_normal((30, 6)) * [0.1, 5, 0.1, 3, 0.1, 0.1] + [4, 0, 0, 0, 0, 0]
-    owners = np.arange(30) % 3
-    class_means = np.stack([vectors[owners == index].mean(axis=0) for index in range(3)])
-    points, means, shown = principal_components(vectors, class_means)
-    assert points.shape == (30, 2)
-    assert shown > 0.99
-    centred = vectors - vectors.mean(axis=0)
-    assert abs(np.corrcoef(points[:, 0], centred[:, 1])[0, 1]) > 0.99
-    assert abs(np.corrcoef(points[:, 1], centred[:, 3])[0, 1]) > 0.99
-    np.testing.assert_allclose(means[1], points[owners == 1].mean(axis=0), atol=1e-12)
-    flipped = principal_components(-vectors, -class_means)[0]
-    np.testing.assert_allclose(flipped, -points, atol=1e-9)
-
-
-def test_texts_that_are_all_alike_can_be_projected():
-    unit, means = unit_means(np.ones((3, 4)), np.array([0, 1, 2]), 3)
-    points, _, shown = principal_components(unit, means)
-    assert np.isfinite(points).all()
-    assert shown == 1.0
-
-
 @pytest.mark.parametrize("count", [2, 3, 41, 200])
-def test_figures_hold_any_number_of_classes_and_their_numbers(tmp_path, count):
+def test_the_figure_holds_any_number_of_classes_and_their_numbers(tmp_path, count):
     names = [f"class {number}" for number in range(count)]
     vectors = np.random.default_rng(0).standard_normal((count, 8))
-    unit, means = unit_means(vectors, np.arange(count), count)
-    draw_similarity(unit @ unit.T, names, "title", tmp_path / "similarity", 60)
-    points, centres, shown = principal_components(unit, means)
-    draw_projection(points, np.arange(count), centres, names, shown, "title", tmp_path / "projection", 60)
+    draw_similarity(cosines(vectors), names, "title", tmp_path / "similarity", 60)
     written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert len(written) == 8
+    assert len(written) == 4
     assert pd.read_csv(tmp_path / "similarity.csv").shape == (count, count)
-    assert len(pd.read_csv(tmp_path / "projection.csv")) == 2 * count
-    draw_similarity(unit @ unit.T, names, "title", tmp_path / "similarity", 60)
-    draw_projection(points, np.arange(count), centres, names, shown, "title", tmp_path / "projection", 60)
+    draw_similarity(cosines(vectors), names, "title", tmp_path / "similarity", 60)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == written
 
 
-@pytest.mark.parametrize(("count", "spread", "named"), [(10, 1.0, 10), (10, 0.1, 10), (1000, 1.0, 20)])
-def test_names_in_a_projection_hide_neither_each_other_nor_class_means(tmp_path, monkeypatch, count, spread, named):
-    figures = []
-    monkeypatch.setattr("textguard.report.text_figures.save_figure", lambda figure, *_: figures.append(figure))
-    draw = np.random.default_rng(0)
-    means = draw.standard_normal((count, 2)) * spread
-    texts = draw.standard_normal((count, 2))
-    names = [f"class {number}" for number in range(count)]
-    draw_projection(texts, np.arange(count), means, names, 0.5, "title", tmp_path / "projection", 60)
-    (figure,) = figures
-    FigureCanvasAgg(figure).draw()
-    (axes,) = figure.axes
-    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the lines
-    assert named <= len(boxes) <= 40
-    assert {text.get_text() for text in axes.texts} <= set(names)
-    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
-    centres = axes.transData.transform(means)
-    assert not any(box.contains(*centre) for box in boxes for centre in centres)
-    assert all(axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max) for box in boxes)
-    assert (f"{len(boxes)} classes are named" in figure.get_supxlabel()) == (len(boxes) < count)
+def test_the_title_names_the_classes_that_are_most_alike(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("textguard.report.text_figures.save_figure", lambda figure, *_: drawn.append(figure))
+    draw_similarity(np.array([[1, 0.2, 0.9], [0.2, 1, 0.1], [0.9, 0.1, 1]]), CLASSES, "words", tmp_path / "similarity", 60)
+    said = "words: classes have a cosine of 0.40 on average, and 0.90 at most: ship and horse"
+    assert [figure.get_label() for figure in drawn] == [said]
 
 
 def test_class_names_are_drawn_and_not_obeyed(tmp_path):
     names = ["<script>alert(1)</script>", "$\\frac{1}{0}$", "a & b"]
-    unit, means = unit_means(np.eye(3), np.arange(3), 3)
     draw_similarity(np.eye(3), names, "$x^2$", tmp_path / "similarity", 60)
-    draw_projection(unit[:, :2], np.arange(3), means[:, :2], names, 1.0, "$x^2$", tmp_path / "projection", 60)
-    for name in ("similarity", "projection"):
-        svg = (tmp_path / f"{name}.svg").read_text(encoding="utf-8")
-        assert "<script" not in svg
-        assert all("--" not in comment for comment in re.findall(r"<!--(.*?)-->", svg, re.DOTALL))
+    svg = (tmp_path / "similarity.svg").read_text(encoding="utf-8")
+    assert "<script" not in svg
+    assert all("--" not in comment for comment in re.findall(r"<!--(.*?)-->", svg, re.DOTALL))

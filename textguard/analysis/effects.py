@@ -51,7 +51,7 @@ def contrast(name: str, runs: Runs, variant: str, against: str, seeds: Sequence[
     for measure, place in OUTCOMES:
         zeros = 0
         if measure == "top1":
-            first, second = (_points(others, own, level) for level in (confidence, SECOND))
+            first, second = (more_points(others, own, level) for level in (confidence, SECOND))
         else:
             ours, theirs = ([_outcome(run, measure, place) for run in side] for side in (own, others))
             zeros = sum(not (one.value > 0 and other.value > 0) for one, other in zip(ours, theirs, strict=True))
@@ -88,8 +88,8 @@ def _with_confidence(ratio: Estimate, given: float, wanted: float) -> Estimate:
     return replace(ratio, low=low, high=high)
 
 
-def _points(theirs: Sequence[RunResult], ours: Sequence[RunResult], confidence: float) -> Estimate:
-    """Points of top-1 that ours have more, by Student's interval of pairs.
+def more_points(theirs: Sequence[RunResult], ours: Sequence[RunResult], confidence: float) -> Estimate:
+    """Points of top-1 that ours have more, by Student's interval of pairs of trainings; of a single pair without one.
 
     It is never narrower than whole images allow: trainings whose differences are equal may differ by a part of one.
     """

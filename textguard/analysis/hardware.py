@@ -8,7 +8,7 @@ from textguard.analysis.improvement import across, verdict
 from textguard.estimates.statistics import Estimate, over_trainings, ratio_of
 from textguard.params import Run
 from textguard.schema.base import Measured
-from textguard.schema.hardware import Bargain, Bought, FaultRatio, Hardware, HardwareCell, Protected
+from textguard.schema.hardware import Bargain, Bought, Curve, FaultRatio, Hardware, HardwareCell, Protected
 from textguard.schema.results import BASELINE, MEASURES
 
 # What is compared: faults or protection, measure, place, points of accuracy.
@@ -131,6 +131,18 @@ def _compare(name: Compared, baselines: Sequence[Measured], own: Sequence[Measur
         verdict=verdict(together, confidence, len(ratios)),
         **({} if points is None else {"points": points}),
     )
+
+
+def mean_curve(curves: Sequence[Curve], confidence: float) -> list[tuple[float, Measured, Measured]]:
+    """Of one protection in several trainings: each bit error rate, points of accuracy lost, share of changed predictions."""
+    return [
+        (
+            points[0].rate,
+            _mean([point.accuracy for point in points], POINTS, confidence),
+            _mean([point.changed for point in points], SHARE, confidence),
+        )
+        for points in zip(*(curve.points for curve in curves), strict=True)
+    ]
 
 
 def _mean(trainings: Sequence[Measured], within: tuple[float, float], confidence: float) -> Measured:

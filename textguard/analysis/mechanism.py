@@ -121,7 +121,9 @@ def _over_kinds(logs: pd.DataFrame, suffix: str, confidence: float) -> dict[str,
     ends = np.full((2, 2), np.nan)
     if len(sums) > 2:
         tail = (1 - confidence) / 2
-        ends = np.nanquantile(_correlation_and_slope(_resampled(len(sums)) @ sums), [tail, 1 - tail], axis=0)
+        drawn = _correlation_and_slope(_resampled(len(sums)) @ sums)
+        known = np.isfinite(drawn).any(axis=0)  # NaN where no resample varies
+        ends[:, known] = np.nanquantile(drawn[:, known], [tail, 1 - tail], axis=0)
     found = zip(("correlation", "slope"), values, *ends, strict=True)
     return {name + suffix: Estimate(float(value), float(low), float(high), len(logs)) for name, value, low, high in found}
 
@@ -130,5 +132,8 @@ def _correlation_and_slope(sums: np.ndarray) -> np.ndarray:
     """Of sums [..., 6] of 1, x, y, x x, x y and y y over classifiers: [..., 2]; NaN where x, or y, does not vary."""
     n, x, y, xx, xy, yy = np.moveaxis(sums, -1, 0)
     spread_x, spread_y, common = xx / n - (x / n) ** 2, yy / n - (y / n) ** 2, xy / n - x * y / n**2
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.stack([common / np.sqrt(spread_x * spread_y), common / spread_x], axis=-1)
+    # What is left of equal numbers by rounding is no spread.
+    spread_x, spread_y = (
+        np.where(spread > 1e-12 * square / n, spread, np.nan) for spread, square in ((spread_x, xx), (spread_y, yy))
+    )
+    return np.stack([common / np.sqrt(spread_x * spread_y), common / spread_x], axis=-1)

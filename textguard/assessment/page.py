@@ -252,19 +252,12 @@ def _figures(sides: Sequence[Side]) -> list[dict[str, Any]]:
         Variant(str(number), Style(*look, name), [side.run], "model")
         for number, (side, look, name) in enumerate(zip(sides, LOOKS, called, strict=False))
     ][::-1]
-    ranges = {id(side.run): side.found.ranges for side in sides}
     drawn = {
         "delta_loss": (layer_figures.draw_delta_loss, "DeltaLoss per layer", _most("delta_loss", "nats")),
         "sdc": (layer_figures.draw_sdc, "SDC per layer", _most("sdc", "share of faults")),
         "outcomes": (layer_figures.draw_outcomes, "What became of the faults", _outcomes),
         "bits": (layer_figures.draw_bits, "DeltaLoss by layer and bit", _worst_bit),
     }
-    if all(math.isfinite(value) for side in sides for value in side.found.ranges.values()):
-
-        def draw_ranges(shown: Sequence[Variant], title: str) -> Any:
-            return layer_figures.draw_range_effect(shown, title, lambda run: ranges[id(run)])
-
-        drawn["value_ranges"] = (draw_ranges, "Value range and damage", _most("delta_loss", "nats"))
     pictures = []
     with matplotlib.rc_context(fname=STYLE):
         for name, (function, title, alt) in drawn.items():

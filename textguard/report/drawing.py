@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.text import Text
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
 from textguard.artifacts import write_bytes, write_csv
@@ -33,6 +33,7 @@ WITHOUT_DATES = {
 LETTER_POINTS = 0.51 * NOTE_SIZE  # how wide a letter of a note is
 TITLE_SIZE = 10
 TITLE_LETTER_POINTS = 0.58 * TITLE_SIZE
+SMALL = 7.5  # points: no text is smaller
 MARK = "mark|"  # begins the id of what `mark` has named
 
 
@@ -99,6 +100,20 @@ def logarithmic(axes: Axes, side: str, values: ArrayLike) -> str:
     axes.set(**{f"{side}scale": "log"})
     zeros = int((finite <= 0).sum())
     return f"; {zeros} of {len(finite)} points are 0, which has no place on a logarithmic axis" if zeros else ""
+
+
+def plain_ticks(axes: Axes, side: str) -> None:
+    """Write the numbers of a logarithmic axis out where it is short, with ticks also between powers of ten.
+
+    To be called when all is drawn. A linear axis is left as it is.
+    """
+    if getattr(axes, f"get_{side}scale")() != "log":
+        return
+    axis, (low, high) = getattr(axes, f"{side}axis"), getattr(axes, f"get_{side}lim")()
+    if high / low < 300:
+        axis.set_major_locator(MaxNLocator(5) if high / low < 8 else LogLocator(subs=(1, 2, 5), numticks=9))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
 
 
 def ratio_axis(axes: Axes, label: str) -> None:

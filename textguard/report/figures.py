@@ -24,13 +24,12 @@ from textguard.report.closeup_figures import draw_attention, draw_last_layer
 from textguard.report.corruption_figures import draw_corruptions, draw_together
 from textguard.report.drawing import STYLE, save_figure
 from textguard.report.effect_figures import draw_effects
-from textguard.report.grid_figures import draw_improvement, draw_tradeoff
-from textguard.report.hardware_figures import draw_error_rates, draw_fault_models
+from textguard.report.grid_figures import draw_improvement, draw_range_effect, draw_tradeoff
+from textguard.report.hardware_figures import draw_error_rates, draw_fault_models, draw_protection_cost
 from textguard.report.layer_figures import (
     draw_bits,
     draw_delta_loss,
     draw_outcomes,
-    draw_range_effect,
     draw_value_ranges,
 )
 from textguard.report.run_figures import draw_accuracy, draw_convergence
@@ -42,10 +41,10 @@ from textguard.schema.results import Cell, RunResult
 PER_BACKBONE: dict[str, Callable[[Sequence[Variant], str], tuple[Figure, pd.DataFrame]]] = {
     "delta_loss": draw_delta_loss,
     "value_ranges": draw_value_ranges,
-    "range_effect": draw_range_effect,
     "outcomes": draw_outcomes,
     "bits": draw_bits,
     "accuracy_by_top2diff": draw_accuracy,
+    "protection_cost": draw_protection_cost,
     "convergence": draw_convergence,
     "last_layer": draw_last_layer,
     "attention": draw_attention,
@@ -58,6 +57,7 @@ def write_figures(results: Sequence[RunResult], cells: Sequence[Cell], params: P
     """Draw every figure and write it to `folder`. Raises InvalidArtifact."""
     results = [result for result in results if result.variant in params.drawn]
     dpi, places = params.figures.dpi, group(results, params)
+    compared = load_compared_corruptions(params.corrupted)
     together: dict[str, list[pd.DataFrame]] = {name: [] for name in DRAWN_BY_DVC}
     with matplotlib.rc_context(fname=STYLE):
         for (dataset, backbone), variants in places.items():
@@ -72,16 +72,18 @@ def write_figures(results: Sequence[RunResult], cells: Sequence[Cell], params: P
             _draw_hardware(variants, cells, params, folder, (dataset, backbone))
             if dataset in params.corruptions.datasets:
                 corrupted = {result.run: load_corruptions(result.run) for variant in variants for result in variant.results}
-                save_figure(*draw_corruptions(variants, corrupted, title), folder / f"corruptions-{stem}", dpi)
+                beside = [cell for cell in compared.cells if (cell.dataset, cell.backbone) == (dataset, backbone)]
+                save_figure(*draw_corruptions(variants, corrupted, beside, title), folder / f"corruptions-{stem}", dpi)
         everything = [variant for variants in places.values() for variant in variants]
-        save_figure(*draw_tradeoff(everything), folder / "tradeoff", dpi)
+        save_figure(*draw_range_effect(everything), folder / "range_effect", dpi)
         for found in load_effects(params):
             place = found.dataset, found.backbone
             save_figure(*draw_effects(found, place_name(*place)), folder / f"effects-{'-'.join(place)}", dpi)
-        if (compared := load_compared_corruptions(params.corrupted)).classifiers:
+        if compared.classifiers:
             save_figure(*draw_together(everything, compared), folder / "faults_and_corruptions", dpi)
         if cells:
-            save_figure(*draw_improvement(cells, _styles(params)), folder / "improvement", dpi)
+            save_figure(*draw_improvement(cells, _styles(params), params.drawn), folder / "improvement", dpi)
+            save_figure(*draw_tradeoff(everything, cells), folder / "tradeoff", dpi)
     together["training"] = [training_curve(result, params) for result in results]
     for name, tables in together.items():
         write_csv(folder / f"{name}.csv", pd.concat(tables, ignore_index=True))
@@ -107,7 +109,7 @@ def _draw_hardware(
         )
     if params.hardware.rates and params.hardware.protections:
         runs = {result.run: load_hardware(result.run) for variant in variants for result in variant.results}
-        save_figure(*draw_error_rates(variants, runs, title), folder / f"error_rates-{stem}", params.figures.dpi)
+        save_figure(*draw_error_rates(variants, runs, hardware, title), folder / f"error_rates-{stem}", params.figures.dpi)
 
 
 def group(results: Sequence[RunResult], params: Params) -> dict[tuple[str, str], list[Variant]]:

@@ -1,7 +1,7 @@
 """Figures with one place per layer, of one backbone on one data set."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -121,44 +121,6 @@ def _ranges(result: RunResult) -> pd.DataFrame:
         f"{RUNS_DIR / result.run / 'ranges.csv'} and {RESULTS_DIR / result.run}.json {differ}; "
         "delete both and run 'dvc repro': stages 'ranges' and 'results' write them"
     )
-
-
-def draw_range_effect(
-    variants: Sequence[Variant], title: str, largest_of: Callable[[RunResult], Mapping[str, float]] | None = None
-) -> tuple[Figure, pd.DataFrame]:
-    """Each layer's DeltaLoss against its largest value: does the range explain the damage?
-
-    largest_of: gives a run's layers -> their largest values; by default, those that stage `ranges` wrote.
-    """
-    figure = Figure(figsize=(4.8, 3.7), layout="constrained")
-    axes = figure.add_subplot()
-    rows = []
-    for variant in variants:
-        found = []
-        for result in variant.results:
-            largest = largest_of(result) if largest_of else _ranges(result).set_index("layer")["max_abs"]
-            found += [
-                _row(variant, result, layer, max_abs=largest[layer.layer], delta_loss=layer.delta_loss.value)
-                for layer in result.layers
-            ]
-        points = pd.DataFrame(found)
-        rank = points["max_abs"].rank().corr(points["delta_loss"].rank())  # NaN where either is constant
-        shown = f"{rank:.2f}" if np.isfinite(rank) else "undefined"
-        axes.plot(
-            points["max_abs"],
-            points["delta_loss"],
-            linestyle="none",
-            alpha=0.8,
-            **_style(variant) | {"label": f"{variant.style.name}, rank correlation {shown}"},
-        )
-        rows += found
-    axes.set(xlabel="largest |value| of a layer, without faults", ylabel="mean DeltaLoss (nats)")
-    numbers = pd.DataFrame(rows)
-    unseen = logarithmic(axes, "x", numbers["max_abs"]) + logarithmic(axes, "y", numbers["delta_loss"])
-    axes.set_title(f"{title}: value range and damage")
-    axes.legend()
-    add_note(figure, f"one point per layer and {variants[0].each}, {trainings(variants)}; Spearman's rank correlation{unseen}")
-    return figure, numbers
 
 
 def draw_outcomes(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataFrame]:

@@ -65,8 +65,8 @@ FIGURES = {
     "bits": "DeltaLoss by layer and bit",
     "fault_models": "Other faults than those",
     "error_rates": "Bit errors that stay in the parameters' memory",
+    "protection_cost": "SDC that computing layers twice covers, and what it costs",
     "value_ranges": "Neuron values per layer",
-    "range_effect": "Value range and damage",
     "accuracy_by_top2diff": "Accuracy against Top2Diff",
     "corruptions": "Accuracy on corrupted images",
     "convergence": "Convergence of the estimate",
@@ -160,7 +160,8 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
             _picture("figures", FIGURES_DIR / name, title, f"picture-{name}")
             for name, title, drawn in (
                 ("improvement", "Improvement over the baseline", cells),
-                ("tradeoff", "Accuracy and resilience", True),
+                ("tradeoff", "Accuracy and resilience", cells),
+                ("range_effect", "Largest logit and damage in the head", True),
                 ("faults_and_corruptions", "Resilience to faults and to corruption", corrupted.classifiers),
             )
             if drawn
@@ -381,10 +382,7 @@ def _text(texts: ClassTexts) -> dict[str, Any]:
             ("Mean cosine of two classes", f"{quality.mean_pairwise_cosine:.3f}"),
             ("Encoder", quality.encoder),
         ],
-        "pictures": [
-            _picture("text_quality", pictures / name, f"{title}, {key}", f"{name}-{key}")
-            for name, title in (("similarity", "Similarity of classes"), ("projection", "Texts and class means"))
-        ],
+        "pictures": [_picture("text_quality", pictures / "similarity", f"Similarity of classes, {key}", f"similarity-{key}")],
         "classes": as_shown(_classes(key, quality.classes), f"Classes of {key}"),
         "said": list(said.items())[:MOST_CLASSES],
         "said_note": f"{min(len(said), MOST_CLASSES)} of {len(said)} classes",

@@ -7,15 +7,15 @@ from types import MappingProxyType
 
 from textguard.schema.results import BASELINE, PROPOSED
 
-# No marker stands for two things. PLACE_MARKERS are for backbones on data sets, in the one figure that holds several of them;
-# the diamond is left for published numbers.
+# No marker stands for two things. The diamond is left for published numbers.
 VARIANT_MARKERS = {BASELINE: "o", "random": "s", "template": "v", PROPOSED: "^"}
 VARIANT_COLOURS = {BASELINE: "#d55e00", "random": "#7f7f7f", "template": "#56b4e9", PROPOSED: "#0072b2"}
 OTHER_MARKERS = "Pp"  # of variants that a grid adds, in their order there; so are the colours
 OTHER_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#f0e442")
-PLACE_MARKERS = "X*<>h8Hd1234"
+PLACE_FILLS = ("full", "left", "bottom", "right", "top")  # of marks, by backbone on data set, where a panel holds several
 PUBLISHED_MARKER = "D"
 VARIANT_NAMES = {"random": "random start", "template": "one template"}
+NO_FILLS: Mapping[tuple[str, str], str] = MappingProxyType({})
 NO_LABELS: Mapping[str, str] = MappingProxyType({})
 BACKBONE_NAMES = {
     "alexnet": "AlexNet",
@@ -60,6 +60,11 @@ def styles(variants: Sequence[str], colours: Mapping[str, str], labels: Mapping[
     markers = VARIANT_MARKERS | dict(zip(others, itertools.cycle(cycle), strict=False))
     coloured = VARIANT_COLOURS | dict(zip(others, itertools.cycle(OTHER_COLOURS), strict=False)) | dict(colours)
     return {variant: Style(coloured[variant], markers[variant], variant_name(variant, labels)) for variant in variants}
+
+
+def fills(places: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """(Data set, backbone) -> how marks are filled, where one panel holds several of them."""
+    return dict(zip(places, itertools.cycle(PLACE_FILLS), strict=False))
 
 
 def variant_name(variant: str, labels: Mapping[str, str] = NO_LABELS) -> str:

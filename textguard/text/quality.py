@@ -36,7 +36,8 @@ def measure_quality(
     others = similarity - 2 * np.eye(len(classes))
     nearest = others.argmax(axis=1)
     owners = np.array([classes.index(descriptions[row].class_name) for row in rows])
-    unit, means = unit_means(vectors_ne, owners, len(classes))
+    unit = _unit(vectors_ne)
+    means = np.stack([unit[owners == index].mean(axis=0) for index in range(len(classes))])
     stray = _strays(unit, means, owners)
     unnamed = np.array(["unnamed" in descriptions[row].flags for row in rows])
     said_of: dict[str, list[Description]] = {name: [] for name in classes}
@@ -78,27 +79,6 @@ def cosines(matrix_ce: np.ndarray) -> np.ndarray:
     """Cosines of all pairs of rows of [C, E], as float64 [C, C]."""
     unit = _unit(matrix_ce)
     return unit @ unit.T
-
-
-def principal_components(vectors_ne: np.ndarray, means_ce: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Project unit vectors [N, E] and class means [C, E] on the plane in which the vectors vary most.
-
-    Returns [N, 2], [C, 2] and the share of the variance that the plane shows. Signs are fixed: each axis's largest weight is
-    positive.
-    """
-    centre = vectors_ne.mean(axis=0)
-    _, scale, axes = np.linalg.svd(vectors_ne - centre, full_matrices=False)
-    axes = np.vstack([axes, np.zeros_like(axes[:1])])[:2]  # one text alone has one axis
-    axes *= np.where(axes[range(2), np.abs(axes).argmax(axis=1)] < 0, -1, 1)[:, None]
-    variance = float((scale**2).sum())
-    shown = float((scale[:2] ** 2).sum() / variance) if variance > 0 else 1.0
-    return (vectors_ne - centre) @ axes.T, (means_ce - centre) @ axes.T, shown
-
-
-def unit_means(vectors_ne: np.ndarray, owners: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """The unit vectors [N, E], and the mean of each class's, [C, E]."""
-    unit = _unit(vectors_ne)
-    return unit, np.stack([unit[owners == index].mean(axis=0) for index in range(classes)])
 
 
 def _strays(unit_ne: np.ndarray, means_ce: np.ndarray, owners: np.ndarray) -> np.ndarray:
