@@ -194,7 +194,8 @@ class Verdicts(Stored):
 class RescaledHead(Stored):
     """The head alone with its logits scaled, against the baseline's last layer: baseline's DeltaLoss / its own.
 
-    No scale changes a prediction, so SDC and mismatches stay as they are.
+    No scale changes a prediction without faults. Behind the head, where `same_temperature` has it, none changes SDC or
+    mismatches either. In the weights, where `folded` has it, bits flip in other values, and both may change.
     """
 
     same_temperature: Measured = field(
