@@ -109,7 +109,7 @@ def test_largest_logits_are_those_of_all_classifiers_and_a_rescaled_head_is_show
 def test_without_any_results_nothing_is_answered():
     found = sections(page(studies()))
     assert "not answered here" in found.pop("For a sceptic of the paper")
-    assert len(found) == len(QUESTIONS) + len(UNANSWERED)
+    assert len(found) == len(QUESTIONS) + 1 + len(UNANSWERED)
     assert all(text.startswith("**Not answered here: ") for text in found.values())
     assert not any("|" in text for text in found.values())
 
@@ -199,3 +199,19 @@ def test_resilience_to_faults_and_to_corruption_go_together_by_the_interval(tmp_
     told = sections(page(studies(vit=tmp_path)))["Does what stands faults stand corrupted images?"]
     assert told.startswith("**In vit, DeltaLoss goes with the points of top-1 that a corruption costs (0.500 [0.100, 0.900]);")
     assert "in vit, SDC cannot be told to go with the points" in told
+
+
+def test_what_text_guidance_costs_is_said_from_the_medians_of_rounds():
+    def network(step, single):
+        return {
+            "training": {"ratio": [step, step - 0.1, step + 0.1]},
+            "inference_1": {"ratio": [single, 0.5, 1.5]},
+            "inference_64": {"ratio": [1.0, 0.9, 1.1]},
+            "training_mb": {"random": 103.0, "baseline": 100.0},
+        }
+
+    told = sections(page(studies(), {"a": network(1.2, 1.04), "b": network(1.05, 1.01)}))["What does text guidance cost?"]
+    assert told.startswith(
+        "**A training step takes 1.05 to 1.20 times as long as the baseline's, and the inference of one image 1."
+    )
+    assert "| a | 1.200 (1.100 to 1.300) | 1.040 (0.500 to 1.500) | 1.000 (0.900 to 1.100) | 1.030 |" in told
