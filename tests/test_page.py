@@ -5,6 +5,7 @@ import hashlib
 import html
 import io
 import json
+import math
 import re
 import shutil
 import sys
@@ -17,6 +18,7 @@ import pandas as pd
 import pytest
 from dvc.utils.serialize import modify_yaml
 from PIL import Image
+from selenium.webdriver.support.select import Select
 
 from conftest import REPOSITORY, show
 from smoke_grid import run
@@ -24,7 +26,8 @@ from textguard.artifacts import read_json_lines, write_csv, write_json, write_js
 from textguard.errors import InvalidArtifact
 from textguard.params import load_params
 from textguard.report.page import Revision, as_shown, main, read_revision, write_page
-from textguard.report.rendering import Table
+from textguard.report.rendering import Table, show_estimate
+from textguard.schema.base import Measured
 
 SMOKE = REPOSITORY / "grids" / "smoke"
 TEXT = "digits-descriptions"
@@ -329,6 +332,61 @@ def test_tables_sort_by_number_and_filter_by_text(opened):
     left = opened.execute_script(column % 0, table)
     assert left
     assert all("layer4" in name for name in left)
+
+
+def test_switches_show_the_numbers_of_one_detector_and_one_place(opened):
+    """Whatever is chosen, the rows that are left are those of metrics/cells.json."""
+    cells = json.loads(Path("metrics/cells.json").read_text(encoding="utf-8"))
+    rows = "return [...document.querySelectorAll('#matrix tbody tr')].filter(row => row.checkVisibility()).map("
+    rows += "row => [...row.cells].map(cell => cell.textContent))"
+    detector, place = (Select(field) for field in opened.find_elements("css selector", "[data-switches] select"))
+    assert (detector.first_selected_option.text, place.first_selected_option.text) == ("profiled", "all layers")
+    for chosen in cells[0]["detectors"]:
+        for key, words in (("by_neurons", "all neurons"), ("head", "head alone"), ("overall", "all layers")):
+            detector.select_by_visible_text(chosen)
+            place.select_by_visible_text(words)
+            shown = opened.execute_script(rows)
+            assert [row[2:4] for row in shown] == [[chosen, words]] * len(cells)
+            for row, cell in zip(shown, cells, strict=True):
+                found = cell["detectors"][chosen]["improvement"]
+                estimates = [Measured(**nan(found[measure][key])) for measure in ("sdc", "delta_loss", "mismatch")]
+                assert [said.startswith(show_estimate(one)) for said, one in zip(row[4:], estimates, strict=True)] == [True] * 3
+
+
+def test_a_picture_says_its_finding_to_those_who_do_not_see_it_and_can_be_linked(here):
+    elements = page()
+    pictures = {tag["src"]: tag["alt"] for name, tag in elements.found if name == "img"}
+    with Image.open("plots/figures/improvement.png") as picture:
+        finding = picture.info["Title"]
+    assert finding.startswith("ResNet-18 on digits, descriptions beside the baseline: SDC has no verdict from 1 training")
+    assert finding in pictures.values()
+    figures = {tag["id"] for name, tag in elements.found if name == "figure"}
+    links = {tag["href"][1:] for name, tag in elements.found if name == "a" and "aria-label" in tag}
+    assert links == figures
+
+
+def nan(numbers: dict) -> dict:
+    """An estimate as JSON has it, with NaN for null."""
+    return {name: math.nan if value is None else value for name, value in numbers.items()}
+
+
+def test_the_answer_counts_verdicts_and_one_training_is_never_green(here):
+    file = Path("metrics/cells.json")
+    cells = json.loads(file.read_text(encoding="utf-8"))
+    elements = page()
+    assert "of 1 comparison with a baseline: SDC over all layers is told apart in none" in elements.text
+    for cell in cells:
+        verdicts = cell["detectors"]["profiled"]["verdict"]
+        verdicts["sdc"]["overall"], verdicts["delta_loss"]["overall"], verdicts["sdc"]["by_neurons"] = (
+            "better",
+            "worse",
+            "better",
+        )
+    write_json(file, cells)
+    said = (
+        "Behind the range detector profiled, of 1 comparison with a baseline: SDC over all layers is lower in 1; DeltaLoss is "
+    )
+    assert said + "higher in 1; FIT is lower in 1." in page().text
 
 
 def test_the_theme_can_be_switched(opened):

@@ -83,15 +83,17 @@ def _number(value: Any) -> float | None:
 def as_picture(content: bytes, title: str, name: str, numbers: str = "", alt: str = "") -> dict[str, Any]:
     """A PNG as the template takes it, small enough for sharp print. Raises what Pillow raises where it is none.
 
-    numbers: the file with those that are drawn. alt: what is to be seen, for those who do not see it; by default the title.
+    numbers: the file with those that are drawn. alt: what is to be seen, for those who do not see it; by default the finding
+    that stands above the picture and in its file (see drawing.state), else the title.
     """
     # Not Image.open, which refuses sharp pictures of many layers for their size: nothing is unpacked here.
     with PngImageFile(io.BytesIO(content)) as picture:
         width, height = picture.size
+        finding = str(picture.info.get("Title", ""))
         picture.verify()
     source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     size = {"width": round(width / SHARPNESS), "height": round(height / SHARPNESS)}
-    said = {"title": title, "caption": f"{title}.", "alt": alt or title, "numbers": numbers}
+    said = {"title": title, "caption": f"{title}.", "alt": alt or finding or title, "numbers": numbers}
     return {"id": element_id(name), "source": source, **said, **size}
 
 

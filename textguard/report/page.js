@@ -45,6 +45,19 @@ for (const field of document.querySelectorAll("input[data-filters]")) {
   field.closest("p").hidden = false;
 }
 
+// Fields that leave only the rows with the chosen values in their columns.
+for (const box of document.querySelectorAll("[data-switches]")) {
+  const table = document.getElementById(box.dataset.switches);
+  const choices = [...box.querySelectorAll("select")];
+  const choose = () => {
+    const fits = (row, choice) => row.cells[choice.dataset.column].textContent === choice.value;
+    for (const row of table.tBodies[0].rows) row.hidden = !choices.every((choice) => fits(row, choice));
+  };
+  for (const choice of choices) choice.addEventListener("change", choose);
+  choose();
+  box.hidden = false;
+}
+
 // A link into a closed part opens it. What is behind "#" may be anything: a lone "%" cannot be decoded.
 const wanted = () => {
   try { return decodeURIComponent(location.hash.slice(1)); } catch { return ""; }

@@ -4,7 +4,7 @@ import math
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from textguard.report.theme import place_name, variant_name
 from textguard.report.variants import labelled
 from textguard.schema.campaign import skip_reasons
 from textguard.schema.effects import Effects
-from textguard.schema.results import BASELINE, MEASURES, ONE_TRAINING, PLACES, PROPOSED, Cell, RunResult
+from textguard.schema.results import BASELINE, MEASURES, ONE_TRAINING, PLACES, Cell, RunResult
 
 FIGURES_DIR = Path("plots") / "figures"
 TABLES = {
@@ -57,6 +57,7 @@ TABLES = {
     "recipes": "Recipes",
     "treatments": "Treatments: what variants have otherwise",
 }
+FOLDED = ("audit", "recipes", "treatments")  # tables to look something up in
 # Stem of a figure's file -> what it shows, in the order of the page.
 FIGURES = {
     "architecture": "Architecture",
@@ -86,6 +87,8 @@ PARTS = [
     ("not-run", "What was not run"),
 ]
 SHOWN = ("head", "overall", "by_neurons")  # places of the headline
+ASKED = (("SDC over all layers", "sdc", "overall"), ("DeltaLoss", "delta_loss", "overall"), ("FIT", "sdc", "by_neurons"))
+_DETECTORS = {"off": "Without a range detector"}  # -> how a sentence begins; of all others with their names
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,10 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
         "page.html",
         title=f"textguard: {grid} grid",
         parts=parts if compared is None else [parts[0], ("compared", "Compared"), *parts[1:]],
-        headline=[_headline(cell) for cell in cells if cell.variant == PROPOSED] or [_headline(cell) for cell in cells],
+        answers=_answers_in_short(cells),
+        matrix=as_shown(_matrix(cells), "Every variant beside its baseline"),
+        switches=_switches(cells),
+        headline=[_headline(cell) for cell in cells],
         remarks=[*_remarks(cells, runs), *_not_shown(params)],
         headline_figures=[
             _picture("figures", FIGURES_DIR / name, title, f"picture-{name}")
@@ -170,6 +176,7 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
         effects=[(place_name(each.dataset, each.backbone), sentences(each), _effects_picture(each)) for each in found],
         effects_table=as_shown(tables.pop("effects"), TABLES["effects"]) if found else None,
         facts=_facts(params, runs, grid, revision),
+        folded=FOLDED,
         tables=[as_shown(table, TABLES.get(table.name, table.name)) for table in tables.values()],
         figures=_figures(runs, params),
         runs=[_run(key, run, params) for key, run in runs.items()],
@@ -179,6 +186,62 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
         not_run=_not_run(runs, {dataset.source for dataset in params.datasets.values()}),
     )
     write_text(path, content)
+
+
+def _answers_in_short(cells: Sequence[Cell]) -> list[str]:
+    """Whether it is more resilient: verdicts under each range detector, counted."""
+    said = []
+    for detector in cells[0].detectors if cells else ():
+        found = [cell.detectors[detector].verdict for cell in cells if detector in cell.detectors]
+        counts = [
+            f"{name} is {_counted(getattr(getattr(verdict, measure), place) for verdict in found)}"
+            for name, measure, place in ASKED
+        ]
+        said.append(
+            f"{_DETECTORS.get(detector, f'Behind the range detector {detector}')}, of {len(found)} "
+            f"comparison{'s' * (len(found) != 1)} with a baseline: {'; '.join(counts)}."
+        )
+    return said
+
+
+def _counted(verdicts: Iterable[str]) -> str:
+    found = list(verdicts)
+    better, worse = found.count("better"), found.count("worse")
+    if not better + worse:
+        return "told apart in none"
+    return " and ".join(f"{words} in {count}" for words, count in (("lower", better), ("higher", worse)) if count)
+
+
+def _matrix(cells: Sequence[Cell]) -> Table:
+    """Every cell under every range detector, by measure, with what its faults are averaged over."""
+    rows = [
+        [
+            _cell_name(cell),
+            len(cell.seeds),
+            detector,
+            PLACES[place],
+            *(judged(found, measure, place) for measure in ("sdc", "delta_loss", "mismatch")),
+        ]
+        for cell in cells
+        for detector, found in cell.detectors.items()
+        for place in SHOWN
+    ]
+    caption = (
+        "So many times less than in the baseline, above 1 is better, with its interval over trainings. SDC: a fault changes "
+        "the class, or leaves a loss that is not finite. DeltaLoss: by how much a fault changes the loss. Mismatch: the class "
+        "changes among finite losses. Head alone: faults in the last layer; all layers: the plain mean over layers; all "
+        "neurons: every neuron as likely as any other, as in hardware, so that its SDC ratio is that of FIT, the failures in "
+        "10^9 hours."
+    )
+    headers = ["Network, Variant", "Trainings", "Detector", "Faults In", "SDC (x)", "DeltaLoss (x)", "Mismatch (x)"]
+    return Table("matrix", caption, headers, rows)
+
+
+def _switches(cells: Sequence[Cell]) -> list[tuple[str, int, list[str]]]:
+    """What leaves only some rows of the matrix: a name, the column, and its values, of which the first is shown at first."""
+    detectors = list(dict.fromkeys(detector for cell in cells for detector in cell.detectors))
+    places = [PLACES[place] for place in SHOWN]
+    return [("Detector", 2, detectors), ("Faults in", 3, [PLACES["overall"], *(p for p in places if p != PLACES["overall"])])]
 
 
 def _headline(cell: Cell) -> dict[str, Any]:
@@ -193,7 +256,7 @@ def _headline(cell: Cell) -> dict[str, Any]:
         for measure in MEASURES
         for place in SHOWN
     ]
-    headers = ["What faults do", "Baseline", "Text-guided", "Baseline / text-guided (x)"]
+    headers = ["What faults do", "Baseline", "The variant", "Baseline / the variant (x)"]
     table = Table(f"headline-{cell.dataset}-{cell.backbone}-{cell.variant}", "", headers, rows)
     return {
         "name": name,
