@@ -52,7 +52,7 @@ def test_dvc_would_run_all_stages_of_a_grid_without_data(grid, clone):
     done = run([sys.executable, "-m", "dvc", "repro", "--dry", "--force"], clone / "grids" / grid)
     listed = re.findall(r"Running stage '([^']+)'", done.stdout)
     assert done.returncode == 0, done.stderr
-    of_runs = 5 * len(params.runs) + len(params.looked_at)
+    of_runs = 5 * len(params.runs) + len(params.looked_at) + len(params.corrupted)
     assert len(listed) == len(set(listed)) == 2 * len(params.datasets) + 4 * len(params.class_texts) + of_runs + 7
 
 
