@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from textguard.estimates.statistics import Estimate
-from textguard.report.findings import QUESTIONS, STUDIES, UNANSWERED, Study, _goes, page
+from textguard.report.findings import QUESTIONS, STUDIES, UNANSWERED, Study, TextClassifier, _goes, page
 from textguard.report.rendering import show_estimate
 
 
@@ -109,7 +109,7 @@ def test_largest_logits_are_those_of_all_classifiers_and_a_rescaled_head_is_show
 def test_without_any_results_nothing_is_answered():
     found = sections(page(studies()))
     assert "not answered here" in found.pop("For a sceptic of the paper")
-    assert len(found) == len(QUESTIONS) + 1 + len(UNANSWERED)
+    assert len(found) == len(QUESTIONS) + 2 + len(UNANSWERED)  # those of the text classifier and of the cost
     assert all(text.startswith("**Not answered here: ") for text in found.values())
     assert not any("|" in text for text in found.values())
 
@@ -199,6 +199,22 @@ def test_resilience_to_faults_and_to_corruption_go_together_by_the_interval(tmp_
     told = sections(page(studies(vit=tmp_path)))["Does what stands faults stand corrupted images?"]
     assert told.startswith("**In vit, DeltaLoss goes with the points of top-1 that a corruption costs (0.500 [0.100, 0.900]);")
     assert "in vit, SDC cannot be told to go with the points" in told
+
+
+def test_a_classifier_of_texts_is_told_of_by_verdict():
+    pairs = {"smoothing": ("baseline", "better"), "text": ("baseline", "worse"), "text beyond random": ("random", "better")}
+    contrasts = [
+        {"name": name, "variant": name, "against": against, "seeds": [0, 1, 2], "effects": effect(verdict)}
+        for name, (against, verdict) in pairs.items()
+    ]
+    effects = {"dataset": "d", "backbone": "b", "confidence": 0.99, "contrasts": contrasts}
+    measured = TextClassifier.model_validate_json(json.dumps({"top1": {"baseline": 0.664, "text": 0.9}, "effects": effects}))
+    told = sections(page(studies(), texts=measured))["Does a classifier of texts gain?"]
+    assert told.startswith(
+        "**Of 2 changes of a small transformer that classifies sentences, 1 leaves less SDC and 1 more, 1 lea"
+    )
+    assert f"| text beyond random | {SHOWN} better | {SHOWN} better | {SHOWN} better | 3 |" in told
+    assert "66 % predicted right by the baseline" in told
 
 
 def test_what_text_guidance_costs_is_said_from_the_medians_of_rounds():
