@@ -1,8 +1,9 @@
 """The library alone, as `pip install textguard` leaves it: the wheel, what it needs, and nothing else of this environment.
 
-The README's example, the lines of docs/own-classifier.md and its workflow run there, in folders of their own.
+The README's example, the notebook of docs/own-classifier.md and that page's workflow run there, in folders of their own.
 """
 
+import json
 import os
 import re
 import shlex
@@ -18,13 +19,12 @@ import yaml
 from packaging.requirements import Requirement
 
 from conftest import REPOSITORY
+from docs_parts import BLOCK, INSTALL, NOTEBOOK, TUTORIAL
 
 EXAMPLE = REPOSITORY / "examples" / "own_classifier.py"
-DOCUMENT = (REPOSITORY / "docs" / "own-classifier.md").read_text(encoding="utf-8")
-BLOCK = re.compile(r'^```(\w+)(?: title="(\S+)")?\n(.*?)^```$', flags=re.MULTILINE | re.DOTALL)
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-BLOCKS = [match.groups() for match in BLOCK.finditer(DOCUMENT)]
-INSTALL = "pip install 'textguard @ git+https://github.com/OWNER/REPOSITORY'"
+BLOCKS = [match.groups() for match in BLOCK.finditer(TUTORIAL.read_text(encoding="utf-8"))]
+CELLS = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
 
 
 def needed(requirements: Iterable[str], extra: str = "") -> set[str]:
@@ -122,26 +122,27 @@ def test_the_example_prints_each_layer_with_intervals_as_the_readme_shows(instal
 
 @pytest.fixture(scope="module")
 def toured(installed, tmp_path_factory) -> Path:
-    """A folder in which every line of docs/own-classifier.md was run, in their order.
+    """A folder in which every cell of docs/own-classifier.ipynb was run, in their order, as IPython does.
 
     In one process, as torch takes long to load: the command's own script runs in the workflow.
     """
     folder = tmp_path_factory.mktemp("tour")
-    script = ["import runpy", "from textguard.assessment.command import run"]
-    for language, name, content in BLOCKS:
-        if name:
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text(content, encoding="utf-8")
-        elif language == "python":
-            script.append(content)
-        elif language == "sh" and content.strip() != INSTALL:
+    script = ["import pathlib, runpy, sys", "from textguard.assessment.command import run", "sys.path.insert(0, '')"]
+    for cell in CELLS:
+        first, _, content = "".join(cell["source"]).partition("\n")
+        if first.startswith("%%writefile "):
+            script.append(f"pathlib.Path({first.split()[1]!r}).write_text({content!r}, encoding='utf-8')")
+        elif first == "%%bash":
             for line in content.replace("\\\n", " ").splitlines():
                 program, *arguments = shlex.split(line)
                 runs = {"python": f"runpy.run_path({arguments[0]!r})", "textguard": f"assert run({arguments}) == 0"}
                 script.append(runs[program])
+        else:
+            script.append(f"{first}\n{content}")
     (folder / "tour.py").write_text("\n".join(script), encoding="utf-8")
-    call(installed, ["python", "tour.py"], folder)
-    return folder
+    call(installed, ["python", "tour.py"], folder, TMPDIR=str(folder))
+    (found,) = folder.glob("textguard-*")
+    return found
 
 
 def test_every_line_of_the_tour_runs(toured):
