@@ -26,7 +26,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Every stage is a process of its own: without byte code each would compile its packages again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: findings help setup grid repro gate report test numbers fuzz lint format grids smoke plan bench lock docs site clean
+.PHONY: findings help setup grid repro gate report test numbers fuzz lint format grids smoke plan bench lock docs site dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
@@ -112,6 +112,11 @@ docs: $(DOCS_READY)  ## serve the documentation's site on this machine
 
 site: $(DOCS_READY)  ## build the documentation's site into build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
+dist: setup  ## build what a release publishes into dist/: the source distribution and, from it, the wheel
+	rm -rf dist
+	python -c 'from setuptools.build_meta import build_sdist; build_sdist("dist")'
+	python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
 
 lint: setup  ## check style, format, import rules, the CI's workflow and the grids' copies of dvc.yaml
 	ruff check .

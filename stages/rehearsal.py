@@ -52,6 +52,7 @@ def look_up(params: Params) -> None:
     Raises UnknownName for networks that are in no library; InvalidParameter for what is wrong with own code; UnsupportedModel
     for a network that a mitigation of section hardware cannot be used with, which its stage would say after the training.
     """
+    from stages.under_faults import of_section_hardware
     from textguard.vision.backbones import BACKBONES, build_backbone
     from textguard.vision.datasets import is_own, own_parts
 
@@ -63,11 +64,8 @@ def look_up(params: Params) -> None:
             with torch.random.fork_rng(devices=[]):
                 model = build_backbone(backbone.network, CLASSES, backbone.image_size, backbone.drop_path).eval()
             for mitigation in params.hardware.mitigations:
-                try:
+                with of_section_hardware():
                     _protect(model, torch.zeros(3, backbone.image_size, backbone.image_size), mitigation)
-                except UnsupportedModel as error:
-                    said = error.told(lambda setting: f"params.yaml hardware.{setting}s")
-                    raise UnsupportedModel(said.replace("set it to none", "leave it out")) from error
 
 
 def _use(model: nn.Module, images: Tensor, labels: Tensor, inject: InjectParams, closeup: CloseupParams) -> None:

@@ -1,7 +1,8 @@
 """What one classifier does under the faults of section `hardware`."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 from stages.loading import LoadedRun, load_run
 from stages.settings import campaign_settings, protected
 from textguard.artifacts import fingerprint, work_dir
-from textguard.errors import InvalidParameter
+from textguard.errors import InvalidParameter, UnsupportedModel
 from textguard.estimates.statistics import Estimate, mean_interval, paired_difference, rate_interval
 from textguard.estimates.summary import LayerResult, mean_over_layers, summarise
 from textguard.faults import Campaign, FaultModel
@@ -127,7 +128,8 @@ class Injected:
         )
         found, plan, correct = [], pd.DataFrame(), np.zeros(0)
         for mitigation in (usual, *hardware.mitigations):
-            model_under = protected(self._run, self._plain, mitigation)
+            with of_section_hardware():
+                model_under = protected(self._run, self._plain, mitigation)
             campaign = Campaign(model_under, self._loader, campaign_settings(asked), largest_outputs(self._run.ranges))
             right, sites = campaign.fault_free.correct.astype(float), campaign.engine.sites
             if mitigation == usual:
@@ -236,6 +238,16 @@ class Injected:
 
     def _label(self, what: str) -> str:
         return f"hardware {self._run.key}, {what}"
+
+
+@contextmanager
+def of_section_hardware() -> Iterator[None]:
+    """A mitigation that a network cannot have is one of params.yaml hardware.mitigations: the error says so."""
+    try:
+        yield
+    except UnsupportedModel as error:
+        said = error.told(lambda setting: f"params.yaml hardware.{setting}s")
+        raise UnsupportedModel(said.replace("set it to none", "leave it out")) from error
 
 
 def top1_change(after: np.ndarray, before: np.ndarray, confidence: float) -> Estimate:

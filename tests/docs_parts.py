@@ -1,16 +1,20 @@
 """The parts of README.md and docs/ that are made from other files: `python tests/docs_parts.py` writes them anew.
 
-A part stands between `<!-- part: KIND ARGUMENTS -->` and `<!-- end of part -->`. tests/test_docs.py compares.
+A part stands between `<!-- part: KIND ARGUMENTS -->` and `<!-- end of part -->`. The notebook is one page as a whole.
+tests/test_docs.py compares.
 """
 
 import ast
 import contextlib
+import hashlib
 import io
+import json
 import os
 import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import yaml
@@ -18,6 +22,22 @@ import yaml
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 PART = re.compile(r"(<!-- part: (\w+)(?: ([^\n]*))? -->\n).*?(<!-- end of part -->\n)", flags=re.DOTALL)
+TUTORIAL = REPOSITORY / "docs" / "own-classifier.md"
+NOTEBOOK = TUTORIAL.with_suffix(".ipynb")
+BLOCK = re.compile(r'^```(\w+)(?: title="(\S+)")?\n(.*?)^```$', flags=re.MULTILINE | re.DOTALL)
+SAID_ON_THE_PAGE = f"The same page is [a notebook]({NOTEBOOK.name}) for Jupyter and Colab.\n\n"
+INSTALL = "pip install 'textguard @ git+https://github.com/OWNER/REPOSITORY'"
+# What a page leaves to its reader: a folder, and a shell that finds the kernel's own programs.
+SET_UP = """
+import os
+import sys
+import tempfile
+
+os.chdir(tempfile.mkdtemp(prefix="textguard-"))  # all files of this notebook
+os.mkdir("mypkg")
+os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+print(os.getcwd())
+"""
 # Sections of params.yaml whose keys are names that a user chooses.
 NAMED = ("backbones", "datasets", "texts", "treatments")
 
@@ -121,6 +141,37 @@ def targets(_: str) -> str:
 KINDS = {"table": table, "lines": lines, "parameters": parameters, "stages": stages, "command": command, "targets": targets}
 
 
+def notebook(page: str) -> str:
+    """A page as a notebook (nbformat 4.5): Python, files with a title and shell lines are its cells, other blocks its text."""
+    page, cells, end = page.replace(SAID_ON_THE_PAGE, ""), [], 0
+    for found in BLOCK.finditer(page):
+        language, file, content = found.groups()
+        if file:
+            code = [f"%%writefile {file}\n{content}"]
+        elif content.strip() == INSTALL:
+            code = [f"# Without the first two characters, this installs the library.\n# %{INSTALL}", SET_UP]
+        elif language in ("python", "sh"):
+            code = [content if language == "python" else f"%%bash\n{content}"]
+        else:
+            continue
+        cells += [_cell("markdown", page[end : found.start()]), *(_cell("code", source) for source in code)]
+        end = found.end()
+    cells.append(_cell("markdown", page[end:]))
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    found = {"cells": [cell for cell in cells if cell["source"]], "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+
+
+def _cell(kind: str, source: str) -> dict[str, Any]:
+    """A cell, called by its content: it keeps its name wherever it stands."""
+    source = source.strip("\n")
+    outputs = {"execution_count": None, "outputs": []} if kind == "code" else {}
+    name = hashlib.sha256(source.encode()).hexdigest()[:8]
+    return {"cell_type": kind, "id": name, "metadata": {}, **outputs, "source": source.splitlines(keepends=True)}
+
+
 if __name__ == "__main__":
     for page in pages():
         page.write_text(rewritten(page.read_text(encoding="utf-8")), encoding="utf-8")
+    NOTEBOOK.write_text(notebook(TUTORIAL.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,5 +1,6 @@
 """README.md and docs/: short enough, made from what they tell of, and with no link or name that leads nowhere."""
 
+import json
 import re
 
 import pytest
@@ -26,6 +27,17 @@ def test_the_readme_is_read_in_five_minutes():
 @pytest.mark.parametrize("name", [name for name, text in PAGES.items() if docs_parts.PART.search(text)])
 def test_parts_are_as_their_sources_have_them(name):
     assert PAGES[name] == docs_parts.rewritten(PAGES[name]), "run 'python tests/docs_parts.py'"
+
+
+def test_the_notebook_is_its_page_as_jupyter_reads_it():
+    written = docs_parts.NOTEBOOK.read_text(encoding="utf-8")
+    assert written == docs_parts.notebook(PAGES["docs/own-classifier.md"]), "run 'python tests/docs_parts.py'"
+    assert docs_parts.SAID_ON_THE_PAGE in PAGES["docs/own-classifier.md"]
+    found = json.loads(written)
+    assert (found["nbformat"], found["nbformat_minor"]) == (4, 5)
+    names = [cell["id"] for cell in found["cells"]]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"[\w-]{1,64}", name) for name in names)
 
 
 def prose(text: str) -> str:

@@ -1,7 +1,7 @@
 """Every DVC command of the documentation works in the root and in a grid: exit code 0, no warning, no wider than one can read.
 
 One repository stands for both: its root runs what the smoke grid runs. The results of the grid are carried over to the root as
-CHANGELOG.md carries over older ones, by `dvc commit`.
+docs/moving.md carries over older ones, by `dvc commit`.
 """
 
 import json

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset, default_collate
 
 from textguard.assessment import Assessment, assess
@@ -34,6 +35,7 @@ from textguard.faults import (
     run_campaign,
 )
 from textguard.faults.inputs import Adapted, batches, device_of
+from textguard.faults.weights import stored_weights
 
 torch.manual_seed(0)
 IMAGES = torch.randn(6, 3, 8, 8)
@@ -551,7 +553,7 @@ def test_several_tensors_go_through_both_engines(name):
     for engine in ("replay", "whole"):
         campaign = Campaign(WORDS, loader, replace(settings, engine=engine), task=task)
         assert type(campaign.engine).__name__.lower().startswith(engine)
-        assert [site.layer for site in campaign.engine.sites] == ["model.hidden", "model.head"]
+        assert [site.layer for site in campaign.engine.sites] == ["hidden", "head"]
         assert campaign.eligible == list(range(6))
         pictures = torch.cat([images for _, images, _ in batches(loader, torch.device("cpu"), task=task)])
         torch.testing.assert_close(campaign.engine.observe(pictures), WORD_LOGITS)
@@ -564,13 +566,45 @@ def test_several_tensors_go_through_both_engines(name):
         def change(module, given, output, row=row):
             output.view(-1)[row.neuron] = row.faulty_value
 
-        handle = WORDS.get_submodule(row.layer.removeprefix("model.")).register_forward_hook(change)
+        handle = WORDS.get_submodule(row.layer).register_forward_hook(change)
         one = slice(row.image, row.image + 1)
         with torch.no_grad():
             logits = WORDS(IDS[one], MASK[one], SCALE[one]).logits
         handle.remove()
         expected = float(F.cross_entropy(logits, WORD_LABELS[one]))
         assert row.faulty_loss == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+class Nested(nn.Module):
+    """A model that has a `model` of its own, an addition, a weight that it computes, and a parameter that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.modelled = nn.Linear(192, 8), parametrizations.weight_norm(nn.Linear(8, 8))
+        self.head, self.unread = nn.Linear(8, 5), nn.Parameter(torch.zeros(2))
+
+    def forward(self, x):
+        x = self.model(x)
+        return self.head(x + self.modelled(x).relu())
+
+
+@pytest.mark.parametrize("target", ["neuron", "weight"])
+@pytest.mark.parametrize("engine", ["replay", "whole", "pytorchfi"])
+@pytest.mark.parametrize(
+    "model", [Nested(), nn.Sequential(nn.Linear(192, 5)), nn.Linear(192, 5)], ids=["nested", "in a list", "alone"]
+)
+def test_layers_have_the_names_that_the_users_model_gives_them(model, engine, target):
+    if engine == "pytorchfi" and (target == "weight" or not isinstance(model, nn.Sequential)):
+        pytest.skip("PyTorchFI hits neurons of named modules whose weights are stored")
+    task = make_task(forward=lambda model, batch: model(batch["x"].flatten(1)), labels=lambda batch: [0] * len(batch["x"]))
+    options = {"target": target} | ({} if engine == "pytorchfi" else {"kinds": ("Linear", "Add")})
+    own = make_engine(engine, model.eval(), IMAGES[0].flatten(), 4, **options)
+    held, image = prepare(model, items([{"x": image} for image in IMAGES]), task)
+    adapted = make_engine(engine, held, image, 4, **options)
+    assert [site.layer for site in adapted.sites] == [site.layer for site in own.sites]
+    assert adapted.skipped == own.skipped
+    for weight, theirs in zip(stored_weights(held, adapted.sites), stored_weights(model, own.sites), strict=True):
+        assert weight is theirs
 
 
 def test_a_plan_is_guided_where_inputs_have_no_gradients():
@@ -608,9 +642,9 @@ def test_a_protected_model_is_not_adapted_again():
     assert list(bounds) == ["model_act"]
     protected = protect(*prepare(WORDS, loader, task), bounds, "ranger")
     campaign = Campaign(protected, loader, CampaignSettings(injections_per_layer=20, detector="off"), task=task)
-    assert [site.layer for site in campaign.engine.sites] == ["model.hidden", "model.head"]
+    assert [site.layer for site in campaign.engine.sites] == ["hidden", "head"]
     plain = Campaign(WORDS, loader, CampaignSettings(injections_per_layer=20, detector="off"), task=task)
-    results = [one.run().layers["model.hidden"].delta_loss for one in (campaign, plain)]
+    results = [one.run().layers["hidden"].delta_loss for one in (campaign, plain)]
     assert mean_interval(results[0], 0.9).value < mean_interval(results[1], 0.9).value
 
 

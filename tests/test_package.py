@@ -1,14 +1,17 @@
 """The library alone, as `pip install textguard` leaves it: the wheel, what it needs, and nothing else of this environment.
 
-The README's example, the lines of docs/own-classifier.md and its workflow run there, in folders of their own.
+The README's example, the notebook of docs/own-classifier.md and that page's workflow run there, in folders of their own.
 """
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tarfile
 import textwrap
+import zipfile
 from collections.abc import Iterable
 from importlib.metadata import distribution
 from pathlib import Path
@@ -17,14 +20,17 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+import textguard
 from conftest import REPOSITORY
+from docs_parts import BLOCK, INSTALL, NOTEBOOK, TUTORIAL
 
 EXAMPLE = REPOSITORY / "examples" / "own_classifier.py"
-DOCUMENT = (REPOSITORY / "docs" / "own-classifier.md").read_text(encoding="utf-8")
-BLOCK = re.compile(r'^```(\w+)(?: title="(\S+)")?\n(.*?)^```$', flags=re.MULTILINE | re.DOTALL)
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-BLOCKS = [match.groups() for match in BLOCK.finditer(DOCUMENT)]
-INSTALL = "pip install 'textguard @ git+https://github.com/OWNER/REPOSITORY'"
+BLOCKS = [match.groups() for match in BLOCK.finditer(TUTORIAL.read_text(encoding="utf-8"))]
+CELLS = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+# In the source distribution, beside the package.
+BESIDE = ("CHANGELOG.md", "CITATION.cff", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml")
+PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
 
 
 def needed(requirements: Iterable[str], extra: str = "") -> set[str]:
@@ -51,21 +57,31 @@ def link(names: Iterable[str], folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the wheel and its dependencies."""
-    folder = tmp_path_factory.mktemp("package")
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The source distribution, and the wheel made from it, as `make dist` builds them."""
+    folder = tmp_path_factory.mktemp("built")
     source = folder / "source"  # of which a build leaves nothing in the checkout
     source.mkdir()
-    for name in ("textguard", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("textguard", "tests", *BESIDE):
         (source / name).symlink_to(REPOSITORY / name)
-    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
-    subprocess.run([*pip, *build], check=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    script = "from setuptools.build_meta import build_sdist; build_sdist('..')"
+    subprocess.run([sys.executable, "-c", script], cwd=source, check=True, env=env, stdout=subprocess.DEVNULL)
+    (archive,) = folder.glob("*.tar.gz")
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(archive)]
+    subprocess.run([*PIP, *build], check=True, env=env)
     (wheel,) = folder.glob("*.whl")
+    return archive, wheel
+
+
+@pytest.fixture(scope="module")
+def installed(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel and its dependencies."""
+    folder, (_, wheel) = tmp_path_factory.mktemp("package"), built
     home = folder / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
     install = ["install", "--no-index", "--no-deps", "--no-compile", str(wheel)]
-    subprocess.run([*pip, "--python", str(home / "bin" / "python"), *install], check=True)
+    subprocess.run([*PIP, "--python", str(home / "bin" / "python"), *install], check=True)
     (packages,) = home.glob("lib/*/site-packages")
     (metadata,) = packages.glob("textguard-*.dist-info/METADATA")
     lines = re.findall(r"^Requires-Dist: (.*)$", metadata.read_text(encoding="utf-8"), flags=re.MULTILINE)
@@ -80,6 +96,29 @@ def call(home: Path, command: list[str], folder: Path, code: int = 0, **more: st
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == code, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def test_a_release_holds_the_library_its_licence_and_nothing_else(built):
+    """Every file of the package: those that are no Python too, and the mark that its annotations are meant for others."""
+    archive, wheel = built
+    library = {
+        file.relative_to(REPOSITORY).as_posix()
+        for file in (REPOSITORY / "textguard").rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
+    }
+    assert "textguard/py.typed" in library
+    with zipfile.ZipFile(wheel) as packed:
+        held = set(packed.namelist())
+        (about,) = (name for name in held if name.endswith(".dist-info/METADATA"))
+        said = packed.read(about).decode("utf-8")
+    about = about.removesuffix("METADATA")
+    assert {name for name in held if not name.startswith(about)} == library
+    assert f"{about}licenses/LICENSE" in held
+    assert {f"Version: {textguard.__version__}", "License-Expression: Apache-2.0"} <= set(said.splitlines())
+    with tarfile.open(archive) as packed:
+        held = {name.partition("/")[2] for name in packed.getnames() if packed.getmember(name).isfile()}
+    made = {"PKG-INFO", "setup.cfg"}
+    assert {name for name in held if not name.startswith("textguard.egg-info/")} == library | made | {*BESIDE}
 
 
 def test_the_library_is_whole_without_the_packages_of_the_pipeline(installed, tmp_path):
@@ -122,26 +161,27 @@ def test_the_example_prints_each_layer_with_intervals_as_the_readme_shows(instal
 
 @pytest.fixture(scope="module")
 def toured(installed, tmp_path_factory) -> Path:
-    """A folder in which every line of docs/own-classifier.md was run, in their order.
+    """A folder in which every cell of docs/own-classifier.ipynb was run, in their order, as IPython does.
 
     In one process, as torch takes long to load: the command's own script runs in the workflow.
     """
     folder = tmp_path_factory.mktemp("tour")
-    script = ["import runpy", "from textguard.assessment.command import run"]
-    for language, name, content in BLOCKS:
-        if name:
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text(content, encoding="utf-8")
-        elif language == "python":
-            script.append(content)
-        elif language == "sh" and content.strip() != INSTALL:
+    script = ["import pathlib, runpy, sys", "from textguard.assessment.command import run", "sys.path.insert(0, '')"]
+    for cell in CELLS:
+        first, _, content = "".join(cell["source"]).partition("\n")
+        if first.startswith("%%writefile "):
+            script.append(f"pathlib.Path({first.split()[1]!r}).write_text({content!r}, encoding='utf-8')")
+        elif first == "%%bash":
             for line in content.replace("\\\n", " ").splitlines():
                 program, *arguments = shlex.split(line)
                 runs = {"python": f"runpy.run_path({arguments[0]!r})", "textguard": f"assert run({arguments}) == 0"}
                 script.append(runs[program])
+        else:
+            script.append(f"{first}\n{content}")
     (folder / "tour.py").write_text("\n".join(script), encoding="utf-8")
-    call(installed, ["python", "tour.py"], folder)
-    return folder
+    call(installed, ["python", "tour.py"], folder, TMPDIR=str(folder))
+    (found,) = folder.glob("textguard-*")
+    return found
 
 
 def test_every_line_of_the_tour_runs(toured):

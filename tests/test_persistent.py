@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.cifar_resnet import published
 from tests.conftest import REPOSITORY
-from textguard.errors import CampaignMismatch, InvalidArtifact, InvalidParameter, TextguardError
+from textguard.errors import CampaignMismatch, InvalidArtifact, InvalidParameter, TextguardError, UnsupportedModel
 from textguard.estimates.statistics import mean_interval, sample_mean
 from textguard.hardware import carriers, persistent
+from textguard.hardware.array import Array, run_stuck
 from textguard.hardware.carriers import Replay
 from textguard.hardware.crossed import Crossed, crossed_mean, interval, summarise_persistent
 from textguard.hardware.lists import read_fault_list
@@ -290,6 +292,26 @@ def test_what_cannot_be_traced_runs_whole(capsys):
     plan = draw_persistent(stored_tensors(model, loader.dataset[0][0]), 4, seed=0)
     assert_alike(run_persistent(model, loader, plan), run_persistent(model, loader, plan, engine="whole"))
     assert "going on with 'whole'" in capsys.readouterr().err
+
+
+def test_weights_that_store_their_bits_in_their_own_way_are_refused_in_one_line():
+    """As torchao's `quantize_` leaves them. The plan is made by hand, for `stored_tensors` refuses such a model."""
+    model = nn.Linear(3, 3, bias=False)
+    loader = loader_for(model, (3,))
+    model.weight = nn.Parameter(TwoTensor(torch.eye(3), torch.eye(3)))
+    at = {"index": [0], "neuron": 0, "bit": 1}
+    runs = (
+        lambda: stored_tensors(model, loader.dataset[0][0]),
+        lambda: run_persistent(model, loader, pd.DataFrame({"layer": "weight", **at})),
+        lambda: run_persistent(model, loader, pd.DataFrame({"layer": "", **at}), target="neuron"),
+        lambda: run_stuck(model, loader, Array(2, 1), pd.DataFrame({"layer": "all", **at})),
+    )
+    for run in runs:
+        with pytest.raises(
+            UnsupportedModel, match=r"'weight' is a tensor of class TwoTensor, .*; give a model of plain tensors"
+        ) as found:
+            run()
+        assert "\n" not in str(found.value)
 
 
 @pytest.mark.parametrize(

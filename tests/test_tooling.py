@@ -2,10 +2,12 @@
 
 import json
 import re
+import tomllib
 
 import pytest
 import yaml
 
+import textguard
 from conftest import REPOSITORY
 
 MAKEFILE = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
@@ -74,3 +76,14 @@ def test_recommended_extensions_are_those_of_the_container():
     own = json.loads((REPOSITORY / ".vscode" / "extensions.json").read_text(encoding="utf-8"))["recommendations"]
     container = json.loads((REPOSITORY / ".devcontainer" / "devcontainer.json").read_text(encoding="utf-8"))
     assert own == container["customizations"]["vscode"]["extensions"]
+
+
+def test_the_version_and_its_date_are_the_same_everywhere():
+    changelog = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    version, date = re.search(r"^## \[(\d[^]]*)\] - (\S+)$", changelog, re.MULTILINE).groups()
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["version"], str(citation["date-released"])) == (version, date)
+    assert textguard.__version__ == version
+    assert re.search(rf"^\[{re.escape(version)}\]: https://.*/v{re.escape(version)}$", changelog, re.MULTILINE)
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    assert settings["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "textguard.__version__"}

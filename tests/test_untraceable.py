@@ -80,6 +80,19 @@ def test_a_mitigation_of_section_hardware_that_needs_a_trace_is_refused_before_a
     says(lines[-1], needs)
 
 
+def test_without_that_check_its_stage_names_the_same_section(odd):
+    for stage in ("train", "evaluate", "ranges"):
+        assert odd.run(stage, RUN)[0] == 0
+    odd.change("hardware.mitigations", ["ranger"])
+    odd.change("hardware.models", {})
+    code, lines = odd.run("hardware", RUN)
+    assert code == 1
+    says(
+        lines[-1],
+        "UnsupportedModel: params.yaml hardware.mitigations 'ranger' needs a model that can be traced; leave it out: Net",
+    )
+
+
 def test_a_mitigation_that_needs_a_trace_is_refused_before_the_training(odd):
     odd.change("inject.mitigation", "ranger")
     code, lines = odd.run("train", RUN)

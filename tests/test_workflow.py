@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+import textguard
 from conftest import REPOSITORY
 
 WORKFLOWS = sorted((REPOSITORY / ".github" / "workflows").iterdir())
@@ -64,6 +65,41 @@ def test_scripts_are_bash_and_hold_nothing_that_others_choose(path):
         subprocess.run(["bash", "-n", "-c", step.get("run", "")], check=True)
         for value in step.get("env", {}).values():
             assert not FOREIGN.search(str(value)) or value == "${{ github.event.pull_request.number }}"
+
+
+RELEASE = CI.with_name("release.yml")
+NOTES = REPOSITORY / ".github" / "notes.sh"
+
+
+def test_a_release_is_what_was_checked_and_needs_no_token():
+    jobs = read(RELEASE)["jobs"]
+    scripts = [step["run"] for step in jobs["build"]["steps"] if "run" in step]
+    assert [script for script in scripts if script in (".ci/run", "make dist")] == [".ci/run", "make dist"]
+    assert (jobs["publish"]["needs"], jobs["release"]["needs"]) == ("build", "publish")
+    assert jobs["publish"]["permissions"] == {"attestations": "write", "id-token": "write"}
+    assert "secrets." not in RELEASE.read_text(encoding="utf-8")
+    assert not any(
+        "cache" in step.get("with", {}) for step in steps(RELEASE)
+    )  # what another workflow left must not be published
+
+
+def test_the_notes_of_a_release_are_its_section_and_its_links_lead_to_the_tag():
+    said = subprocess.run([NOTES, textguard.__version__, "ADDRESS"], check=True, capture_output=True, encoding="utf-8").stdout
+    changelog = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    section = re.split(r"^(?:## |\[)", changelog.partition(f"## [{textguard.__version__}] - ")[2], flags=re.MULTILINE)[0]
+    assert said.replace("ADDRESS/", "").strip() == section.partition("\n")[2].strip()
+    links = re.findall(r"\]\(([^)]*)\)", said)
+    assert links
+    for link in links:
+        address, _, path = link.partition("/")
+        assert address == "ADDRESS"
+        assert (REPOSITORY / path).exists()
+
+
+def test_a_version_without_notes_is_not_released():
+    found = subprocess.run([NOTES, "99.0", "ADDRESS"], check=False, capture_output=True, encoding="utf-8")
+    assert (found.returncode, found.stdout) == (1, "")
+    assert found.stderr == "CHANGELOG.md has no section '## [99.0] - DATE'\n"
 
 
 def test_ci_runs_the_projects_own_scripts():

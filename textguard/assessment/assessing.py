@@ -102,8 +102,7 @@ kinds, engine, batch_size, image_batch, noise
     forward, labels, correct, loss : callable, optional
         From the model and a batch to logits; from a batch to labels; from logits and labels to whether each is right, and to
         what each costs; see `make_task`. For transformers: `forward=lambda model, batch:
-        model(**batch).logits, labels=lambda batch: batch["labels"]`. With a `forward`, layers are named as in a model that
-        holds yours as `model`.
+        model(**batch).logits, labels=lambda batch: batch["labels"]`. Layers keep the names that they have in `model`.
     shard_dir : str or path-like, optional
         A folder in which an interrupted assessment goes on.
 

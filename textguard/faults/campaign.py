@@ -217,8 +217,7 @@ class Campaign:
     profiled : mapping of str to float, optional
         Layer -> largest magnitude of its output in fault-free inferences. By default it is taken from the loader's images.
     task : Task or its name, default that of an ordinary classifier
-        What batches and logits mean; see `make_task`. With a `forward`, layers are named as in a model that holds yours as
-        `model`.
+        What batches and logits mean; see `make_task`.
 
     Attributes
     ----------

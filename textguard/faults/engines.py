@@ -46,7 +46,17 @@ from textguard.faults.local import (
 from textguard.faults.operations import STORED_WEIGHT
 from textguard.faults.patterns import Window, window_of
 from textguard.faults.prediction import Margin, Prediction, chains_of, foresee, straight_through
-from textguard.faults.sites import DEFAULT_KINDS, Call, Calls, Site, SiteList, changed_rows, survey_batches, uncompiled
+from textguard.faults.sites import (
+    DEFAULT_KINDS,
+    Call,
+    Calls,
+    Site,
+    SiteList,
+    changed_rows,
+    own_name,
+    survey_batches,
+    uncompiled,
+)
 from textguard.faults.suffix import shortcuts
 from textguard.faults.task import class_margin
 from textguard.faults.weights import computed_weights, one_per_weight, stored_weights, weight_readers
@@ -615,10 +625,11 @@ class PyTorchFIEngine(_Engine):
                 "PyTorchFI needs every Conv2d and Linear to be called once; set ", Setting("engine"), " to replay"
             )
         self.skipped: list[tuple[str, str]] = []
-        self.sites = [
-            Site(name, type(module).__name__, position, shape, module.weight.numel())
-            for position, ((name, module), shape) in enumerate(zip(called, shapes, strict=True))
-        ]
+        self.sites = []
+        for position, ((name, module), shape) in enumerate(zip(called, shapes, strict=True)):
+            layer = own_name(model, name)
+            reads = None if layer == name else f"{name}.weight"
+            self.sites.append(Site(layer, type(module).__name__, position, shape, module.weight.numel(), reads=reads))
         self._storages, _ = make_storages(model, self.sites, FP32, {}, target)
         # Declared once for all faults: a declaration copies the model. Where they happen is told to `_flip`, batch by batch.
         self._corrupted = self._injector.declare_neuron_fi(function=self._flip)

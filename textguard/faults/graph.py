@@ -29,6 +29,7 @@ from textguard.faults.sites import (
     Seen,
     SiteList,
     Survey,
+    another_of,
     callers,
     changed_rows,
     uncompiled,
@@ -596,11 +597,6 @@ def _inside(model: nn.Module) -> nn.Module | None:
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)):
         return model.module
     return getattr(model, "_orig_mod", None)
-
-
-def another_of(model: nn.Module) -> Tensor | None:
-    """The second image that a model brings along, because its images have no other order of values; see `inputs.Adapted`."""
-    return getattr(model, "another", None) if not isinstance(model, fx.GraphModule) else model.meta.get("another")
 
 
 def another_image(image: Tensor) -> Tensor:

@@ -452,7 +452,7 @@ def prepare(model: nn.Module, loader: DataLoader, task: Task = CLASSES, labelled
     ... )
     >>> model, image = prepare(nn.Linear(2, 3), DataLoader(data), task)
     >>> [site.layer for site in make_engine("replay", model, image, batch_size=8).sites]
-    ['model']
+    ['linear']
     """
     _refuse_kinds(model)
     device, read = device_of(model), positions(loader)

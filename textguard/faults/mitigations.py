@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 from textguard.errors import InvalidParameter, Setting, UnknownName, UnsupportedModel
 from textguard.faults.checks import whole_number
 from textguard.faults.detectors import Bound, ChannelBound, along
-from textguard.faults.graph import ACTIVATIONS, TracedModel, another_of
+from textguard.faults.graph import ACTIVATIONS, TracedModel
 from textguard.faults.inputs import batches, check_labels, check_logits, device_of, positions, prepare
+from textguard.faults.sites import another_of
 from textguard.faults.task import CLASSES, Task, make_task
 
 # Every bound is wider by this share of the larger one. In other batch sizes sums round differently, because these add in

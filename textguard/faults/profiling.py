@@ -225,7 +225,7 @@ def profile_ranges(
     kinds : sequence of str, default ("Conv1d", "Conv2d", "Conv3d", "Linear")
         Operations whose outputs are fault sites.
     task : Task or its name, default that of an ordinary classifier
-        What batches and logits mean. With a `forward`, layers are named as in a model that holds yours as `model`.
+        What batches and logits mean.
 
     Returns
     -------

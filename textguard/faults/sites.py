@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -344,6 +344,26 @@ def callers(model: nn.Module) -> Iterator[Callable[[], str]]:
             hook.remove()
 
 
+def another_of(model: nn.Module) -> Tensor | None:
+    """The second image that a model brings along, because its images have no other order of values; see `inputs.Adapted`."""
+    return getattr(model, "another", None) if not isinstance(model, fx.GraphModule) else model.meta.get("another")
+
+
+def own_name(model: nn.Module, name: str) -> str:
+    """What the user calls a module or a parameter: `inputs.Adapted` holds their model as `model`. "" for all of a model.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from textguard.faults.sites import own_name
+    >>> own_name(nn.Linear(2, 2), "model.weight")
+    'model.weight'
+    """
+    if another_of(model) is None:
+        return name
+    return "" if name == "model" else name.removeprefix("model.")
+
+
 def uncompiled(model: nn.Module) -> nn.Module:
     """The model with the original modules in the place of those that torch.compile made, whose calls are not seen.
 
@@ -442,13 +462,17 @@ class SiteList:
                 raise UnknownName("kind of site", kind, KINDS, Setting("kinds"))
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-                raise UnsupportedModel(f"{name} normalises over the batch: a fault on one image would change the others")
+                layer = own_name(model, name)
+                raise UnsupportedModel(f"{layer} normalises over the batch: a fault on one image would change the others")
         self._model, self._kinds, self._changed = model, kinds, changed or {}
         self._calls: dict[str, int] = {}
         self._number = -1
         self._told: set[str] = set()  # the parameters that are a site's, or of which is said why not
         self._weightless: dict[str, int] = {}
         self._others: dict[str, str] = {}
+
+    def _own(self, name: str) -> str:
+        return own_name(self._model, name)
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
@@ -510,7 +534,7 @@ class SiteList:
 
     def _stored_weight(self, one: Seen) -> Site | None:
         """The integers that a weight is stored as, as a site; the output has no images, and is none."""
-        weight, name = one.call.weight, one.reads
+        weight, name = one.call.weight, self._own(one.reads)
         if one.active or not name or STORED_WEIGHT not in self._kinds:
             return None
         if weight.dtype not in INTEGERS:
@@ -518,7 +542,7 @@ class SiteList:
         self._calls[name] = self._calls.get(name, 0) + 1
         layer = name if self._calls[name] == 1 else f"{name}#{self._calls[name]}"
         shape, kind = tuple(weight.shape), INTEGERS[weight.dtype]
-        site = Site(layer, STORED_WEIGHT, len(self.sites), shape, weight.numel(), weight_dtype=kind, reads=name)
+        site = Site(layer, STORED_WEIGHT, len(self.sites), shape, weight.numel(), weight_dtype=kind, reads=one.reads)
         self.sites.append(site)
         return site
 
@@ -528,12 +552,12 @@ class SiteList:
 
     def _name(self, one: Seen) -> str:
         """The layer of a call, without the number of the call."""
-        owners = {owner_of(name) for name in one.weights}
+        owners, caller = {self._own(owner_of(name)) for name in one.weights}, self._own(one.caller)
         if len(owners) == 1 and (owner := owners.pop()):
             return f"{owner}.recurrent" if one.call.kind == "Recurrent" else owner  # beside the layer's other product
-        if one.caller and isinstance(one.call.func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-            return one.caller  # which has packed its weights
-        return ".".join(part for part in (one.caller, one.call.kind.lower()) if part)
+        if caller and isinstance(one.call.func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+            return caller  # which has packed its weights
+        return ".".join(part for part in (caller, one.call.kind.lower()) if part)
 
     def finish(self, others: Mapping[str, str]) -> None:
         """Note what else reads parameters, and which of them nothing reads.
@@ -555,7 +579,7 @@ class SiteList:
             if name in self._told:
                 continue
             if name in others:
-                self._skipped[name, f"no kind of site covers {others[name]}, which reads it"] = None
+                self._skipped[self._own(name), f"no kind of site covers {others[name]}, which reads it"] = None
                 continue
             owner, _, own = name.rpartition(".")
             above = [".".join(owner.split(".")[:end]) for end in range(len(owner.split(".")) + 1)]
@@ -564,7 +588,8 @@ class SiteList:
             unread.setdefault((owner, reason), []).append(own)
         for (owner, reason), names in unread.items():
             kind = type(modules[owner]).__name__
-            self._skipped[owner or kind, reason or f"no operation reads the {' and '.join(names)} of this {kind}"] = None
+            layer = self._own(owner) or kind
+            self._skipped[layer, reason or f"no operation reads the {' and '.join(names)} of this {kind}"] = None
         for kind, count in self._weightless.items():
             calls = "1 call" if count == 1 else f"{count} calls"
             self._skipped[kind, f"{calls}; {kind} {UNWANTED}"] = None

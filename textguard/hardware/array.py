@@ -287,7 +287,7 @@ def run_stuck(
     """
     task, shard_dir = make_task(task), folder_path(Setting("shard_dir"), shard_dir)
     image_batch, read = whole_number(Setting("image_batch"), image_batch, 1), positions(loader)
-    mark = weights_mark(model)
+    given = model
     model, image = prepare(model, loader, task)
     stuck = _Stuck(model, image, array, operation, number_format, profiled, limits, kinds)
     faults = stuck.faults_of(plan)
@@ -295,8 +295,9 @@ def run_stuck(
     rank, processes = share_work(shard_dir)
     if shard_dir:
         settings = {
-            **{"engine": f"array, torch {torch.__version__}", "model": mark, "array": str(array), "operation": operation},
-            **{"number format": number_format, "kinds of sites": ", ".join(kinds), "limits": str(dict(limits or {}))},
+            **{"engine": f"array, torch {torch.__version__}", "model": weights_mark(given)},
+            **{"array": str(array), "operation": operation, "number format": number_format},
+            **{"kinds of sites": ", ".join(kinds), "limits": str(dict(limits or {}))},
             **{"plan": _digest(pd.util.hash_pandas_object(plan[STUCK_COLUMNS], index=False).to_numpy())},
             **{"images": f"{len(read)}, {_digest(np.asarray(read))}", **task.as_json()},
         }

@@ -208,7 +208,7 @@ def run_persistent(
         raise InvalidParameter(Setting("stop"), f" is {stop!r:.60}; it must be a half-width between 0 and 1, or None")
     fault_model = FaultModel("weight" if target == "stored" else "neuron", operation)
     read = positions(loader)
-    mark = weights_mark(model)
+    given = model
     model, image = prepare(model, loader, task)
     make: Callable[..., tuple[Carrier, pd.DataFrame, Block, dict[str, int]]] = _stored_faults
     options: dict[str, Any] = {"foresee": foresee}
@@ -223,9 +223,9 @@ def run_persistent(
     rank, processes = share_work(shard_dir)
     if shard_dir:
         settings = {
-            **{"engine": f"{type(carrier).__name__}, torch {torch.__version__}", "model": mark, "target": target},
-            **{"operation": operation, "number format": as_format(number_format).name, "detector": detector},
-            **{"stop": stop, "foresee": foresee},
+            **{"engine": f"{type(carrier).__name__}, torch {torch.__version__}", "model": weights_mark(given)},
+            **{"target": target, "operation": operation, "detector": detector},
+            **{"number format": as_format(number_format).name, "stop": stop, "foresee": foresee},
             **{"plan": _digest(pd.util.hash_pandas_object(plan[list(faults.columns[:4])]).to_numpy())},
             **{"images": f"{len(read)}, {_digest(np.asarray(read))}, {_first_images(loader, read, task)}"},
             **{"images per shard": image_batch, **task.as_json()},
