@@ -59,17 +59,11 @@ def _policy(style: str, script: str) -> str:
 
 
 def as_shown(table: Table, label: str, marks: Sequence[str] = (), link: str = "") -> dict[str, Any]:
-    """A table as the template takes it: cells with a text, a number to sort by, and a kind (class) where it is a verdict.
+    """A table as the template takes it: cells with a text, and a kind (class) where it is a verdict.
 
     marks: for each row, what its marks in figures are named by (see `theme.element_key`). link: the id of the figure that has
     them, to which the row's first cell leads.
     """
-    columns = [[_cell(value) for value in column] for column in zip(*table.rows, strict=True)]
-    for cells, values in zip(columns, zip(*table.rows, strict=True), strict=True):
-        limits = _limits([value for value in values if isinstance(value, PerTraining)])
-        for cell, value in zip(cells, values, strict=True):
-            if isinstance(value, PerTraining):
-                cell["strip"] = _strip(value, limits)
     name = element_id(table.name)
     return {
         "id": name,
@@ -77,35 +71,28 @@ def as_shown(table: Table, label: str, marks: Sequence[str] = (), link: str = ""
         "label": label,
         "caption": table.caption,
         "headers": table.headers,
-        "rows": list(zip(marks or [""] * len(table.rows), zip(*columns, strict=True), strict=True)),
+        "rows": list(zip(marks or [""] * len(table.rows), [list(map(_cell, row)) for row in table.rows], strict=True)),
         "link": link,
     }
 
 
 def _cell(value: Any) -> dict[str, Any]:
-    estimate, judged = estimate_of(value), isinstance(value, Judged)
+    judged = isinstance(value, Judged)
     return {
         "text": f"{value:,}" if isinstance(value, int) else _text(value),
         "verdict": value.in_short if judged else "",
-        "value": _to_sort_by(value if estimate is None else estimate.value),
         "kind": VERDICTS.get(value.verdict if judged else str(value), ""),
-        "strip": None,
+        "strip": _strip(value) if isinstance(value, PerTraining) else None,
     }
 
 
-def _limits(column: Sequence[PerTraining]) -> tuple[float, float]:
-    """Ends of a logarithmic axis that has room for 1 and for all values of a column, but not for each interval."""
-    shown = [number for each in column for number in (each.estimate.value, *each.values.values()) if 0 < number < math.inf]
-    return min([1 / 1.5, *shown]) / 1.1, max([1.5, *shown]) * 1.1
-
-
-def _strip(found: PerTraining, limits: tuple[float, float]) -> dict[str, Any]:
+def _strip(found: PerTraining) -> dict[str, Any]:
     """Where the line at 1, the interval and each training lie on a strip, in pixels; and what is said of the trainings."""
-    low, high = map(math.log, limits)
+    low, high = found.limits
 
     def place(number: float) -> float:
-        inside = min(max(number, limits[0]), limits[1])
-        return round((math.log(inside) - low) / (high - low) * (STRIP_PIXELS - 2 * STRIP_ROOM) + STRIP_ROOM, 1)
+        share = math.log(min(max(number, low), high) / low) / math.log(high / low)
+        return round(STRIP_ROOM + share * (STRIP_PIXELS - 2 * STRIP_ROOM), 1)
 
     said = {seed: f"seed {seed}: {show_number(value)}" for seed, value in found.values.items()}
     estimate = found.estimate
@@ -155,12 +142,6 @@ def _text(value: Any) -> str:
     """A value as a cell has it, without its verdict; an estimate breaks before its interval and nowhere else."""
     estimate = estimate_of(value)
     return show_cell(value) if estimate is None else re.sub(r" (?![\[(])", "\N{NO-BREAK SPACE}", show_estimate(estimate))
-
-
-def _to_sort_by(value: Any) -> str | None:
-    return (
-        f"{value:.{9 if isinstance(value, int) else 5}g}" if isinstance(value, int | float) and math.isfinite(value) else None
-    )
 
 
 def as_picture(content: bytes, title: str, name: str, numbers: str = "", alt: str = "") -> dict[str, Any]:

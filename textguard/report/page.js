@@ -9,7 +9,10 @@ theme.hidden = false;
 theme.addEventListener("click", () => { root.dataset.theme = dark() ? "light" : "dark"; name(); });
 name();
 
-// Tables that sort by a column's button: by data-value where a cell has one, else by its text.
+// What a cell is sorted by: the number that it begins with, before any interval; NaN where it is no number.
+const number = (text) => Number(text.replace(/,(?=\d{3})| [[(].*/g, ""));
+
+// Tables that sort by a column's button: by number where both cells have one, else by text.
 for (const button of document.querySelectorAll("table.sortable th button")) {
   const header = button.parentElement;
   const body = header.closest("table").tBodies[0];
@@ -17,9 +20,9 @@ for (const button of document.querySelectorAll("table.sortable th button")) {
     const up = header.getAttribute("aria-sort") !== "ascending";
     for (const other of header.parentElement.children) other.removeAttribute("aria-sort");
     header.setAttribute("aria-sort", up ? "ascending" : "descending");
-    const key = (row) => row.cells[header.cellIndex].dataset.value ?? row.cells[header.cellIndex].textContent;
+    const key = (row) => row.cells[header.cellIndex].textContent;
     const compare = (a, b) => {
-      const [x, y] = [Number(key(a)), Number(key(b))];
+      const [x, y] = [number(key(a)), number(key(b))];
       const order = Number.isNaN(x) || Number.isNaN(y) ? key(a).localeCompare(key(b)) : x - y;
       return up ? order : -order;
     };

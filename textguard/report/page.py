@@ -89,8 +89,8 @@ PARTS = [
 SHOWN = ("head", "overall", "by_neurons")  # places of the headline
 ASKED = (("SDC over all layers", "sdc", "overall"), ("DeltaLoss", "delta_loss", "overall"), ("FIT", "sdc", "by_neurons"))
 # Where answers are shown: ids and names.
-FOREST, MEASURED = ("picture-improvement", "Figure of improvements"), ("about-measures", "Table of measures")
-DETECTORS = ("about-detectors", "Table of range detectors")
+FOREST, MEASURED = ("picture-improvement", "figure of improvements"), ("about-measures", "table of measures")
+DETECTORS = ("about-detectors", "table of range detectors")
 _DETECTORS = {"off": "Without a range detector"}  # -> how a sentence begins; of all others with their names
 
 
@@ -254,13 +254,16 @@ def _matrix(cells: Sequence[Cell], runs: Mapping[str, RunResult], keys: Mapping[
     """Every cell under every range detector, by measure, with what its faults are averaged over."""
     by_seed = {(run.dataset, run.backbone, run.variant, run.seed): run for run in runs.values()}
 
-    def per_training(cell: Cell, detector: str, measure: str, place: str) -> PerTraining:
-        ratio, values = judged(cell.detectors[detector], measure, place), {}
-        for seed in cell.seeds:
-            run = by_seed[cell.dataset, cell.backbone, keys.get(cell.variant, cell.variant), seed]
-            if detector in run.detectors and (improved := run.detectors[detector].improvement):
-                values[seed] = getattr(getattr(improved, measure), place).value
-        return PerTraining(ratio.estimate, ratio.verdict, values)
+    def seeds(cell: Cell, detector: str, measure: str, place: str) -> dict[int, float]:
+        found = {seed: by_seed[cell.dataset, cell.backbone, keys.get(cell.variant, cell.variant), seed] for seed in cell.seeds}
+        improved = {seed: run.detectors[detector].improvement for seed, run in found.items() if detector in run.detectors}
+        return {seed: getattr(getattr(each, measure), place).value for seed, each in improved.items() if each}
+
+    def per_training(cell: Cell, *at: str) -> PerTraining:
+        ratios = [judged(other.detectors[at[0]], *at[1:]).estimate.value for other in cells if at[0] in other.detectors]
+        trained = [value for other in cells if at[0] in other.detectors for value in seeds(other, *at).values()]
+        ratio = judged(cell.detectors[at[0]], *at[1:])
+        return PerTraining(ratio.estimate, ratio.verdict, seeds(cell, *at), _strip_limits([*ratios, *trained]))
 
     rows = [
         [
@@ -276,8 +279,8 @@ def _matrix(cells: Sequence[Cell], runs: Mapping[str, RunResult], keys: Mapping[
     ]
     caption = (
         "So many times less than in the baseline, above 1 is better, with its interval over trainings. A strip has a "
-        "logarithmic axis, the same in a column, and a line at 1; its bar is the interval as far as it fits, and each dot is "
-        "one training. SDC: a fault changes the class, or leaves a loss that is not finite. DeltaLoss: by how much a fault "
+        "logarithmic axis, the same below each other, and a line at 1; its bar is the interval as far as it fits, and each dot "
+        "is one training. SDC: a fault changes the class, or leaves a loss that is not finite. DeltaLoss: by how much a fault "
         "changes the loss. Mismatch: the class changes among finite losses. Head alone: faults in the last layer; all layers: "
         "the plain mean over layers; all neurons: every neuron as likely as any other, as in hardware, so that its SDC ratio "
         "is that of FIT, the failures in 10^9 hours. A row that the pointer or the focus is on picks its marks out of the "
@@ -285,6 +288,12 @@ def _matrix(cells: Sequence[Cell], runs: Mapping[str, RunResult], keys: Mapping[
     )
     headers = ["Network, Variant", "Trainings", "Detector", "Faults In", "SDC (x)", "DeltaLoss (x)", "Mismatch (x)"]
     return Table("matrix", caption, headers, rows)
+
+
+def _strip_limits(ratios: Iterable[float]) -> tuple[float, float]:
+    """Ends of an axis that has room for these and for 1."""
+    shown = [ratio for ratio in ratios if 0 < ratio < math.inf]
+    return min([1 / 1.5, *shown]) / 1.1, max([1.5, *shown]) * 1.1
 
 
 def _pieces(table: Table, runs: Mapping[str, RunResult], keys: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -29,9 +29,13 @@ class Judged:
 
 @dataclass(frozen=True)
 class PerTraining(Judged):
-    """An estimate over trainings, what its interval says, and what each training gives by itself: seed -> value."""
+    """An estimate over trainings, what its interval says, and what each training gives by itself: seed -> value.
+
+    limits: ends of the logarithmic axis on which they are drawn.
+    """
 
     values: Mapping[int, float]
+    limits: tuple[float, float]
 
 
 @dataclass(frozen=True)
