@@ -18,7 +18,9 @@ import pandas as pd
 import pytest
 from dvc.utils.serialize import modify_yaml
 from PIL import Image
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
+from selenium.webdriver.support.wait import WebDriverWait
 
 from conftest import REPOSITORY, show
 from smoke_grid import run
@@ -26,7 +28,7 @@ from textguard.artifacts import read_json_lines, write_csv, write_json, write_js
 from textguard.errors import InvalidArtifact
 from textguard.params import load_params
 from textguard.report.page import Revision, as_shown, main, read_revision, write_page
-from textguard.report.rendering import Table, show_estimate
+from textguard.report.rendering import Table, show_estimate, show_number
 from textguard.schema.base import Measured
 
 SMOKE = REPOSITORY / "grids" / "smoke"
@@ -87,6 +89,16 @@ def page(name: str = "page.html") -> Elements:
     return Elements(Path(name).read_text(encoding="utf-8"))
 
 
+def figures(elements: Elements) -> dict[str, str]:
+    """Of each figure, what is said to those who do not see it, by its id."""
+    found, name = {}, ""
+    for tag, attributes in elements.found:
+        name = attributes["id"] or "" if tag == "figure" else name
+        if tag == "svg" and name and name not in found:
+            found[name] = attributes["aria-label"] or ""
+    return found
+
+
 def written() -> str:
     """The page's HTML."""
     write_page(Path("page.html"), load_params(), REVISION)
@@ -98,17 +110,19 @@ def test_the_page_holds_every_run_table_and_figure_and_needs_nothing_else(here):
     params = load_params()
     for key in params.runs:
         assert f"run-{key}" in elements.attributes("id")
-    drawn = list(Path("plots").rglob("*.png"))
-    assert len(elements.attributes("src")) == len(drawn) > 10
-    assert all(source.startswith("data:image/png;base64,") for source in elements.attributes("src"))
-    links = [link for link in elements.attributes("href") if link != "data:,"]
+    drawn = list(Path("plots").rglob("*.svg"))
+    assert len(figures(elements)) == len(drawn) > 10
+    assert elements.attributes("src") == []
+    links = [link for link in elements.attributes("href") if not link.startswith("data:")]
     assert all(link[0] == "#" and link[1:] in elements.attributes("id") for link in links)
+    pictures = [attributes["href"] or "" for tag, attributes in elements.found if tag == "image"]
+    assert all(source.startswith("data:image/png;base64,") for source in pictures)
     ids = elements.attributes("id")
     assert set(elements.attributes("aria-describedby") + elements.attributes("data-filters")) <= set(ids)
     assert len(ids) == len(set(ids))
     assert "abc1234 of 2026-01-31, with changes" in elements.text
     assert "written for this repository, not by GPT-3" in elements.text
-    assert Path("page.html").stat().st_size < 5e6
+    assert Path("page.html").stat().st_size < 1e6
 
 
 REMARKS = (
@@ -161,8 +175,8 @@ def test_what_comes_from_outside_stays_text(here):
 
 
 def test_what_is_missing_is_named(here, capsys):
-    picture = next(Path("plots/figures").glob("bits-*.png"))
-    for file, stage in ((picture, "figures"), (Path("plots/texts") / TEXT / "similarity.png", "text_quality")):
+    picture = next(Path("plots/figures").glob("bits-*.svg"))
+    for file, stage in ((picture, "figures"), (Path("plots/texts") / TEXT / "similarity.svg", "text_quality")):
         content = file.read_bytes()
         file.unlink()
         with pytest.raises(InvalidArtifact, match=f"{file} is missing; stage '{stage}' writes it: run 'dvc repro'"):
@@ -173,13 +187,12 @@ def test_what_is_missing_is_named(here, capsys):
     assert "holds no run's metrics" in capsys.readouterr().err
 
 
-PNG = b"\x89PNG\r\n\x1a\n"
 LINES = b'{"class_name": "zero", "text": "a", "provider": "p", "model": null}\n'
 DAMAGED = {
-    "an empty picture": ("plots/figures/tradeoff.png", b"", "figures"),
-    "no picture": ("plots/figures/tradeoff.png", b"<script>alert(1)</script>", "figures"),
-    "half a picture": ("plots/figures/tradeoff.png", None, "figures"),
-    "a picture without a size": (f"plots/texts/{TEXT}/similarity.png", PNG, "text_quality"),
+    "an empty picture": ("plots/figures/tradeoff.svg", b"", "figures"),
+    "no picture": ("plots/figures/tradeoff.svg", b"<script>alert(1)</script>", "figures"),
+    "half a picture": ("plots/figures/tradeoff.svg", None, "figures"),
+    "a picture without a size": (f"plots/texts/{TEXT}/similarity.svg", b"<svg/>", "text_quality"),
     "no table": (f"metrics/texts/{TEXT}.csv", b"class\nzero\n", "text_quality"),
     "half a table": (f"metrics/texts/{TEXT}.csv", None, "text_quality"),
     "an answer that is a number": (f"prompts/texts/{TEXT}/responses.jsonl", LINES.replace(b'"a"', b"7"), "responses"),
@@ -230,7 +243,7 @@ def test_no_two_elements_have_one_id():
 
 
 def tables(names: list[str]) -> list[dict[str, Any]]:
-    return [as_shown(Table(f"{kind}-{name}", "", [], []), "") for kind in ("layers", "classes") for name in names]
+    return [as_shown(Table(f"{kind}-{name}", "caption", [], []), "") for kind in ("layers", "classes") for name in names]
 
 
 def test_what_cannot_be_seen_is_spelled_out(here):
@@ -350,19 +363,17 @@ def test_switches_show_the_numbers_of_one_detector_and_one_place(opened):
             for row, cell in zip(shown, cells, strict=True):
                 found = cell["detectors"][chosen]["improvement"]
                 estimates = [Measured(**nan(found[measure][key])) for measure in ("sdc", "delta_loss", "mismatch")]
-                assert [said.startswith(show_estimate(one)) for said, one in zip(row[4:], estimates, strict=True)] == [True] * 3
+                for said, one in zip(row[4:], estimates, strict=True):
+                    assert said.replace("\xa0", " ").startswith(show_estimate(one))
 
 
 def test_a_picture_says_its_finding_to_those_who_do_not_see_it_and_can_be_linked(here):
     elements = page()
-    pictures = {tag["src"]: tag["alt"] for name, tag in elements.found if name == "img"}
     with Image.open("plots/figures/improvement.png") as picture:
         finding = picture.info["Title"]
     assert finding.startswith("ResNet-18 on digits, descriptions beside the baseline: SDC has no verdict from 1 training")
-    assert finding in pictures.values()
-    figures = {tag["id"] for name, tag in elements.found if name == "figure"}
-    links = {tag["href"][1:] for name, tag in elements.found if name == "a" and "aria-label" in tag}
-    assert links == figures
+    assert figures(elements)["picture-improvement"] == finding
+    assert {tag["href"][1:] for name, tag in elements.found if name == "a" and "aria-label" in tag} == set(figures(elements))
 
 
 def nan(numbers: dict) -> dict:
@@ -387,6 +398,77 @@ def test_the_answer_counts_verdicts_and_one_training_is_never_green(here):
         "Behind the range detector profiled, of 1 comparison with a baseline: SDC over all layers is lower in 1; DeltaLoss is "
     )
     assert said + "higher in 1; FIT is lower in 1." in page().text
+
+
+def test_dots_are_trainings_and_say_what_each_gives(opened):
+    """Those of the rows that are shown first, as metrics/results has them."""
+    keys = [key for key, each in load_params().runs.items() if each.variant != "baseline"]
+    results = [json.loads(Path(f"metrics/results/{key}.json").read_text(encoding="utf-8")) for key in keys]
+    dots = "return [...document.querySelectorAll('#matrix tbody tr')].filter(row => row.checkVisibility()).map("
+    dots += "row => [...row.querySelectorAll('circle')].map(dot => dot.textContent))"
+    for said, result in zip(opened.execute_script(dots), results, strict=True):
+        improved = result["detectors"]["profiled"]["improvement"]
+        values = [nan(improved[measure]["overall"])["value"] for measure in ("sdc", "delta_loss", "mismatch")]
+        assert said == [f"seed {result['seed']}: {show_number(value)}" for value in values if not math.isnan(value)] != []
+
+
+def test_a_row_picks_its_marks_out_of_the_figures(opened):
+    """By the pointer, by the focus, and for as long as its link is followed."""
+    lit = "return [...document.querySelectorAll('.picked .lit')].map(mark => mark.dataset.mark)"
+    row = opened.find_element("css selector", "#matrix tr[data-mark]:not([hidden])")
+    key, link = row.get_attribute("data-mark"), row.find_element("css selector", "a")
+    assert key == "digits resnet18 descriptions"
+    assert opened.execute_script(lit) == []
+    opened.execute_script("arguments[0].dispatchEvent(new PointerEvent('pointerenter'))", row)
+    assert set(opened.execute_script(lit)) == {key}
+    opened.execute_script("arguments[0].dispatchEvent(new PointerEvent('pointerleave'))", row)
+    assert opened.execute_script(lit) == []
+    opened.execute_script("arguments[0].focus()", link)
+    assert set(opened.execute_script(lit)) == {key}
+    link.send_keys(Keys.ENTER)
+    opened.execute_script("document.activeElement.blur()")
+    assert set(opened.execute_script(lit)) == {key}
+    assert opened.execute_script("return location.hash") == "#picture-improvement"
+    opened.find_element("css selector", "body").send_keys(Keys.ESCAPE)
+    assert opened.execute_script(lit) == []
+
+
+def test_the_contents_stay_in_sight_and_say_where_one_is(opened):
+    for name in ("figures", "runs", "headline"):
+        opened.execute_script("document.getElementById(arguments[0]).scrollIntoView()", name)
+        here = "return [...document.querySelectorAll('.bar [aria-current]')].map(link => link.hash.slice(1))"
+        WebDriverWait(opened, timeout=10).until(lambda _, here=here, name=name: opened.execute_script(here) == [name])
+        top, bottom = opened.execute_script(
+            "const place = document.querySelector('.bar').getBoundingClientRect(); return [place.top, place.bottom]"
+        )
+        assert bottom > top
+        assert name == "headline" or top == 0
+
+
+def test_no_column_is_cut_at_a_desk(opened):
+    opened.execute_script("for (const part of document.querySelectorAll('details')) part.open = true")
+    cut = "return [...document.querySelectorAll('.wide')].filter(box => box.scrollWidth > box.clientWidth).map("
+    cut += "box => box.ariaLabel)"
+    if opened.execute_script("return innerWidth >= 1280"):
+        assert opened.execute_script(cut) == []
+    assert opened.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_paper_has_the_sections_and_the_figures_in_order(opened):
+    opened.execute_script("document.documentElement.dataset.theme = 'dark'")
+    asked = {"generateDocumentOutline": True, "generateTaggedPDF": True}
+    pdf = base64.b64decode(opened.execute_cdp_cmd("Page.printToPDF", asked)["data"])
+    titles = [title.decode() for title in re.findall(rb"/Title \((.*?)\)\n/Dest", pdf)]
+    sections = opened.execute_script("return [...document.querySelectorAll('h2')].map(heading => heading.textContent)")
+    assert [title for title in titles if title in sections] == sections
+    said = [re.sub(rb"\\(.)", rb"\1", alt).decode() for alt in re.findall(rb"/Alt \(((?:[^\\)]|\\.)*)\)", pdf)]
+    drawn = "return [...document.querySelectorAll('figure svg')].map(drawing => drawing.ariaLabel)"
+    expected = opened.execute_script(drawn)
+    assert [alt for alt in said if alt in expected] == expected != []
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    assert opened.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert not opened.execute_script("return document.querySelector('.bar').checkVisibility()")
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 def test_the_theme_can_be_switched(opened):

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
-from textguard.report.drawing import add_note, element_key, logarithmic, mark, plain_ticks, state
+from textguard.report.drawing import add_note, logarithmic, mark, plain_ticks, state
 from textguard.report.forest import tally
 from textguard.report.legend import name_styles
 from textguard.report.rendering import show_estimate
-from textguard.report.theme import fills
+from textguard.report.theme import element_key, fills
 from textguard.report.variants import Variant, trainings
 from textguard.schema.corruptions import CLEAN, EFFECTS, ComparedCorruptions, CorruptionCell, Corruptions
 

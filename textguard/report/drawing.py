@@ -47,14 +47,9 @@ def state(figure: Figure, finding: str, **place: float) -> Text:
 def mark(artist: Artist, key: str, said: str) -> None:
     """Name what is drawn, so that a page can find it by `key`, and says `said` of it where the pointer rests.
 
-    key: `element_key` of what is drawn. said: value, interval and n, as in "1.9x fewer SDC [1.2, 3.1], 3 trainings".
+    key: `theme.element_key` of what is drawn. said: value, interval and n, as in "1.9x fewer SDC [1.2, 3.1], 3 trainings".
     """
     artist.set_gid(f"{MARK}{key}|{said}".replace('"', "”"))  # or matplotlib would quote it otherwise
-
-
-def element_key(dataset: str, backbone: str, variant: str) -> str:
-    """What marks of a variant of a backbone on a data set are named by."""
-    return f"{dataset} {backbone} {variant}"
 
 
 def add_note(figure: Figure, note: str, **place: float) -> Text:

@@ -3,7 +3,7 @@
 import pandas as pd
 from matplotlib.figure import Figure
 
-from textguard.report.drawing import add_note, element_key, state
+from textguard.report.drawing import add_note, state
 from textguard.report.effect_tables import SPOKEN, Shown, shown_effects
 from textguard.report.forest import (
     LINE_INCHES,
@@ -15,6 +15,7 @@ from textguard.report.forest import (
     ratio_limits,
     tally,
 )
+from textguard.report.theme import element_key
 from textguard.schema.effects import OUTCOMES, SECOND, Effects
 
 # What a row is: its colour, its marker, and what stands above those of its kind.

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from textguard.analysis.effects import more_points
 from textguard.analysis.mechanism import association, classifiers
 from textguard.estimates.statistics import Estimate
-from textguard.report.drawing import SMALL, add_note, element_key, logarithmic, mark, plain_ticks, state
+from textguard.report.drawing import SMALL, add_note, logarithmic, mark, plain_ticks, state
 from textguard.report.forest import (
     LINE_INCHES,
     Row,
@@ -27,7 +27,7 @@ from textguard.report.forest import (
 from textguard.report.legend import name_styles
 from textguard.report.published import Published, load_published
 from textguard.report.rendering import show_estimate, show_number
-from textguard.report.theme import PUBLISHED_MARKER, Style, fills, place_name
+from textguard.report.theme import PUBLISHED_MARKER, Style, element_key, fills, place_name
 from textguard.report.variants import Variant, count_trainings
 from textguard.schema.results import MEASURES, NO_VERDICT, ONE_TRAINING, PLACES, Cell, RunResult
 

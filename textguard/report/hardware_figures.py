@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from textguard.analysis.duplication import Duplicated, duplicated
 from textguard.analysis.hardware import mean_curve
 from textguard.estimates.statistics import Estimate
-from textguard.report.drawing import AS_IS, SMALL, add_note, drawable, element_key, logarithmic, mark, state
+from textguard.report.drawing import AS_IS, SMALL, add_note, drawable, logarithmic, mark, state
 from textguard.report.forest import LINE_INCHES, Row, draw_rows, lines, name_rows, ratio_limits, tally
 from textguard.report.legend import name_styles
 from textguard.report.rendering import show_estimate
-from textguard.report.theme import Style
+from textguard.report.theme import Style, element_key
 from textguard.report.variants import Variant, count_trainings, trainings
 from textguard.schema.hardware import USUAL, Curve, Hardware, HardwareCell
 from textguard.schema.results import MEASURES, Cell

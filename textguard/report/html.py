@@ -8,8 +8,10 @@ which it knows by its hash, and no other.
 import base64
 import hashlib
 import io
+import itertools
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,16 @@ from PIL.PngImagePlugin import PngImageFile
 
 from textguard import __version__
 from textguard.report.escaping import visible
-from textguard.report.rendering import Judged, Table, estimate_of, show_cell
+from textguard.report.inline import as_drawing
+from textguard.report.rendering import Judged, PerTraining, Table, estimate_of, show_cell, show_estimate, show_number
 
 HERE = Path(__file__).parent
 VERDICTS = {"better": "better", "worse": "worse"}  # -> the class of its cell
 # What scales a picture down that is drawn for sharp print.
 SHARPNESS = 1.5
+MAIN_PIXELS = 990  # of a table on a screen of 1280, beside the contents
+LETTER_PIXELS, CELL_PIXELS = 7.6, 12  # of a table
+STRIP_PIXELS, STRIP_ROOM = 84, 4
 
 
 def render(name: str, folder: Path = HERE, **content: Any) -> str:
@@ -52,32 +58,90 @@ def _policy(style: str, script: str) -> str:
     return f"{none}; img-src data:; style-src {style_hash}; script-src {script_hash}"
 
 
-def as_shown(table: Table, label: str) -> dict[str, Any]:
-    """A table as the template takes it: cells with a text, a number to sort by, and a kind (class) where it is a verdict."""
-    rows = [
-        [
-            {
-                "text": f"{value:,}" if isinstance(value, int) else show_cell(value),
-                "value": _number(value if (found := estimate_of(value)) is None else found.value),
-                "kind": VERDICTS.get(value.verdict if isinstance(value, Judged) else str(value), ""),
-            }
-            for value in row
-        ]
-        for row in table.rows
-    ]
+def as_shown(table: Table, label: str, marks: Sequence[str] = (), link: str = "") -> dict[str, Any]:
+    """A table as the template takes it: cells with a text, and a kind (class) where it is a verdict.
+
+    marks: for each row, what its marks in figures are named by (see `theme.element_key`). link: the id of the figure that has
+    them, to which the row's first cell leads.
+    """
     name = element_id(table.name)
     return {
         "id": name,
-        "note": f"note-{name}",
+        "note": f"note-{name}" if table.caption else "",
         "label": label,
         "caption": table.caption,
         "headers": table.headers,
-        "rows": rows,
+        "rows": list(zip(marks or [""] * len(table.rows), [list(map(_cell, row)) for row in table.rows], strict=True)),
+        "link": link,
     }
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+def _cell(value: Any) -> dict[str, Any]:
+    judged = isinstance(value, Judged)
+    return {
+        "text": f"{value:,}" if isinstance(value, int) else _text(value),
+        "verdict": value.in_short if judged else "",
+        "kind": VERDICTS.get(value.verdict if judged else str(value), ""),
+        "strip": _strip(value) if isinstance(value, PerTraining) else None,
+    }
+
+
+def _strip(found: PerTraining) -> dict[str, Any]:
+    """Where the line at 1, the interval and each training lie on a strip, in pixels; and what is said of the trainings."""
+    low, high = found.limits
+
+    def place(number: float) -> float:
+        share = math.log(min(max(number, low), high) / low) / math.log(high / low)
+        return round(STRIP_ROOM + share * (STRIP_PIXELS - 2 * STRIP_ROOM), 1)
+
+    said = {seed: f"seed {seed}: {show_number(value)}" for seed, value in found.values.items()}
+    estimate = found.estimate
+    return {
+        "width": STRIP_PIXELS,
+        "one": place(1),
+        "interval": None if math.isnan(estimate.value) else (place(estimate.low), place(estimate.high)),
+        "dots": [(place(value), said[seed]) for seed, value in found.values.items() if not math.isnan(value)],
+        "label": "; ".join(said.values()),
+    }
+
+
+def fitting(table: Table, most: float = MAIN_PIXELS) -> list[Table]:
+    """A table in parts that are narrow enough to be read without scrolling, each with the columns that say what a row is.
+
+    These are those before the first estimate; a table without estimates stays whole. Columns that hold nothing are left out.
+    The caption stays with the last part.
+    """
+    columns = {
+        header: values
+        for header, *values in zip(table.headers, *table.rows, strict=True)
+        if any(value is not None for value in values)
+    }
+    widths = {header: _least_pixels(header, values) for header, values in columns.items()}
+    keys = list(itertools.takewhile(lambda header: not any(map(estimate_of, columns[header])), columns))
+    groups: list[list[str]] = [[]]
+    for header in list(columns)[len(keys) :]:
+        if groups[-1] and sum(widths[name] for name in (*keys, *groups[-1], header)) > most:
+            groups.append([])
+        groups[-1].append(header)
+    parts = []
+    for number, group in enumerate(groups, start=1):
+        shown = [*keys, *group]
+        name = table.name if number == 1 else f"{table.name}-part{number}"
+        rows = [list(row) for row in zip(*(columns[header] for header in shown), strict=True)]
+        parts.append(Table(name, table.caption if number == len(groups) else "", shown, rows))
+    return parts
+
+
+def _least_pixels(header: str, values: Sequence[Any]) -> float:
+    """About how narrow a column can be whose cells break at blanks."""
+    words = itertools.chain(header.split(), *(_text(value).split(" ") for value in values))
+    return LETTER_PIXELS * max(map(len, words)) + CELL_PIXELS
+
+
+def _text(value: Any) -> str:
+    """A value as a cell has it, without its verdict; an estimate breaks before its interval and nowhere else."""
+    estimate = estimate_of(value)
+    return show_cell(value) if estimate is None else re.sub(r" (?![\[(])", "\N{NO-BREAK SPACE}", show_estimate(estimate))
 
 
 def as_picture(content: bytes, title: str, name: str, numbers: str = "", alt: str = "") -> dict[str, Any]:
@@ -93,8 +157,20 @@ def as_picture(content: bytes, title: str, name: str, numbers: str = "", alt: st
         picture.verify()
     source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     size = {"width": round(width / SHARPNESS), "height": round(height / SHARPNESS)}
-    said = {"title": title, "caption": f"{title}.", "alt": alt or finding or title, "numbers": numbers}
-    return {"id": element_id(name), "source": source, **said, **size}
+    return {**_said(title, name, numbers, alt or finding), "drawing": None, "source": source, **size}
+
+
+def as_inline_picture(content: bytes, title: str, name: str, numbers: str = "") -> dict[str, Any]:
+    """An SVG as the template takes it, in the page's colours. Raises ValueError or ParseError where it is none.
+
+    numbers: as of `as_picture`.
+    """
+    drawing = as_drawing(content, name)
+    return {**_said(title, name, numbers, drawing.title), "drawing": drawing, "width": drawing.width, "height": drawing.height}
+
+
+def _said(title: str, name: str, numbers: str, alt: str) -> dict[str, Any]:
+    return {"id": element_id(name), "title": title, "caption": f"{title}.", "alt": alt or title, "numbers": numbers}
 
 
 def element_id(name: str) -> str:

@@ -9,7 +9,10 @@ theme.hidden = false;
 theme.addEventListener("click", () => { root.dataset.theme = dark() ? "light" : "dark"; name(); });
 name();
 
-// Tables that sort by a column's button: by data-value where a cell has one, else by its text.
+// What a cell is sorted by: the number that it begins with, before any interval; NaN where it is no number.
+const number = (text) => Number(text.replace(/,(?=\d{3})| [[(].*/g, ""));
+
+// Tables that sort by a column's button: by number where both cells have one, else by text.
 for (const button of document.querySelectorAll("table.sortable th button")) {
   const header = button.parentElement;
   const body = header.closest("table").tBodies[0];
@@ -17,9 +20,9 @@ for (const button of document.querySelectorAll("table.sortable th button")) {
     const up = header.getAttribute("aria-sort") !== "ascending";
     for (const other of header.parentElement.children) other.removeAttribute("aria-sort");
     header.setAttribute("aria-sort", up ? "ascending" : "descending");
-    const key = (row) => row.cells[header.cellIndex].dataset.value ?? row.cells[header.cellIndex].textContent;
+    const key = (row) => row.cells[header.cellIndex].textContent;
     const compare = (a, b) => {
-      const [x, y] = [Number(key(a)), Number(key(b))];
+      const [x, y] = [number(key(a)), number(key(b))];
       const order = Number.isNaN(x) || Number.isNaN(y) ? key(a).localeCompare(key(b)) : x - y;
       return up ? order : -order;
     };
@@ -45,10 +48,11 @@ for (const field of document.querySelectorAll("input[data-filters]")) {
   field.closest("p").hidden = false;
 }
 
-// Fields that leave only the rows with the chosen values in their columns.
+// Fields that leave only the rows with the chosen values in their columns, which need not be shown then.
 for (const box of document.querySelectorAll("[data-switches]")) {
   const table = document.getElementById(box.dataset.switches);
   const choices = [...box.querySelectorAll("select")];
+  for (const row of table.rows) for (const choice of choices) row.cells[choice.dataset.column].hidden = true;
   const choose = () => {
     const fits = (row, choice) => row.cells[choice.dataset.column].textContent === choice.value;
     for (const row of table.tBodies[0].rows) row.hidden = !choices.every((choice) => fits(row, choice));
@@ -57,6 +61,32 @@ for (const box of document.querySelectorAll("[data-switches]")) {
   choose();
   box.hidden = false;
 }
+
+// A row picks its marks out of the figures: while the pointer or the focus is on it, or until Escape where its link was followed.
+let kept = "";
+const pick = (key) => {
+  for (const drawing of document.querySelectorAll("figure svg:has(.mark)")) {
+    const marks = [...drawing.querySelectorAll(".mark")];
+    for (const mark of marks) mark.classList.toggle("lit", mark.dataset.mark === key);
+    drawing.classList.toggle("picked", marks.some((mark) => mark.dataset.mark === key));
+  }
+};
+for (const row of document.querySelectorAll("tr[data-mark]")) {
+  for (const event of ["pointerenter", "focusin"]) row.addEventListener(event, () => pick(row.dataset.mark));
+  for (const event of ["pointerleave", "focusout"]) row.addEventListener(event, () => pick(kept));
+  row.querySelector("a")?.addEventListener("click", () => { kept = row.dataset.mark; });
+}
+addEventListener("keydown", (event) => { if (event.key === "Escape") pick(kept = ""); });
+
+// The contents say where one is: at the last heading that the upper third of the window has reached.
+const links = [...document.querySelectorAll(".bar a")];
+const headings = links.map((link) => document.getElementById(link.hash.slice(1)));
+const seen = new IntersectionObserver(() => {
+  const reached = headings.findLastIndex((heading) => heading.getBoundingClientRect().top < innerHeight / 3);
+  const now = Math.max(reached, 0);
+  for (const [number, link] of links.entries()) link.toggleAttribute("aria-current", number === now);
+}, { rootMargin: "0px 0px -66% 0px" });
+for (const heading of headings) seen.observe(heading);
 
 // A link into a closed part opens it. What is behind "#" may be anything: a lone "%" cannot be decoded.
 const wanted = () => {

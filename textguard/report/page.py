@@ -27,11 +27,11 @@ from textguard.errors import InvalidArtifact, TextguardError
 from textguard.params import ClassTexts, Params, load_params
 from textguard.report.effect_tables import sentences
 from textguard.report.gate import read_runs, verdict_table
-from textguard.report.html import as_picture, as_shown, element_id, render
+from textguard.report.html import as_inline_picture, as_shown, element_id, fitting, render
 from textguard.report.published import load_published
-from textguard.report.rendering import Table, show_estimate
+from textguard.report.rendering import PerTraining, Table, show_estimate
 from textguard.report.tables import in_unit, judged, tables_of
-from textguard.report.theme import place_name, variant_name
+from textguard.report.theme import element_key, place_name, variant_name
 from textguard.report.variants import labelled
 from textguard.schema.campaign import skip_reasons
 from textguard.schema.effects import Effects
@@ -88,6 +88,9 @@ PARTS = [
 ]
 SHOWN = ("head", "overall", "by_neurons")  # places of the headline
 ASKED = (("SDC over all layers", "sdc", "overall"), ("DeltaLoss", "delta_loss", "overall"), ("FIT", "sdc", "by_neurons"))
+# Where answers are shown: ids and names.
+FOREST, MEASURED = ("picture-improvement", "figure of improvements"), ("about-measures", "table of measures")
+DETECTORS = ("about-detectors", "table of range detectors")
 _DETECTORS = {"off": "Without a range detector"}  # -> how a sentence begins; of all others with their names
 
 
@@ -153,12 +156,27 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
     grid = "default" if params.root == "." else Path.cwd().name
     found, tables = load_effects(params), {table.name: table for table in tables_of(params)}
     parts = [part for part in PARTS if part[0] != "effects" or found]
+    effects, figures = tables.pop("effects", None), _figures(runs, params)
+    keys = {label: variant for variant, label in params.labels.items()}  # what tables call a variant -> its key
+    shown = [
+        (
+            f"about-{element_id(table.name)}",
+            TABLES.get(table.name, table.name),
+            table.name in FOLDED,
+            _pieces(table, runs, keys),
+        )
+        for table in tables.values()
+    ]
     content = render(
         "page.html",
         title=f"textguard: {grid} grid",
         parts=parts if compared is None else [parts[0], ("compared", "Compared"), *parts[1:]],
+        inside={
+            "tables": [(name, label) for name, label, _, _ in shown],
+            "figures": [(group["id"], group["title"]) for group in figures],
+        },
         answers=_answers_in_short(cells),
-        matrix=as_shown(_matrix(cells), "Every variant beside its baseline"),
+        matrix=_shown_matrix(cells, runs, keys),
         switches=_switches(cells),
         headline=[_headline(cell) for cell in cells],
         remarks=[*_remarks(cells, runs), *_not_shown(params)],
@@ -174,11 +192,10 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
         ],
         compared={"label": compared[0], "table": as_shown(compared[1], f"{compared[0]} and now")} if compared else None,
         effects=[(place_name(each.dataset, each.backbone), sentences(each), _effects_picture(each)) for each in found],
-        effects_table=as_shown(tables.pop("effects"), TABLES["effects"]) if found else None,
+        effects_table=as_shown(effects, TABLES["effects"]) if effects else None,
         facts=_facts(params, runs, grid, revision),
-        folded=FOLDED,
-        tables=[as_shown(table, TABLES.get(table.name, table.name)) for table in tables.values()],
-        figures=_figures(runs, params),
+        tables=shown,
+        figures=figures,
         runs=[_run(key, run, params) for key, run in runs.items()],
         texts=[_text(texts) for texts in params.class_texts.values()],
         commands=_commands(grid, revision),
@@ -188,7 +205,15 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
     write_text(path, content)
 
 
-def _answers_in_short(cells: Sequence[Cell]) -> list[str]:
+@dataclass(frozen=True)
+class Claim:
+    """A sentence, and where the page shows it: ids and names of figures or tables."""
+
+    text: str
+    shown: Sequence[tuple[str, str]] = ()
+
+
+def _answers_in_short(cells: Sequence[Cell]) -> list[Claim]:
     """Whether it is more resilient: verdicts under each range detector, counted."""
     said = []
     for detector in cells[0].detectors if cells else ():
@@ -197,10 +222,12 @@ def _answers_in_short(cells: Sequence[Cell]) -> list[str]:
             f"{name} is {_counted(getattr(getattr(verdict, measure), place) for verdict in found)}"
             for name, measure, place in ASKED
         ]
-        said.append(
+        drawn = [FOREST] if detector == next(iter(cells[0].detectors)) else []
+        text = (
             f"{_DETECTORS.get(detector, f'Behind the range detector {detector}')}, of {len(found)} "
             f"comparison{'s' * (len(found) != 1)} with a baseline: {'; '.join(counts)}."
         )
+        said.append(Claim(text, [*drawn, DETECTORS]))
     return said
 
 
@@ -212,29 +239,75 @@ def _counted(verdicts: Iterable[str]) -> str:
     return " and ".join(f"{words} in {count}" for words, count in (("lower", better), ("higher", worse)) if count)
 
 
-def _matrix(cells: Sequence[Cell]) -> Table:
+def _shown_matrix(cells: Sequence[Cell], runs: Mapping[str, RunResult], keys: Mapping[str, str]) -> dict[str, Any]:
+    """The matrix, whose rows find their marks in the figures. keys: what tables call a variant -> its key."""
+    table = _matrix(cells, runs, keys)
+    marks = [
+        element_key(cell.dataset, cell.backbone, keys.get(cell.variant, cell.variant))
+        for cell in cells
+        for _ in range(len(cell.detectors) * len(SHOWN))
+    ]
+    return as_shown(table, "Every variant beside its baseline", marks, FOREST[0])
+
+
+def _matrix(cells: Sequence[Cell], runs: Mapping[str, RunResult], keys: Mapping[str, str]) -> Table:
     """Every cell under every range detector, by measure, with what its faults are averaged over."""
+    by_seed = {(run.dataset, run.backbone, run.variant, run.seed): run for run in runs.values()}
+
+    def seeds(cell: Cell, detector: str, measure: str, place: str) -> dict[int, float]:
+        found = {seed: by_seed[cell.dataset, cell.backbone, keys.get(cell.variant, cell.variant), seed] for seed in cell.seeds}
+        improved = {seed: run.detectors[detector].improvement for seed, run in found.items() if detector in run.detectors}
+        return {seed: getattr(getattr(each, measure), place).value for seed, each in improved.items() if each}
+
+    def per_training(cell: Cell, *at: str) -> PerTraining:
+        ratios = [judged(other.detectors[at[0]], *at[1:]).estimate.value for other in cells if at[0] in other.detectors]
+        trained = [value for other in cells if at[0] in other.detectors for value in seeds(other, *at).values()]
+        ratio = judged(cell.detectors[at[0]], *at[1:])
+        return PerTraining(ratio.estimate, ratio.verdict, seeds(cell, *at), _strip_limits([*ratios, *trained]))
+
     rows = [
         [
             _cell_name(cell),
             len(cell.seeds),
             detector,
             PLACES[place],
-            *(judged(found, measure, place) for measure in ("sdc", "delta_loss", "mismatch")),
+            *(per_training(cell, detector, measure, place) for measure in ("sdc", "delta_loss", "mismatch")),
         ]
         for cell in cells
-        for detector, found in cell.detectors.items()
+        for detector in cell.detectors
         for place in SHOWN
     ]
     caption = (
-        "So many times less than in the baseline, above 1 is better, with its interval over trainings. SDC: a fault changes "
-        "the class, or leaves a loss that is not finite. DeltaLoss: by how much a fault changes the loss. Mismatch: the class "
-        "changes among finite losses. Head alone: faults in the last layer; all layers: the plain mean over layers; all "
-        "neurons: every neuron as likely as any other, as in hardware, so that its SDC ratio is that of FIT, the failures in "
-        "10^9 hours."
+        "So many times less than in the baseline, above 1 is better, with its interval over trainings. A strip has a "
+        "logarithmic axis, the same below each other, and a line at 1; its bar is the interval as far as it fits, and each dot "
+        "is one training. SDC: a fault changes the class, or leaves a loss that is not finite. DeltaLoss: by how much a fault "
+        "changes the loss. Mismatch: the class changes among finite losses. Head alone: faults in the last layer; all layers: "
+        "the plain mean over layers; all neurons: every neuron as likely as any other, as in hardware, so that its SDC ratio "
+        "is that of FIT, the failures in 10^9 hours. A row that the pointer or the focus is on picks its marks out of the "
+        "figures. A click on its name keeps them so; Escape lets them go."
     )
     headers = ["Network, Variant", "Trainings", "Detector", "Faults In", "SDC (x)", "DeltaLoss (x)", "Mismatch (x)"]
     return Table("matrix", caption, headers, rows)
+
+
+def _strip_limits(ratios: Iterable[float]) -> tuple[float, float]:
+    """Ends of an axis that has room for these and for 1."""
+    shown = [ratio for ratio in ratios if 0 < ratio < math.inf]
+    return min([1 / 1.5, *shown]) / 1.1, max([1.5, *shown]) * 1.1
+
+
+def _pieces(table: Table, runs: Mapping[str, RunResult], keys: Mapping[str, str]) -> list[dict[str, Any]]:
+    """A table in parts that fit the page, whose rows find their marks in the figures where they are of one variant."""
+    columns = dict(zip(table.headers, zip(*table.rows, strict=True), strict=bool(table.rows)))
+    marks: Sequence[str] = ()
+    if {"Dataset", "Backbone", "Variant"} <= columns.keys():
+        subjects = zip(*(columns[name] for name in ("Dataset", "Backbone", "Variant")), strict=True)
+        marks = [element_key(dataset, backbone, keys.get(variant, variant)) for dataset, backbone, variant in subjects]
+    elif "Run" in columns:
+        found = [runs[key] for key in columns["Run"]]
+        marks = [element_key(run.dataset, run.backbone, run.variant) for run in found]
+    pieces = [as_shown(part, TABLES.get(table.name, table.name), marks) for part in fitting(table)]
+    return [{**piece, "note": pieces[-1]["note"]} for piece in pieces]
 
 
 def _switches(cells: Sequence[Cell]) -> list[tuple[str, int, list[str]]]:
@@ -271,14 +344,16 @@ def _cell_name(cell: Cell) -> str:
     return f"{place_name(cell.dataset, cell.backbone)} with {variant_name(cell.variant)}"
 
 
-def _remarks(cells: Sequence[Cell], runs: Mapping[str, RunResult]) -> list[str]:
+def _remarks(cells: Sequence[Cell], runs: Mapping[str, RunResult]) -> list[Claim]:
     confidence = ", ".join(dict.fromkeys(f"{100 * run.confidence:g} %" for run in runs.values()))
     remarks = [
-        f"Brackets are intervals of confidence {confidence}; “exact” means that every fault was tried. "
-        "A verdict is “better” or “worse” only where the interval leaves 1 out."
+        Claim(
+            f"Brackets are intervals of confidence {confidence}; “exact” means that every fault was tried. "
+            "A verdict is “better” or “worse” only where the interval leaves 1 out."
+        )
     ]
     if any(len(cell.seeds) == 1 for cell in cells):
-        remarks.append(f"Rows with one training have no verdict: {ONE_TRAINING}.")
+        remarks.append(Claim(f"Rows with one training have no verdict: {ONE_TRAINING}."))
     fewer = [cell for cell in cells if cell.first.verdict.delta_loss.head == "better"]
     said = (
         ("worse", "DeltaLoss of the head got smaller, and yet a fault in any neuron changes the class more often, in"),
@@ -289,7 +364,7 @@ def _remarks(cells: Sequence[Cell], runs: Mapping[str, RunResult]) -> list[str]:
     )
     for verdict, words in said:
         if found := [_cell_name(cell) for cell in fewer if cell.first.verdict.sdc.by_neurons.startswith(verdict)]:
-            remarks.append(f"{words} {'; '.join(found)}. Nearly all neurons are in other layers.")
+            remarks.append(Claim(f"{words} {'; '.join(found)}. Nearly all neurons are in other layers.", [FOREST, MEASURED]))
     changed = [
         _cell_name(cell)
         for cell in cells
@@ -297,22 +372,27 @@ def _remarks(cells: Sequence[Cell], runs: Mapping[str, RunResult]) -> list[str]:
     ]
     if changed:
         remarks.append(
-            "The range detector decides whether DeltaLoss, in the mean over all layers, got better or worse for "
-            f"{'; '.join(changed)}: see the table of range detectors."
+            Claim(
+                "The range detector decides whether DeltaLoss, in the mean over all layers, got better or worse for "
+                f"{'; '.join(changed)}.",
+                [DETECTORS],
+            )
         )
     return remarks
 
 
-def _not_shown(params: Params) -> list[str]:
+def _not_shown(params: Params) -> list[Claim]:
     """What the figures leave out."""
     remarks, shown = [], ", ".join(variant_name(variant, params.labels) for variant in params.drawn)
     if len(params.drawn) < len(params.variants):
         remarks.append(
-            f"Figures that tell variants apart show {len(params.drawn)} of the {len(params.variants)}: {shown}. "
-            "Tables hold all; figures.shown of params.yaml names those that are drawn."
+            Claim(
+                f"Figures that tell variants apart show {len(params.drawn)} of the {len(params.variants)}: {shown}. "
+                "Tables hold all; figures.shown of params.yaml names those that are drawn."
+            )
         )
     if not params.closeup.images:
-        remarks.append("Where the classifiers look is not shown: closeup.images of params.yaml is 0.")
+        remarks.append(Claim("Where the classifiers look is not shown: closeup.images of params.yaml is 0."))
     return remarks
 
 
@@ -367,10 +447,10 @@ def _figures(runs: Mapping[str, RunResult], params: Params) -> list[dict[str, An
 
 
 def _picture(made_by: str, stem: Path, title: str, name: str) -> dict[str, Any]:
-    """A PNG file as the template takes it. Raises InvalidArtifact."""
-    file = stem.with_name(f"{stem.name}.png")
+    """A figure as the template takes it. Raises InvalidArtifact."""
+    file = stem.with_name(f"{stem.name}.svg")
     with reading(file, made_by):
-        return as_picture(file.read_bytes(), title, name, str(stem.with_name(f"{stem.name}.csv")))
+        return as_inline_picture(file.read_bytes(), title, name, str(stem.with_name(f"{stem.name}.csv")))
 
 
 def _run(key: str, run: RunResult, params: Params) -> dict[str, Any]:

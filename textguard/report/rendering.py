@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,17 @@ class Judged:
     def in_short(self) -> str:
         """The verdict without its reason or confidence, which captions give."""
         return re.split(":| at ", self.verdict)[0]
+
+
+@dataclass(frozen=True)
+class PerTraining(Judged):
+    """An estimate over trainings, what its interval says, and what each training gives by itself: seed -> value.
+
+    limits: ends of the logarithmic axis on which they are drawn.
+    """
+
+    values: Mapping[int, float]
+    limits: tuple[float, float]
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,11 @@ def backbone_name(backbone: str) -> str:
     return BACKBONE_NAMES.get(backbone, backbone)
 
 
+def element_key(dataset: str, backbone: str, variant: str) -> str:
+    """What marks of a variant of a backbone on a data set are named by in figures, and rows about it in tables."""
+    return f"{dataset} {backbone} {variant}"
+
+
 def place_name(dataset: str, backbone: str) -> str:
     """A backbone on a data set as it is spoken: ResNet-18 on digits."""
     return f"{backbone_name(backbone)} on {DATASET_NAMES.get(dataset, dataset)}"
