@@ -19,12 +19,12 @@ from conftest import REPOSITORY
 from smoke_grid import run
 from stages import figures
 from textguard.analysis.files import load_cells, load_results
+from textguard.analysis.thresholds import crossings
 from textguard.artifacts import read_parquet, write_parquet, write_text
 from textguard.errors import InvalidArtifact
 from textguard.report.drawing import draw
 from textguard.report.figures import DRAWN_BY_DVC, PER_BACKBONE, group, training_curve, write_figures
 from textguard.report.layer_figures import draw_layers
-from textguard.report.run_figures import crossings
 from textguard.report.text_figures import draw_similarity
 from textguard.report.theme import OTHER_MARKERS, PUBLISHED_MARKER, VARIANT_MARKERS, place_name, styles
 from textguard.report.variants import Variant, trainings
@@ -170,9 +170,7 @@ def test_damaged_numbers_are_named_and_not_drawn(runs, params, name, damage, sai
     file.write_text(damage(file.read_text(encoding="utf-8")), encoding="utf-8")
     results = load_results(key for key, run in runs.items() if run.dataset == "d")
     (variants,) = group(list(results.values()), params).values()
-    draw, given = (
-        (training_curve, (results[key], params)) if name == "training" else (DRAWN_FROM[name], (variants, "t"))
-    )
+    draw, given = (training_curve, (results[key], params)) if name == "training" else (DRAWN_FROM[name], (variants, "t"))
     with pytest.raises(InvalidArtifact) as error:
         draw(*given)
     assert said in str(error.value)

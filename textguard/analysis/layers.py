@@ -9,7 +9,7 @@ from itertools import groupby
 import numpy as np
 
 from textguard.estimates.statistics import Estimate, over_trainings
-from textguard.schema.results import RunResult
+from textguard.schema.results import BASELINE, RunResult
 
 LATENT, SCORES = "latent", "class scores"
 SHARE, LOSS = (0.0, 1.0), (0.0, math.inf)
@@ -20,26 +20,37 @@ CLASSIFIER_PARTS = ("scores", "before")  # of `bit_means`: the layer that puts o
 class Aligned:
     """The layers of several classifiers, in order of execution.
 
-    The layers that put out the class scores share the last place, whatever they are called: a baseline's `fc` and a
-    text-guided classifier's `head`. roles: `stem`, `block 1`, ..., `latent`, `class scores`; empty of what is none of these.
+    roles: `stem`, `block 1`, ..., `latent`, `class scores`; empty of what is none of these. shared: whether the layers that put
+    out the class scores share the last place, as a baseline's `fc` and a text-guided classifier's `head` do.
     """
 
     names: Sequence[str]
     roles: Sequence[str]
+    shared: bool
 
     def at(self, result: RunResult, layer: str) -> int:
         """The place of one of a classifier's layers."""
-        return len(self.names) - 1 if layer == result.layers[-1].layer else self.names[:-1].index(layer)
+        last = result.layers[-1].layer if self.shared else self.names[-1]
+        return len(self.names) - 1 if layer == last else self.names[:-1].index(layer)
 
 
 def align(results: Sequence[RunResult]) -> Aligned:
-    """The places of these classifiers' layers; those that the longest one lacks stand before the class scores."""
+    """The places of these classifiers' layers; those that the longest one lacks stand before the class scores.
+
+    Classifiers without any text-guided one among them share places by name alone.
+    """
+    shared = any(result.variant != BASELINE for result in results)
     longest = max(results, key=lambda result: len(result.layers))
-    inner = dict.fromkeys(layer.layer for layer in longest.layers[:-1])
-    inner |= dict.fromkeys(layer.layer for result in results for layer in result.layers[:-1])
-    last = dict.fromkeys(result.layers[-1].layer for result in results)
+    last = dict.fromkeys(result.layers[-1].layer for result in (results if shared else [longest]))
+    ordered = [longest, *results]
+    inner = dict.fromkeys(
+        layer.layer
+        for result in ordered
+        for layer in (result.layers[:-1] if shared else result.layers)
+        if shared or layer.layer not in last
+    )
     names = list(inner)
-    return Aligned([*names, " / ".join(last)], [*_roles(names, set(last)), SCORES])
+    return Aligned([*names, " / ".join(last)], [*_roles(names, set(last)), SCORES], shared)
 
 
 def _roles(names: Sequence[str], last: set[str]) -> list[str]:
