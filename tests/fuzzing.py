@@ -200,9 +200,9 @@ TARGETS: dict[str, list[Target]] = {
         Target(f"metrics/texts/{TEXT}.csv", CSV, ("report",)),
     ],
     "what is shown": [
-        Target("plots/figures/delta_loss-digits-net.csv", CSV, ("report",)),
+        Target("plots/figures/layers-digits-net.csv", CSV, ("report",)),
         Target(f"plots/texts/{TEXT}/similarity.csv", CSV, ("report",)),
-        Target("plots/figures/delta_loss-digits-net.svg", mutations.spoil_bytes, ("report",)),
+        Target("plots/figures/layers-digits-net.svg", mutations.spoil_bytes, ("report",)),
         Target(f"prompts/texts/{TEXT}/responses.jsonl", LINES, ("report",)),
     ],
     "gate": [

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -18,11 +19,12 @@ from conftest import REPOSITORY
 from smoke_grid import run
 from stages import figures
 from textguard.analysis.files import load_cells, load_results
+from textguard.analysis.thresholds import crossings
 from textguard.artifacts import read_parquet, write_parquet, write_text
 from textguard.errors import InvalidArtifact
 from textguard.report.drawing import draw
 from textguard.report.figures import DRAWN_BY_DVC, PER_BACKBONE, group, training_curve, write_figures
-from textguard.report.run_figures import crossings
+from textguard.report.layer_figures import draw_layers
 from textguard.report.text_figures import draw_similarity
 from textguard.report.theme import OTHER_MARKERS, PUBLISHED_MARKER, VARIANT_MARKERS, place_name, styles
 from textguard.report.variants import Variant, trainings
@@ -41,13 +43,13 @@ def test_figures_come_with_their_numbers(runs, params, tmp_path, monkeypatch):
     write_figures(list(load_results(runs).values()), load_cells(runs), params, tmp_path / "a")
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert (
-        len(files) == 4 * (2 * (len(PER_BACKBONE) + 2) + 4) + len(DRAWN_BY_DVC) + 1
+        len(files) == 4 * (2 * (len(PER_BACKBONE) + 3) + 4) + len(DRAWN_BY_DVC) + 1
     )  # other faults: where there is a baseline
-    numbers = pd.read_csv(tmp_path / "a" / "delta_loss-d-resnet18.csv")
+    numbers = pd.read_csv(tmp_path / "a" / "layers-d-resnet18.csv")
     assert numbers.groupby("variant").size().to_dict() == {"baseline": 2, "template": 3, "descriptions": 3}
-    together = pd.read_csv(tmp_path / "a" / "delta_loss.csv")
+    together = pd.read_csv(tmp_path / "a" / "layers.csv")
     assert together.groupby(["dataset", "backbone"]).size().to_dict() == {("d", "resnet18"): 8, ("e", "alexnet"): 2}
-    assert (tmp_path / "a" / "value_ranges-d-resnet18.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "a" / "layers-d-resnet18.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def test_no_text_leaves_its_figure(runs, params, tmp_path, monkeypatch):
 
     monkeypatch.setattr("textguard.report.figures.save_figure", look)
     write_figures(trained_twice, load_cells(runs), params, tmp_path)
-    assert len(drawn) == 2 * (len(PER_BACKBONE) + 2) + 4
+    assert len(drawn) == 2 * (len(PER_BACKBONE) + 3) + 4
 
 
 def test_the_crossing_is_the_last_one_up_or_down():
@@ -144,7 +146,7 @@ def test_few_equal_and_many_classes_are_drawn(tmp_path, classes, monkeypatch):
     draw_similarity(np.ones((classes, classes)), [f"c{place}" for place in range(classes)], "t", tmp_path / "s", 30)
 
 
-DRAWN_FROM = {"ranges": "value_ranges", "thresholds": "accuracy_by_top2diff"}
+DRAWN_FROM = {"ranges": partial(draw_layers, cells=[]), "thresholds": PER_BACKBONE["accuracy_by_top2diff"]}
 EPOCHS = "does not hold the epochs 1 to 2, as many as params.yaml asks for"
 DAMAGED = {
     "a layer more": ("ranges", lambda text: f"{text}foo,Conv2d,1,2.0,0.5,50\n", "are about different layers ('foo')"),
@@ -168,9 +170,7 @@ def test_damaged_numbers_are_named_and_not_drawn(runs, params, name, damage, sai
     file.write_text(damage(file.read_text(encoding="utf-8")), encoding="utf-8")
     results = load_results(key for key, run in runs.items() if run.dataset == "d")
     (variants,) = group(list(results.values()), params).values()
-    draw, given = (
-        (training_curve, (results[key], params)) if name == "training" else (PER_BACKBONE[DRAWN_FROM[name]], (variants, "t"))
-    )
+    draw, given = (training_curve, (results[key], params)) if name == "training" else (DRAWN_FROM[name], (variants, "t"))
     with pytest.raises(InvalidArtifact) as error:
         draw(*given)
     assert said in str(error.value)

@@ -242,8 +242,9 @@ def _figures(sides: Sequence[Side]) -> list[dict[str, Any]]:
     # Not before: a saved assessment is read, compared and advised on without matplotlib.
     import matplotlib
 
-    from textguard.report import layer_figures
+    from textguard.report.bit_figures import draw_bits
     from textguard.report.drawing import STYLE, draw
+    from textguard.report.layer_figures import draw_outcomes
     from textguard.report.theme import Style
     from textguard.report.variants import Variant
 
@@ -253,10 +254,8 @@ def _figures(sides: Sequence[Side]) -> list[dict[str, Any]]:
         for number, (side, look, name) in enumerate(zip(sides, LOOKS, called, strict=False))
     ][::-1]
     drawn = {
-        "delta_loss": (layer_figures.draw_delta_loss, "DeltaLoss per layer", _most("delta_loss", "nats")),
-        "sdc": (layer_figures.draw_sdc, "SDC per layer", _most("sdc", "share of faults")),
-        "outcomes": (layer_figures.draw_outcomes, "What became of the faults", _outcomes),
-        "bits": (layer_figures.draw_bits, "DeltaLoss by layer and bit", _worst_bit),
+        "outcomes": (draw_outcomes, "What faults do in each layer", _outcomes),
+        "bits": (draw_bits, "What faults do in each bit", _worst_bit),
     }
     pictures = []
     with matplotlib.rc_context(fname=STYLE):
@@ -267,19 +266,14 @@ def _figures(sides: Sequence[Side]) -> list[dict[str, Any]]:
     return pictures
 
 
-def _most(measure: str, unit: str) -> Any:
-    """What a figure of one measure shows most of all."""
-
-    def say(side: Side) -> str:
-        layer = max(side.run.layers, key=lambda layer: getattr(layer, measure).value)
-        return f"largest in layer {layer.layer}, {show_number(getattr(layer, measure).value)} {unit}"
-
-    return say
-
-
 def _outcomes(side: Side) -> str:
+    largest = [
+        f"{name} largest in layer {layer.layer}, {show_number(getattr(layer, measure).value)} {unit}"
+        for measure, name, unit in (("sdc", "SDC", "share of faults"), ("delta_loss", "DeltaLoss", "nats"))
+        for layer in [max(side.run.layers, key=lambda one, measure=measure: getattr(one, measure).value)]
+    ]
     masked = [layer.outcomes.masked for layer in side.run.layers]
-    return f"from {min(masked):.0%} to {max(masked):.0%} of a layer's faults are masked"
+    return f"{'; '.join(largest)}; from {min(masked):.0%} to {max(masked):.0%} of a layer's faults are masked"
 
 
 def _worst_bit(side: Side) -> str:

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,22 +15,22 @@ from PIL import Image
 from textguard.analysis.files import CLOSEUP_DIR, LOOKS_DIR, load_closeup, load_looks
 from textguard.artifacts import reading
 from textguard.errors import InvalidArtifact
-from textguard.report.drawing import add_note, drawable
+from textguard.report import drawing
+from textguard.report.drawing import SMALL, add_note, drawable, element_key, mark
 from textguard.report.variants import Variant
-from textguard.schema.closeup import Cam
+from textguard.schema.closeup import Cam, LastLayerValues
 from textguard.schema.results import BASELINE, PROPOSED
 
 SHOWN = 4  # images, of those that were drawn
 LONGEST = 12  # characters of a class's name
+NAMED_BITS = (30, 29, 28, 27)  # whose peaks stand apart from the values without faults
+WIDTH, PEAK = 2.0, 0.05  # powers of ten around where a peak is to be, and percent that it must have
 STATES = {"golden": "no fault", "weights": "{flips:,} weight bits", "worst": "worst single fault"}
 
 
 def draw_attention(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataFrame]:
     """Ablation-CAM of the baseline and of the text-guided classifier on the same images, without faults and with them."""
-    chosen = [variant for variant in variants if variant.key == BASELINE]
-    chosen += [variant for variant in variants if variant.key == PROPOSED] or [
-        variant for variant in variants if variant.key != BASELINE
-    ][-1:]
+    chosen = _chosen(variants)
     looks = {variant.key: _load_looks(variant.results[0].run) for variant in chosen}
     drawn = [variant for variant in chosen if not looks[variant.key].empty]
     if not drawn:
@@ -82,6 +82,13 @@ def draw_attention(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.
     return figure, pd.concat(
         [looks[variant.key].drop(columns=["picture", "map"]).assign(variant=variant.key) for variant in drawn]
     )
+
+
+def _chosen(variants: Sequence[Variant]) -> list[Variant]:
+    """The baseline, and the proposed variant or else the last one."""
+    others = [variant for variant in variants if variant.key != BASELINE]
+    proposed = [variant for variant in others if variant.key == PROPOSED] or others[-1:]
+    return [*(variant for variant in variants if variant.key == BASELINE), *proposed]
 
 
 def _load_looks(key: str) -> pd.DataFrame:
@@ -138,33 +145,65 @@ def _show(axes: Axes, picture: bytes, look: Any) -> None:
 
 
 def draw_last_layer(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataFrame]:
-    """How large the values of the last layer are, golden and after one flip of a bit."""
-    figure = Figure(figsize=(1.2 + 2.4 * len(variants), 2.9), layout="constrained")
-    panels = figure.subplots(1, len(variants), sharex=True, sharey=True, squeeze=False)[0]
-    tables, images = [], 0
-    for axes, variant in zip(panels, variants, strict=True):
-        found = load_closeup(variant.results[0].run).last_layer
-        powers, images = found.powers, found.images
-        edges = [*powers, powers[-1] + 1]
-        golden, faulty = np.array(found.golden), np.array(found.faulty)
-        axes.stairs(100 * golden, edges, fill=True, color="#c9c9c9", label="golden")
-        axes.stairs(100 * faulty, edges, color=variant.style.colour, linewidth=1.2, label="one bit flipped")
-        limit = math.log10(found.profiled)
-        axes.axvline(limit, color="#1a1a1a", linewidth=0.8, linestyle=":", label="largest profiled")
-        beyond, lost = 100 * found.beyond, 100 * found.not_finite
-        axes.set_title(f"{variant.style.name}: {found.layer}", color=variant.style.colour, fontsize=8)
-        said = f"above it: {beyond:.2g} %\nnot finite: {lost:.2g} %"
-        axes.text(0.98, 0.97, said, fontsize=6.5, ha="right", va="top", transform=axes.transAxes)
-        numbers = {"power": powers, "golden": found.golden, "faulty": found.faulty}
-        tables.append(pd.DataFrame(numbers).assign(run=variant.results[0].run, variant=variant.key))
-    panels[0].set(yscale="log", ylim=(0.01, 5000), yticks=[0.01, 0.1, 1, 10, 100], ylabel="share of the values (%)")
+    """How large the values of the last layer are, golden and after one flip of a bit; of the baseline and of another variant.
+
+    Numbers: of all variants.
+    """
+    seen = {variant.key: load_closeup(variant.results[0].run).last_layer for variant in variants}
+    chosen = _chosen(variants)
+    figure = Figure(figsize=(2.0 + 4.0 * len(chosen), 3.7), layout="constrained")
+    panels = figure.subplots(1, len(chosen), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, variant in zip(panels, chosen, strict=True):
+        found = seen[variant.key]
+        edges = [*found.powers, found.powers[-1] + 1]
+        golden, faulty = (100 * np.array(shares) for shares in (found.golden, found.faulty))
+        axes.stairs(golden, edges, fill=True, color="#c9c9c9", label="no fault")
+        line = axes.stairs(faulty, edges, color=variant.style.colour, linewidth=1.3, label="one bit flipped")
+        first, beyond, lost = variant.results[0], f"{100 * found.beyond:.2g} %", f"{100 * found.not_finite:.2g} %"
+        key = element_key(first.dataset, first.backbone, variant.key)
+        mark(line, key, f"{variant.style.name}: {beyond} beyond the largest profiled, {found.images:,} images, 1 training")
+        axes.axvline(math.log10(found.profiled), color="#1a1a1a", linewidth=0.9, linestyle="--")
+        clamped = "the detector clamps here" if first.plan.detector == "profiled" else "largest profiled"
+        said = f" {clamped}\n beyond: {beyond}\n not finite: {lost}"
+        axes.text(math.log10(found.profiled), 4000, said, fontsize=SMALL, ha="left", va="top")
+        if first.settings.get("format") == "fp32":
+            _name_peaks(axes, found.powers, golden, faulty)
+        name = f"{variant.style.name}: {drawable(found.layer, LONGEST)}"
+        axes.set_title(name, color=variant.style.colour, fontsize=8, fontweight="bold")
+        axes.set_xlabel("magnitude of a value")
+        axes.legend(loc="upper left", bbox_to_anchor=(0, 0.92))
+    panels[0].set(yscale="log", ylim=(0.01, 8000), yticks=[0.01, 0.1, 1, 10, 100], ylabel="share of the values (%)")
     panels[0].yaxis.set_minor_locator(NullLocator())
     panels[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     panels[0].xaxis.set_major_formatter(FuncFormatter(lambda power, _: f"$10^{{{power:.0f}}}$"))
-    panels[0].legend(loc="upper left", fontsize=6.5)
-    figure.suptitle(f"{title}: values of the last layer")
-    add_note(
-        figure,
-        f"magnitude of a value; {images:,} test images, every bit as likely, range detector off, one training each",
-    )
+    drawing.state(figure, f"{title}: {_beyond_in_words(chosen, seen)}")
+    images = sorted({found.images for found in seen.values()})
+    flips = f"{images[-1]:,} test images, every bit as likely, shown without a range detector, one training each"
+    add_note(figure, f"{flips}\nnumbers above peaks: the exponent bit that makes them")
+    tables = [
+        pd.DataFrame({"power": found.powers, "golden": found.golden, "faulty": found.faulty}).assign(
+            run=variant.results[0].run, variant=variant.key
+        )
+        for variant, found in zip(variants, seen.values(), strict=True)
+    ]
     return figure, pd.concat(tables, ignore_index=True)
+
+
+def _name_peaks(axes: Axes, powers: Sequence[int], golden: np.ndarray, faulty: np.ndarray) -> None:
+    """Write above each peak which exponent bit of fp32 makes it: bit b moves a value by 2^(b - 23) powers of two."""
+    places = np.array(powers) + 0.5
+    middle = float(np.average(places, weights=golden))
+    beside = np.pad(faulty, 1)
+    peaks = (faulty > PEAK) & (faulty >= beside[:-2]) & (faulty >= beside[2:])
+    for bit in NAMED_BITS:
+        for way in (-1, 1):
+            near = peaks & (np.abs(places - middle - way * 2 ** (bit - 23) * math.log10(2)) < WIDTH)
+            if near.any():
+                height = float(faulty[near].max())
+                at = float(places[near][faulty[near].argmax()])
+                axes.text(at, 1.25 * height, str(bit), fontsize=SMALL, ha="center", va="bottom")
+
+
+def _beyond_in_words(chosen: Sequence[Variant], seen: Mapping[str, LastLayerValues]) -> str:
+    parts = [f"{100 * seen[variant.key].beyond:.2g} % ({variant.style.name})" for variant in chosen]
+    return f"a flipped bit takes {' and '.join(parts)} of the last values out of range"

@@ -23,7 +23,8 @@ from textguard.report.escaping import one_line, shortened, spelled_out, visible
 
 AS_IS = {"parse_math": False}  # of names on an axis: "$" is a dollar
 STYLE = Path(__file__).with_name("textguard.mplstyle")
-NOTE_SIZE = 7
+SMALL = 7.5  # points: no text is smaller
+NOTE_SIZE = SMALL
 # Dates and version strings in the files would change their bytes from run to run.
 WITHOUT_DATES = {
     "png": {"Software": None},
@@ -33,7 +34,6 @@ WITHOUT_DATES = {
 LETTER_POINTS = 0.51 * NOTE_SIZE  # how wide a letter of a note is
 TITLE_SIZE = 10
 TITLE_LETTER_POINTS = 0.58 * TITLE_SIZE
-SMALL = 7.5  # points: no text is smaller
 MARK = "mark|"  # begins the id of what `mark` has named
 
 

@@ -1,6 +1,7 @@
 """Figures as PNG, SVG and PDF, with the numbers behind each as CSV. Same input, same bytes."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -20,18 +21,14 @@ from textguard.artifacts import write_csv
 from textguard.errors import InvalidArtifact
 from textguard.params import Params
 from textguard.report.architecture import draw_architecture
+from textguard.report.bit_figures import draw_bits
 from textguard.report.closeup_figures import draw_attention, draw_last_layer
 from textguard.report.corruption_figures import draw_corruptions, draw_together
 from textguard.report.drawing import STYLE, save_figure
 from textguard.report.effect_figures import draw_effects
 from textguard.report.grid_figures import draw_improvement, draw_range_effect, draw_tradeoff
 from textguard.report.hardware_figures import draw_error_rates, draw_fault_models, draw_protection_cost
-from textguard.report.layer_figures import (
-    draw_bits,
-    draw_delta_loss,
-    draw_outcomes,
-    draw_value_ranges,
-)
+from textguard.report.layer_figures import draw_layers, draw_outcomes
 from textguard.report.run_figures import draw_accuracy, draw_convergence
 from textguard.report.theme import Style, place_name, styles
 from textguard.report.variants import Variant
@@ -39,8 +36,6 @@ from textguard.schema.results import Cell, RunResult
 
 # Of one backbone on one data set; each takes its variants and a title.
 PER_BACKBONE: dict[str, Callable[[Sequence[Variant], str], tuple[Figure, pd.DataFrame]]] = {
-    "delta_loss": draw_delta_loss,
-    "value_ranges": draw_value_ranges,
     "outcomes": draw_outcomes,
     "bits": draw_bits,
     "accuracy_by_top2diff": draw_accuracy,
@@ -50,7 +45,7 @@ PER_BACKBONE: dict[str, Callable[[Sequence[Variant], str], tuple[Figure, pd.Data
     "attention": draw_attention,
 }
 # Those whose numbers DVC draws as well, of all networks in one file: NAME.csv (dvc.yaml, plots).
-DRAWN_BY_DVC = ("accuracy_by_top2diff", "delta_loss", "value_ranges")
+DRAWN_BY_DVC = ("accuracy_by_top2diff", "layers")
 
 
 def write_figures(results: Sequence[RunResult], cells: Sequence[Cell], params: Params, folder: Path) -> None:
@@ -64,7 +59,8 @@ def write_figures(results: Sequence[RunResult], cells: Sequence[Cell], params: P
             stem, title = f"{dataset}-{backbone}", place_name(dataset, backbone)
             if untreated := [variant for variant in variants if variant.key not in params.treatments]:
                 save_figure(*draw_architecture(untreated, title, params), folder / f"architecture-{stem}", dpi)
-            for name, draw in PER_BACKBONE.items():
+            here = [cell for cell in cells if (cell.dataset, cell.backbone) == (dataset, backbone)]
+            for name, draw in ({"layers": partial(draw_layers, cells=here)} | PER_BACKBONE).items():
                 figure, numbers = draw(variants, title)
                 save_figure(figure, numbers, folder / f"{name}-{stem}", dpi)
                 if name in together:

@@ -61,13 +61,12 @@ FOLDED = ("audit", "recipes", "treatments")  # tables to look something up in
 # Stem of a figure's file -> what it shows, in the order of the page.
 FIGURES = {
     "architecture": "Architecture",
-    "delta_loss": "DeltaLoss per layer",
-    "outcomes": "What became of the faults",
-    "bits": "DeltaLoss by layer and bit",
+    "layers": "Layers beside the baseline's",
+    "outcomes": "What faults do in each layer",
+    "bits": "What faults do in each bit",
     "fault_models": "Other faults than those",
     "error_rates": "Bit errors that stay in the parameters' memory",
     "protection_cost": "SDC that computing layers twice covers, and what it costs",
-    "value_ranges": "Neuron values per layer",
     "accuracy_by_top2diff": "Accuracy against Top2Diff",
     "corruptions": "Accuracy on corrupted images",
     "convergence": "Convergence of the estimate",
