@@ -77,6 +77,8 @@ def _ratios_in_words(said: Sequence[tuple[str, Sequence[str]]]) -> str:
     (first, verdicts), (second, others) = said
     if not (verdicts or others):
         return "there is no baseline to compare with, or no damage"
+    if not verdicts:
+        return f"{second} is {tally(others)}, and {first} was seen in too few trainings"
     return f"{first} is {tally(verdicts)}, {second} {tally(others, of='')}"
 
 
@@ -209,9 +211,9 @@ def _levels_in_words(variants: Sequence[Variant], aligned: Aligned, means: Seque
         places = {aligned.at(variant.results[0], layer) for variant, layer in zip(variants, worst, strict=True)}
         shares = [100 * own[layer] for own, layer in zip(found, worst, strict=True)]
         where = _spoken(aligned, places.pop()) if len(places) == 1 else "another layer in each variant"
-        said = f"SDC is largest in {where}, {between(shares)} of faults"
+        said = f"SDC is largest in {where}, {between(shares)}"
     masked = [100 * mean.masked.value for own in means for mean in own.values()]
-    return f"{said}; {f'{between(masked)} of a layer are' if max(masked) > 0 else 'none is'} masked"
+    return f"{said}; {between(masked) if max(masked) > 0 else 'none'} of a layer's faults are masked"
 
 
 def _spoken(aligned: Aligned, place: int) -> str:
