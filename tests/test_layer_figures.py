@@ -127,7 +127,7 @@ def test_outcomes_are_those_of_the_trainings(demo):
     assert numbers["masked"].between(0, 1).all()
     means = [layer_means(variant.results)[variant.results[0].layers[-1].layer].sdc.value for variant in variants]
     assert "SDC is largest in the class scores (fc / head)" in figure.get_label()
-    assert f"{100 * max(means):.2g} % of faults" in figure.get_label()
+    assert f"to {100 * max(means):.2g} %; " in figure.get_label()
     alone = layer_means(variants[0].results[:1])
     assert math.isnan(alone["conv1"].masked.low)
     assert alone["conv1"].sdc == variants[0].results[0].layers[0].sdc

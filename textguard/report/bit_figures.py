@@ -2,6 +2,7 @@
 
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,6 +25,7 @@ MEASURES = {"sdc": (100, "SDC (%)"), "delta_loss": (1, "DeltaLoss (nats)")}
 # Exponent and mantissa bits of formats that do not have them in their names.
 FLOATS = {"fp32": (8, 23), "fp16": (5, 10), "bf16": (8, 7), "fp8_e5m2": (5, 2), "fp8_e4m3": (4, 3)}
 ENDS = {"": "value", "_low": "low", "_high": "high"}
+TITLE = 16  # letters in a line above a map
 DECADES = 6  # of an axis at most, down from its largest value
 
 
@@ -40,7 +42,8 @@ def draw_bits(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataF
     losses = [loss_by_bit(variant.results, FEWEST) for variant in variants]
     lowest = _lowest(variants, losses)
     heights = [1.55 * len(parts) * len(MEASURES), 0.75 + ROW_INCHES * len(aligned.names)][: 1 + (lowest is not None)]
-    figure = Figure(figsize=(10.2, 1.0 + sum(heights)), layout="constrained")
+    width = max(10.2, 2.8 + 1.2 * len(variants))
+    figure = Figure(figsize=(width, 1.0 + sum(heights)), layout="constrained")
     curves, *maps = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     panels = curves.subplots(len(parts) * len(MEASURES), 1, sharex=True)
     worst, rows = {}, []
@@ -183,7 +186,7 @@ def _draw_maps(
         drawn = axes.imshow(np.maximum(image, norm.vmin), extent=extent, **look)
         axes.set(xlim=(bits - 0.5, low - 0.5), xlabel="bit")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.set_title(variant.style.name, fontsize=8)
+        axes.set_title(textwrap.fill(variant.style.name, TITLE), fontsize=8)
         axes.grid(visible=False)
     names = [drawable(name, LONGEST) for name in aligned.names]
     panels[0].set_yticks(range(len(names)), names, fontsize=SMALL, **AS_IS)

@@ -26,6 +26,7 @@ MARK_INCHES = 0.055  # of it, of each variant
 LONGEST = 48  # characters of a layer's name that are drawn
 TALL = 40  # layers from which on the axes have their numbers at the top too
 WIDEST = 8.0  # how much farther than the outermost mark an axis goes on for the intervals
+OF_ONE = ", or is of one training"
 RATIOS = {"sdc": "SDC", "delta_loss": "DeltaLoss"}
 # What faults do in a layer: a field of `LayerMean`, how often it goes into its unit, and the axis's label.
 LEVELS = {
@@ -59,11 +60,12 @@ def draw_layers(variants: Sequence[Variant], title: str, cells: Sequence[Cell]) 
     name_styles(figure, [variant.style for variant in variants])
     state(figure, f"{title}, by layer: {_ratios_in_words(said)}")
     counted = sum(len(verdicts) for _, verdicts in said)
-    chance = f"about {counted * (1 - results[0].confidence):.2g} of {counted} intervals"
+    several = any(len(cell.seeds) > 1 for _, cell in compared)
+    chance = f"; by chance alone, about {counted * (1 - results[0].confidence):.2g} of {counted} intervals would leave 1 out"
     note = (
-        "right is better; filled, with a thick bar: the interval leaves 1 out; hollow: it holds 1; bars are cut at the edge\n"
-        "no mark: no such layer in the baseline, or a training without such damage; "
-        f"{trainings(variants)} each; by chance alone, {chance} would leave 1 out"
+        f"right is better; filled, with a thick bar: the interval leaves 1 out; hollow: it holds 1{'' if several else OF_ONE}; "
+        "bars are cut at the edge\nno mark: no such layer in the baseline, or a training without such damage; "
+        f"{trainings(variants)} each{chance if several else ''}"
     )
     add_note(figure, note)
     return figure, _table(variants, compared, aligned, ranges)
@@ -77,6 +79,8 @@ def _ratios_in_words(said: Sequence[tuple[str, Sequence[str]]]) -> str:
     (first, verdicts), (second, others) = said
     if not (verdicts or others):
         return "there is no baseline to compare with, or no damage"
+    if not verdicts:
+        return f"{second} is {tally(others)}, and {first} was seen in too few trainings"
     return f"{first} is {tally(verdicts)}, {second} {tally(others, of='')}"
 
 
@@ -209,9 +213,9 @@ def _levels_in_words(variants: Sequence[Variant], aligned: Aligned, means: Seque
         places = {aligned.at(variant.results[0], layer) for variant, layer in zip(variants, worst, strict=True)}
         shares = [100 * own[layer] for own, layer in zip(found, worst, strict=True)]
         where = _spoken(aligned, places.pop()) if len(places) == 1 else "another layer in each variant"
-        said = f"SDC is largest in {where}, {between(shares)} of faults"
+        said = f"SDC is largest in {where}, {between(shares)}"
     masked = [100 * mean.masked.value for own in means for mean in own.values()]
-    return f"{said}; {f'{between(masked)} of a layer are' if max(masked) > 0 else 'none is'} masked"
+    return f"{said}; {between(masked) if max(masked) > 0 else 'none'} of a layer's faults are masked"
 
 
 def _spoken(aligned: Aligned, place: int) -> str:
