@@ -13,10 +13,11 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from textguard.analysis.layers import CLASSIFIER_PARTS, Aligned, BitMean, align, bit_means, loss_by_bit
-from textguard.report.drawing import AS_IS, SMALL, add_note, drawable, element_key, logarithmic, mark, state
+from textguard.report.drawing import AS_IS, SMALL, add_note, drawable, logarithmic, mark, state
 from textguard.report.layer_figures import LONGEST, ROW_INCHES, shift
 from textguard.report.legend import name_styles
 from textguard.report.rendering import show_estimate, show_number
+from textguard.report.theme import element_key
 from textguard.report.variants import Variant, trainings
 
 FEWEST = 32  # injections in a cell of a heat map that is drawn

@@ -16,7 +16,8 @@ from textguard.analysis.files import CLOSEUP_DIR, LOOKS_DIR, load_closeup, load_
 from textguard.artifacts import reading
 from textguard.errors import InvalidArtifact
 from textguard.report import drawing
-from textguard.report.drawing import SMALL, add_note, drawable, element_key, mark
+from textguard.report.drawing import SMALL, add_note, drawable, mark
+from textguard.report.theme import element_key
 from textguard.report.variants import Variant
 from textguard.schema.closeup import Cam, LastLayerValues
 from textguard.schema.results import BASELINE, PROPOSED

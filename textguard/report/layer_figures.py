@@ -14,10 +14,11 @@ from textguard.analysis.files import RESULTS_DIR, RUNS_DIR, load_ranges
 from textguard.analysis.layers import Aligned, align, layer_means
 from textguard.errors import InvalidArtifact, printable
 from textguard.estimates.statistics import Estimate
-from textguard.report.drawing import AS_IS, SMALL, add_note, drawable, element_key, mark, plain_ticks, state
+from textguard.report.drawing import AS_IS, SMALL, add_note, drawable, mark, plain_ticks, state
 from textguard.report.forest import is_told, tally
 from textguard.report.legend import name_styles
 from textguard.report.rendering import show_estimate, show_number
+from textguard.report.theme import element_key
 from textguard.report.variants import Variant, count_trainings, trainings
 from textguard.schema.results import NO_VERDICT, Cell, RunResult
 

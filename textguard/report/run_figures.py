@@ -13,9 +13,10 @@ from textguard.analysis.files import RUNS_DIR, load_threshold_curve
 from textguard.analysis.thresholds import crossing, differences
 from textguard.errors import InvalidArtifact
 from textguard.estimates.statistics import Estimate
-from textguard.report.drawing import add_note, element_key, logarithmic, mark, plain_ticks, state
+from textguard.report.drawing import add_note, logarithmic, mark, plain_ticks, state
 from textguard.report.legend import name_styles
 from textguard.report.rendering import show_estimate, show_number
+from textguard.report.theme import element_key
 from textguard.report.variants import Variant, count_trainings, trainings
 from textguard.schema.base import Measured
 from textguard.schema.results import BASELINE, PROPOSED, Convergence, RunResult
