@@ -44,7 +44,7 @@ INITIAL = {
 }  # written by matplotlib all the same
 VALUE = re.compile(r"[\w#.,%+ -]*")
 TRANSFORM = re.compile(r"(?:(?:matrix|translate|scale|rotate|skewX|skewY)\([\d., e+-]*\)[\s,]*)*")
-PNG = re.compile(r"data:image/png;base64,[A-Za-z0-9+/=\s]*")
+PNG = re.compile(r"data:image/png;base64,[A-Za-z0-9+/=]*")
 NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
 PIXELS = 100  # of the page to an inch of a figure, so that its smallest text is ten pixels high
 
@@ -147,6 +147,7 @@ def _value(attribute: str, value: str, tag: str) -> str | None:
     if attribute == "class":
         return "mark" if value == "mark" else None
     if attribute == "href":
+        value = "".join(value.split())  # matplotlib breaks the lines of pictures
         return value if (PNG.fullmatch(value) if tag == "image" else tag == "use") else None
     value = " ".join(value.split())
     if attribute == "transform":
