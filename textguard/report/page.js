@@ -74,7 +74,7 @@ const pick = (key) => {
 for (const row of document.querySelectorAll("tr[data-mark]")) {
   for (const event of ["pointerenter", "focusin"]) row.addEventListener(event, () => pick(row.dataset.mark));
   for (const event of ["pointerleave", "focusout"]) row.addEventListener(event, () => pick(kept));
-  row.querySelector("a")?.addEventListener("click", () => { kept = row.dataset.mark; });
+  row.querySelector("a")?.addEventListener("click", () => pick(kept = row.dataset.mark));
 }
 addEventListener("keydown", (event) => { if (event.key === "Escape") pick(kept = ""); });
 
