@@ -29,12 +29,13 @@ def test_a_figure_holds_known_elements_all_its_text_and_less_than_its_file(file)
     assert {name for element in after.iter() for name in element.attrib} <= ATTRIBUTES
 
     def texts(root: ElementTree.Element) -> list[str]:
-        return ["".join(element.itertext()) for element in root.iter() if element.tag.rpartition("}")[2] == "text"]
+        return ["".join("".join(element.itertext()).split()) for element in root.iter() if element.tag.endswith("text")]
 
     def shapes(root: ElementTree.Element, *tags: str) -> int:
         return sum(element.tag.rpartition("}")[2] in tags for element in root.iter())
 
     assert texts(after) == texts(before) != []
+    assert {part.tag for text in after.iter("text") for part in text.iter()} <= {"text", "tspan"}
     assert shapes(after, "path", "use", "image", "rect") == shapes(before, "path", "use", "image", "rect")
     ids = [element.get("id") for element in after.iter() if element.get("id")]
     referred = re.findall(r'(?:href="|url\()#([^")]+)', drawing.markup)

@@ -434,7 +434,7 @@ def test_a_row_picks_its_marks_out_of_the_figures(opened):
 
 
 def test_the_contents_stay_in_sight_and_say_where_one_is(opened):
-    for name in ("figures", "runs", "headline"):
+    for name in ("figures", "tables", "headline"):
         opened.execute_script("document.getElementById(arguments[0]).scrollIntoView()", name)
         here = "return [...document.querySelectorAll('.bar [aria-current]')].map(link => link.hash.slice(1))"
         WebDriverWait(opened, timeout=10).until(lambda _, here=here, name=name: opened.execute_script(here) == [name])

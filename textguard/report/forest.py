@@ -154,23 +154,24 @@ def _firsts(rows: Sequence[Row]) -> list[tuple[float, Row]]:
 
 
 def _draw(axes: Axes, place: float, row: Row, limits: tuple[float, float]) -> None:
-    estimate = row.estimate
+    estimate, drawn = row.estimate, []
     for interval, width in ((estimate, 1.0), (row.second, 2.8)):
         ends = None if interval is None else _ends(interval, limits)
         if ends is None:
             continue
-        axes.plot(ends, [place, place], linewidth=width, color=row.colour, solid_capstyle="butt")
+        drawn += axes.plot(ends, [place, place], linewidth=width, color=row.colour, solid_capstyle="butt")
         if interval is estimate:
             for end, limit, caret in zip(ends, limits, (CARETLEFT, CARETRIGHT), strict=True):
                 if end == limit:
-                    axes.plot(limit, place, marker=caret, markersize=5, color=row.colour, clip_on=False)
+                    drawn += axes.plot(limit, place, marker=caret, markersize=5, color=row.colour, clip_on=False)
     said = row.printed
     if limits[0] <= estimate.value <= limits[1]:
         face = row.colour if is_told(row.verdict) else "white"
         look = {"marker": row.marker, "color": row.colour, "markerfacecolor": face, "markersize": 5, "linestyle": "none"}
-        (line,) = axes.plot(estimate.value, place, zorder=3, **look)
-        where = f"{row.group}, {row.name}" if row.group else row.name
-        known = "as published" if row.published else f"{count_trainings([row.trainings])}; {row.verdict}"
+        drawn += axes.plot(estimate.value, place, zorder=3, **look)
+    where = f"{row.group}, {row.name}" if row.group else row.name
+    known = "as published" if row.published else f"{count_trainings([row.trainings])}; {row.verdict}"
+    for line in drawn:
         mark(line, row.key, f"{where}: {said}, {known}")
     weight = "bold" if is_told(row.verdict) else "normal"
     across = axes.get_yaxis_transform()

@@ -79,7 +79,8 @@ def as_shown(table: Table, label: str, marks: Sequence[str] = (), link: str = ""
 def _cell(value: Any) -> dict[str, Any]:
     judged = isinstance(value, Judged)
     return {
-        "text": f"{value:,}" if isinstance(value, int) else _text(value),
+        "text": f"{value:,}" if isinstance(value, int) else show_cell(value),
+        "pieces": _pieces(value),
         "verdict": value.in_short if judged else "",
         "kind": VERDICTS.get(value.verdict if judged else str(value), ""),
         "strip": _strip(value) if isinstance(value, PerTraining) else None,
@@ -134,14 +135,14 @@ def fitting(table: Table, most: float = MAIN_PIXELS) -> list[Table]:
 
 def _least_pixels(header: str, values: Sequence[Any]) -> float:
     """About how narrow a column can be whose cells break at blanks."""
-    words = itertools.chain(header.split(), *(_text(value).split(" ") for value in values))
+    words = itertools.chain(header.split(), *(_pieces(value) or show_cell(value).split(" ") for value in values))
     return LETTER_PIXELS * max(map(len, words)) + CELL_PIXELS
 
 
-def _text(value: Any) -> str:
-    """A value as a cell has it, without its verdict; an estimate breaks before its interval and nowhere else."""
+def _pieces(value: Any) -> list[str]:
+    """An estimate in the pieces between which its cell may break: its value, and its interval. Of other values, none."""
     estimate = estimate_of(value)
-    return show_cell(value) if estimate is None else re.sub(r" (?![\[(])", "\N{NO-BREAK SPACE}", show_estimate(estimate))
+    return re.sub(r" (?![\[(])", "\N{NO-BREAK SPACE}", show_estimate(estimate)).split(" ") if estimate else []
 
 
 def as_picture(content: bytes, title: str, name: str, numbers: str = "", alt: str = "") -> dict[str, Any]:

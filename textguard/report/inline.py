@@ -22,8 +22,9 @@ DOCTYPE = re.compile(
     r'<!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1\.1//EN"\s+"http://www\.w3\.org/Graphics/SVG/1\.1/DTD/svg11\.dtd">'
 )
 DEEPEST = 50  # elements in each other; those of matplotlib are about ten
+TEXTS = ("text", "tspan")
 DEFINITIONS = ("defs", "clipPath", "pattern")
-ELEMENTS = ("svg", "g", "title", "path", "rect", "circle", "line", "polygon", "use", "image", "text", "tspan", *DEFINITIONS)
+ELEMENTS = ("svg", "g", "title", "path", "rect", "circle", "line", "polygon", "use", "image", *TEXTS, *DEFINITIONS)
 # What children without one of their own take from the element that they are in.
 INHERITED = (
     *("fill", "fill-opacity", "fill-rule", "stroke", "stroke-opacity", "stroke-width", "stroke-linecap", "stroke-linejoin"),
@@ -44,7 +45,7 @@ INITIAL = {
 }  # written by matplotlib all the same
 VALUE = re.compile(r"[\w#.,%+ -]*")
 TRANSFORM = re.compile(r"(?:(?:matrix|translate|scale|rotate|skewX|skewY)\([\d., e+-]*\)[\s,]*)*")
-PNG = re.compile(r"data:image/png;base64,[A-Za-z0-9+/=\s]*")
+PNG = re.compile(r"data:image/png;base64,[A-Za-z0-9+/=]*")
 NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
 PIXELS = 100  # of the page to an inch of a figure, so that its smallest text is ten pixels high
 
@@ -117,13 +118,18 @@ def _kept(element: Element) -> Element | None:
     for attribute, value in _attributes(element):
         if (value := _value(attribute, value, tag)) is not None:
             kept.set(attribute, value)
-    if tag in ("text", "tspan", "title"):
-        kept.text = visible(element.text or "")
+    if tag in (*TEXTS, "title"):
+        kept.text = _said(element.text)
     if tag == "tspan":
-        kept.tail = visible(element.tail or "")
+        kept.tail = _said(element.tail)
     if tag != "title":
         kept.extend(inside for child in element if (inside := _kept(child)) is not None)
     return kept
+
+
+def _said(text: str | None) -> str:
+    """A text as it is shown; nothing of what only indents."""
+    return "" if text is None or text.isspace() else visible(text)
 
 
 def _attributes(element: Element) -> list[tuple[str, str]]:
@@ -141,12 +147,13 @@ def _value(attribute: str, value: str, tag: str) -> str | None:
         if colour[1] * 2 == colour[2]:
             return _grey(int(colour[1], 16), tag)
         # Texts need more contrast than shapes do, on either ground.
-        return f"color-mix(in srgb,{value} 60%,currentColor)" if tag in ("text", "tspan") else value
+        return f"color-mix(in srgb,{value} 60%,currentColor)" if tag in TEXTS else value
     if attribute in ("id", "data-mark"):
         return visible(value)
     if attribute == "class":
         return "mark" if value == "mark" else None
     if attribute == "href":
+        value = "".join(value.split())  # matplotlib breaks the lines of pictures
         return value if (PNG.fullmatch(value) if tag == "image" else tag == "use") else None
     value = " ".join(value.split())
     if attribute == "transform":
@@ -167,7 +174,7 @@ def _grey(level: int, tag: str) -> str:
     if level < 0x30:
         return "currentColor"
     if level == 255:
-        return "#fff" if tag in ("text", "tspan") else "var(--ground)"
+        return "#fff" if tag in TEXTS else "var(--ground)"
     return f"color-mix(in srgb,currentColor {round(100 - level / 2.55)}%,var(--ground))"
 
 
@@ -206,7 +213,9 @@ def _unwrap(parent: Element) -> None:
 
 
 def _gather(parent: Element) -> None:
-    """Group neighbours that look the same, and write how they look once, at their group."""
+    """Group neighbours that look the same, and write how they look once, at their group. A text holds no groups."""
+    if parent.tag in TEXTS:
+        return
     children: list[Element] = []
     for look, run in itertools.groupby(parent, key=_look):
         same = list(run)

@@ -74,18 +74,18 @@ const pick = (key) => {
 for (const row of document.querySelectorAll("tr[data-mark]")) {
   for (const event of ["pointerenter", "focusin"]) row.addEventListener(event, () => pick(row.dataset.mark));
   for (const event of ["pointerleave", "focusout"]) row.addEventListener(event, () => pick(kept));
-  row.querySelector("a")?.addEventListener("click", () => { kept = row.dataset.mark; });
+  row.querySelector("a")?.addEventListener("click", () => pick(kept = row.dataset.mark));
 }
 addEventListener("keydown", (event) => { if (event.key === "Escape") pick(kept = ""); });
 
-// The contents say where one is: at the last heading that the upper third of the window has reached.
+// The contents say where one is: at the last heading that has reached the top, where a link to it would put it.
 const links = [...document.querySelectorAll(".bar a")];
 const headings = links.map((link) => document.getElementById(link.hash.slice(1)));
+const top_pixels = 72;
 const seen = new IntersectionObserver(() => {
-  const reached = headings.findLastIndex((heading) => heading.getBoundingClientRect().top < innerHeight / 3);
-  const now = Math.max(reached, 0);
-  for (const [number, link] of links.entries()) link.toggleAttribute("aria-current", number === now);
-}, { rootMargin: "0px 0px -66% 0px" });
+  const now = Math.max(headings.findLastIndex((heading) => heading.getBoundingClientRect().top < top_pixels), 0);
+  for (const [number, link] of links.entries()) number === now ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current");
+}, { rootMargin: `-${top_pixels}px 0px 0px` });
 for (const heading of headings) seen.observe(heading);
 
 // A link into a closed part opens it. What is behind "#" may be anything: a lone "%" cannot be decoded.
