@@ -1,9 +1,13 @@
 """SVG files as elements of a page: what is kept, what never gets through, and that they look as their files do."""
 
+import base64
+import io
 import re
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from conftest import REPOSITORY
 from textguard.report.inline import ATTRIBUTES, DEEPEST, ELEMENTS, as_drawing
@@ -132,3 +136,18 @@ def test_figures_do_not_share_ids():
 def test_a_drawing_is_as_large_as_its_file_says_and_has_its_title():
     drawing = as_drawing(svg("<title>SDC is lower &lt; in 2</title>"), "figure")
     assert (drawing.width, drawing.height, drawing.title) == (100, 50, "SDC is lower < in 2")
+
+
+def test_pictures_inside_have_few_colours_and_what_cannot_be_unpacked_stays():
+    levels = np.random.default_rng(0).integers(0, 256, (64, 64, 4), dtype=np.uint8)
+    levels[..., 3] = 255
+    file = io.BytesIO()
+    Image.fromarray(levels).save(file, "PNG")
+    address = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    (found,) = re.findall(r'href="data:image/png;base64,([^"]+)"', drawn(f"<image xlink:href='{address}'/>"))
+    shown = Image.open(io.BytesIO(base64.b64decode(found)))
+    assert len(shown.convert("RGBA").getcolors()) <= 64
+    assert len(found) < len(address) / 3
+    assert np.abs(np.asarray(shown.convert("RGB"), float) - levels[..., :3]).mean() < 30  # of 85 between two such pictures
+    for broken in (address[:200], "data:image/png;base64,AAAA", "data:image/png;base64,A"):
+        assert f'href="{broken}"' in drawn(f"<image xlink:href='{broken}'/>")

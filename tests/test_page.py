@@ -299,6 +299,10 @@ def test_links_lead_to_what_they_name_and_open_it(opened):
     opened.execute_script("location.hash = document.querySelector('details table').id")
     opened.execute_async_script("addEventListener('hashchange', arguments[0]); setTimeout(arguments[0], 200)")
     assert opened.execute_script("return document.querySelector('details:has(table)').open")
+    opened.execute_script("document.querySelector('h3[id] + details').open = false")
+    opened.execute_script("location.hash = document.querySelector('h3:has(+ details)').id")
+    wait = WebDriverWait(opened, 5)
+    wait.until(lambda page: page.execute_script("return document.querySelector('h3[id] + details').open"))
 
 
 @pytest.mark.parametrize("fragment", ["%", "%E0%A4%A", "__proto__", "nothing", "%00", "a%20b", "'\"><script>"])

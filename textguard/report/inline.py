@@ -7,13 +7,17 @@ but its own.
 
 import base64
 import hashlib
+import io
 import itertools
 import re
+import struct
 from dataclasses import dataclass
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 from markupsafe import Markup
+from PIL.Image import Quantize
+from PIL.PngImagePlugin import PngImageFile
 
 from textguard.report.escaping import visible
 
@@ -45,7 +49,9 @@ INITIAL = {
 }  # written by matplotlib all the same
 VALUE = re.compile(r"[\w#.,%+ -]*")
 TRANSFORM = re.compile(r"(?:(?:matrix|translate|scale|rotate|skewX|skewY)\([\d., e+-]*\)[\s,]*)*")
-PNG = re.compile(r"data:image/png;base64,[A-Za-z0-9+/=]*")
+PNG = re.compile(r"data:image/png;base64,([A-Za-z0-9+/=]*)")
+COLOURS = 64  # of a picture inside: more cannot be told apart in a heat map
+MOST_PIXELS = 4_000_000  # of a picture that is unpacked
 NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
 PIXELS = 100  # of the page to an inch of a figure, so that its smallest text is ten pixels high
 
@@ -154,7 +160,7 @@ def _value(attribute: str, value: str, tag: str) -> str | None:
         return "mark" if value == "mark" else None
     if attribute == "href":
         value = "".join(value.split())  # matplotlib breaks the lines of pictures
-        return value if (PNG.fullmatch(value) if tag == "image" else tag == "use") else None
+        return _with_few_colours(value) if tag == "image" else value if tag == "use" else None
     value = " ".join(value.split())
     if attribute == "transform":
         return _rounded(value, 4) if TRANSFORM.fullmatch(value) and not value.startswith("rotate(-0 ") else None
@@ -162,6 +168,25 @@ def _value(attribute: str, value: str, tag: str) -> str | None:
         return None
     # Blanks beside the letters of a path say nothing.
     return re.sub(r" ?([A-Za-z]) ?", r"\1", _rounded(value, 2)) if attribute in PLACED else value
+
+
+def _with_few_colours(address: str) -> str | None:
+    """The address of a PNG that is data, with few colours where that is shorter; None where it is no such address.
+
+    Pictures are most of a page's bytes. What is no PNG behind its address stays: a browser shows nothing of it.
+    """
+    if not (found := PNG.fullmatch(address)):
+        return None
+    try:
+        picture = PngImageFile(io.BytesIO(base64.b64decode(found[1])))
+        if picture.width * picture.height > MOST_PIXELS:
+            return address
+        packed = io.BytesIO()
+        picture.convert("RGBA").quantize(COLOURS, Quantize.FASTOCTREE).save(packed, "PNG", optimize=True)
+    except (OSError, SyntaxError, ValueError, struct.error):  # what Pillow and base64 raise
+        return address
+    shorter = f"data:image/png;base64,{base64.b64encode(packed.getvalue()).decode()}"
+    return min(address, shorter, key=len)
 
 
 def _rounded(text: str, digits: int) -> str:

@@ -94,7 +94,8 @@ const wanted = () => {
 };
 const open = () => {
   const target = document.getElementById(wanted());
-  for (let part = target; part; part = part.parentElement) if (part.tagName === "DETAILS") part.open = true;
+  const below = target?.nextElementSibling;  // what a heading is of, where that is folded
+  for (let part = below?.tagName === "DETAILS" ? below : target; part; part = part.parentElement) if (part.tagName === "DETAILS") part.open = true;
   if (target) target.scrollIntoView();
 };
 addEventListener("hashchange", open);

@@ -57,7 +57,8 @@ TABLES = {
     "recipes": "Recipes",
     "treatments": "Treatments: what variants have otherwise",
 }
-FOLDED = ("audit", "recipes", "treatments")  # tables to look something up in
+FOLDED = ("audit", "recipes", "treatments")  # tables to look something up in; so are long ones
+MOST_ROWS = 20  # of a table that is not folded
 # Stem of a figure's file -> what it shows, in the order of the page.
 FIGURES = {
     "architecture": "Architecture",
@@ -161,7 +162,7 @@ def write_page(path: Path, params: Params, revision: Revision, compared: tuple[s
         (
             f"about-{element_id(table.name)}",
             TABLES.get(table.name, table.name),
-            table.name in FOLDED,
+            table.name in FOLDED or len(table.rows) > MOST_ROWS,
             _pieces(table, runs, keys),
         )
         for table in tables.values()
