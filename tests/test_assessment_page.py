@@ -77,7 +77,7 @@ def page(folder: Path, *arguments, **options) -> tuple[str, Elements]:
 def test_one_model_has_all_of_its_page_in_one_file(found, tmp_path):
     measured = pd.DataFrame([("ranger", 0.25, 0.125, 0.5, 0.25, 0.75, 1.5)], columns=MEASURED)
     html, elements = page(tmp_path, found, names=("mine", "theirs"), mitigations=measured)
-    assert "50.0 [25.0, 75.0]" in elements.text
+    assert "50.0 [25.0, 75.0]" in elements.text.replace("\xa0", " ")
     assert len(elements.attributes("src")) == 2
     assert all(source.startswith("data:image/png;base64,") for source in elements.attributes("src"))
     links = [link for link in elements.attributes("href") if link != "data:,"]

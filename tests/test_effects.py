@@ -267,7 +267,7 @@ def test_the_stage_writes_what_tables_figures_and_the_page_read(tmp_path, monkey
     stage.main(params)
     (table,) = (table for table in tables_of(params) if table.name == "effects")
     assert "text <guided> (descriptions against baseline): DeltaLoss of this one training: " in table.caption
-    shutil.copy(next(Path("plots/figures").glob("outcomes-*.png")), "plots/figures/effects-digits-resnet18.png")
+    shutil.copy(next(Path("plots/figures").glob("outcomes-*.svg")), "plots/figures/effects-digits-resnet18.svg")
     write_page(Path("page.html"), params, read_revision())
     page = Path("page.html").read_text(encoding="utf-8")
     assert "What makes it resilient?" in page

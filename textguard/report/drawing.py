@@ -34,6 +34,7 @@ WITHOUT_DATES = {
 LETTER_POINTS = 0.51 * NOTE_SIZE  # how wide a letter of a note is
 TITLE_SIZE = 10
 TITLE_LETTER_POINTS = 0.58 * TITLE_SIZE
+LONGEST_AXIS = 1e200  # the quotient of a logarithmic axis's ends; of longer ones, ticks are larger than a float can be
 MARK = "mark|"  # begins the id of what `mark` has named
 
 

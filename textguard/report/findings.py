@@ -367,10 +367,7 @@ def networks(studies: dict[str, Study]) -> Finding:
     """Does what holds for the paper's networks hold for others?"""
     question = "Does it carry over to other networks and data?"
     cells = [
-        cell
-        for name in ("demo", "fashion", "cifar10", "vit")
-        for cell in studies[name].cells
-        if cell.variant != "template"
+        cell for name in ("demo", "fashion", "cifar10", "vit") for cell in studies[name].cells if cell.variant != "template"
     ]
     if not cells:
         return unanswered(question)
@@ -384,8 +381,8 @@ def networks(studies: dict[str, Study]) -> Finding:
         answer,
         cell_table(cells, "networks"),
         [studies[name].command for name in ("demo", "fashion", "cifar10", "vit") if studies[name].cells],
-        "Images, data sets and trainings are small: nothing here says what the networks do on ImageNet after 300 epochs. Where a "
-        "way to train also predicts more images right, as the heads do on CIFAR-10, SDC may be less for that.",
+        "Images, data sets and trainings are small: nothing here says what the networks do on ImageNet after 300 epochs. "
+        "Where a way to train also predicts more images right, as the heads do on CIFAR-10, SDC may be less for that.",
     )
 
 

@@ -14,7 +14,7 @@ from textguard.analysis.files import RESULTS_DIR, RUNS_DIR, load_ranges
 from textguard.analysis.layers import Aligned, align, layer_means
 from textguard.errors import InvalidArtifact, printable
 from textguard.estimates.statistics import Estimate
-from textguard.report.drawing import AS_IS, SMALL, add_note, drawable, mark, plain_ticks, state
+from textguard.report.drawing import AS_IS, LONGEST_AXIS, SMALL, add_note, drawable, mark, plain_ticks, state
 from textguard.report.forest import is_told, tally
 from textguard.report.legend import name_styles
 from textguard.report.rendering import show_estimate, show_number
@@ -236,7 +236,8 @@ def _limits(found: Sequence[Estimate], least: tuple[float, float]) -> tuple[floa
         return 0.1, 10.0
     low, high = min([least[0], *values]), max([least[1], *values])
     ends = [end for one in found for end in (one.low, one.high) if 0 < end < math.inf]
-    return max(low / WIDEST, min([low, *ends])) / 1.3, min(high * WIDEST, max([high, *ends])) * 1.3
+    first, last = max(low / WIDEST, min([low, *ends])) / 1.3, min(high * WIDEST, max([high, *ends])) * 1.3
+    return first, min(last, first * LONGEST_AXIS)
 
 
 def shift(number: int, count: int) -> float:

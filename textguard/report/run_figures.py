@@ -13,7 +13,7 @@ from textguard.analysis.files import RUNS_DIR, load_threshold_curve
 from textguard.analysis.thresholds import crossing, differences
 from textguard.errors import InvalidArtifact
 from textguard.estimates.statistics import Estimate
-from textguard.report.drawing import add_note, logarithmic, mark, plain_ticks, state
+from textguard.report.drawing import LONGEST_AXIS, add_note, logarithmic, mark, plain_ticks, state
 from textguard.report.legend import name_styles
 from textguard.report.rendering import show_estimate, show_number
 from textguard.report.theme import element_key
@@ -172,7 +172,8 @@ def draw_convergence(variants: Sequence[Variant], title: str) -> tuple[Figure, p
     for axes, name in zip(panels, ("value", "half_percent"), strict=True):
         last = found.loc[found["injections_per_layer"] == found["injections_per_layer"].max(), name]
         if (last > 0).any():
-            axes.set_ylim(last[last > 0].min() / CUT, last.max() * CUT)
+            low = last[last > 0].min() / CUT
+            axes.set_ylim(low, min(last.max() * CUT, low * LONGEST_AXIS))
     plans = sorted(set(found["plan"]))
     name_styles(figure, [variant.style for variant in variants])
     state(figure, f"{title}: {_settled_in_words(found)}")
