@@ -144,8 +144,8 @@ def cell_table(cells: Iterable[Cell], name: str) -> str:
 
 
 def of_own_classifiers(studies: dict[str, Study]) -> list[Study]:
-    """The grids but `faults`, whose classifiers are the demo's."""
-    return [study for name, study in studies.items() if name != "faults"]
+    """The grids but `faults`, whose classifiers are the demo's, and `texts`, which has a question of its own."""
+    return [study for name, study in studies.items() if name not in ("faults", "texts")]
 
 
 def causes(studies: dict[str, Study]) -> Finding:
