@@ -20,7 +20,7 @@ from textguard.hardware.lists import read_fault_list
 from textguard.hardware.persistent import run_persistent
 
 NETWORKS = (20, 32, 44)
-SECONDS = 600
+SECONDS = 120
 IMAGES = 64  # at a time
 SOME, SOME_IMAGES = 200, 2048  # faults that are evenly spread over the list, on many images
 MOST = 0.5  # of images, from which on a fault is mostly critical
