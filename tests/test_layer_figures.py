@@ -1,9 +1,11 @@
 """Figures of one backbone: layers, bits, thresholds, convergence, the last layer; they show what the results say."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.markers import CARETLEFT
 from matplotlib.text import Text
 
 from conftest import REPOSITORY
@@ -17,6 +19,7 @@ from textguard.report.drawing import SMALL, draw
 from textguard.report.figures import group
 from textguard.report.layer_figures import draw_layers, draw_outcomes
 from textguard.report.run_figures import draw_accuracy, draw_convergence
+from textguard.schema.base import Measured
 from textguard.schema.results import NO_VERDICT
 
 PLACE = ("digits", "resnet18")
@@ -131,6 +134,20 @@ def test_outcomes_are_those_of_the_trainings(demo):
     alone = layer_means(variants[0].results[:1])
     assert math.isnan(alone["conv1"].masked.low)
     assert alone["conv1"].sdc == variants[0].results[0].layers[0].sdc
+
+
+def test_a_layer_without_damage_is_an_arrow_at_the_edge(demo):
+    variants, _ = demo
+    (first, *_), nothing = variants, Measured(0.0, 0.0, 0.01, 512)
+
+    def arrows(conv1):
+        runs = [run.model_copy(update={"layers": [conv1(run.layers[0]), *run.layers[1:]]}) for run in first.results]
+        figure, _ = draw_outcomes([replace(first, results=runs)], "t")
+        return [line for line in figure.axes[0].lines if line.get_marker() == CARETLEFT]
+
+    assert arrows(lambda layer: layer) == []
+    (line,) = arrows(lambda layer: layer.model_copy(update={"sdc": nothing}))
+    assert line.get_xdata()[0] == line.axes.get_xlim()[0]
 
 
 def test_a_mean_over_layers_counts_those_in_which_a_bit_was_hit(demo):

@@ -544,7 +544,7 @@ def texts_classified(measured: TextClassifier | None) -> Finding:
         question,
         f"Of {len(plain)} changes of a small transformer that classifies sentences, {_told(plain)}.",
         effect_table(shown, "text_classifier"),
-        ["python examples/text_classifier.py"],
+        ["python examples/text_classifier.py examples/text_classifier.json"],
         "Two layers of attention over vectors of MiniLM; eight classes, Python packages by a sentence of their documentation; "
         f"{100 * measured.top1[BASELINE]:.0f} % predicted right by the baseline. The sentences are those of the versions in "
         "requirements.lock: others give other numbers.",
