@@ -151,3 +151,10 @@ def test_pictures_inside_have_few_colours_and_what_cannot_be_unpacked_stays():
     assert np.abs(np.asarray(shown.convert("RGB"), float) - levels[..., :3]).mean() < 30  # of 85 between two such pictures
     for broken in (address[:200], "data:image/png;base64,AAAA", "data:image/png;base64,A"):
         assert f'href="{broken}"' in drawn(f"<image xlink:href='{broken}'/>")
+
+
+def test_the_demos_figures_leave_room_in_a_page_of_two_megabytes():
+    files = sorted((REPOSITORY / "plots").rglob("*.svg"))
+    drawings = [as_drawing(file.read_bytes(), file.stem) for file in files]
+    assert len(drawings) > 10
+    assert sum(len(drawing.markup.encode()) for drawing in drawings) < 1_500_000  # tables are the rest
