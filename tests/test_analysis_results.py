@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from stored_grid import BASELINE_LAYERS, GUIDED_LAYERS, INJECT, INJECTIONS, INPUTS, STATISTICS, run_of, store
-from textguard.analysis.breakdown import describe_layer, sums_by_bit
+from textguard.analysis.breakdown import convergence, describe_layer, sums_by_bit
 from textguard.analysis.files import load_cells, load_result
 from textguard.analysis.results import write_results
 from textguard.artifacts import write_json, write_parquet
@@ -233,6 +233,24 @@ def test_convergence_ends_at_the_sampled_layers_mean(runs):
     last = run.convergence[-1]
     found = run.layers[0].delta_loss
     assert (last.value, last.low, last.high, last.n) == (found.value, found.low, found.high, found.n)
+
+
+def test_guided_injections_tell_what_uniform_ones_would():
+    draw = np.random.default_rng(0)
+    harm = np.where(draw.random(1000) < 0.02, draw.exponential(2.0, 1000), 0.001)  # of all faults of a layer
+    chance = 0.2 / 1000 + 0.8 * harm / harm.sum()
+    rows = []
+    for layer, count in (("conv", 4096), ("fc", 2048)):
+        faults = draw.choice(1000, count, p=chance)
+        columns = {"layer": layer, "index": range(count), "bit": 30, "weight": 1 / (1000 * chance[faults]), "golden_loss": 0.0}
+        columns |= {"faulty_loss": harm[faults], "mismatch": False, "masked": False, "detected": False}
+        rows.append(pd.DataFrame(columns))
+    points = convergence(pd.concat(rows), {"conv": 1, "fc": 1}, "goldeneye", 0.99, guided=True)
+    last = points[-1]
+    assert last.uniform_error == pytest.approx(harm.std() * math.sqrt(1 / 4096 + 1 / 2048) / 2, rel=0.05)
+    assert points[0].uniform_error == pytest.approx(harm.std() * math.sqrt(2 / 8) / 2, rel=0.05)
+    uniform = convergence(pd.concat(rows), {"conv": 1, "fc": 1}, "goldeneye", 0.99)
+    assert "uniform_error" not in uniform[-1].as_json()
 
 
 def test_damaged_inputs_are_named(runs):

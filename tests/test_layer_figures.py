@@ -12,6 +12,7 @@ from conftest import REPOSITORY
 from textguard.analysis.files import load_cells, load_results
 from textguard.analysis.layers import _block, _roles, align, bit_means, layer_means, loss_by_bit
 from textguard.analysis.thresholds import crossing, differences
+from textguard.estimates.statistics import quantile
 from textguard.params import load_params
 from textguard.report.bit_figures import FEWEST, bit_fields, draw_bits
 from textguard.report.closeup_figures import draw_last_layer
@@ -209,13 +210,35 @@ def test_a_crossing_counts_where_all_trainings_cross():
 
 
 def test_convergence_says_how_well_the_estimate_is_known_and_by_which_plan(demo):
-    variants, _ = demo
+    variants = with_uniform_errors(demo[0], lambda number: None)
     figure, numbers = draw_convergence(variants, "t")
     last = [variant.results[0].convergence[-1] for variant in variants]
     halves = [100 * (point.high - point.low) / 2 / point.value for point in last]
     assert numbers.groupby("variant", sort=False)["half_percent"].last().tolist() == pytest.approx(halves)
     assert set(numbers["plan"]) == {"guided"}
-    assert any("no other was run here" in text.get_text().replace("\n", " ") for text in figure.findobj(Text))
+    assert "uniform ones" not in figure.get_label(), "these results do not know what uniform ones would tell"
+
+
+def test_convergence_sets_uniform_injections_beside_guided_ones(demo):
+    def error(number):
+        point = demo[0][number].results[0].convergence[-1]
+        return (1 + number) * (point.high - point.low) / 2 / quantile(0.99)
+
+    variants = with_uniform_errors(demo[0], error)
+    figure, numbers = draw_convergence(variants, "t")
+    last = numbers[numbers["injections_per_layer"] == 512]
+    assert (last["uniform_percent"] / last["half_percent"]).tolist() == pytest.approx(np.arange(1, 1 + len(variants)))
+    assert figure.get_label().endswith(f"uniform ones would have to be 1.00 to {len(variants) ** 2:.1f} times as many")
+
+
+def with_uniform_errors(variants, error):
+    """Variants whose first trainings say that uniform injections have these standard errors, by the variant's number."""
+    found = []
+    for number, variant in enumerate(variants):
+        first, *rest = variant.results
+        points = [point.model_copy(update={"uniform_error": error(number)}) for point in first.convergence]
+        found.append(replace(variant, results=[first.model_copy(update={"convergence": points}), *rest]))
+    return found
 
 
 def test_peaks_of_the_last_layer_are_named_by_their_bits(demo):

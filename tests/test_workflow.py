@@ -5,6 +5,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,21 @@ def test_a_version_without_notes_is_not_released():
     found = subprocess.run([NOTES, "99.0", "ADDRESS"], check=False, capture_output=True, encoding="utf-8")
     assert (found.returncode, found.stdout) == (1, "")
     assert found.stderr == "CHANGELOG.md has no section '## [99.0] - DATE'\n"
+
+
+def test_the_readme_on_pypi_links_to_files_of_the_tag(tmp_path):
+    (tmp_path / ".github").mkdir()
+    for file in (Path("README.md"), Path(".github/readme.sh")):
+        shutil.copy(REPOSITORY / file, tmp_path / file)
+    subprocess.run([tmp_path / ".github" / "readme.sh", "https://host/OWNER/REPO", "v1"], check=True)
+    before, after = (
+        re.findall(r"(!?)\[[^][]*\]\(([^)]*)\)", (place / "README.md").read_text(encoding="utf-8"))
+        for place in (REPOSITORY, tmp_path)
+    )
+    for (image, old), (_, new) in zip(before, after, strict=True):
+        shown = "raw" if image else "blob"
+        path = old.removeprefix("../../") if old.startswith("../../") else f"{shown}/v1/{old}"
+        assert new == (old if "://" in old else f"https://host/OWNER/REPO/{path}")
 
 
 def test_ci_runs_the_projects_own_scripts():

@@ -1,12 +1,13 @@
 """What lies behind the means of a campaign: bits, outcomes, and how an estimate settles as injections come in."""
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 
 from textguard.estimates.statistics import mean_interval
-from textguard.estimates.summary import Totals, mean_over_layers, summarise
+from textguard.estimates.summary import Totals, cap_of, mean_over_layers, summarise
 from textguard.schema.results import ByBit, Convergence, Outcomes
 
 FIRST_POINT = 8  # injections per layer at which convergence is shown first; then twice as many, and so on
@@ -80,13 +81,27 @@ def convergence(
     """
     most = int(records["index"].max()) + 1 if len(records) else 0
     counts = [FIRST_POINT << power for power in range(32) if FIRST_POINT << power < most] + [most] * bool(most)
+    deviations = _deviations(records, cap_of(nonfinite)) if guided and not shared else {}
     points = []
     for count in counts:
         layers = summarise(records[records["index"] < count], dict(neurons), 0, nonfinite, guided, shared).values()
         estimate = mean_interval(mean_over_layers(list(layers), "delta_loss"), confidence)
         numbers = {name: getattr(estimate, name) for name in ("value", "low", "high", "n")}
+        if deviations:
+            errors = [deviations[layer.layer] / math.sqrt(layer.injections) for layer in layers]
+            numbers["uniform_error"] = math.hypot(*errors) / len(errors)
         points.append(Convergence(injections_per_layer=count, **numbers))
     return points
+
+
+def _deviations(records: pd.DataFrame, cap: float | None) -> dict[str, float]:
+    """Layer -> the standard deviation of DeltaLoss over all of its faults, as the weights of guided injections tell it."""
+    injections = records.drop_duplicates(["layer", "index"])
+    loss = np.abs(injections["faulty_loss"].to_numpy(float) - injections["golden_loss"].to_numpy(float))
+    loss = np.where(np.isfinite(loss), loss, cap or 0.0)
+    weight = injections["weight"].to_numpy(float)
+    means = pd.DataFrame({"one": weight * loss, "square": weight * loss**2}).groupby(injections["layer"].to_numpy()).mean()
+    return np.sqrt((means["square"] - means["one"] ** 2).clip(lower=0)).to_dict()
 
 
 def _short(values: pd.Series) -> list[float]:

@@ -277,8 +277,11 @@ def _matrix(cells: Sequence[Cell], runs: Mapping[str, RunResult], keys: Mapping[
         for detector in cell.detectors
         for place in SHOWN
     ]
+    several = {len(cell.seeds) > 1 for cell in cells}
+    over = "injections" if several == {False} else "trainings"
+    alone = ", or over injections where there is one training" if len(several) > 1 else ""
     caption = (
-        "So many times less than in the baseline, above 1 is better, with its interval over trainings. A strip has a "
+        f"So many times less than in the baseline, above 1 is better, with its interval over {over}{alone}. A strip has a "
         "logarithmic axis, the same below each other, and a line at 1; its bar is the interval as far as it fits, and each dot "
         "is one training. SDC: a fault changes the class, or leaves a loss that is not finite. DeltaLoss: by how much a fault "
         "changes the loss. Mismatch: the class changes among finite losses. Head alone: faults in the last layer; all layers: "

@@ -12,7 +12,7 @@ from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from textguard.analysis.files import RUNS_DIR, load_threshold_curve
 from textguard.analysis.thresholds import crossing, differences
 from textguard.errors import InvalidArtifact
-from textguard.estimates.statistics import Estimate
+from textguard.estimates.statistics import Estimate, quantile
 from textguard.report.drawing import LONGEST_AXIS, add_note, logarithmic, mark, plain_ticks, state
 from textguard.report.legend import name_styles
 from textguard.report.rendering import show_estimate, show_number
@@ -137,7 +137,10 @@ def _difference_in_words(variants: Sequence[Variant], compared: Mapping[str, Seq
 
 
 def draw_convergence(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataFrame]:
-    """How the mean DeltaLoss of the sampled layers settles and its interval narrows as injections come in; of one training."""
+    """How the mean DeltaLoss of the sampled layers settles and its interval narrows as injections come in; of one training.
+
+    Beside guided injections, dotted, what as many uniform ones would tell.
+    """
     figure = Figure(figsize=(8.6, 3.9), layout="constrained")
     tables = []
     panels = figure.subplots(1, 2)
@@ -145,9 +148,12 @@ def draw_convergence(variants: Sequence[Variant], title: str) -> tuple[Figure, p
         first = variant.results[0]
         if not first.convergence:
             continue
-        points = pd.DataFrame(point.as_json() for point in first.convergence)
-        points = points.astype(dict.fromkeys(("value", "low", "high"), float))  # also where no point has an interval
-        points["half_percent"] = 100 * (points["high"] - points["low"]) / (2 * points["value"]).where(points["value"] > 0)
+        points = pd.DataFrame([point.as_json() for point in first.convergence], columns=list(Convergence.model_fields))
+        numbers = ("value", "low", "high", "uniform_error")
+        points = points.astype(dict.fromkeys(numbers, float))  # also where none has any
+        value = points["value"].where(points["value"] > 0)
+        points["half_percent"] = 100 * (points["high"] - points["low"]) / (2 * value)
+        points["uniform_percent"] = 100 * quantile(first.confidence) * points.pop("uniform_error") / value.iloc[-1]
         last = first.convergence[-1]
         said = f"DeltaLoss {show_estimate(_measured(last))} nats from {last.n:,} injections"
         count, low = points["injections_per_layer"], points["low"].clip(lower=points["value"] / 1000)
@@ -155,6 +161,7 @@ def draw_convergence(variants: Sequence[Variant], title: str) -> tuple[Figure, p
         for axes, y in zip(panels, ("value", "half_percent"), strict=True):
             (line,) = axes.plot(count, points[y], color=variant.style.colour, marker=variant.style.marker, linewidth=1.2)
             mark(line, element_key(first.dataset, first.backbone, variant.key), f"{variant.style.name}: {said}, 1 training")
+        panels[1].plot(count, points["uniform_percent"], color=variant.style.colour, linewidth=1.2, linestyle=":")
         tables.append(points.assign(run=first.run, variant=variant.key, plan=first.plan.plan))
     panels[0].set(ylabel="DeltaLoss, mean of sampled layers (nats)")
     panels[1].set(ylabel="half the interval, of the value (%)")
@@ -164,25 +171,22 @@ def draw_convergence(variants: Sequence[Variant], title: str) -> tuple[Figure, p
         panels[0].text(0, 0.5, "no layer was sampled at random", transform=panels[0].transAxes)
         state(figure, f"{title}: how the estimate settles is not known")
         add_note(figure, "faults planned by bit, or by what the first ones did, do not tell what fewer would have told")
-        columns = ["injections_per_layer", "value", "low", "high", "n", "half_percent", "run", "variant", "plan"]
-        return figure, pd.DataFrame(columns=columns)
+        columns = ["injections_per_layer", "value", "low", "high", "n", "half_percent", "uniform_percent"]
+        return figure, pd.DataFrame(columns=[*columns, "run", "variant", "plan"])
     found = pd.concat(tables, ignore_index=True)
     unseen = "".join(_scale(axes, found, name) for axes, name in zip(panels, ("value", "half_percent"), strict=True))
-    _draw_root(panels[1], tables[0])
-    for axes, name in zip(panels, ("value", "half_percent"), strict=True):
-        last = found.loc[found["injections_per_layer"] == found["injections_per_layer"].max(), name]
-        if (last > 0).any():
-            low = last[last > 0].min() / CUT
-            axes.set_ylim(low, min(last.max() * CUT, low * LONGEST_AXIS))
-    plans = sorted(set(found["plan"]))
+    last = found[found["injections_per_layer"] == found["injections_per_layer"].max()]
+    for axes, names in zip(panels, (["value"], ["half_percent", "uniform_percent"]), strict=True):
+        ends = last[names].to_numpy()
+        if (ends > 0).any():
+            low = ends[ends > 0].min() / CUT
+            axes.set_ylim(low, min(np.nanmax(ends) * CUT, low * LONGEST_AXIS))
     name_styles(figure, [variant.style for variant in variants])
-    state(figure, f"{title}: {_settled_in_words(found)}")
-    alone = f"all by plan {plans[0]}: no other was run here to compare its cost with" if len(plans) == 1 else "several plans"
-    add_note(
-        figure,
-        f"one training each; bands: interval over injections, cut at the edge; {alone}{unseen}\n"
-        "dotted: as the root of the injections; layers whose faults were all tried are left out",
-    )
+    state(figure, f"{title}: {_settled_in_words(last)}")
+    uniform = "; dotted: what as many uniform ones would tell, from the weights of the guided ones" * _has_uniform(last)
+    plans = f"plan {', '.join(sorted(set(found['plan'])))}{uniform}"
+    note = f"one training each; bands: interval over injections, cut at the edge{unseen}"
+    add_note(figure, f"{note}; layers whose faults were all tried are left out\n{plans}")
     return figure, found
 
 
@@ -204,18 +208,22 @@ def _scale(axes: Axes, found: pd.DataFrame, name: str) -> str:
     return unseen
 
 
-def _draw_root(axes: Axes, points: pd.DataFrame) -> None:
-    """How an interval would shrink with the injections alone, from the last point of a curve backwards."""
-    count, half = (points[name].to_numpy(float) for name in ("injections_per_layer", "half_percent"))
-    if math.isfinite(half[-1]):
-        axes.plot(count, half[-1] * np.sqrt(count[-1] / count), color="black", linewidth=0.9, linestyle=":", zorder=1)
+def _has_uniform(last: pd.DataFrame) -> bool:
+    return bool((last["uniform_percent"] > 0).any())
 
 
-def _settled_in_words(found: pd.DataFrame) -> str:
-    most = found["injections_per_layer"].max()
-    halves = found.loc[found["injections_per_layer"] == most, "half_percent"].dropna()
-    said = f"{most:,} injections per layer tell the mean DeltaLoss of sampled layers"
+def _settled_in_words(last: pd.DataFrame) -> str:
+    """How well the estimates are known at the end, and how many more injections that would have taken without a guide."""
+    said = f"{last['injections_per_layer'].iloc[0]:,} injections per layer tell the mean DeltaLoss of sampled layers"
+    halves = last["half_percent"].dropna()
     if halves.empty:
         return f"{said} without an interval"
-    low, high = show_number(halves.min()), show_number(halves.max())
-    return f"{said} to ±{low if low == high else f'{low} to {high}'} %"
+    said += f" to ±{_between(halves)} %"
+    if not _has_uniform(last):
+        return said
+    return f"{said}; uniform ones would have to be {_between((last['uniform_percent'] / halves) ** 2)} times as many"
+
+
+def _between(numbers: pd.Series) -> str:
+    low, high = show_number(numbers.min()), show_number(numbers.max())
+    return low if low == high else f"{low} to {high}"

@@ -79,6 +79,11 @@ class Convergence(Stored):
     low: Number = field("lower end of its interval", "nats")
     high: Number = field("upper end of its interval", "nats")
     n: Whole = field("injections into all sampled layers", "count")
+    uniform_error: Number | None = field(
+        "standard error of as many uniform injections, which the weights of guided ones tell; absent for other plans",
+        "nats",
+        default=None,
+    )
 
     @model_validator(mode="after")
     def _is_an_estimate(self) -> "Convergence":

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -63,7 +64,7 @@ OUTSIDE = r"^/|^$|(^|/)\.\.(/|$)"  # what no path below a root looks like
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class Split(Dataset):
+class Split(Dataset, ABC):
     """One split, as a map-style data set of raw images: split[i] is (uint8 [3, H, W], label).
 
     labels: int64 [N]. classes: C names a language model can read. mean, std: of the three channels, for values from 0 to 1.
@@ -75,8 +76,8 @@ class Split(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        raise NotImplementedError
+    @abstractmethod
+    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
 
 
 class PackedSplit(Split):
