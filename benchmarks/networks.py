@@ -28,7 +28,7 @@ def timm_networks() -> Iterator[tuple[str, Callable[[], nn.Module], int]]:
         name = min(names, key=lambda one: (not any(part in one for part in small), len(one), one))
         known = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
         side = known.input_size[-1] if known else 224
-        yield name, functools.partial(timm.create_model, name), side if known and known.fixed_input_size else min(side, 224)
+        yield name, functools.partial(timm.create_model, name), side if known and known.fixed_input_size else min(side, 256)
 
 
 def measure() -> dict[str, Any]:
