@@ -23,7 +23,7 @@ def timm_networks() -> Iterator[tuple[str, Callable[[], nn.Module], int]]:
     families: dict[str, list[str]] = {}
     for name in timm.list_models():
         families.setdefault(timm.model_entrypoint(name).__module__, []).append(name)
-    small = ("test", "tiny", "nano", "atto", "xxs", "pico", "femto", "small", "18", "s0", "b0", "050", "t_")
+    small = ("test", "tiny", "nano", "atto", "xxs", "pico", "femto", "small", "18", "s0", "b0", "050")
     for _, names in sorted(families.items()):
         name = min(names, key=lambda one: (not any(part in one for part in small), len(one), one))
         known = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
