@@ -163,23 +163,29 @@ def store_hardware(key: str, guided: float = 0.0) -> None:
 
 
 def store_closeup(key: str) -> None:
-    """What stage closeup leaves: two images under two kinds of faults, the second of which leaves nothing finite."""
+    """What stage closeup leaves: two images under two kinds of faults, the second of which leaves nothing finite.
+
+    Flipped weights change the second image's class, and of each map two places in their order: 0.8 by rank.
+    """
     powers = list(range(-40, 39))
     shares = [float(power == 0) for power in powers]
     last = {"layer": "fc", "profiled": 2.0, "images": 50, "powers": powers, "golden": shares}
     last["faulty"] = [0.99 * share for share in shares]
     found = {name: {"value": 0.5, "low": 0.4, "high": 0.6, "n": 2} for name in ("rank_correlation", "overlap", "changed")}
     cam = {"layer": "conv1", "places": 4, "images": 2, "detector": "off", "weights": {**found, "flips": 2000, "finite": 2}}
+    cam["weights"]["rank_correlation"] = {"value": 0.8, "low": None, "high": None, "n": 2}
     cam["worst"] = {**found, "finite": 0, "target": "neuron", "layer": "conv1", "neuron": 7, "bit": 30}
+    cam["worst"]["rank_correlation"] = {"value": 0.0, "low": None, "high": None, "n": 2}
     cam["worst"] |= {"golden_value": 1.0, "faulty_value": -1.0, "changed": {"value": 1.0, "low": 0.4, "high": 1.0, "n": 2}}
     write_json(Path(f"metrics/closeup/{key}.json"), {"last_layer": {**last, "beyond": 0.1, "not_finite": 0.01}, "cam": cam})
     file = io.BytesIO()
     Image.new("RGB", (8, 8), (90, 90, 90)).save(file, "png")
+    maps = {"golden": [0.0, -1.0, 2.0, 1.0], "weights": [0.0, -1.0, 1.0, 2.0], "worst": [math.nan] * 4}
     looks = pd.DataFrame(
         {
             **{"image": image, "label": 0, "class": "<b>$x", "state": state, "finite": state != "worst"},
             "prediction": image * (state != "weights"),
-            **{"predicted": "a very long class", "confidence": 0.5, "map": [0.0, -1.0, 2.0, 1.0]},
+            **{"predicted": "a very long class", "confidence": 0.5, "map": maps[state]},
             **{"picture": file.getvalue() if state == "golden" else b""},
         }
         for image in (0, 1)

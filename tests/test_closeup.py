@@ -19,11 +19,10 @@ from textguard.closeup import (
     find_place,
     mean_over_images,
     one_fault,
-    overlap,
-    rank_correlation,
     worst_injection,
 )
 from textguard.errors import InvalidParameter, UnsupportedModel
+from textguard.estimates.maps import overlap, rank_correlation
 from textguard.faults.damage import SINGLE_FLIP, FaultModel
 from textguard.faults.engines import make_engine
 from textguard.faults.formats import FP32, parse_format

@@ -1,8 +1,10 @@
 """Figures: their numbers and bytes, what they say and how variants look in them."""
 
+import math
 import re
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -18,11 +20,13 @@ from matplotlib.text import Text
 from conftest import REPOSITORY
 from smoke_grid import run
 from stages import figures
-from textguard.analysis.files import load_cells, load_results
+from textguard.analysis.files import load_cells, load_closeup, load_results
 from textguard.analysis.thresholds import crossings
 from textguard.artifacts import read_parquet, write_parquet, write_text
 from textguard.errors import InvalidArtifact
-from textguard.report.drawing import draw
+from textguard.estimates.statistics import Estimate
+from textguard.report.closeup_figures import _agreement_in_words
+from textguard.report.drawing import SMALL, draw
 from textguard.report.figures import DRAWN_BY_DVC, PER_BACKBONE, group, training_curve, write_figures
 from textguard.report.layer_figures import draw_layers
 from textguard.report.text_figures import draw_similarity
@@ -184,6 +188,48 @@ def test_a_picture_that_is_none_is_named(runs, params):
     (variants, _) = group(list(load_results(runs).values()), params).values()
     with pytest.raises(InvalidArtifact, match=f"{file} cannot be read .*stage 'closeup' writes it"):
         PER_BACKBONE["attention"](variants, "t")
+
+
+def test_maps_of_all_images_are_dots_beside_pictures_of_two(runs, params):
+    """Of the grid's two images, flipped weights change one, and the worst fault both."""
+    (variants, _) = group(list(load_results(runs).values()), params).values()
+    figure, numbers = PER_BACKBONE["attention"](variants, "ResNet-18")
+    shown = [variant for variant in variants if variant.key in ("baseline", "descriptions")]
+    assert set(numbers["variant"]) == {variant.key for variant in shown}
+    said = "maps keep a rank correlation of 0.800 (baseline) and 0.800 (descriptions), not told apart over 2 images"
+    assert figure.get_label() == f"ResNet-18, 2,000 weight bits flipped: {said} of one training each"
+    (strips,) = (axes for axes in figure.axes if axes.get_xlabel())
+    lines = [strips.lines[place : place + 4] for place in range(0, len(strips.lines), 4)]  # dots, crosses, interval, mean
+    for (state, variant), (dots, crosses, _, mean) in zip(product(("weights", "worst"), shown), lines, strict=True):
+        stated = getattr(load_closeup(variant.results[0].run).cam, state)
+        own = numbers[(numbers["variant"] == variant.key) & (numbers["state"] == state)]
+        found = np.concatenate([dots.get_xdata(), crosses.get_xdata()])
+        assert sorted(found) == sorted(own["rank_correlation"])
+        assert found.mean() == pytest.approx(stated.rank_correlation.value)
+        assert mean.get_xdata() == [stated.rank_correlation.value]
+        assert len(crosses.get_xdata()) == stated.changed.value * len(own) == own["changed"].sum()
+        assert mean.get_gid() == crosses.get_gid()
+        assert mean.get_gid().startswith(f"mark|d resnet18 {variant.key}|{variant.style.name}, ")
+        assert mean.get_gid().endswith(f"; {len(crosses.get_xdata())} of 2 changed, 2 images, 1 training")
+    assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) >= SMALL
+
+
+APART = "keep a rank correlation of 0.900 (baseline) and 0.700 (descriptions), "
+AGREEMENTS = {
+    "intervals that lie apart": ([(0.9, 0.8, 1.0), (0.7, 0.6, 0.79)], f"{APART}told apart over 9 images of one training each"),
+    "intervals that overlap": ([(0.9, 0.8, 1.0), (0.7, 0.6, 0.81)], f"{APART}not told apart over 9 images"),
+    "no interval": ([(0.9, 0.8, 1.0), (0.7, math.nan, math.nan)], f"{APART}not told apart over 9 images"),
+    "one variant": ([(0.9, 0.8, 1.0)], "keep a rank correlation of 0.900 (baseline) in one training"),
+    "no flips": ([None, None], "where the classifiers look"),
+}
+
+
+@pytest.mark.parametrize(("means", "said"), AGREEMENTS.values(), ids=AGREEMENTS)
+def test_what_is_said_of_maps_under_faults_is_what_their_intervals_tell(means, said):
+    every = styles(["baseline", "descriptions"], {})
+    variants = [Variant(key, every[key], []) for key in every][: len(means)]
+    shifts = [mean and SimpleNamespace(flips=50, rank_correlation=Estimate(*mean, 9)) for mean in means]
+    assert said in _agreement_in_words(variants, [SimpleNamespace(weights=shift) for shift in shifts])
 
 
 def test_what_a_killed_stage_has_left_is_removed_and_what_others_have_is_not(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from bad_input_grid import RECORDS, RUN, says
 from smoke_grid import BASELINE
 from stored_grid import INJECT, INPUTS, STATISTICS
 from textguard.analysis.files import load_cells, load_closeup, load_looks, load_ranges, load_results, short_names
+from textguard.analysis.looks import compare_looks
 from textguard.analysis.results import write_results
 from textguard.artifacts import write_json, write_parquet
 from textguard.errors import InvalidArtifact
@@ -271,6 +272,17 @@ def test_looks_that_cannot_be_are_refused(runs, spoil, said):
     with pytest.raises(InvalidArtifact, match="stage 'closeup' writes it") as caught:
         load_looks(KEY)
     says(str(caught.value), str(file), said)
+
+
+def test_maps_that_agree_otherwise_than_is_stated_are_refused(runs):
+    file = Path(f"metrics/looks/{KEY}.parquet")
+    looks = compare_looks(KEY)
+    assert looks["rank_correlation"].tolist() == pytest.approx([math.nan, 0.8, 0, math.nan, 0.8, 0], nan_ok=True)
+    assert looks["changed"].tolist() == [False, False, True, False, True, True]
+    write_parquet(file, setting("map", [0.0, 1.0, 2.0, 3.0], 1)(pd.read_parquet(file)))
+    with pytest.raises(InvalidArtifact, match="stage 'closeup' writes it") as caught:
+        compare_looks(KEY)
+    says(str(caught.value), str(file), f"has maps of state weights that agree otherwise than metrics/closeup/{KEY}.json says")
 
 
 CLOSEUPS = {

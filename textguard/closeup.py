@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader
 
 from textguard.errors import InvalidParameter, Setting, UnsupportedModel
+from textguard.estimates.maps import overlap, rank_correlation
 from textguard.estimates.statistics import CONFIDENCE, Estimate, rate_estimate
 from textguard.faults.damage import SINGLE_FLIP, FaultModel, Faults, Storage, damage_output, make_storages
 from textguard.faults.detectors import detector_limits
@@ -293,27 +294,6 @@ def _all_of_region(rows: pd.DataFrame, site: Site, model: FaultModel, number_for
     _, neurons, masks = damaged_values(head[FAULT_COLUMNS], {site.layer: site}, model, number_format)
     value, bit = np.nonzero(masks[:, None] >> np.arange(64) & 1)
     return pd.DataFrame({"layer": site.layer, "neuron": neurons[value], "bit": bit})
-
-
-def rank_correlation(golden: np.ndarray, faulty: np.ndarray) -> float:
-    """Spearman's rank correlation of two maps, -1 to 1; 0 where the faulty one is not finite, or one of them is flat."""
-    if not np.isfinite(faulty).all():
-        return 0.0
-    from scipy.stats import rankdata  # takes as long to load as all else here, and training rehearses with this module
-
-    ranks = [rankdata(image) - (image.size + 1) / 2 for image in (golden.ravel(), faulty.ravel())]
-    length = math.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum())
-    return round(float(ranks[0] @ ranks[1] / length), 12) if length else 0.0
-
-
-def overlap(golden: np.ndarray, faulty: np.ndarray) -> float:
-    """Intersection over union of the quarters of two maps' places that speak most for the class; 0 where the faulty map is not
-    finite.
-    """
-    if not np.isfinite(faulty).all():
-        return 0.0
-    most = [set(np.argsort(-image.ravel(), kind="stable")[: max(1, image.size // 4)].tolist()) for image in (golden, faulty)]
-    return len(most[0] & most[1]) / len(most[0] | most[1])
 
 
 def mean_over_images(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:

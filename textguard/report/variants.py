@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from textguard.report.theme import Style
+from textguard.report.theme import Style, element_key
 from textguard.schema.hardware import HardwareCell
 from textguard.schema.results import Cell, RunResult
 
@@ -19,6 +19,11 @@ class Variant:
     style: Style
     results: Sequence[RunResult]
     each: str = "training"
+
+    @property
+    def element(self) -> str:
+        """What its marks are named by."""
+        return element_key(self.results[0].dataset, self.results[0].backbone, self.key)
 
 
 def trainings(variants: Sequence[Variant]) -> str:
