@@ -14,7 +14,11 @@ import pandas as pd
 import pytest
 from matplotlib.axis import Tick
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import Collection
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from conftest import REPOSITORY
@@ -25,8 +29,9 @@ from textguard.analysis.thresholds import crossings
 from textguard.artifacts import read_parquet, write_parquet, write_text
 from textguard.errors import InvalidArtifact
 from textguard.estimates.statistics import Estimate
+from textguard.params import load_params
 from textguard.report.closeup_figures import _agreement_in_words
-from textguard.report.drawing import SMALL, draw
+from textguard.report.drawing import SMALL, draw, mark
 from textguard.report.figures import DRAWN_BY_DVC, PER_BACKBONE, group, training_curve, write_figures
 from textguard.report.layer_figures import draw_layers
 from textguard.report.text_figures import draw_similarity
@@ -81,6 +86,37 @@ def test_no_text_leaves_its_figure(runs, params, tmp_path, monkeypatch):
     monkeypatch.setattr("textguard.report.figures.save_figure", look)
     write_figures(trained_twice, load_cells(runs), params, tmp_path)
     assert len(drawn) == 2 * (len(PER_BACKBONE) + 3) + 4
+
+
+def test_a_page_finds_all_that_has_a_variants_colour(tmp_path, monkeypatch):
+    """Else what is dimmed beside a picked row would keep its intervals and its thin lines. In the demo's figures."""
+    monkeypatch.chdir(REPOSITORY)
+    params = load_params()
+    monkeypatch.delitem(PER_BACKBONE, "attention")  # whose maps git does not have
+    results, drawn = list(load_results(params.runs).values()), {}
+    monkeypatch.setattr("textguard.report.figures.save_figure", lambda figure, numbers, stem, dpi: drawn.update({stem: figure}))
+    write_figures(results, load_cells(params.runs), params, tmp_path)
+    keys = {variant.style.colour: variant.key for variants in group(results, params).values() for variant in variants}
+    for stem, figure in drawn.items():
+        if stem.name.startswith("architecture"):  # which shows no numbers
+            continue
+        found = []
+        legends = {part for legend in figure.findobj(Legend) for part in legend.findobj()}
+        for artist in set(figure.findobj(Line2D) + figure.findobj(Collection)) - legends:
+            colours = [artist.get_color()] if isinstance(artist, Line2D) else [*artist.get_edgecolor(), *artist.get_facecolor()]
+            found += [(artist.get_gid() or "", keys.get(to_hex(colour))) for colour in colours]
+        assert [said for said, key in found if key and not re.match(rf"mark\|\S+ \S+ {key}\|", said)] == [], stem.name
+        assert stem.name.startswith("last_layer") or any(key for _, key in found), stem.name
+
+
+def test_a_mark_without_words_has_no_title():
+    figure = Figure()
+    axes = figure.subplots()
+    for said in ("1.5, 1 training", ""):
+        mark(*axes.plot([0, 1]), "d n v", said)
+    picture = draw(figure, "svg", 60).decode()
+    assert picture.count('<g class="mark" data-mark="d n v">') == 2
+    assert re.findall("<title>.*?</title>", picture) == ["<title>1.5, 1 training</title>"]
 
 
 def test_the_crossing_is_the_last_one_up_or_down():

@@ -1,5 +1,6 @@
 """Figures of a whole grid: their numbers are those of the results, and their titles say no more than these."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -36,7 +37,9 @@ def test_the_tradeoff_is_between_trainings_of_one_seed(demo):
         assert row.delta_loss_ratio == own.improvement.delta_loss.overall.value
     told = sum(cell.first.verdict.delta_loss.overall == "better" for cell in cells)
     assert f"DeltaLoss over all layers is lower in {told} of {len(cells)} comparisons" in figure.get_label()
-    assert draw(figure, "svg", 60).decode().count('data-mark="digits resnet18 descriptions"') == 1
+    own = re.findall('data-mark="digits resnet18 descriptions"><title>(.*?)<', draw(figure, "svg", 60).decode())
+    seeds = numbers[(numbers["variant"] == "descriptions") & (numbers["backbone"] == "resnet18")]["seed"]
+    assert [said.partition(":")[0] for said in own] == [f"descriptions, seed {seed}" for seed in seeds] + ["descriptions"] * 3
 
 
 def test_the_improvement_shows_three_measures_of_each_network_and_what_is_published(demo):

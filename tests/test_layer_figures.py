@@ -100,7 +100,8 @@ def test_the_layers_show_the_ratios_of_the_cells(demo):
     picture = draw(figure, "svg", 60).decode()
     own = [layer for cell in cells if cell.variant == "descriptions" for layer in cell.layers]
     shown = sum(math.isfinite(getattr(layer.improvement, measure).value) for layer in own for measure in ("sdc", "delta_loss"))
-    assert picture.count('data-mark="digits resnet18 descriptions"') == shown + 1, "each ratio, and the line of values"
+    marked = picture.count('data-mark="digits resnet18 descriptions"')
+    assert marked == shown + 5, "each ratio, their thick bars and their thin ones, and the line of values"
 
 
 def test_a_ratio_is_filled_where_its_interval_leaves_1_out(demo):

@@ -17,7 +17,6 @@ from textguard.report.drawing import AS_IS, SMALL, add_note, drawable, logarithm
 from textguard.report.layer_figures import LONGEST, ROW_INCHES, shift
 from textguard.report.legend import name_styles
 from textguard.report.rendering import show_estimate, show_number
-from textguard.report.theme import element_key
 from textguard.report.variants import Variant, trainings
 
 FEWEST = 32  # injections in a cell of a heat map that is drawn
@@ -133,18 +132,19 @@ def _draw_curves(
     low = largest / 10**DECADES
     low = max(low, min((value for value in values if value > low), default=low) / 2)
     for number, (variant, own) in enumerate(zip(variants, found, strict=True)):
-        style, first = variant.style, variant.results[0]
-        key = element_key(first.dataset, first.backbone, variant.key)
+        style, bars = variant.style, []
         for bit, one in enumerate(own):
             mean = getattr(one, measure).times(factor)
             if not mean.value > low:
                 continue
             place = bit - shift(number, len(variants))
             if mean.low < mean.high:
-                axes.vlines(place, max(mean.low, low), mean.high, color=style.colour, linewidth=0.9)
+                bars.append((place, max(mean.low, low), mean.high))
             (line,) = axes.plot(place, mean.value, marker=style.marker, color=style.colour, linestyle="none")
             shown = show_number(mean.value) if math.isnan(mean.low) else show_estimate(mean)
-            mark(line, key, f"{style.name}, bit {bit}: {MEASURES[measure][1]} {shown}, {trainings([variant])}")
+            mark(line, variant.element, f"{style.name}, bit {bit}: {MEASURES[measure][1]} {shown}, {trainings([variant])}")
+        if bars:
+            mark(axes.vlines(*zip(*bars, strict=True), color=style.colour, linewidth=0.9), variant.element)
     if axes.get_yscale() == "log":
         axes.set_ylim(low / 1.5, largest * 4)
         axes.yaxis.set_major_locator(LogLocator(numticks=4))

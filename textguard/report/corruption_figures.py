@@ -34,15 +34,15 @@ def draw_corruptions(
     figure = Figure(figsize=(2.6 + 2.2 * max(2, len(kinds)), 3.6), layout="constrained")
     for axes, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
         for variant in variants:
-            style, first = variant.style, variant.results[0]
+            style = variant.style
             part = table[(table["variant"] == variant.key) & table["kind"].isin([CLEAN, kind])]
             for _, one in part.sort_values("severity").groupby("run"):
-                axes.plot(one["severity"], one["value"], color=style.colour, linewidth=0.5, alpha=0.6)
+                (line,) = axes.plot(one["severity"], one["value"], color=style.colour, linewidth=0.5, alpha=0.6)
+                mark(line, variant.element)
             mean = part.groupby("severity")["value"].mean()
             (line,) = axes.plot(mean.index, mean, color=style.colour, marker=style.marker, markersize=4.5, linewidth=1.4)
-            key = element_key(first.dataset, first.backbone, variant.key)
             said = f"{mean.iloc[0]:.1f} % on clean images, {mean.iloc[-1]:.1f} % at severity {mean.index[-1]}"
-            mark(line, key, f"{style.name}, {kind}: {said}, {trainings([variant])}")
+            mark(line, variant.element, f"{style.name}, {kind}: {said}, {trainings([variant])}")
         axes.set(title=kind, xlabel="severity", xticks=sorted(table["severity"].unique()))
     figure.axes[0].set_ylabel("top-1 accuracy (%)")
     name_styles(figure, [variant.style for variant in variants])
@@ -79,7 +79,8 @@ def draw_together(variants: Sequence[Variant], compared: ComparedCorruptions) ->
                 markersize=5.5,
             )
             said = f"{variant.style.name}, seed {result.seed}: {EFFECTS[measure]} {show_estimate(x)}, lost {show_estimate(y)}"
-            mark(bars.lines[0], element_key(*place, variant.key), f"{said} points, 1 training")
+            for drawn in (bars.lines[0], *bars.lines[2]):
+                mark(drawn, element_key(*place, variant.key), f"{said} points, 1 training")
             numbers = {"lost_points": y.value, "lost_low": y.low, "lost_high": y.high}
             rows.append({"run": result.run, "variant": variant.key, "measure": measure, **x.as_json(), **numbers})
         logarithmic(axes, "x", [row["value"] for row in rows if row["measure"] == measure])

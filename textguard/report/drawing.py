@@ -45,10 +45,11 @@ def state(figure: Figure, finding: str, **place: float) -> Text:
     return figure.suptitle("\n".join(textwrap.wrap(finding, room)), fontsize=TITLE_SIZE, fontweight="bold", **place)
 
 
-def mark(artist: Artist, key: str, said: str) -> None:
+def mark(artist: Artist, key: str, said: str = "") -> None:
     """Name what is drawn, so that a page can find it by `key`, and says `said` of it where the pointer rests.
 
     key: `theme.element_key` of what is drawn. said: value, interval and n, as in "1.9x fewer SDC [1.2, 3.1], 3 trainings".
+    Empty for what belongs to marks that say it, such as all their intervals in one.
     """
     artist.set_gid(f"{MARK}{key}|{said}".replace('"', "”"))  # or matplotlib would quote it otherwise
 
@@ -145,4 +146,5 @@ def draw(figure: Figure, suffix: str, dpi: int) -> bytes:
 def _with_marks(content: bytes) -> bytes:
     """An SVG whose marks have what they say as their title, which browsers show. Marks may share a key, unlike an id."""
     pattern = rb'<g id="' + re.escape(MARK.encode()) + rb'([^"|]*)\|([^"]*)">'
-    return re.sub(pattern, rb'<g class="mark" data-mark="\1"><title>\2</title>', content)
+    content = re.sub(pattern, rb'<g class="mark" data-mark="\1"><title>\2</title>', content)
+    return content.replace(b"<title></title>", b"")

@@ -264,19 +264,22 @@ def _draw_pairs(axes: Axes, compared: Sequence[_Pairs], title: str) -> None:
     for pairs in compared:
         style, ratio = pairs.variant.style, _ratio(pairs.cell, "delta_loss", "overall")
         look = {"linestyle": "none", "marker": style.marker, "color": style.colour}
-        x, y = (np.array([row[name] for row in pairs.numbers], dtype=float) for name in ("top1_points", "delta_loss_ratio"))
-        axes.plot(x, y, markersize=4, alpha=0.7, markeredgewidth=0, **look)
+        key = element_key(*pairs.place, pairs.variant.key)
+        for row in pairs.numbers:
+            x, y = row["top1_points"], row["delta_loss_ratio"]
+            (dot,) = axes.plot(x, y, markersize=4, alpha=0.7, markeredgewidth=0, **look)
+            said = f"DeltaLoss {show_number(y)} times less, top-1 {x:+.2f} points"
+            mark(dot, key, f"{style.name}, seed {row['seed']}: {said}, 1 training")
         if not (math.isfinite(pairs.points.value) and math.isfinite(ratio.value)):
             continue
-        if len(pairs.runs) > 1:
-            for ends, where in (((pairs.points.low, pairs.points.high), "x"), ((ratio.low, ratio.high), "y")):
-                at = (ends, [ratio.value] * 2) if where == "x" else ([pairs.points.value] * 2, ends)
-                axes.plot(*at, color=style.colour, linewidth=0.8)
         face = style.colour if is_told(pairs.loss_verdict) else "white"
-        (line,) = axes.plot(pairs.points.value, ratio.value, markersize=7, markerfacecolor=face, zorder=3, **look)
+        drawn = axes.plot(pairs.points.value, ratio.value, markersize=7, markerfacecolor=face, zorder=3, **look)
+        if len(pairs.runs) > 1:
+            drawn += axes.plot([pairs.points.low, pairs.points.high], [ratio.value] * 2, color=style.colour, linewidth=0.8)
+            drawn += axes.plot([pairs.points.value] * 2, [ratio.low, ratio.high], color=style.colour, linewidth=0.8)
         said = f"DeltaLoss {show_estimate(ratio)} times less, top-1 {show_points(pairs.points)}"
-        key = element_key(*pairs.place, pairs.variant.key)
-        mark(line, key, f"{style.name}: {said}, {count_trainings([len(pairs.runs)])}")
+        for line in drawn:
+            mark(line, key, f"{style.name}: {said}, {count_trainings([len(pairs.runs)])}")
     axes.set(xlabel="top-1 more than the baseline (points)" + unseen.removeprefix("; "), title=title)
     plain_ticks(axes, "y")
     axes.text(0.97, 0.97, "better \u2197", transform=axes.transAxes, ha="right", va="top", fontsize=8, fontweight="bold")

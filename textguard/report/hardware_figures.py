@@ -14,7 +14,7 @@ from textguard.estimates.statistics import Estimate
 from textguard.report.drawing import AS_IS, SMALL, add_note, drawable, logarithmic, mark, state
 from textguard.report.forest import LINE_INCHES, Row, draw_rows, lines, name_rows, ratio_limits, tally
 from textguard.report.legend import name_styles
-from textguard.report.rendering import show_estimate
+from textguard.report.rendering import show_estimate, show_number
 from textguard.report.theme import Style, element_key
 from textguard.report.variants import Variant, count_trainings, trainings
 from textguard.schema.hardware import USUAL, Curve, Hardware, HardwareCell
@@ -101,7 +101,9 @@ def draw_error_rates(
                 rates = [point.rate for point in curve.points]
                 for axes, measure in zip(column, SUFFERED, strict=True):
                     values = [getattr(point, measure).value * SUFFERED[measure][0] for point in curve.points]
-                    axes.plot(rates, values, color=variant.style.colour, linewidth=0.5, alpha=0.7)
+                    (line,) = axes.plot(rates, values, color=variant.style.colour, linewidth=0.5, alpha=0.7)
+                    said = f"{SUFFERED[measure][1]} {show_number(values[-1])} at a rate of {rates[-1]:g}"
+                    mark(line, variant.element, f"{variant.style.name}, seed {result.seed}: {said}, 1 training")
                 rows += [
                     {
                         "run": result.run,
@@ -129,17 +131,15 @@ def draw_error_rates(
 
 def _draw_mean(column: Sequence[Axes], variant: Variant, curves: Sequence[Curve], confidence: float) -> None:
     means = mean_curve(curves, confidence)
-    first = variant.results[0]
     for number, (axes, (factor, label)) in enumerate(zip(column, SUFFERED.values(), strict=True), start=1):
         rates, found = [mean[0] for mean in means], [mean[number].times(factor) for mean in means]
         low, high = ([getattr(one, end) for one in found] for end in ("low", "high"))
         style = variant.style
-        axes.fill_between(rates, low, high, color=style.colour, alpha=0.12, linewidth=0)
+        mark(axes.fill_between(rates, low, high, color=style.colour, alpha=0.12, linewidth=0), variant.element)
         look = {"color": style.colour, "marker": style.marker, "markersize": 4.5, "linewidth": 1.4}
         (line,) = axes.plot(rates, [one.value for one in found], **look)
-        key = element_key(first.dataset, first.backbone, variant.key)
         said = f"{label} {show_estimate(found[-1])} at a rate of {rates[-1]:g}"
-        mark(line, key, f"{style.name}: {said}, {trainings([variant])}")
+        mark(line, variant.element, f"{style.name}: {said}, {trainings([variant])}")
 
 
 def _rates_in_words(cells: Sequence[HardwareCell]) -> str:
@@ -162,7 +162,9 @@ def draw_protection_cost(variants: Sequence[Variant], title: str) -> tuple[Figur
         found = duplicated(variant.results)
         curves += found
         for one in found:
-            axes.step(100 * one.cost, 100 * one.covered, where="post", color=variant.style.colour, linewidth=0.5, alpha=0.7)
+            look = {"where": "post", "color": variant.style.colour, "linewidth": 0.5, "alpha": 0.7}
+            (line,) = axes.step(100 * one.cost, 100 * one.covered, **look)
+            mark(line, variant.element, f"{variant.style.name}: {_half_in_words([one])}")
             rows += [
                 {"run": one.run, "variant": variant.key, "layer": layer, "cost": 100 * cost, "covered": 100 * covered}
                 for layer, cost, covered in zip(("", *one.layers), one.cost, one.covered, strict=True)
@@ -173,9 +175,7 @@ def draw_protection_cost(variants: Sequence[Variant], title: str) -> tuple[Figur
         mean = 100 * np.mean([one.at(at) for one in found], axis=0)
         look = {"color": variant.style.colour, "marker": variant.style.marker, "markersize": 5, "markevery": 10}
         (line,) = axes.plot(100 * at, mean, drawstyle="steps-post", linewidth=1.5, **look)
-        first = variant.results[0]
-        key = element_key(first.dataset, first.backbone, variant.key)
-        mark(line, key, f"{variant.style.name}: {_half_in_words(found)}")
+        mark(line, variant.element, f"{variant.style.name}: {_half_in_words(found)}")
     axes.set(xlabel="multiply-adds that are done twice (% of all)", ylabel="share of SDC in these layers (%)")
     axes.set(xlim=(0, 100), ylim=(0, 102))
     _name_largest(axes, curves)

@@ -18,7 +18,6 @@ from textguard.report.drawing import AS_IS, LONGEST_AXIS, SMALL, add_note, drawa
 from textguard.report.forest import is_told, tally
 from textguard.report.legend import name_styles
 from textguard.report.rendering import show_estimate, show_number
-from textguard.report.theme import element_key
 from textguard.report.variants import Variant, count_trainings, trainings
 from textguard.schema.results import NO_VERDICT, Cell, RunResult
 
@@ -154,9 +153,8 @@ def _draw_values(axes: Axes, aligned: Aligned, variant: Variant, ranges: Sequenc
     look = {"color": variant.style.colour, "marker": variant.style.marker, "linewidth": 0.8, "alpha": 0.85}
     (line,) = axes.plot(x, y, **look)
     largest = show_number(means[own[-1]]) if own else "0"
-    key = element_key(first.dataset, first.backbone, variant.key)
     said = f"largest |value| of {own[-1] if own else 'no layer'} {largest}, n = {int(ranges[0]['images'].iloc[0])} images"
-    mark(line, key, f"{variant.style.name}: {said}, {trainings([variant])}")
+    mark(line, variant.element, f"{variant.style.name}: {said}, {trainings([variant])}")
 
 
 def draw_outcomes(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataFrame]:
@@ -258,18 +256,18 @@ class _Mark:
 
 def _draw(axes: Axes, marks: Sequence[_Mark], variant: Variant, limits: tuple[float, float]) -> None:
     """A variant's marks with their intervals; where nothing was seen, an arrow at the left edge, and the upper limit alone."""
-    colour, first = variant.style.colour, variant.results[0]
-    key = element_key(first.dataset, first.backbone, variant.key)
+    colour = variant.style.colour
     marks = [one for one in marks if not math.isnan(one.found.value)]
     for told, width in ((True, 1.1), (False, 0.5)):
         bars = [[(end, one.place) for end in _ends(one.found, limits)] for one in marks if one.interval and one.told == told]
-        axes.add_collection(LineCollection(bars, colors=colour, linewidth=width), autolim=False)
+        # In one, because titles of their own would be most of the page.
+        mark(axes.add_collection(LineCollection(bars, colors=colour, linewidth=width), autolim=False), variant.element)
     for one in marks:
         unseen = one.found.value < limits[0]
         look = {"marker": CARETLEFT if unseen else variant.style.marker, "color": colour, "markeredgewidth": 0.8}
         look |= {"markerfacecolor": colour if one.told and not unseen else "white", "clip_on": False, "zorder": 3}
         (line,) = axes.plot(min(max(one.found.value, limits[0]), limits[1]), one.place, linestyle="none", **look)
-        mark(line, key, f"{variant.style.name}, {one.said}")
+        mark(line, variant.element, f"{variant.style.name}, {one.said}")
 
 
 def _ends(found: Estimate, limits: tuple[float, float]) -> list[float]:

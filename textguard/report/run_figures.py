@@ -16,7 +16,6 @@ from textguard.estimates.statistics import Estimate, quantile
 from textguard.report.drawing import LONGEST_AXIS, add_note, logarithmic, mark, plain_ticks, state
 from textguard.report.legend import name_styles
 from textguard.report.rendering import show_estimate, show_number
-from textguard.report.theme import element_key
 from textguard.report.variants import Variant, count_trainings, trainings
 from textguard.schema.base import Measured
 from textguard.schema.results import BASELINE, PROPOSED, Convergence, RunResult
@@ -38,8 +37,10 @@ def draw_accuracy(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.D
     compared = {}
     for variant in variants:
         own = np.array([curves[result.run]["accuracy_percent"] for result in variant.results])
-        for accuracy in own if len(own) > 1 else ():
-            panels[0].plot(thresholds, accuracy, color=variant.style.colour, linewidth=0.4, alpha=0.6)
+        for result, accuracy in zip(variant.results, own, strict=True) if len(own) > 1 else ():
+            (line,) = panels[0].plot(thresholds, accuracy, color=variant.style.colour, linewidth=0.4, alpha=0.6)
+            said = f"{variant.style.name}, seed {result.seed}: top-1 {accuracy[0]:.2f} % at threshold 0, 1 {variant.each}"
+            mark(line, variant.element, said)
         _draw_curve(panels[0], variant, thresholds, own.mean(axis=0), f"top-1 {own[:, 0].mean():.2f} % at threshold 0")
         pairs = [(baselines[result.seed], result) for result in variant.results if result.seed in baselines]
         if variant.key != BASELINE and pairs:
@@ -86,10 +87,10 @@ def _load_curves(variants: Sequence[Variant]) -> dict[str, pd.DataFrame]:
 
 
 def _draw_curve(axes: Axes, variant: Variant, x: np.ndarray, y: np.ndarray, said: str) -> None:
-    first, every = variant.results[0], max(1, len(x) // 10)
+    every = max(1, len(x) // 10)
     look = {"color": variant.style.colour, "marker": variant.style.marker, "markevery": every, "linewidth": 1.3}
     (line,) = axes.plot(x, y, **look)
-    mark(line, element_key(first.dataset, first.backbone, variant.key), f"{variant.style.name}: {said}, {trainings([variant])}")
+    mark(line, variant.element, f"{variant.style.name}: {said}, {trainings([variant])}")
 
 
 def _draw_difference(
@@ -104,19 +105,20 @@ def _draw_difference(
     baseline, own = (np.array([curves[pair[side].run]["accuracy_percent"] for pair in pairs], dtype=float) for side in (0, 1))
     found = differences(baseline, own, confidence)
     low, high, value = (np.array([getattr(one, name) for one in found]) for name in ("low", "high", "value"))
-    axes.fill_between(thresholds, low, high, color=variant.style.colour, alpha=0.07, linewidth=0)
-    for end in (low, high):
-        axes.plot(thresholds, end, color=variant.style.colour, linewidth=0.9, linestyle=":")
+    mark(axes.fill_between(thresholds, low, high, color=variant.style.colour, alpha=0.07, linewidth=0), variant.element)
+    for end in axes.plot(thresholds, np.transpose([low, high]), color=variant.style.colour, linewidth=0.9, linestyle=":"):
+        mark(end, variant.element)
     _draw_curve(axes, variant, thresholds, value, f"{value[0]:+.2f} points at threshold 0")
     count, at = crossing(thresholds, baseline, own, confidence)
     if math.isfinite(at.value):
         look = {"marker": "o", "markersize": 7, "markerfacecolor": "none", "color": variant.style.colour}
+        drawn = axes.plot(at.value, 0, zorder=3, **look)
         if len(pairs) > 1:
-            axes.plot([at.low, at.high], [0, 0], color=variant.style.colour, linewidth=1.8, alpha=0.7)
-        (circle,) = axes.plot(at.value, 0, zorder=3, **look)
+            drawn += axes.plot([at.low, at.high], [0, 0], color=variant.style.colour, linewidth=1.8, alpha=0.7)
         shown = show_estimate(at) if len(pairs) > 1 else f"{at.value:.0f}"
         said = f"{variant.style.name}: last crossing with the baseline at {shown} %, {count_trainings([count])}"
-        mark(circle, element_key(pairs[0][1].dataset, pairs[0][1].backbone, variant.key), said)
+        for line in drawn:
+            mark(line, variant.element, said)
     return found
 
 
@@ -157,11 +159,13 @@ def draw_convergence(variants: Sequence[Variant], title: str) -> tuple[Figure, p
         last = first.convergence[-1]
         said = f"DeltaLoss {show_estimate(_measured(last))} nats from {last.n:,} injections"
         count, low = points["injections_per_layer"], points["low"].clip(lower=points["value"] / 1000)
-        panels[0].fill_between(count, low, points["high"], color=variant.style.colour, alpha=0.15, linewidth=0)
+        band = panels[0].fill_between(count, low, points["high"], color=variant.style.colour, alpha=0.15, linewidth=0)
+        mark(band, variant.element)
         for axes, y in zip(panels, ("value", "half_percent"), strict=True):
             (line,) = axes.plot(count, points[y], color=variant.style.colour, marker=variant.style.marker, linewidth=1.2)
-            mark(line, element_key(first.dataset, first.backbone, variant.key), f"{variant.style.name}: {said}, 1 training")
-        panels[1].plot(count, points["uniform_percent"], color=variant.style.colour, linewidth=1.2, linestyle=":")
+            mark(line, variant.element, f"{variant.style.name}: {said}, 1 training")
+        (line,) = panels[1].plot(count, points["uniform_percent"], color=variant.style.colour, linewidth=1.2, linestyle=":")
+        mark(line, variant.element)
         tables.append(points.assign(run=first.run, variant=variant.key, plan=first.plan.plan))
     panels[0].set(ylabel="DeltaLoss, mean of sampled layers (nats)")
     panels[1].set(ylabel="half the interval, of the value (%)")
