@@ -138,8 +138,8 @@ def test_changes_and_factors_are_named_by_verdict(tmp_path):
         json.dumps([network | {"contrasts": contrasts, "factorial": design}]), encoding="utf-8"
     )
     told = sections(page(studies(factorial=tmp_path)))["Which factors act, and which need each other?"]
-    assert told.startswith("**Of 2 factors, none leaves less SDC and 1 more, none leaves less DeltaLoss and 1 more; of 2 int")
-    assert "of 2 interactions, 1 leaves less SDC and none more, 1 leaves less DeltaLoss and none more.**" in told
+    assert told.startswith("**Of 2 factors, none leaves less SDC and 1 more, none leaves less DeltaLoss and 1 more. Of 2 pairs")
+    assert "none saves less SDC together than apart, and 1 more; none saves less DeltaLoss together than apart" in told
     assert f"| decay x text | {SHOWN} better |" in told
     assert "| decay x head" not in told  # only those that are told
     (tmp_path / "metrics" / "effects.json").write_text(json.dumps([network | {"contrasts": contrasts}]), encoding="utf-8")

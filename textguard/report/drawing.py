@@ -42,7 +42,9 @@ def state(figure: Figure, finding: str, **place: float) -> Text:
     """Write the finding, a sentence, above a figure. Its files hold it as their title. place: passed on to `suptitle`."""
     figure.set_label(finding)
     room = int(figure.get_figwidth() * 72 / TITLE_LETTER_POINTS)
-    return figure.suptitle("\n".join(textwrap.wrap(finding, room)), fontsize=TITLE_SIZE, fontweight="bold", **place)
+    lines = textwrap.wrap(finding.replace(" %", "\N{NO-BREAK SPACE}%"), room)
+    said = "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
+    return figure.suptitle(said, fontsize=TITLE_SIZE, fontweight="bold", **place)
 
 
 def mark(artist: Artist, key: str, said: str = "") -> None:

@@ -72,9 +72,8 @@ def _rows(found: Effects, effects: list[Shown], at: tuple[str, str]) -> list[Row
     for shown in effects:
         effect, (colour, marker, group) = shown.at(*at), KINDS[shown.kind]
         key = element_key(found.dataset, found.backbone, variants.get(shown.name, shown.name))
-        rows.append(
-            Row(group, shown.name, effect.effect, effect.verdict, colour, marker, key, effect.effect.n, second=effect.second)
-        )
+        name = f"{shown.name}: {shown.of}" if shown.kind == "factor" else shown.name
+        rows.append(Row(group, name, effect.effect, effect.verdict, colour, marker, key, effect.effect.n, second=effect.second))
     return rows
 
 

@@ -177,11 +177,21 @@ def factorial(studies: dict[str, Study]) -> Finding:
         return unanswered(question)
     return Finding(
         question,
-        f"Of {len(main)} factors, {_told(main)}; of {len(pairs)} interactions, {_told(pairs)}.",
+        f"Of {len(main)} factors, {_told(main)}. Of {len(pairs)} pairs of factors, {_together(pairs)}.",
         effect_table([*main, *(pair for pair in pairs if _is_told(pair))], "factorial"),
         [study.command],
-        "A half fraction of a design with two levels of each factor: nothing is known between them or beyond.",
+        "One network on digits, three epochs, means over layers. A half fraction of a design with two levels of each factor: "
+        "nothing is known between them or beyond. AdamW comes with its own learning rate and weight decay.",
     )
+
+
+def _together(pairs: Sequence[Shown]) -> str:
+    """How many pairs of changes do less, or more, together than each of them alone would come to."""
+    said = []
+    for measure, what in (("sdc", "SDC"), ("delta_loss", "DeltaLoss")):
+        less, more = (len(_with_verdict(pairs, measure, verdict)) for verdict in ("worse", "better"))
+        said.append(f"{less or 'none'} save{'s' * (less < 2)} less {what} together than apart, and {more or 'none'} more")
+    return "; ".join(said)
 
 
 def _told(found: Sequence[Shown]) -> str:
