@@ -17,8 +17,9 @@ from conftest import show
 from textguard.assessment import Assessment, assess
 from textguard.assessment.advice import MEASURED
 from textguard.assessment.command import run
-from textguard.assessment.page import _call, write_page
-from textguard.errors import InvalidParameter
+from textguard.assessment.page import Side, _call, _mapped, _side, write_page
+from textguard.errors import InvalidParameter, UnknownName
+from textguard.faults import FaultModel
 
 ATTACK = "<script>alert(1)</script>"
 
@@ -65,7 +66,11 @@ def worse(found) -> Assessment:
 @pytest.fixture
 def undrawn(monkeypatch) -> None:
     """Pages without figures, which take most of the time."""
-    monkeypatch.setattr("textguard.assessment.page._figures", lambda sides: [])
+    monkeypatch.setattr("textguard.assessment.page._figures", lambda *_: [])
+
+
+def _sides(own: Assessment, other: Assessment) -> list[Side]:
+    return [_side(name, found) for name, found in (("own", own), ("other", other))]
 
 
 def page(folder: Path, *arguments, **options) -> tuple[str, Elements]:
@@ -78,7 +83,7 @@ def test_one_model_has_all_of_its_page_in_one_file(found, tmp_path):
     measured = pd.DataFrame([("ranger", 0.25, 0.125, 0.5, 0.25, 0.75, 1.5)], columns=MEASURED)
     html, elements = page(tmp_path, found, names=("mine", "theirs"), mitigations=measured)
     assert "50.0 [25.0, 75.0]" in elements.text.replace("\xa0", " ")
-    assert len(elements.attributes("src")) == 2
+    assert len(elements.attributes("src")) == 3
     assert all(source.startswith("data:image/png;base64,") for source in elements.attributes("src"))
     links = [link for link in elements.attributes("href") if link != "data:,"]
     ids = elements.attributes("id")
@@ -92,8 +97,11 @@ def test_one_model_has_all_of_its_page_in_one_file(found, tmp_path):
     assert "{{ 7 * 7 }}" in elements.text
     assert all(
         f"mine: {seen}" in text
-        for seen, text in zip(("SDC largest in layer", "largest in bit"), elements.attributes("alt"), strict=False)
+        for seen, text in zip(("SDC largest in layer", "largest in bit", "none of 4"), elements.attributes("alt"), strict=True)
     )
+    layer = re.search(r"each channel of layer (.*)\. mine: ", elements.attributes("alt")[2])[1]
+    largest = found.by("channel", layer).nlargest(1, "sdc")
+    assert f"largest in channel {largest['channel'].item()}, " in elements.attributes("alt")[2]
     sdc = found.mean("sdc", "neurons")
     assert f"about 1 in {round(1 / sdc.value):,}" in elements.text
     assert "For 90.0 % less SDC, " in elements.text
@@ -107,14 +115,14 @@ def test_one_model_has_all_of_its_page_in_one_file(found, tmp_path):
 
 def test_two_models_stand_side_by_side(found, worse, tmp_path, monkeypatch):
     _, elements = page(tmp_path, worse, found, names=("new", "old"))
-    monkeypatch.setattr("textguard.assessment.page._figures", lambda sides: [])
+    monkeypatch.setattr("textguard.assessment.page._figures", lambda *_: [])
     text = elements.text
     assert re.search(r"New is worse than old: its predictions are corrupted [\d.]+ \[[\d.]+, [\d.]+\] times as often\.", text)
     assert "Both took the same faults, which are compared in pairs." in text
     assert "Their weights differ." in text
     assert "1 operation or module takes no faults." in text
     assert "BatchNorm is not among the wanted kinds of sites" in text
-    assert len(elements.attributes("src")) == 2
+    assert len(elements.attributes("src")) == 3
     assert all("old: " in alt and "new: " in alt for alt in elements.attributes("alt"))
     _, elements = page(tmp_path, found, worse, names=("old", "new"))
     assert "Old is better than new: its predictions are corrupted" in elements.text
@@ -145,6 +153,48 @@ def test_without_any_corruption_there_is_a_page(found, tmp_path):
     assert "No fault changes the prediction of this model" in elements.text
     assert "No injection corrupted the output" in elements.text
     assert "not to be compared with the other model by SDC, because one of the two had none" in elements.text
+
+
+def test_the_layer_that_matters_most_is_shown_by_its_channels(found, worse):
+    (own, other), sdc = _sides(found, worse), {layer: result.sdc.value for layer, result in found.layers.items()}
+    share = {layer: found.exposed_bits(layer) * sdc[layer] for layer in sdc}
+    chosen, _ = _mapped([own, other], None)
+    assert chosen.layer == max(share, key=share.get)
+    assert chosen.layer != max(sdc, key=sdc.get), "the last layer has few values to be hit"
+    assert list(chosen.tables) == ["own", "other"]
+    assert "share of all SDC" in chosen.remarks[0]
+    first = found.sites[0].layer
+    lacks = replace(found, sites=found.sites[1:], records=found.records[found.records["layer"] != first])
+    few = replace(found, records=found.records[found.records["index"] < 3])
+    for without, said in ((lacks, "other has no such layer"), (few, "of other, the layer's channels are not known")):
+        asked, _ = _mapped(_sides(found, without), first)
+        assert (asked.layer, list(asked.tables), asked.remarks) == (first, ["own"], [said])
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_layer_without_known_channels_is_refused_or_said(model, loader, found, tmp_path, monkeypatch, capsys):
+    with pytest.raises(UnknownName, match=r"layer 'conv9' in argument layer; known: <script>"):
+        found.to_html(tmp_path / "page.html", layer="conv9")
+    with pytest.raises(InvalidParameter, match=r"argument layer: all faults of 'fc' were tried"):
+        assess(model, loader, injections_per_layer=8, enumerate_up_to=10**5).to_html(tmp_path / "page.html", layer="fc")
+    few = assess(model, loader, injections_per_layer=3)
+    with pytest.raises(InvalidParameter, match=r"layer is 'fc'; fewer than two of its channels have 8 injections"):
+        few.to_html(tmp_path / "page.html", layer="fc")
+    weights = assess(model, loader, injections_per_layer=64, fault_model=FaultModel(target="weight"))
+    with pytest.raises(InvalidParameter, match=r"layer is 'fc'; only faults in one neuron have a channel"):
+        weights.to_html(tmp_path / "page.html", layer="fc")
+    for without, said in ((few, "has 8 injections in half of its channels"), (weights, "faults that hit one neuron each")):
+        _, elements = page(tmp_path, without)
+        assert (
+            f"No layer is shown by its channels: {'none that has SDC ' if without is few else 'that takes sampled '}{said}"
+            in (elements.text)
+        )
+    monkeypatch.chdir(tmp_path)
+    found.save("saved")
+    capsys.readouterr()
+    assert run(["report", "saved", "--layer", "conv9"]) == 2
+    assert capsys.readouterr().err.startswith("UnknownName: layer 'conv9' in option --layer; known: ")
+    assert run(["report", "saved", "--layer", found.sites[1].layer]) == 0
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -159,7 +159,7 @@ def advise(
     layers = _units(assessment, exposures, None)
     found = choose(layers, confidence, order)
     channels = pd.DataFrame(columns=["layer", "channel", *TABLE])
-    if _tells_channels(assessment):
+    if tells_channels(assessment):
         records = assessment.records.drop_duplicates(["layer", "index"])
         channels = choose(_units(assessment, exposures, records), confidence, order)
     now = _left(layers.halves[MEASURING], np.zeros(len(layers.cost), dtype=bool), layers, confidence)
@@ -336,7 +336,7 @@ def _exposures(assessment: Assessment, by: str) -> np.ndarray:
     return np.array(found) / sum(found)
 
 
-def _tells_channels(assessment: Assessment) -> bool:
+def tells_channels(assessment: Assessment) -> bool:
     """Whether each injection damages one neuron, which is in one channel."""
     model = assessment.fault_model
     return (model.target, model.values, model.shaped) == ("neuron", 1, False) and len(assessment.records) > 0

@@ -244,6 +244,7 @@ def _add_report(commands: Any) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a saved assessment")
     parser.add_argument("old", type=Path, nargs="?", metavar="OLD", help="another one to stand beside it")
     parser.add_argument("--file", type=Path, metavar="FILE", help="where to write the page [DIR/report.html]")
+    parser.add_argument("--layer", metavar="NAME", help="the layer whose channels are drawn [by its share of all SDC]")
 
 
 def _add_advise(commands: Any) -> None:
@@ -330,7 +331,8 @@ def _report(options: argparse.Namespace) -> int:
     from textguard.assessment.page import write_page  # with what draws figures
 
     file = options.file or options.folder / "report.html"
-    write_page(found, file, other=other, names=(_called(options.folder), _called(options.old) if other else ""))
+    names = _called(options.folder), _called(options.old) if other else ""
+    write_page(found, file, other=other, names=names, layer=options.layer)
     print(f"wrote {file}")
     return 0
 

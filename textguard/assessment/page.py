@@ -11,13 +11,16 @@ import pandas as pd
 
 from textguard.analysis.improvement import draw_layers, improvement, verdict, weigh
 from textguard.artifacts import write_text
-from textguard.assessment.advice import advise, in_percent, percent
+from textguard.assessment.advice import advise, in_percent, percent, tells_channels
 from textguard.assessment.assessing import USUAL
 from textguard.assessment.comparing import QUESTION, as_run
 from textguard.assessment.result import Assessment
-from textguard.errors import InvalidParameter, Setting, TextguardError
+from textguard.errors import InvalidParameter, Setting, TextguardError, UnknownName
+from textguard.estimates.chance import chance_limits
+from textguard.estimates.channels import FEWEST
+from textguard.estimates.groups import balanced
 from textguard.estimates.statistics import Estimate, few_injections
-from textguard.faults.checks import folder_path
+from textguard.faults.checks import checked_name, folder_path
 from textguard.report.escaping import shortened
 from textguard.report.html import as_picture, as_shown, render
 from textguard.report.rendering import Judged, Table, show_estimate, show_number
@@ -35,6 +38,7 @@ PARTS = [
 WAYS = {"layers": "all layers alike", "neurons": "all neurons alike"}  # to count layers
 RESAMPLES = 1000  # of the bootstrap behind ratios
 MOST_MAPS = 50  # feature maps that are listed
+CHOSEN = "the layer was chosen for its share of all SDC in the same injections"
 LONGEST = 40  # characters of a name in a figure
 DPI = 150
 LOOKS = (("#0072b2", "^"), ("#d55e00", "o"))  # of the two models in figures; see textguard.report.theme
@@ -49,12 +53,22 @@ class Side:
     run: RunResult
 
 
+@dataclass(frozen=True)
+class Mapped:
+    """A layer whose channels are shown: of the models that have such a table, by name; and what is to be said of it."""
+
+    layer: str
+    tables: dict[str, pd.DataFrame]
+    remarks: list[str]
+
+
 def write_page(
     assessment: Assessment,
     file: str | os.PathLike[str],
     other: Assessment | None = None,
     names: tuple[str, str] = ("this model", "the other model"),
     mitigations: pd.DataFrame | None = None,
+    layer: str | None = None,
 ) -> None:
     """Write an assessment as one HTML file that needs no network: tables, figures, and what they come to in a sentence.
 
@@ -71,13 +85,19 @@ def write_page(
         What the page calls the two.
     mitigations : pandas.DataFrame, optional
         What `measure_mitigations` returned for the assessment.
+    layer : str, optional
+        The layer whose channels are drawn. By default that is the sampled layer with the largest share of all SDC, where each
+        value is as likely to be hit, among those that have 8 injections in at least half of their channels.
 
     Raises
     ------
     InvalidArtifact
         An assessment has no eligible image.
     InvalidParameter
-        The two are called the same.
+        The two are called the same; or nothing is known of the layer's channels: it was enumerated, faults hit other things
+        than a neuron, or fewer than two channels have 8 injections.
+    UnknownName
+        There is no such layer.
     CannotWrite
         The file cannot be written.
 
@@ -102,6 +122,7 @@ def write_page(
     if names[0] == names[1]:
         raise InvalidParameter(Setting("names"), f" are both {names[0]!r:.60}; call the two differently")
     sides = [_side(name, found) for name, found in zip(names, (assessment, other), strict=True) if found]
+    mapped, unmapped = _mapped(sides, layer)
     ratios = _ratios(*sides) if other else {}
     content = render(
         "assessment.html",
@@ -111,7 +132,8 @@ def write_page(
         sentences=[*_came_out(sides[0]), *(_compared(*sides, ratios) if other else [])],
         headline=as_shown(_headline(sides, ratios), "What faults do"),
         sides=[{"name": side.name, "facts": _facts(side)} for side in sides],
-        figures=_figures(sides),
+        figures=_figures(sides, mapped),
+        unmapped=unmapped,
         layers=as_shown(_layers(sides, ratios), "Layers"),
         advice=_advice(sides[0], mitigations),
         skipped=as_shown(_skipped(assessment), "What was not hit"),
@@ -237,12 +259,64 @@ def _facts(side: Side) -> list[tuple[str, str]]:
     ]
 
 
-def _figures(sides: Sequence[Side]) -> list[dict[str, Any]]:
+def _mapped(sides: Sequence[Side], layer: str | None) -> tuple[Mapped | None, str]:
+    """The channels to show, of the layer that was asked for or of the one that matters most; or why there are none."""
+    own, *others = sides
+    if layer is None:
+        if not tells_channels(own.found):
+            return None, "No layer is shown by its channels: that takes sampled faults that hit one neuron each."
+        layer, remarks = _most_fragile(own.found), [CHOSEN]
+        if layer is None:
+            return None, (
+                f"No layer is shown by its channels: none that has SDC has {FEWEST} injections in half of its channels. "
+                "It takes more injections, or the layer's name, as in: textguard report DIR --layer NAME."
+            )
+    else:
+        remarks = []
+    tables = {own.name: _channels(own.found, layer)}
+    for other in others:
+        try:
+            tables[other.name] = _channels(other.found, layer)
+        except UnknownName:
+            remarks.append(f"{shortened(other.name, LONGEST)} has no such layer")
+        except InvalidParameter:
+            remarks.append(f"of {shortened(other.name, LONGEST)}, the layer's channels are not known")
+    return Mapped(layer, tables, remarks), ""
+
+
+def _channels(found: Assessment, layer: str) -> pd.DataFrame:
+    """What faults do in each channel of a layer. Raises UnknownName; InvalidParameter where that is not known."""
+    checked_name("layer", layer, list(found.layers), Setting("layer"))
+    if found.layers[layer].method == "sampled" and not tells_channels(found):
+        raise InvalidParameter(Setting("layer"), f" is {layer!r:.60}; only faults in one neuron have a channel")
+    table = found.by("channel", layer)
+    if table["sdc_low"].notna().sum() < 2:
+        few = f"fewer than two of its channels have {FEWEST} injections; assess with more"
+        raise InvalidParameter(Setting("layer"), f" is {layer!r:.60}; {few}")
+    return table
+
+
+def _most_fragile(found: Assessment) -> str | None:
+    """The sampled layer with the largest share of all SDC, of those with enough injections in half of their channels."""
+    share = {
+        layer: found.exposed_bits(layer) * result.sdc.value
+        for layer, result in found.layers.items()
+        if result.method == "sampled" and result.sdc.value > 0
+    }
+    for layer in sorted(share, key=share.__getitem__, reverse=True):
+        known = found.by("channel", layer)["sdc_low"].notna()
+        if known.sum() >= 2 and known.mean() >= 0.5:
+            return layer
+    return None
+
+
+def _figures(sides: Sequence[Side], mapped: Mapped | None) -> list[dict[str, Any]]:
     """The pictures of all sides together."""
     # Not before: a saved assessment is read, compared and advised on without matplotlib.
     import matplotlib
 
     from textguard.report.bit_figures import draw_bits
+    from textguard.report.channel_figures import Channels, draw_channels
     from textguard.report.drawing import STYLE, draw
     from textguard.report.layer_figures import draw_outcomes
     from textguard.report.theme import Style
@@ -263,6 +337,16 @@ def _figures(sides: Sequence[Side]) -> list[dict[str, Any]]:
             figure, _ = function(variants, " and ".join(called))
             seen = ". ".join(f"{side.name}: {alt(side)}" for side in sides)
             pictures.append(as_picture(draw(figure, "png", DPI), title, f"picture-{name}", alt=f"{title}. {seen}."))
+        if mapped:
+            shown = [
+                Channels(name, *_channels_of(side, mapped), side.found.confidence)
+                for side, name in zip(sides, called, strict=True)
+                if side.name in mapped.tables
+            ]
+            figure, _ = draw_channels(mapped.layer, shown, mapped.remarks)
+            title = f"What faults do in each channel of layer {mapped.layer}"
+            seen = ". ".join(f"{one.name}: {one.finding}; {_worst_channel(one.known)}" for one in shown)
+            pictures.append(as_picture(draw(figure, "png", DPI), title, "picture-channels", alt=f"{title}. {seen}."))
     return pictures
 
 
@@ -280,6 +364,19 @@ def _worst_bit(side: Side) -> str:
     found = [(value, bit, layer.layer) for layer in side.run.layers for bit, value in enumerate(layer.by_bit.delta_loss)]
     value, bit, layer = max(one for one in found if math.isfinite(one[0]))
     return f"largest in bit {bit} of layer {layer}, {show_number(value)} nats"
+
+
+def _channels_of(side: Side, mapped: Mapped) -> tuple[pd.DataFrame, dict[str, float], dict[str, tuple[float, float]]]:
+    """The table of a layer's channels, the layer's own means, and what its channels have by chance."""
+    found, table = side.found, mapped.tables[side.name]
+    means = {measure: getattr(found.layers[mapped.layer], measure).value for measure in ("sdc", "delta_loss")}
+    records = found.records[found.records["layer"] == mapped.layer].drop_duplicates("index")
+    return table, means, chance_limits(balanced(records, found.strata, layers=False), len(table), found.confidence)
+
+
+def _worst_channel(known: pd.DataFrame) -> str:
+    row = known.loc[known["sdc"].idxmax()]
+    return f"largest in channel {row['channel']:.0f}, {show_number(100 * row['sdc'])} %"
 
 
 def _layers(sides: Sequence[Side], ratios: dict[str, dict[str, Judged]]) -> Table:

@@ -316,11 +316,14 @@ class Assessment:
 
         save(self, folder_path(Setting("folder"), folder) or Path(), overwrite)
 
-    def to_html(self, file: str | os.PathLike[str], other: "Assessment | None" = None) -> None:
-        """Write all of it as one page, alone or beside another assessment; see `textguard.assessment.page.write_page`."""
+    def to_html(self, file: str | os.PathLike[str], other: "Assessment | None" = None, layer: str | None = None) -> None:
+        """Write all of it as one page, alone or beside another assessment; see `textguard.assessment.page.write_page`.
+
+        layer: whose channels are drawn.
+        """
         from textguard.assessment.page import write_page
 
-        write_page(self, file, other)
+        write_page(self, file, other, layer=layer)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Assessment":
