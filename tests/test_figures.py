@@ -1,5 +1,7 @@
 """Figures: their numbers and bytes, what they say and how variants look in them."""
 
+import base64
+import io
 import math
 import re
 import sys
@@ -12,6 +14,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import colormaps
 from matplotlib.axis import Tick
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import Collection
@@ -20,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
+from PIL import Image
 
 from conftest import REPOSITORY
 from smoke_grid import run
@@ -30,7 +34,7 @@ from textguard.artifacts import read_parquet, write_parquet, write_text
 from textguard.errors import InvalidArtifact
 from textguard.estimates.statistics import Estimate
 from textguard.params import load_params
-from textguard.report.closeup_figures import _agreement_in_words
+from textguard.report.closeup_figures import _agreement_in_words, _show
 from textguard.report.drawing import SMALL, draw, mark
 from textguard.report.figures import DRAWN_BY_DVC, PER_BACKBONE, group, training_curve, write_figures
 from textguard.report.layer_figures import draw_layers
@@ -248,6 +252,24 @@ def test_maps_of_all_images_are_dots_beside_pictures_of_two(runs, params):
         assert mean.get_gid().startswith(f"mark|d resnet18 {variant.key}|{variant.style.name}, ")
         assert mean.get_gid().endswith(f"; {len(crosses.get_xdata())} of 2 changed, 2 images, 1 training")
     assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) >= SMALL
+
+
+def test_a_map_has_the_same_colours_in_every_file():
+    """Matplotlib mixed a transparent one twice in SVG."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (100, 100, 100)).save(file, "png")
+    seen = {"finite": True, "prediction": 1, "label": 1, "predicted": "one", "confidence": 1.0, "map": [0.0, 0.0, 0.0, 1e308]}
+    figure = Figure(figsize=(1, 1))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    _show(axes, file.getvalue(), seen)
+    (inside,) = re.findall('data:image/png;base64,([^"]+)"', draw(figure, "svg", 96).decode())
+    expected = {place: 255 * (0.6 * np.array(colormaps["viridis"](float(place))[:3]) + 0.4 * 100 / 255) for place in (0, 1)}
+    for content in (base64.b64decode(inside), draw(figure, "png", 96)):
+        pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGBA"))
+        assert (pixels[..., 3] == 255).all()
+        for place, colour in expected.items():
+            assert pixels[-5 * place, -5 * place, :3] == pytest.approx(colour, abs=2)
 
 
 APART = "keep a rank correlation of 0.900 (baseline) and 0.700 (descriptions), "

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, StrMethodFormatter
@@ -28,6 +29,7 @@ LONGEST = 12  # characters of a class's name
 NAMED_BITS = (30, 29, 28, 27)  # whose peaks stand apart from the values without faults
 WIDTH, PEAK = 2.0, 0.05  # powers of ten around where a peak is to be, and percent that it must have
 WRONG = "#c1121f"
+PIXELS, HEAT = 96, 0.6  # a side of a picture with a map, and how much of it is the map's colour
 GOLDEN = (math.sqrt(5) - 1) / 2  # whose multiples, without what is before the point, lie far from each other
 STATES = {"golden": "no fault", "weights": "{flips:,} weight bits", "worst": "worst single fault"}
 FAULTS = ("weights", "worst")
@@ -215,20 +217,31 @@ def _head(axes: Axes, text: str, height: float = 1.22, **style: Any) -> None:
 
 def _show(axes: Axes, picture: bytes, look: Any) -> None:
     """A picture, and over it where a classifier looks."""
-    pixels = np.asarray(Image.open(io.BytesIO(picture), formats=["PNG"]).convert("L" if look is not None else "RGB"))
-    axes.imshow(pixels, cmap="gray", extent=(0, 1, 0, 1), interpolation="nearest")
+    image = Image.open(io.BytesIO(picture), formats=["PNG"])
+    if look is None or not look["finite"]:
+        shown = np.asarray(image.convert("RGB" if look is None else "L"))
+    else:
+        shown = _heat(image, np.array(look["map"]))
+    axes.imshow(shown, cmap="gray", extent=(0, 1, 0, 1), interpolation="none")
     if look is None:
         return
-    said = f"{drawable(look['predicted'], LONGEST)} {100 * look['confidence']:.0f} %"
-    axes.set_title(said, fontsize=SMALL, pad=2)
-    axes.title.set_color("#1a1a1a" if look["prediction"] == look["label"] else WRONG)
-    if not look["finite"]:
-        axes.set_title("not finite", fontsize=SMALL, pad=2, color=WRONG)
-        return
-    side = round(len(look["map"]) ** 0.5)
+    said = f"{drawable(look['predicted'], LONGEST)} {100 * look['confidence']:.0f} %" if look["finite"] else "not finite"
+    right = look["finite"] and look["prediction"] == look["label"]
+    axes.set_title(said, fontsize=SMALL, pad=2, color="#1a1a1a" if right else WRONG)
+
+
+def _heat(image: Image.Image, values: np.ndarray) -> np.ndarray:
+    """A square map's values in colours over an image, RGB from 0 to 1.
+
+    One picture, because matplotlib's SVG and PDF files mix one with another that is transparent darker than its PNG files do.
+    """
+    side = math.isqrt(len(values))
     # Without Ablation-CAM's last step, which makes negative values zero: of some maps it would leave nothing to compare.
-    values = np.array(look["map"]).reshape(side, side)
-    axes.imshow(values, cmap="viridis", alpha=0.6, extent=(0, 1, 0, 1), interpolation="bilinear")
+    scaled = values / (np.abs(values).max() or 1.0)
+    scaled = (scaled - scaled.min()) / (np.ptp(scaled) or 1.0)
+    smooth = Image.fromarray(scaled.reshape(side, side).astype(np.float32)).resize((PIXELS, PIXELS), Image.Resampling.BILINEAR)
+    below = np.asarray(image.convert("L").resize((PIXELS, PIXELS), Image.Resampling.BOX)) / 255
+    return HEAT * colormaps["viridis"](np.asarray(smooth))[..., :3] + (1 - HEAT) * below[..., None]
 
 
 def draw_last_layer(variants: Sequence[Variant], title: str) -> tuple[Figure, pd.DataFrame]:
