@@ -23,10 +23,10 @@ GRIDS = {
     "table3": 4,
     "fashion": 24,
     "faults": 9,
-    "causes": 65,
+    "causes": 100,
     "factorial": 64,
     "texts": 45,
-    "cifar10": 24,
+    "cifar10": 30,
     "vit": 15,
     "own": 1,
 }  # runs
