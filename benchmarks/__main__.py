@@ -168,10 +168,13 @@ def _families(found: dict | None) -> list[str]:
     """Which engine takes one network of each of timm's families; nothing where that was not measured."""
     if not found:
         return []
-    others = "; ".join(f"{name} ({reason})" for name, reason in found["whole"].items()) or "none"
+    others, not_run = (
+        "; ".join(f"{name} ({reason.rstrip('.')})" for name, reason in found[part].items()) or "none"
+        for part in ("whole", "not_run")
+    )
     return [
         f"One network of each of timm's families: {found['replay']} of {found['replay'] + len(found['whole'])} are replayed. "
-        f"Others: {others}. {len(found['not_run'])} more do not run on plain images."
+        f"Others, whole inferences: {others}. Not run on such images: {not_run}."
     ]
 
 
