@@ -178,7 +178,9 @@ def factorial(studies: dict[str, Study]) -> Finding:
     return Finding(
         question,
         f"Of {len(main)} factors, {_told(main)}. Of {len(pairs)} pairs of factors, {_together(pairs)}.",
-        effect_table([*main, *(pair for pair in pairs if _is_told(pair))], "factorial"),
+        effect_table([*main, *(pair for pair in pairs if _is_told(pair))], "factorial")
+        + "\nOf a pair: the first factor's effect where the second is high, over that where it is low; of top-1, their "
+        "difference. Pairs of which nothing is told are left out.\n",
         [study.command],
         "One network on digits, three epochs, means over layers. A half fraction of a design with two levels of each factor: "
         "nothing is known between them or beyond. AdamW comes with its own learning rate and weight decay.",
