@@ -512,8 +512,8 @@ def corruption(studies: dict[str, Study]) -> Finding:
         f"{answer[0].upper()}{answer[1:]}.",
         as_markdown(Table("corruption", caption, ["Grid: Data Set", "What Faults Do", "Correlation", "Classifiers"], rows)),
         [studies[name].command for name in names],
-        "A correlation over few classifiers of one network. It says nothing of one classifier under both at once; metrics/"
-        "tables/corruptions.md of the grid does.",
+        "A correlation over classifiers of one network each. It says nothing of one classifier under both at once; metrics/"
+        "tables/corruptions.md of grid vit does.",
     )
 
 
