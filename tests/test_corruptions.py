@@ -28,7 +28,8 @@ from textguard.estimates.statistics import Estimate
 from textguard.faults import Campaign, CampaignSettings
 from textguard.faults.profiling import largest_outputs, profile_ranges
 from textguard.params import load_params
-from textguard.report.figures import write_figures
+from textguard.report.corruption_figures import draw_together
+from textguard.report.figures import group, write_figures
 from textguard.report.page import Revision, write_page
 from textguard.report.tables import tables_of
 from textguard.vision import transforms
@@ -303,3 +304,18 @@ def test_results_of_other_runs_are_refused(corrupted):
     with pytest.raises(InvalidArtifact, match="must have clean images first"):
         compare_corruptions(corrupted.corrupted, {}, 0.99)
     assert load_compared_corruptions({}).cells == []
+
+
+def test_a_figure_of_some_classifiers_says_of_how_many_it_tells(monkeypatch):
+    monkeypatch.chdir(REPOSITORY / "grids" / "factorial")
+    params = load_params()
+    variants = [
+        variant
+        for found in group([run for run in load_results(params.runs).values() if run.variant in params.drawn], params).values()
+        for variant in found
+    ]
+    compared = load_compared_corruptions(params.corrupted)
+    figure, numbers = draw_together(variants, compared)
+    assert figure.get_label().startswith("Over 64 classifiers")
+    assert len(numbers) == 2 * 12, "both measures of those that are drawn"
+    assert "one mark per training, 12 of 64 drawn" in " ".join(figure.get_supxlabel().split())

@@ -93,7 +93,9 @@ def draw_together(variants: Sequence[Variant], compared: ComparedCorruptions) ->
     figure.axes[0].set_ylabel("top-1 lost to corruption (points)")
     name_styles(figure, {variant.key: variant.style for variant, _ in shown}.values(), fill)
     state(figure, _together_in_words(compared))
-    add_note(figure, "one mark per training; bars: intervals over injections and over images; lower left is better in both")
+    drawn = f", {len(shown)} of {len(known)} drawn" if len(shown) < len(known) else ""
+    note = f"one mark per training{drawn}; bars: intervals over injections and over images"
+    add_note(figure, f"{note}; lower left is better in both")
     return figure, pd.DataFrame(rows)
 
 
