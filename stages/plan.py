@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,12 +12,12 @@ import torch
 from stages.settings import campaign_settings
 from textguard.faults import Campaign
 from textguard.faults.profiling import loader_of
-from textguard.params import BackboneParams, Params, Run
+from textguard.params import BackboneParams, DatasetParams, Params, Run
 from textguard.planning import Speeds, Workload, disk_size, duration
 from textguard.runtime import announce, describe_device, pick_device
 from textguard.text.encoders import encoder_width
 from textguard.vision.classifiers import ClassifierSpec, build_classifier
-from textguard.vision.datasets import expected_sizes
+from textguard.vision.datasets import data_root, expected_sizes, make_splits, read_source
 from textguard.vision.order import steps_per_epoch
 from textguard.vision.training import Trainer
 
@@ -26,12 +27,13 @@ SECONDS = 2.0  # that training, and classification, are measured for
 def main(params: Params) -> None:
     device = pick_device()
     width = encoder_width(params.encoder)
+    sizes = {name: _sizes(params.datasets[name], Path(params.root)) for name in params.datasets}
     measured: dict[tuple[str, int], tuple[Speeds, int]] = {}
     rows = []
     total = np.zeros(3)  # seconds, bytes, injections
     for key, run in params.runs.items():
         recipe = params.recipe(run)
-        size = _sizes(params, run)
+        size = sizes[run.dataset]
         kind = (run.backbone, recipe.image_size)
         if kind not in measured:
             announce(f"plan: measuring {run.backbone} at {recipe.image_size} x {recipe.image_size}")
@@ -64,17 +66,22 @@ def main(params: Params) -> None:
     print(f"\nMeasured just now, in images and injections per second:\n{pd.DataFrame(speeds).T.round(1).to_string()}")
     print(
         "\nAll times are device time, estimated from small batches, random images and untrained networks.\n"
-        "Images are those to train on + those to test with; sizes of data sets are the published ones.\n"
+        "Images are those to train on + those to test with; sizes of standard data sets are the published ones.\n"
         f"Class embeddings have E = {width} numbers.\n"
         "Not counted: reading and augmenting images, compiling, layers that are enumerated (the last), hardware,\n"
         "corruptions, closeup, stages without a network."
     )
 
 
-def _sizes(params: Params, run: Run) -> tuple[int, int, int]:
-    dataset = params.datasets[run.dataset]
+def _sizes(dataset: DatasetParams, repository: Path) -> tuple[int, int, int]:
+    """Images for training and testing, and classes: of a standard data set as published, of a folder as counted."""
     limits = {"limit_train": dataset.limit_train, "limit_test": dataset.limit_test}
-    return expected_sizes(dataset.source, test_share=dataset.test_share, **limits)
+    if dataset.source != "folder":
+        return expected_sizes(dataset.source, test_share=dataset.test_share, **limits)
+    content = read_source(dataset.source, data_root(dataset.source, dataset.folder, repository))
+    how = {"test_share": dataset.test_share, "split_seed": dataset.split_seed, **limits}
+    splits = make_splits(content, dataset.source, **how)
+    return len(splits["train"].labels), len(splits["test"].labels), len(content.classes)
 
 
 def _workload(params: Params, run: Run, recipe: BackboneParams, size: tuple[int, int, int], sites: int, width: int) -> Workload:

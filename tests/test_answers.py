@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from typing import Any
 import pytest
 
 from conftest import REPOSITORY
+from stages.prompts import ask_all
+from stages.responses import sources
 from textguard.errors import CannotWrite, InvalidArtifact, InvalidParameter, MissingAnswer, UnknownName
+from textguard.params import load_params
 from textguard.text.answers import Answer, Description
 from textguard.text.cache import StoredAnswer, answer_key, open_log, read_answers, to_line
 from textguard.text.cleaning import clean, describe
@@ -20,6 +24,7 @@ from textguard.text.language_models import Network
 from textguard.text.questions import PLAIN, Question
 from textguard.text.questions import ask as ask_about
 from textguard.text.responses import Sources, answer, normalised
+from textguard.vision.datasets import read_source
 
 CLASSES = {
     "digits": 10,
@@ -61,6 +66,22 @@ def test_the_shipped_answers_are_complete_and_say_who_wrote_them(dataset):
     assert len(samples) == CLASSES[dataset] * 5
     assert all(found == [0, 1, 2] for found in samples.values())
     assert len({row.answer for row in store.answers.values()}) == len(store.answers)
+
+
+@pytest.mark.parametrize("grid", ["", "grids/smoke", "grids/causes", "grids/texts"])
+def test_every_answer_that_a_grid_replays_is_shipped(grid, tmp_path, monkeypatch):
+    params = load_params(REPOSITORY / grid / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    names = read_source("digits", None).classes
+    (tmp_path / "data" / "digits").mkdir(parents=True)
+    (tmp_path / "data" / "digits" / "classes.json").write_text(json.dumps(names), encoding="utf-8")
+    replayed = {key: texts.params for key, texts in params.class_texts.items() if texts.params.provider == "replay"}
+    assert replayed
+    for key, wanted in replayed.items():
+        asked = ask_all(params, key)
+        answers = answer("replay", asked, sources(replace(params, root=str(REPOSITORY)), key))
+        assert len(answers) == len(asked) * wanted.samples
+        assert {one.model for one in answers} == {wanted.model.model if wanted.model else None}
 
 
 def test_replayed_answers_keep_class_order_and_samples(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from textguard.estimates.statistics import Estimate
-from textguard.report.findings import QUESTIONS, STUDIES, UNANSWERED, Study, TextClassifier, _goes, page
+from textguard.report.findings import QUESTIONS, STUDIES, Study, TextClassifier, _goes, page
 from textguard.report.rendering import show_estimate
 
 
@@ -109,7 +109,7 @@ def test_largest_logits_are_those_of_all_classifiers_and_a_rescaled_head_is_show
 def test_without_any_results_nothing_is_answered():
     found = sections(page(studies()))
     assert "not answered here" in found.pop("For a sceptic of the paper")
-    assert len(found) == len(QUESTIONS) + 2 + len(UNANSWERED)  # those of the text classifier and of the cost
+    assert len(found) == len(QUESTIONS) + 2  # those of the text classifier and of the cost
     assert all(text.startswith("**Not answered here: ") for text in found.values())
     assert not any("|" in text for text in found.values())
 
@@ -149,19 +149,28 @@ def test_changes_and_factors_are_named_by_verdict(tmp_path):
     assert f"| cooler | {SHOWN} not separable | {SHOWN} not separable | {SHOWN} not separable | 3 |" in told
 
 
-def test_texts_of_all_amounts_are_counted_by_verdict(tmp_path):
-    verdicts = {"one answer": "better", "three answers": "not separable at 99%"}
+def test_texts_are_set_against_a_random_start_and_a_language_model_against_itself(tmp_path):
+    verdicts = {
+        ("one answer", "random"): "better",
+        ("three answers", "random"): "not separable at 99%",
+        ("colder", "one answer"): "worse",
+    }
     contrasts = [
-        {"name": name, "variant": name, "against": "random", "seeds": [0, 1, 2], "effects": effect(verdict)}
-        for name, verdict in verdicts.items()
+        {"name": name, "variant": name, "against": against, "seeds": [0, 1, 2], "effects": effect(verdict)}
+        for (name, against), verdict in verdicts.items()
     ]
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics" / "effects.json").write_text(
         json.dumps([{"dataset": "d", "backbone": "b", "confidence": 0.99, "contrasts": contrasts}]), encoding="utf-8"
     )
-    told = sections(page(studies(texts=tmp_path)))["Do more questions or more answers give more?"]
-    assert told.startswith("**Of 2 texts, each set against a head that starts at random, 1 leaves less SDC and none more, 1 le")
+    found = sections(page(studies(texts=tmp_path)))
+    told = found["Do more questions or more answers give more?"]
+    assert told.startswith("**Of 2 starts, each set against a head that starts at random, 1 leaves less SDC and none more, 1 l")
     assert f"| three answers | {SHOWN} not separable |" in told
+    assert "colder" not in told
+    told = found["What do the language model's temperature and size do?"]
+    assert told.startswith("**Of 1 changes of who answers the questions, none leaves less SDC and 1 more, none leaves less Del")
+    assert "three answers" not in told
 
 
 def test_a_mitigation_helps_where_its_interval_says_so_on_the_one_and_on_the_other(runs):

@@ -3,13 +3,16 @@
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from site_coverage import coverage
 
 from conftest import REPOSITORY, copy_checkout
 from smoke_grid import run
+from stages.plan import main as plan
 from textguard.artifacts import code_of_users
 from textguard.params import load_params
 from textguard.planning import Speeds, Workload, disk_size, duration
@@ -25,8 +28,9 @@ GRIDS = {
     "faults": 9,
     "causes": 100,
     "factorial": 64,
-    "texts": 45,
+    "texts": 85,
     "cifar10": 30,
+    "cifar10_table2": 24,
     "vit": 15,
     "own": 1,
 }  # runs
@@ -158,3 +162,16 @@ def test_the_smoke_grid_is_planned(clone):
         assert len(row[6:]) == 8
     assert max(map(len, lines)) <= 128
     assert "Not counted: reading and augmenting images" in done.stdout
+
+
+def test_images_of_a_folder_are_counted_for_a_plan(clone, tmp_path, monkeypatch, capsys):
+    for number in range(7 * 2):
+        file = tmp_path / "folder" / ("cat", "dog")[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), number).save(file)
+    monkeypatch.setenv("TEXTGUARD_DATA", str(tmp_path))
+    monkeypatch.setattr("stages.plan.SECONDS", 0.0)
+    params = load_params(clone / "grids" / "smoke" / "params.yaml")
+    dataset = replace(params.datasets["digits"], source="folder", test_share=0.25, limit_train=8, limit_test=0)
+    plan(replace(params, root=str(clone), datasets={"digits": dataset}))
+    assert capsys.readouterr().out.count(" 8+4 ") == 2  # a quarter of 14, rounded up
