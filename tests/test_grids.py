@@ -30,7 +30,7 @@ GRIDS = {
     "factorial": 64,
     "texts": 85,
     "cifar10": 30,
-    "cifar10_table2": 24,
+    "cifar10_resnet50": 12,
     "vit": 15,
     "own": 1,
 }  # runs

@@ -36,7 +36,7 @@ STUDIES = {
     "factorial": "grids/factorial",
     "texts": "grids/texts",
     "cifar10": "grids/cifar10",
-    "cifar10_table2": "grids/cifar10_table2",
+    "cifar10_resnet50": "grids/cifar10_resnet50",
     "fashion": "grids/fashion",
     "vit": "grids/vit",
     "faults": "grids/faults",
@@ -395,7 +395,7 @@ def layers(studies: dict[str, Study]) -> Finding:
 def networks(studies: dict[str, Study]) -> Finding:
     """Does what holds for the paper's networks hold for others?"""
     question = "Does it carry over to other networks and data?"
-    names = ("demo", "fashion", "cifar10", "cifar10_table2", "vit")
+    names = ("demo", "fashion", "cifar10", "cifar10_resnet50", "vit")
     cells = [cell for name in names for cell in studies[name].cells if cell.variant != "template"]
     if not cells:
         return unanswered(question)
