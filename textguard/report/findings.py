@@ -410,7 +410,7 @@ def networks(studies: dict[str, Study]) -> Finding:
         cell_table(cells, "networks"),
         [studies[name].command for name in names if studies[name].cells],
         "Images, data sets and trainings are small: nothing here says what the networks do on ImageNet after 300 epochs. "
-        "Where a way to train also predicts more images right, as the heads do on CIFAR-10, SDC may be less for that.",
+        "Where a way to train also predicts more images right, as ResNet-18's heads do on CIFAR-10, SDC may be less for that.",
     )
 
 
