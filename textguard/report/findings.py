@@ -279,34 +279,35 @@ def largest_left(ratio: Estimate) -> float:
 
 def amount(studies: dict[str, Study]) -> Finding:
     """Do more questions, or more answers, give more?"""
-    question = "Do more questions or more answers give more?"
-    found = [shown for shown in studies["texts"].effects if shown.of.endswith(" against random")]
-    if not found:
-        return unanswered(question)
-    return Finding(
-        question,
-        f"Of {len(found)} starts, each set against a head that starts at random, {_told(found)}.",
-        effect_table(found, "texts"),
-        [studies["texts"].command],
+    return _of_texts(
+        studies["texts"],
+        "Do more questions or more answers give more?",
+        "starts, each set against a head that starts at random",
         "One network on ten digits. No answer is GPT-3's: SmolLM2-135M wrote those that carry its name, and the others were "
-        "written for this repository. Ten questions were asked of SmolLM2 alone.",
+        "written for this repository. Ten questions were asked of SmolLM2 alone. All starts are set against the same trainings "
+        "with a random start, so that what is told of one is likelier to be told of others.",
+        against_chance=True,
     )
 
 
 def language_model(studies: dict[str, Study]) -> Finding:
     """Does it matter how the language model is asked, and how large it is?"""
-    question = "What do the language model's temperature and size do?"
-    found = [shown for shown in studies["texts"].effects if not shown.of.endswith(" against random")]
-    if not found:
-        return unanswered(question)
-    return Finding(
-        question,
-        f"Of {len(found)} changes of who answers the questions, {_told(found)}.",
-        effect_table(found, "language_model"),
-        [studies["texts"].command],
+    return _of_texts(
+        studies["texts"],
+        "What do the language model's temperature and size do?",
+        "changes of who answers the questions",
         "One language model, SmolLM2-135M-Instruct with 4-bit weights, on ten digits, of which it knows little. Set against "
         "answers that were written for this repository, it stands for a small model. A large one was not asked.",
+        against_chance=False,
     )
+
+
+def _of_texts(study: Study, question: str, what: str, limits: str, *, against_chance: bool) -> Finding:
+    """Texts that are set against a head that starts at random, or all others."""
+    found = [shown for shown in study.effects if shown.of.endswith(" against random") == against_chance]
+    if not found:
+        return unanswered(question)
+    return Finding(question, f"Of {len(found)} {what}, {_told(found)}.", effect_table(found, "texts"), [study.command], limits)
 
 
 def mechanism(studies: dict[str, Study]) -> Finding:
