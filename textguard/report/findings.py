@@ -296,8 +296,9 @@ def language_model(studies: dict[str, Study]) -> Finding:
         studies["texts"],
         "What do the language model's temperature and size do?",
         "changes of who answers the questions",
-        "One language model, SmolLM2-135M-Instruct with 4-bit weights, on ten digits, of which it knows little. Set against "
-        "answers that were written for this repository, it stands for a small model. A large one was not asked.",
+        "One language model, SmolLM2-135M-Instruct with 4-bit weights, on ten digits, of which it knows little. Most of its "
+        "answers were cut at 60 tokens. Set against answers that were written for this repository, and are one whole sentence "
+        "each, it stands for a small model: its size, training and the cut cannot be told apart. A large one was not asked.",
         against_chance=False,
     )
 
